@@ -1,0 +1,6 @@
+from .granularity import *
+from .criteria import *
+from .schedule import *
+from .selection import *
+from .context import *
+from .graph import *
