@@ -64,8 +64,8 @@ def _rank_all(sources, k, gone_first, protect):
     for o,gone in zip(sources, lowest(s, k).split([o.n for o in sources])): o.keep.copy_(gone.to(o.keep.device).to(torch.int8).sub_(1))
     for o in sources: o.left = None
 
-# %% ../../nbs/core/04_selection.ipynb #b27231e5
-CHUNK = 2**18  # blocks in a piece: 1 MiB of float32
+# %% ../../nbs/core/04_selection.ipynb #9b699085
+CHUNK = 2**17  # blocks in a piece: half a MiB of float32
 SAMPLE = 2**14  # scores that a bracket is estimated from
 
 def _bracket(sources, alive, k):
@@ -81,25 +81,24 @@ def _bracket(sources, alive, k):
 
 def _pieces(o): return ((i, min(i+CHUNK, o.n)) for i in range(0, o.n, CHUNK))
 
-def _less(s, t, buf, out):
-    "`s<t` as int8 in `out`; by way of floats, which is much faster than a bool directly"
-    return out.copy_(torch.lt(s, t, out=buf) if s.dtype==buf.dtype else s<t)
-
 def _scan(sources, outs, lo, hi):
     "Clear in `outs` what is kept and below `lo`; give that count, places and values of what is from `lo` to below `hi`, piece by piece"
-    buf,f,g = torch.empty(CHUNK),torch.empty(CHUNK, dtype=torch.int8),torch.empty(CHUNK, dtype=torch.int8)
+    f,g = np.empty(CHUNK, np.int8),np.empty(CHUNK, np.int8)
     for o,out in zip(sources, outs):
         for i,j in _pieces(o):
-            s,keep,n = o.scores(i, j),o.keep[i:j],0
+            s,keep,n = o.scores(i, j).numpy(),o.keep[i:j].numpy(),0
             if o.safe is not None and i<=o.safe<j: s[o.safe-i] = math.inf
-            b,fi,gi = buf[:j-i],f[:j-i],g[:j-i]
-            _less(s, hi, b, fi).bitwise_and_(keep)
+            fi,gi = f[:j-i],g[:j-i]
+            np.less(s, hi, out=fi.view(bool))
+            fi &= keep
             if lo>-math.inf:
-                _less(s, lo, b, gi).bitwise_and_(keep)
-                n = int(gi.count_nonzero())
-                fi.sub_(gi)
-                torch.bitwise_and(keep, gi.sub_(1), out=out[i:j])
-            at = fi.view(torch.bool).nonzero().view(-1)
+                np.less(s, lo, out=gi.view(bool))
+                gi &= keep
+                n = np.count_nonzero(gi)
+                fi ^= gi
+                gi -= 1
+                np.bitwise_and(keep, gi, out=out[i:j].numpy())
+            at = np.flatnonzero(fi.view(bool))
             yield n, at, s[at]
 
 def _best_kept(o):
@@ -117,17 +116,17 @@ def _drop_bracketed(sources, gone, k, protect):
     inplace = lo==-math.inf or not gone  # nothing is written before the count is known, or it is easily undone
     outs = [o.keep if inplace else torch.empty_like(o.keep) for o in sources]
     counts,places,values = zip(*_scan(sources, outs, lo, hi))
-    rest,values = k-sum(counts),torch.cat(values)
+    rest,values = k-sum(counts),np.concatenate(values)
     hit = 0<=rest<=len(values)
     if hit:
-        picked = lowest(values, rest).split([len(at) for at in places])
+        picked = [at[m] for at,m in zip(places, np.split(lowest(torch.from_numpy(values), rest).numpy(), np.cumsum([len(at) for at in places])[:-1]))]
         pieces = [(o,out,i,j) for o,out in zip(sources, outs) for i,j in _pieces(o)]
-        n_gone = [n+int(m.count_nonzero()) for n,m in zip(counts, picked)]
+        n_gone = [n+len(at) for n,at in zip(counts, picked)]
         left = {o: (o.n if not gone else int(o.keep.count_nonzero()) if o.left is None else o.left) for o in sources}
         for (o,*_),n in zip(pieces, n_gone): left[o] -= n
         bare = [o for o in sources if protect and not left[o]]
         if not bare:
-            for (o,out,i,j),at,m in zip(pieces, places, picked): out[i:j].index_fill_(0, at[m], 0)
+            for (o,out,i,j),at in zip(pieces, picked): out[i:j].numpy()[at] = 0
             for o,out in zip(sources, outs):
                 o.left = left[o]
                 if not inplace: o.keep.copy_(out)

@@ -6,20 +6,20 @@
 __all__ = ['zero_', 'Part', 'Layer', 'find_layers', 'ActNorms', 'learn_from', 'Side', 'find_sides', 'check_sparsity',
            'Sparsifier', 'hold_zeros']
 
-# %% ../../nbs/sparse/01_sparsifier.ipynb #cb01828e
+# %% ../../nbs/sparse/01_sparsifier.ipynb #92e79794
 import math, warnings
 from dataclasses import dataclass
 from numbers import Real
 import torch
 from torch import nn, Tensor
 from ..core.granularity import Blocks, axes_of, available, blocks, did_you_mean, granularities, granularity_of, head_parts, layer_axes, n_heads, pattern
-from ..core.criteria import criteria_of, large_final, needs, score
+from ..core.criteria import criteria_of, large_final, needs
 from ..core.context import context_needs, context_of, local
 from ..core.selection import CHUNK, Scores, Source, n_of, select
 from ..core.graph import ChannelGraph
 from ..legacy import old_prune, old_sparsifier
 
-# %% ../../nbs/sparse/01_sparsifier.ipynb #0ee83cb5
+# %% ../../nbs/sparse/01_sparsifier.ipynb #9ab42929
 _ints = {1:torch.int8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
 
 def zero_(w:Tensor, keep:Tensor): # Weight, int8 mask that broadcasts over it: -1 keeps, 0 zeroes
@@ -34,7 +34,7 @@ def zero_(w:Tensor, keep:Tensor): # Weight, int8 mask that broadcasts over it: -
         k = keep[i:i+CHUNK]
         bits[i:i+CHUNK].bitwise_and_(buf[:len(k)].copy_(k))
 
-# %% ../../nbs/sparse/01_sparsifier.ipynb #1ed60df7
+# %% ../../nbs/sparse/01_sparsifier.ipynb #49544d6b
 @dataclass(eq=False)
 class Part:
     "A weight, and the blocks that it splits into"
@@ -48,44 +48,48 @@ class Part:
 
 def _wide(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
-# %% ../../nbs/sparse/01_sparsifier.ipynb #03ba5dd1
+# %% ../../nbs/sparse/01_sparsifier.ipynb #e9eca0dd
 class Layer(Source):
     "A layer's parts, which of its blocks are kept, and their scores"
     def __init__(self, name, parts, criteria):
         w,b = parts[0].w,parts[0].blocks
         super().__init__(torch.full((b.n,), -1, dtype=torch.int8, device=w.device))
         self.name,self.parts,self.criteria = name,parts,criteria
-        self.past,self.given,self.ready,self.masks = {},{},None,None
-        one = torch.tensor([[-1.]])
-        self.by_piece = len(parts)==1 and b.zeros is None and b.single and criteria.pointwise and 'act' not in needs(criteria) and bool(criteria.reducer(one)==-1)
+        self.past,self.given,self.ready,self.whole,self.masks = {},{},None,None,None
+        self.needs,one = needs(criteria),torch.tensor([[-1.]])
+        self.by_piece = len(parts)==1 and b.zeros is None and b.single and criteria.pointwise and 'act' not in self.needs and bool(criteria.reducer(one)==-1)
 
     def known(self, i): # Which part
         "What the criteria asks for, by name"
         p,res = self.parts[i],{}
-        for o in needs(self.criteria):
+        for o in self.needs:
             x = p.w if o=='w' else self.past[o][i] if o in self.past else self.given[o][i] if o in self.given else p.w.grad if o=='grad' else None
             if x is None: raise ValueError(f'criteria {self.criteria.__name__!r} needs {o!r}, and {p.name} has none: '
                 + ('pass `data` to the Sparsifier, or use it in a training step of weights that are not frozen' if o in ('grad','act') else 'nothing was remembered'))
             res[o] = x.detach()
         return res
 
-    @torch.no_grad()
-    def scores(self, i, j, step=1):
-        if self.ready is None and self.by_piece:
-            known = self.known(0)
-            if all(x.is_contiguous() for x in known.values()):
-                s = score(self.criteria, **{o: _wide(x.view(-1)[i:j:step]) for o,x in known.items()})
-                return s.clone() if s._is_view() else s
-        self.prepare()
-        return self.ready[i:j:step].clone()
+    @property
+    def streams(self): "Are scores computed piece by piece, from the weights as they lie in memory?"; return self.by_piece and all(x.is_contiguous() for x in self.known(0).values())
 
-    @torch.no_grad()
+    def open(self):
+        "Make `scores` ready to be asked, until `close`; a criteria that fails does so here"
+        if self.streams:
+            self.flat = {o: x.view(-1) for o,x in self.known(0).items()}
+            self.scores(0, 1)
+        else: self.flat = self.prepare()
+    def close(self): self.ready = self.whole = self.flat = None
+
+    def scores(self, i, j, step=1):
+        if self.flat is None: return self.ready[i:j:step].clone()
+        s = self.criteria.f(**{o: _wide(x[i:j:step]) for o,x in self.flat.items()})
+        return s.clone() if s._is_view() else s
+
     def prepare(self):
-        "Compute the scores of all blocks, and keep them until `forget`"
-        if self.ready is not None: return
+        "Compute the scores of all blocks, and keep them until `close`"
         rows,nan = [],False
         for i,p in enumerate(self.parts):
-            s = score(self.criteria, **{o: _wide(x) for o,x in self.known(i).items()})
+            s = self.criteria.f(**{o: _wide(x) for o,x in self.known(i).items()})
             if not isinstance(s, Tensor) or s.shape!=p.w.shape: raise ValueError(f'criteria {self.criteria.__name__!r} must give a score for each weight of {p.name}: a tensor of shape {tuple(p.w.shape)}, not {getattr(s, "shape", type(s))}')
             self.whole = s = s if s.is_floating_point() else s.float()
             rows.append(p.blocks.fold(s))
@@ -97,15 +101,16 @@ class Layer(Source):
             s = s.masked_fill(s==-math.inf, math.nan)
         self.ready = self.criteria.reduce(s, nan=nan)
 
-    def forget(self): self.ready = self.whole = None
-
     def renew_masks(self):
         "Masks of the parts, from what is kept"
         if self.parts[0].blocks.zeros:
-            self.prepare()
             s = self.whole if self.masks is None else self.whole.masked_fill(self.masks[0]==0, -math.inf)
             self.masks = [self.parts[0].blocks.spread(self.keep==0, s).to(torch.int8).sub_(1)]
         else: self.masks = [p.blocks.spread(self.keep) for p in self.parts]
+
+    def apply(self):
+        "Zero what is masked"
+        for p,m in zip(self.parts, self.masks or []): zero_(p.w, m)
 
     def follow_device(self):
         "Move with the weight, if it was moved"
@@ -115,7 +120,7 @@ class Layer(Source):
         self.past = {o: [x.to(dev) for x in xs] for o,xs in self.past.items()}
         if self.masks is not None: self.masks = [m.to(dev) for m in self.masks]
 
-# %% ../../nbs/sparse/01_sparsifier.ipynb #5e287d0c
+# %% ../../nbs/sparse/01_sparsifier.ipynb #1e2b9370
 def _weights(m):
     "Attributes of the weights of `m`, and the module that holds each"
     if not isinstance(m, nn.MultiheadAttention): return [(m,'weight')]
@@ -149,7 +154,7 @@ def find_layers(model, granularity, layer_type, criteria):
     there = sorted({type(m).__name__ for m in model.modules() if any(t in layer_axes or t.__name__ in layer_axes for t in type(m).__mro__)})
     raise ValueError(f'the model has no layer of type {", ".join(t.__name__ for t in _types(layer_type))}; it has {", ".join(there) or "none that can be sparsified"}')
 
-# %% ../../nbs/sparse/01_sparsifier.ipynb #778d11c7
+# %% ../../nbs/sparse/01_sparsifier.ipynb #cc97948a
 def _act_like(act, p):
     "`act`, one value an input channel, shaped to broadcast over the weight of `p`"
     w,i = p.w,p.axes.index('i')
@@ -209,7 +214,7 @@ def learn_from(data, model, layers, loss_func=None): # Batches (x, y): one, a li
     it = iter(grads or [])
     if grads: [o.given.update(grad=[next(it)/n for _ in o.parts]) for o in layers]
 
-# %% ../../nbs/sparse/01_sparsifier.ipynb #99af5add
+# %% ../../nbs/sparse/01_sparsifier.ipynb #0a223ce0
 class Side:
     "A parameter with an entry a channel, whose entries go with the blocks of some layers"
     def __init__(self, mod, attr): self.mod,self.attr,self.follows,self.mask = mod,attr,[],None
@@ -224,7 +229,8 @@ class Side:
             else:
                 at,to = rows[0].to(p.device),rows[1].to(p.device)
                 self.mask[to] &= layer.keep.to(p.device)[at]
-    def apply(self): zero_(getattr(self.mod, self.attr), self.mask)
+    def apply(self):
+        if self.mask is not None: zero_(getattr(self.mod, self.attr), self.mask)
 
 def _owner(model, name):
     mod,_,attr = name.rpartition('.')
@@ -246,7 +252,7 @@ def find_sides(model, layers, example_inputs=None):
         for mod,attr,b in head_parts(model.get_submodule(o.name))[1]: add(names[id(getattr(mod, attr))], o, b)
     return sides
 
-# %% ../../nbs/sparse/01_sparsifier.ipynb #d8e60ea6
+# %% ../../nbs/sparse/01_sparsifier.ipynb #d8afa0ca
 def check_sparsity(sparsity): # Percentage
     "`sparsity` if it is a percentage; `ValueError` otherwise, and a warning for what looks like a fraction"
     if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0<=sparsity<=100: raise ValueError(f'sparsity is in percent, from 0 to 100, not {sparsity!r}')
@@ -296,7 +302,7 @@ class Sparsifier:
         if not found: raise ValueError(f'no layer {m!r}: {did_you_mean(m, self._by_name)}')
         self._check_reach(check_sparsity(sparsity))
         self._learn(found)
-        self._select(self._rounded({(o.name,): n_of(o.n, 100*sparsity/self.own) for o in found}))
+        self._renew(lambda: self._rounded({(o.name,): n_of(o.n, 100*sparsity/self.own) for o in found}), found)
         return found[0].parts[0].mod
     prune_layer = sparsify_layer
 
@@ -326,9 +332,24 @@ class Sparsifier:
         self._check_reach(max(sparsity.values()))
         return sparsity
 
+    @torch.no_grad()
     def update(self, sparsity): # Percentage, or a dict by layer
         "Renew the masks for `sparsity`, and apply them"
-        self._select(self._rounded(self._counts(sparsity)))
+        self._renew(lambda: self._rounded(self._counts(sparsity)), self.layers)
+
+    def _renew(self, counts, layers):
+        "Have `counts()` blocks of `layers` gone: how many, by the layers that compete for them"
+        for o in self.layers: o.follow_device()
+        if self._sides is None: self._sides = find_sides(self.model, self.layers, self.example_inputs)
+        for o in layers: o.apply() if not o.streams else None  # what is gone scores as a zero, not as what the optimizer made of it
+        try:
+            for o in layers: o.open()
+            self._select(counts())
+        finally:
+            for o in layers: o.close()
+        self.apply_masks()
+        for o in layers:
+            for x,p in zip(o.past.get('w_prev', []), o.parts): x.copy_(p.w.detach())
 
     def _counts(self, sparsity):
         "How many blocks are gone at `sparsity`, by the layers that compete for it"
@@ -365,31 +386,20 @@ class Sparsifier:
         return self._gone[names]
 
     def _select(self, ks):
-        "Have so many blocks gone of the layers that compete for them, exactly, and zero their weights"
-        for o in self.layers: o.follow_device()
-        if self._sides is None: self._sides = find_sides(self.model, self.layers, self.example_inputs)
+        "Have so many blocks gone of the layers that compete for them, exactly"
         pools = {names:[self._by_name[o] for o in names] for names in ks}
-        ks = {names: min(k, sum(o.n for o in pools[names])-len(names)*self._protect) for names,k in ks.items()}
-        pools = {names:os for names,os in pools.items() if ks[names]!=self._n_gone(names)}
-        layers = [o for os in pools.values() for o in os]
-        if not all(o.by_piece for o in layers) or any(ks[o]<self._n_gone(o) for o in pools): self.apply_masks()  # what is gone scores as a zero, not as what the optimizer made of it
-        for o in layers: o.scores(0, 1) if o.by_piece else o.prepare()  # a criteria that fails does so before a mask changes
-        for names,os in pools.items(): select(os, self._gone.pop(names), ks[names], self._protect)
-        touched = {o.name for o in layers}
-        self._gone = {o:k for o,k in self._gone.items() if touched.isdisjoint(o)} | {o:ks[o] for o in pools}
-        for o in layers: o.renew_masks()
-        if layers: [o.renew() for o in self._sides.values()]
-        self.apply_masks()
-        for o in self.layers:
-            o.ready = o.whole = None
-            for x,p in zip(o.past.get('w_prev', []), o.parts): x.copy_(p.w.detach())
+        for names,os in pools.items():
+            k,before = min(ks[names], sum(o.n for o in os)-len(os)*self._protect),self._n_gone(names)
+            if k==before: continue
+            if k<before: [o.apply() for o in os]
+            self._gone = {o:n for o,n in self._gone.items() if set(names).isdisjoint(o)} | {names: select(os, before, k, self._protect)}
+            for o in os: o.renew_masks()
+        for o in self._sides.values(): o.renew()
 
     def apply_masks(self):
         "Zero what is masked: after each optimizer step, this keeps it zero"
-        for o in self.layers:
-            for p,m in zip(o.parts, o.masks or []): zero_(p.w, m)
-        for o in (self._sides or {}).values():
-            if o.mask is not None: o.apply()
+        for o in self.layers: o.apply()
+        for o in (self._sides or {}).values(): o.apply()
 
     @property
     def masks(self):
@@ -442,7 +452,7 @@ def _round(n, gone, to):
     up = -(-(n-gone)//to)*to
     return 0 if not gone or n<to else n-(up if up<=n else n//to*to)
 
-# %% ../../nbs/sparse/01_sparsifier.ipynb #4ec49ed3
+# %% ../../nbs/sparse/01_sparsifier.ipynb #1c87784c
 def hold_zeros(model:nn.Module, example_inputs=None): # Model, inputs that run it
     "A `Sparsifier` whose masks are the zeros of `model`: its `apply_masks` holds them"
     model = getattr(model, '_orig_mod', model)
