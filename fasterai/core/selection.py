@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['CHUNK', 'SAMPLE', 'n_of', 'lowest', 'Source', 'Scores', 'select']
 
-# %% ../../nbs/core/04_selection.ipynb #3f126821
+# %% ../../nbs/core/04_selection.ipynb #daf65e46
 import math
 from decimal import Decimal
 import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../../nbs/core/04_selection.ipynb #04e55107
+# %% ../../nbs/core/04_selection.ipynb #4ae5f7eb
 def n_of(n:int, pct:float): # Number of blocks, percentage
     "How many blocks `pct` percent of `n` are, rounded down"
     return int(Decimal(repr(round(float(pct), 10)))*n/100)
 
-# %% ../../nbs/core/04_selection.ipynb #c450bb1a
+# %% ../../nbs/core/04_selection.ipynb #bf0a8639
 def _kth(s, k): # Scores without nan, from 1 to their number
     "The `k`-th lowest of `s`, as a tensor with no axes"
     return torch.from_numpy(np.partition(s.numpy(), k-1)[k-1:k])[0] if s.device.type=='cpu' else s.kthvalue(k).values
@@ -31,7 +31,7 @@ def lowest(scores:Tensor, k:int): # Scores [n], how many
     less,tie = scores<t, scores==t
     return less | tie & (tie.cumsum(0)<=k-less.sum())
 
-# %% ../../nbs/core/04_selection.ipynb #95dc73d7
+# %% ../../nbs/core/04_selection.ipynb #367ea591
 class Source:
     "`n` blocks, which of them are kept, and their scores when asked for"
     safe = None  # position of a block that must stay
@@ -70,13 +70,13 @@ def _rank_all(sources, k, gone_first, protect):
     for o,gone in zip(sources, lowest(s, k).split([o.n for o in sources])): o.keep.copy_(gone.to(o.keep.device).to(torch.int8).sub_(1))
     for o in sources: o.left,o.told = None,False
 
-# %% ../../nbs/core/04_selection.ipynb #3f202d38
+# %% ../../nbs/core/04_selection.ipynb #bc23189c
 CHUNK = 2**17  # blocks in a piece: half a MiB of float32
-SAMPLE = 2**14  # scores that a bracket is estimated from
+SAMPLE = 2**14,2**9  # a bracket is estimated from so many scores, or from one in so many if that is more
 
 def _bracket(sources, alive, k):
     "Two values between which the `k`-th lowest of the kept scores lies, almost surely"
-    step = max(1, sum(o.n for o in sources)//SAMPLE)
+    step = max(1, min(sum(o.n for o in sources)//SAMPLE[0], SAMPLE[1]))
     s = torch.cat([o.scores(0, o.n, step).masked_fill_(o.keep[::step]==0, math.inf) for o in sources])
     m = int((s<math.inf).sum())
     at = m*k/alive
@@ -142,7 +142,7 @@ def _drop_bracketed(sources, gone, k, protect):
     for o in bare: o.safe = _best_kept(o)
     return _drop_bracketed(sources, gone, k, protect)
 
-# %% ../../nbs/core/04_selection.ipynb #c4a98d1a
+# %% ../../nbs/core/04_selection.ipynb #2326b75c
 def select(sources:list[Source], gone:int, k:int, protect:bool=False): # Sources that compete, how many blocks are gone now and afterwards, does each keep its best block?
     "Exactly `k` blocks of `sources` are gone: the lowest of the kept ones go, or the highest of those that are gone return"
     n = sum(o.n for o in sources)
