@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['connected', 'Slice', 'Merge', 'layer_of', 'untouched', 'call_with', 'example_inputs_for', 'ChannelGraph']
 
-# %% ../../nbs/core/07_graph.ipynb #e347a4bc
+# %% ../../nbs/core/07_graph.ipynb #16a366f4
 import difflib,math,re,warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# %% ../../nbs/core/07_graph.ipynb #cd7ac894
+# %% ../../nbs/core/07_graph.ipynb #6d6dc849
 def connected(
     n, # How many numbers there are, 0 to `n-1`
     a, # LongTensor
@@ -34,7 +34,7 @@ def connected(
         root.scatter_reduce_(0, torch.maximum(ra,rb), torch.minimum(ra,rb), 'amin')
         while not torch.equal(root, root[root]): root = root[root]
 
-# %% ../../nbs/core/07_graph.ipynb #87510cb7
+# %% ../../nbs/core/07_graph.ipynb #0d36f1ff
 def _varying(l): return [d for d,n in enumerate(l.shape) if n>1]
 def _lift(l, n): return l.reshape((1,)*(n-l.dim()) + tuple(l.shape))
 
@@ -64,7 +64,7 @@ def _view(l, a, b):
         for d in y: new[d] = b[d]
     return _shrink(l.expand(full).reshape(new))
 
-# %% ../../nbs/core/07_graph.ipynb #e10b34ef
+# %% ../../nbs/core/07_graph.ipynb #83e04afb
 @dataclass
 class _Shadow:
     "What is known of a tensor: which channels its dimensions number, and which parameters it is a view or a product of"
@@ -105,7 +105,7 @@ def layer_of(name):
     "Name of the module that a parameter belongs to"
     return name.split('.parametrizations.')[0] if '.parametrizations.' in name else name.rpartition('.')[0]
 
-# %% ../../nbs/core/07_graph.ipynb #2a54be14
+# %% ../../nbs/core/07_graph.ipynb #4cb97ae7
 class _Call:
     "One operation as it was called: arguments by name, outputs, and the shadows of the tensors among them"
     def __init__(self, func, args, kwargs, shadow, where):
@@ -143,7 +143,7 @@ class _Call:
         a = tree_map(lambda o: o.cpu() if isinstance(o, torch.Tensor) else o, {**self.a, self.first:None})
         return f(**{**a, self.first:l})
 
-# %% ../../nbs/core/07_graph.ipynb #d18a1644
+# %% ../../nbs/core/07_graph.ipynb #49f66bfe
 class _Unknown(Exception): "A rule does not cover this use of its operation"
 
 class _Facts:
@@ -210,7 +210,7 @@ class _Facts:
             j = j.unique()
             self.use(name, dim, j, torch.zeros_like(j), why)
 
-# %% ../../nbs/core/07_graph.ipynb #98566264
+# %% ../../nbs/core/07_graph.ipynb #59fd5428
 class _Shared(_Facts):
     "What most rules have in common"
     def take(self, o, d, why):
@@ -270,18 +270,22 @@ class _Shared(_Facts):
             while dims!=(dims:=set().union(*(_varying(l) for _,l in group))):
                 group += [o for o in todo if dims & set(_varying(o[1]))]
                 todo = [o for o in todo if not dims & set(_varying(o[1]))]
-            layers = [l for _,l in group]
-            base = max(layers, key=lambda l: len(_varying(l)))
-            several = len({k for k,_ in group})<len(group)
-            if not several and set(_varying(base))==dims: bases = [(base,group)]
-            else: # channels along different dimensions: each kind for itself, which `align` allows if they share no dimension that varies
-                kinds = {tuple(_varying(l)):l for l in layers}
-                bases = [(l,[o for o in group if tuple(_varying(o[1]))==v]) for v,l in kinds.items()]
-            for base,group in bases:
-                bound |= self.align(base, group, parts, why, kind)
-                out.append(base if same and len(group)==1 else self.fresh(base, [l for _,l in group], kind, why))
+            for base,like in self.kinds(group, dims, why):
+                bound |= self.align(base, like, parts, why, kind)
+                out.append(base if same and len(like)==1 else self.fresh(base, [l for _,l in like], kind, why))
         for p in parts: self.hold({k:j for k,j in p.par.items() if k not in bound}, why)
         return out
+
+    def kinds(self, group, dims, why):
+        "The layers in `group` that are to be tied, each time with the largest: all, unless they vary along different dimensions"
+        base = max((l for _,l in group), key=lambda l: len(_varying(l)))
+        if set(_varying(base))==dims: # what has one value a head numbers heads, and these stay
+            heads = [l for _,l in group if max(dims) not in _varying(l)]
+            for l in heads: self.pin(l, f'numbers heads, {why}')
+            group = [(k,l) for k,l in group if max(dims) in _varying(l)]
+            if len({k for k,_ in group})==len(group): return [(base,group)]
+        kinds = {tuple(_varying(l)):l for _,l in group}  # `align` allows these if what they share does not vary
+        return [(l,[o for o in group if tuple(_varying(o[1]))==v]) for v,l in kinds.items()]
 
     def align(self, base, group, parts, why, kind):
         "Tie `base` to the other layers of its `group` and to the parameters among `parts`, whose keys it returns"
@@ -317,14 +321,14 @@ class _Shared(_Facts):
             break
         self.splits.append((l,c.why))
 
-# %% ../../nbs/core/07_graph.ipynb #ab95f4d3
+# %% ../../nbs/core/07_graph.ipynb #7956a7ac
 class _Trace(TorchDispatchMode, _Shared):
     "Runs along with a model and has each operation say what it does to the channels"
     rules = {}
     def __init__(self, model):
         TorchDispatchMode.__init__(self)
         _Shared.__init__(self, model)
-        self.keys = 0
+        self.keys,self.writing = 0,False  # what is written into part of a tensor is read as that tensor
         self.shadows,self.cache,self.stack,self.zeros,self.unread = WeakTensorKeyDictionary(),{},[],{},{}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -335,7 +339,7 @@ class _Trace(TorchDispatchMode, _Shared):
 
     def follow(self, call):
         "Apply the rule for `call`; without one, or where it does not fit, pin all that `call` touches"
-        rule = self.rules.get(call.name) if call.func.namespace=='aten' else None
+        rule,self.writing = self.rules.get(call.name) if call.func.namespace=='aten' else None,call.func._schema.is_mutable
         if rule is None and call.func.namespace=='aten' and torch.Tag.pointwise in call.func.tags: rule = _pointwise
         try:
             if rule is None: raise _Unknown
@@ -379,7 +383,7 @@ class _Trace(TorchDispatchMode, _Shared):
         if not (shadow.ids or shadow.par): return self.shadows.pop(t, None)
         self.shadows[t],self.keys = shadow,self.keys+1
         shadow.key = self.keys
-        self.unread[shadow.key] = (shadow.ids,self.stack[-1] if self.stack else '')
+        if not (self.writing and t._is_view()): self.unread[shadow.key] = (shadow.ids,self.stack[-1] if self.stack else '')
 
     def unexpanded(self, o, t):
         "_Shadow `o` of tensor `t` with size 1 where `t` is expanded: like any broadcast, it follows the size of what it meets"
@@ -397,7 +401,7 @@ def _rule(*names):
         return f
     return register
 
-# %% ../../nbs/core/07_graph.ipynb #c9f2c894
+# %% ../../nbs/core/07_graph.ipynb #d50bba7d
 @_rule('permute', 'transpose', 't', 'movedim', 'swapaxes', 'flip', 'clone', '_to_copy', 'alias', 'detach', 'contiguous', 'lift_fresh',
        'permute_copy', 'transpose_copy', 't_copy', 'numpy_T', 'adjoint', 'positive')
 def _moved(tr, c):
@@ -502,7 +506,7 @@ def _padded(tr, c):
     if c.a['value']: y.ids = [tr.fresh(l, [l], 'map', c.why) for l in y.ids]
     tr.put(c.y, y)
 
-# %% ../../nbs/core/07_graph.ipynb #d2d337c7
+# %% ../../nbs/core/07_graph.ipynb #f7b00e23
 @_rule('cat', 'concat', 'stack')
 def _joined(tr, c):
     "Along the channels they stand one after the other; along any other dimension they meet"
@@ -522,7 +526,7 @@ def _joined(tr, c):
         ids.append(l)
     tr.put_ids(c.y, ids)
 
-# %% ../../nbs/core/07_graph.ipynb #282e97e2
+# %% ../../nbs/core/07_graph.ipynb #cd2c1aad
 def _per_channel(p):
     "Is `p` a parameter with one value a channel?"
     return p.direct and len([j for j in p.par.values() if _varying(j)])==1 and math.prod(p.shape)==max(p.shape)
@@ -609,7 +613,7 @@ def _reduced(tr, c):
     f = (lambda l: l) if keep else (lambda l: l.squeeze(dims))
     for o in outs: tr.put(o, left.each(f, o.shape))
 
-# %% ../../nbs/core/07_graph.ipynb #4283055b
+# %% ../../nbs/core/07_graph.ipynb #365ff01d
 _SPATIAL = '''max_pool{} max_pool{}_with_indices avg_pool{} adaptive_avg_pool{} _adaptive_avg_pool{} adaptive_max_pool{} fractional_max_pool{} max_unpool{}
 reflection_pad{} replication_pad{} upsample_nearest{} _upsample_nearest_exact{} upsample_linear{} upsample_bilinear{} upsample_bicubic{} upsample_trilinear{}
 _upsample_bilinear{}_aa _upsample_bicubic{}_aa mkldnn_max_pool{} quantized_max_pool{}'''.split()
@@ -659,7 +663,7 @@ def _shuffled(tr, c):
     tr.tie(grid, grid[:1], c.why)
     tr.put_ids(c.y, [grid.T.reshape([-1 if i==1 else 1 for i in range(c.y.dim())])])
 
-# %% ../../nbs/core/07_graph.ipynb #f8fb76d8
+# %% ../../nbs/core/07_graph.ipynb #afc36e72
 @_rule('convolution', '_convolution')
 def _convolved(tr, c):
     x,w,b,G = c.x,c.get('weight'),c.get('bias'),c.a['groups']
@@ -701,7 +705,7 @@ def _biased(tr, c, y, b, d):
     y.ids = tr.meet([y,b], c.why, same=True)
     return y
 
-# %% ../../nbs/core/07_graph.ipynb #0487de38
+# %% ../../nbs/core/07_graph.ipynb #5c6fe77f
 _PRODUCTS = {'mm':('self','mat2',None), 'bmm':('self','mat2',None), 'matmul':('self','other',None), 'addmm':('mat1','mat2','self'),
              'baddbmm':('batch1','batch2','self'), 'linear':('input','weight','bias')}
 
@@ -765,7 +769,7 @@ def _embedded(tr, c):
     tr.weigh(w, {1: (outs,'out','weight')}, c.why)
     tr.put_ids(c.y, [_lift(outs, c.y.dim())])
 
-# %% ../../nbs/core/07_graph.ipynb #738aac76
+# %% ../../nbs/core/07_graph.ipynb #f59ec12b
 def _normalized(tr, c, dims):
     "A normalization with parameters along `dims` of its input; zeroing scale and shift makes a channel zero"
     n,parts = len(c.x.shape),[c.x]
@@ -801,7 +805,7 @@ def _group_normed(tr, c):
     tr.mixes += [(l,c.why) for l in c.x.along(1) if G<c.x.shape[1]]
     _normalized(tr, c, [1])
 
-# %% ../../nbs/core/07_graph.ipynb #1e78f9a8
+# %% ../../nbs/core/07_graph.ipynb #3078ec73
 @contextmanager
 def untouched(
     model:nn.Module, # Left as it was, also after an error
@@ -830,7 +834,7 @@ def call_with(model, inputs):
     if isinstance(inputs, Mapping): return model(**{k:tree_map(copy, v) for k,v in inputs.items()})
     return model(*tree_map(copy, tuple(inputs) if isinstance(inputs, (tuple,list)) else (inputs,)))
 
-# %% ../../nbs/core/07_graph.ipynb #6d4591da
+# %% ../../nbs/core/07_graph.ipynb #e3ef94dd
 _SIZES = (32,64,75,96,112,128,160,192,224,227,256,299,320,384,512,28,48,84,16,8)
 
 def _said_sizes(model):
@@ -874,7 +878,7 @@ def example_inputs_for(
     raise ValueError(f'found no input that this {type(model).__name__} runs with{"".join(errors[:1])}: pass example_inputs, '
                      'a tensor, a tuple of arguments or a dict of keyword arguments')
 
-# %% ../../nbs/core/07_graph.ipynb #eae783c1
+# %% ../../nbs/core/07_graph.ipynb #495ef631
 def _tensors(o):
     "All tensors in `o`, whatever holds them"
     if isinstance(o, torch.Tensor): return [o]
@@ -895,7 +899,7 @@ def _naming(model, stack):
     finally:
         for h in hooks: h.remove()
 
-# %% ../../nbs/core/07_graph.ipynb #7f9ff57b
+# %% ../../nbs/core/07_graph.ipynb #a864448b
 def _slices(uses):
     "One `Slice` for all uses of a dimension that agree; more if it serves different channels"
     kept = {}
