@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['connected', 'Slice', 'Merge', 'layer_of', 'untouched', 'call_with', 'example_inputs_for', 'ChannelGraph']
 
-# %% ../../nbs/core/07_graph.ipynb #16a366f4
+# %% ../../nbs/core/07_graph.ipynb #e347a4bc
 import difflib,math,re,warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# %% ../../nbs/core/07_graph.ipynb #6d6dc849
+# %% ../../nbs/core/07_graph.ipynb #cd7ac894
 def connected(
     n, # How many numbers there are, 0 to `n-1`
     a, # LongTensor
@@ -34,7 +34,7 @@ def connected(
         root.scatter_reduce_(0, torch.maximum(ra,rb), torch.minimum(ra,rb), 'amin')
         while not torch.equal(root, root[root]): root = root[root]
 
-# %% ../../nbs/core/07_graph.ipynb #0d36f1ff
+# %% ../../nbs/core/07_graph.ipynb #87510cb7
 def _varying(l): return [d for d,n in enumerate(l.shape) if n>1]
 def _lift(l, n): return l.reshape((1,)*(n-l.dim()) + tuple(l.shape))
 
@@ -64,7 +64,7 @@ def _view(l, a, b):
         for d in y: new[d] = b[d]
     return _shrink(l.expand(full).reshape(new))
 
-# %% ../../nbs/core/07_graph.ipynb #83e04afb
+# %% ../../nbs/core/07_graph.ipynb #b84716a5
 @dataclass
 class _Shadow:
     "What is known of a tensor: which channels its dimensions number, and which parameters it is a view or a product of"
@@ -97,7 +97,7 @@ class Slice:
 @dataclass
 class Merge:
     "Channels that were made from others"
-    kind: str # 'add' is zero where all parts are, 'mul' where any is; 'cat' where all are; 'map' may be anything
+    kind: str # 'add' and 'cat' are zero where all parts are, 'mul' where any is; 'map' may be anything
     parts: list # LongTensors of channel numbers
     ids: torch.Tensor # The new channels, `ids[i]` from `o[i] for o in parts`
 
@@ -105,12 +105,12 @@ def layer_of(name):
     "Name of the module that a parameter belongs to"
     return name.split('.parametrizations.')[0] if '.parametrizations.' in name else name.rpartition('.')[0]
 
-# %% ../../nbs/core/07_graph.ipynb #4cb97ae7
+# %% ../../nbs/core/07_graph.ipynb #b3f7b86f
 class _Call:
     "One operation as it was called: arguments by name, outputs, and the shadows of the tensors among them"
     def __init__(self, func, args, kwargs, shadow, where):
         schema = func._schema
-        self.func,self.where,self.shadow = func,where,shadow
+        self.func,self.where = func,where
         self.op = func.overloadpacket.__name__
         self.name = self.op[:-1] if schema.is_mutable and self.op.endswith('_') else self.op  # in place or not is the same
         self.a = {o.name:o.default_value for o in schema.arguments}
@@ -130,9 +130,9 @@ class _Call:
     @property
     def y(self): return next(o for o in tree_leaves(self.out) if isinstance(o, torch.Tensor))
     def get(self, k): return self.tensors.get(k)
-    def dims(self, k='dim', n=None):
+    def dims(self, k='dim'):
         "Argument `k` as a list of dimensions that are not negative"
-        n,v = len(self.x.shape) if n is None else n, self.a.get(k)
+        n,v = len(self.x.shape),self.a.get(k)
         if v is None or v==[]: return list(range(n))
         return [o%n for o in ([v] if isinstance(v, int) else v)] if n else []
     def redo(self, l):
@@ -143,7 +143,7 @@ class _Call:
         a = tree_map(lambda o: o.cpu() if isinstance(o, torch.Tensor) else o, {**self.a, self.first:None})
         return f(**{**a, self.first:l})
 
-# %% ../../nbs/core/07_graph.ipynb #49f66bfe
+# %% ../../nbs/core/07_graph.ipynb #d18a1644
 class _Unknown(Exception): "A rule does not cover this use of its operation"
 
 class _Facts:
@@ -210,7 +210,7 @@ class _Facts:
             j = j.unique()
             self.use(name, dim, j, torch.zeros_like(j), why)
 
-# %% ../../nbs/core/07_graph.ipynb #59fd5428
+# %% ../../nbs/core/07_graph.ipynb #2040f7c9
 class _Shared(_Facts):
     "What most rules have in common"
     def take(self, o, d, why):
@@ -272,7 +272,8 @@ class _Shared(_Facts):
                 todo = [o for o in todo if not dims & set(_varying(o[1]))]
             for base,like in self.kinds(group, dims, why):
                 bound |= self.align(base, like, parts, why, kind)
-                out.append(base if same and len(like)==1 else self.fresh(base, [l for _,l in like], kind, why))
+                lone = len(like)==1 or len(like)<len(parts)  # with a constant, a sum of zeros is not zero
+                out.append(base if same and len(like)==1 else self.fresh(base, [l for _,l in like], 'map' if lone and kind!='mul' else kind, why))
         for p in parts: self.hold({k:j for k,j in p.par.items() if k not in bound}, why)
         return out
 
@@ -321,7 +322,7 @@ class _Shared(_Facts):
             break
         self.splits.append((l,c.why))
 
-# %% ../../nbs/core/07_graph.ipynb #7956a7ac
+# %% ../../nbs/core/07_graph.ipynb #99b83c4a
 class _Trace(TorchDispatchMode, _Shared):
     "Runs along with a model and has each operation say what it does to the channels"
     rules = {}
@@ -401,7 +402,7 @@ def _rule(*names):
         return f
     return register
 
-# %% ../../nbs/core/07_graph.ipynb #d50bba7d
+# %% ../../nbs/core/07_graph.ipynb #c9f2c894
 @_rule('permute', 'transpose', 't', 'movedim', 'swapaxes', 'flip', 'clone', '_to_copy', 'alias', 'detach', 'contiguous', 'lift_fresh',
        'permute_copy', 'transpose_copy', 't_copy', 'numpy_T', 'adjoint', 'positive')
 def _moved(tr, c):
@@ -506,7 +507,7 @@ def _padded(tr, c):
     if c.a['value']: y.ids = [tr.fresh(l, [l], 'map', c.why) for l in y.ids]
     tr.put(c.y, y)
 
-# %% ../../nbs/core/07_graph.ipynb #f7b00e23
+# %% ../../nbs/core/07_graph.ipynb #d2d337c7
 @_rule('cat', 'concat', 'stack')
 def _joined(tr, c):
     "Along the channels they stand one after the other; along any other dimension they meet"
@@ -526,7 +527,7 @@ def _joined(tr, c):
         ids.append(l)
     tr.put_ids(c.y, ids)
 
-# %% ../../nbs/core/07_graph.ipynb #cd2c1aad
+# %% ../../nbs/core/07_graph.ipynb #db400fe2
 def _per_channel(p):
     "Is `p` a parameter with one value a channel?"
     return p.direct and len([j for j in p.par.values() if _varying(j)])==1 and math.prod(p.shape)==max(p.shape)
@@ -552,7 +553,7 @@ def _pointwise(tr, c):
     layered = [p for p in parts if p.ids]
     if not layered: return _combined(tr, c, parts)
     same = len(layered)==1 and _keeps_zero(tr, c)
-    kind = {'mul':'mul', '_prelu_kernel':'mul', 'div':'mul', 'add':'add', 'sub':'add'}.get(c.name, 'map')
+    kind = {'mul':'mul', '_prelu_kernel':'mul', 'add':'add', 'sub':'add'}.get(c.name, 'map')
     if kind=='add' and same:
         for p in parts: p.kind = p.kind or 'shift'
     tr.put_ids(c.y, tr.meet(parts, c.why, same, kind))
@@ -594,7 +595,7 @@ def _gated(tr, c):
     for l in c.x.ids:
         halves = l.chunk(2, d) if l.shape[d]>1 else (l,l)
         tr.tie(*halves, c.why)
-        ids.append(tr.fresh(halves[0], halves, 'mul', c.why))
+        ids.append(tr.fresh(halves[0], halves, 'map', c.why))
     tr.put_ids(c.y, ids)
 
 @_rule('mean', 'sum', 'amax', 'amin', 'max', 'min', 'var', 'std', 'var_mean', 'std_mean', 'prod', 'norm', 'linalg_vector_norm', 'logsumexp', 'all', 'any',
@@ -613,7 +614,7 @@ def _reduced(tr, c):
     f = (lambda l: l) if keep else (lambda l: l.squeeze(dims))
     for o in outs: tr.put(o, left.each(f, o.shape))
 
-# %% ../../nbs/core/07_graph.ipynb #365ff01d
+# %% ../../nbs/core/07_graph.ipynb #4283055b
 _SPATIAL = '''max_pool{} max_pool{}_with_indices avg_pool{} adaptive_avg_pool{} _adaptive_avg_pool{} adaptive_max_pool{} fractional_max_pool{} max_unpool{}
 reflection_pad{} replication_pad{} upsample_nearest{} _upsample_nearest_exact{} upsample_linear{} upsample_bilinear{} upsample_bicubic{} upsample_trilinear{}
 _upsample_bilinear{}_aa _upsample_bicubic{}_aa mkldnn_max_pool{} quantized_max_pool{}'''.split()
@@ -663,7 +664,7 @@ def _shuffled(tr, c):
     tr.tie(grid, grid[:1], c.why)
     tr.put_ids(c.y, [grid.T.reshape([-1 if i==1 else 1 for i in range(c.y.dim())])])
 
-# %% ../../nbs/core/07_graph.ipynb #afc36e72
+# %% ../../nbs/core/07_graph.ipynb #f8fb76d8
 @_rule('convolution', '_convolution')
 def _convolved(tr, c):
     x,w,b,G = c.x,c.get('weight'),c.get('bias'),c.a['groups']
@@ -705,7 +706,7 @@ def _biased(tr, c, y, b, d):
     y.ids = tr.meet([y,b], c.why, same=True)
     return y
 
-# %% ../../nbs/core/07_graph.ipynb #5c6fe77f
+# %% ../../nbs/core/07_graph.ipynb #0487de38
 _PRODUCTS = {'mm':('self','mat2',None), 'bmm':('self','mat2',None), 'matmul':('self','other',None), 'addmm':('mat1','mat2','self'),
              'baddbmm':('batch1','batch2','self'), 'linear':('input','weight','bias')}
 
@@ -769,7 +770,7 @@ def _embedded(tr, c):
     tr.weigh(w, {1: (outs,'out','weight')}, c.why)
     tr.put_ids(c.y, [_lift(outs, c.y.dim())])
 
-# %% ../../nbs/core/07_graph.ipynb #f59ec12b
+# %% ../../nbs/core/07_graph.ipynb #738aac76
 def _normalized(tr, c, dims):
     "A normalization with parameters along `dims` of its input; zeroing scale and shift makes a channel zero"
     n,parts = len(c.x.shape),[c.x]
@@ -805,7 +806,7 @@ def _group_normed(tr, c):
     tr.mixes += [(l,c.why) for l in c.x.along(1) if G<c.x.shape[1]]
     _normalized(tr, c, [1])
 
-# %% ../../nbs/core/07_graph.ipynb #3078ec73
+# %% ../../nbs/core/07_graph.ipynb #1e78f9a8
 @contextmanager
 def untouched(
     model:nn.Module, # Left as it was, also after an error
@@ -834,7 +835,7 @@ def call_with(model, inputs):
     if isinstance(inputs, Mapping): return model(**{k:tree_map(copy, v) for k,v in inputs.items()})
     return model(*tree_map(copy, tuple(inputs) if isinstance(inputs, (tuple,list)) else (inputs,)))
 
-# %% ../../nbs/core/07_graph.ipynb #e3ef94dd
+# %% ../../nbs/core/07_graph.ipynb #6d4591da
 _SIZES = (32,64,75,96,112,128,160,192,224,227,256,299,320,384,512,28,48,84,16,8)
 
 def _said_sizes(model):
@@ -878,7 +879,7 @@ def example_inputs_for(
     raise ValueError(f'found no input that this {type(model).__name__} runs with{"".join(errors[:1])}: pass example_inputs, '
                      'a tensor, a tuple of arguments or a dict of keyword arguments')
 
-# %% ../../nbs/core/07_graph.ipynb #495ef631
+# %% ../../nbs/core/07_graph.ipynb #eae783c1
 def _tensors(o):
     "All tensors in `o`, whatever holds them"
     if isinstance(o, torch.Tensor): return [o]
@@ -899,7 +900,7 @@ def _naming(model, stack):
     finally:
         for h in hooks: h.remove()
 
-# %% ../../nbs/core/07_graph.ipynb #a864448b
+# %% ../../nbs/core/07_graph.ipynb #50539877
 def _slices(uses):
     "One `Slice` for all uses of a dimension that agree; more if it serves different channels"
     kept = {}
@@ -1033,5 +1034,6 @@ class ChannelGraph:
         here = [(s,int(k.sum())) for s,k in here if k.any()]
         who = lambda role: list(dict.fromkeys(s.layer for s,_ in here if s.role==role))
         why = self.why(members.nonzero().flatten())
-        return dict(group=i, channels=max(k for s,k in here if s.role=='out' or not who('out')), classes=int(members.sum()), made_by=who('out'), read_by=who('in'),
-                    scaled_by=who('affine'), removable=not why, why='; '.join(why))
+        channels = max(k for s,k in here if s.role=='out' or not who('out'))
+        return dict(group=i, channels=channels, classes=int(members.sum()), made_by=who('out'), read_by=who('in'), scaled_by=who('affine'),
+                    removable=not why, why='; '.join(why))
