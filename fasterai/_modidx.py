@@ -196,6 +196,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fasterai.core.graph._Shared.as_input': ('core/graph.html#_shared.as_input', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._Shared.heads': ('core/graph.html#_shared.heads', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._Shared.issue': ('core/graph.html#_shared.issue', 'fasterai/core/graph.py'),
+                                     'fasterai.core.graph._Shared.kinds': ('core/graph.html#_shared.kinds', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._Shared.made_by_linear': ( 'core/graph.html#_shared.made_by_linear',
                                                                                      'fasterai/core/graph.py'),
                                      'fasterai.core.graph._Shared.meet': ('core/graph.html#_shared.meet', 'fasterai/core/graph.py'),

@@ -64,7 +64,7 @@ def _view(l, a, b):
         for d in y: new[d] = b[d]
     return _shrink(l.expand(full).reshape(new))
 
-# %% ../../nbs/core/07_graph.ipynb #e10b34ef
+# %% ../../nbs/core/07_graph.ipynb #b84716a5
 @dataclass
 class _Shadow:
     "What is known of a tensor: which channels its dimensions number, and which parameters it is a view or a product of"
@@ -97,7 +97,7 @@ class Slice:
 @dataclass
 class Merge:
     "Channels that were made from others"
-    kind: str # 'add' is zero where all parts are, 'mul' where any is; 'cat' where all are; 'map' may be anything
+    kind: str # 'add' and 'cat' are zero where all parts are, 'mul' where any is; 'map' may be anything
     parts: list # LongTensors of channel numbers
     ids: torch.Tensor # The new channels, `ids[i]` from `o[i] for o in parts`
 
@@ -105,12 +105,12 @@ def layer_of(name):
     "Name of the module that a parameter belongs to"
     return name.split('.parametrizations.')[0] if '.parametrizations.' in name else name.rpartition('.')[0]
 
-# %% ../../nbs/core/07_graph.ipynb #2a54be14
+# %% ../../nbs/core/07_graph.ipynb #b3f7b86f
 class _Call:
     "One operation as it was called: arguments by name, outputs, and the shadows of the tensors among them"
     def __init__(self, func, args, kwargs, shadow, where):
         schema = func._schema
-        self.func,self.where,self.shadow = func,where,shadow
+        self.func,self.where = func,where
         self.op = func.overloadpacket.__name__
         self.name = self.op[:-1] if schema.is_mutable and self.op.endswith('_') else self.op  # in place or not is the same
         self.a = {o.name:o.default_value for o in schema.arguments}
@@ -130,9 +130,9 @@ class _Call:
     @property
     def y(self): return next(o for o in tree_leaves(self.out) if isinstance(o, torch.Tensor))
     def get(self, k): return self.tensors.get(k)
-    def dims(self, k='dim', n=None):
+    def dims(self, k='dim'):
         "Argument `k` as a list of dimensions that are not negative"
-        n,v = len(self.x.shape) if n is None else n, self.a.get(k)
+        n,v = len(self.x.shape),self.a.get(k)
         if v is None or v==[]: return list(range(n))
         return [o%n for o in ([v] if isinstance(v, int) else v)] if n else []
     def redo(self, l):
@@ -210,7 +210,7 @@ class _Facts:
             j = j.unique()
             self.use(name, dim, j, torch.zeros_like(j), why)
 
-# %% ../../nbs/core/07_graph.ipynb #98566264
+# %% ../../nbs/core/07_graph.ipynb #2040f7c9
 class _Shared(_Facts):
     "What most rules have in common"
     def take(self, o, d, why):
@@ -270,18 +270,23 @@ class _Shared(_Facts):
             while dims!=(dims:=set().union(*(_varying(l) for _,l in group))):
                 group += [o for o in todo if dims & set(_varying(o[1]))]
                 todo = [o for o in todo if not dims & set(_varying(o[1]))]
-            layers = [l for _,l in group]
-            base = max(layers, key=lambda l: len(_varying(l)))
-            several = len({k for k,_ in group})<len(group)
-            if not several and set(_varying(base))==dims: bases = [(base,group)]
-            else: # channels along different dimensions: each kind for itself, which `align` allows if they share no dimension that varies
-                kinds = {tuple(_varying(l)):l for l in layers}
-                bases = [(l,[o for o in group if tuple(_varying(o[1]))==v]) for v,l in kinds.items()]
-            for base,group in bases:
-                bound |= self.align(base, group, parts, why, kind)
-                out.append(base if same and len(group)==1 else self.fresh(base, [l for _,l in group], kind, why))
+            for base,like in self.kinds(group, dims, why):
+                bound |= self.align(base, like, parts, why, kind)
+                lone = len(like)==1 or len(like)<len(parts)  # with a constant, a sum of zeros is not zero
+                out.append(base if same and len(like)==1 else self.fresh(base, [l for _,l in like], 'map' if lone and kind!='mul' else kind, why))
         for p in parts: self.hold({k:j for k,j in p.par.items() if k not in bound}, why)
         return out
+
+    def kinds(self, group, dims, why):
+        "The layers in `group` that are to be tied, each time with the largest: all, unless they vary along different dimensions"
+        base = max((l for _,l in group), key=lambda l: len(_varying(l)))
+        if set(_varying(base))==dims: # what has one value a head numbers heads, and these stay
+            heads = [l for _,l in group if max(dims) not in _varying(l)]
+            for l in heads: self.pin(l, f'numbers heads, {why}')
+            group = [(k,l) for k,l in group if max(dims) in _varying(l)]
+            if len({k for k,_ in group})==len(group): return [(base,group)]
+        kinds = {tuple(_varying(l)):l for _,l in group}  # `align` allows these if what they share does not vary
+        return [(l,[o for o in group if tuple(_varying(o[1]))==v]) for v,l in kinds.items()]
 
     def align(self, base, group, parts, why, kind):
         "Tie `base` to the other layers of its `group` and to the parameters among `parts`, whose keys it returns"
@@ -317,14 +322,14 @@ class _Shared(_Facts):
             break
         self.splits.append((l,c.why))
 
-# %% ../../nbs/core/07_graph.ipynb #ab95f4d3
+# %% ../../nbs/core/07_graph.ipynb #99b83c4a
 class _Trace(TorchDispatchMode, _Shared):
     "Runs along with a model and has each operation say what it does to the channels"
     rules = {}
     def __init__(self, model):
         TorchDispatchMode.__init__(self)
         _Shared.__init__(self, model)
-        self.keys = 0
+        self.keys,self.writing = 0,False  # what is written into part of a tensor is read as that tensor
         self.shadows,self.cache,self.stack,self.zeros,self.unread = WeakTensorKeyDictionary(),{},[],{},{}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -335,7 +340,7 @@ class _Trace(TorchDispatchMode, _Shared):
 
     def follow(self, call):
         "Apply the rule for `call`; without one, or where it does not fit, pin all that `call` touches"
-        rule = self.rules.get(call.name) if call.func.namespace=='aten' else None
+        rule,self.writing = self.rules.get(call.name) if call.func.namespace=='aten' else None,call.func._schema.is_mutable
         if rule is None and call.func.namespace=='aten' and torch.Tag.pointwise in call.func.tags: rule = _pointwise
         try:
             if rule is None: raise _Unknown
@@ -379,7 +384,7 @@ class _Trace(TorchDispatchMode, _Shared):
         if not (shadow.ids or shadow.par): return self.shadows.pop(t, None)
         self.shadows[t],self.keys = shadow,self.keys+1
         shadow.key = self.keys
-        self.unread[shadow.key] = (shadow.ids,self.stack[-1] if self.stack else '')
+        if not (self.writing and t._is_view()): self.unread[shadow.key] = (shadow.ids,self.stack[-1] if self.stack else '')
 
     def unexpanded(self, o, t):
         "_Shadow `o` of tensor `t` with size 1 where `t` is expanded: like any broadcast, it follows the size of what it meets"
@@ -522,7 +527,7 @@ def _joined(tr, c):
         ids.append(l)
     tr.put_ids(c.y, ids)
 
-# %% ../../nbs/core/07_graph.ipynb #282e97e2
+# %% ../../nbs/core/07_graph.ipynb #db400fe2
 def _per_channel(p):
     "Is `p` a parameter with one value a channel?"
     return p.direct and len([j for j in p.par.values() if _varying(j)])==1 and math.prod(p.shape)==max(p.shape)
@@ -548,7 +553,7 @@ def _pointwise(tr, c):
     layered = [p for p in parts if p.ids]
     if not layered: return _combined(tr, c, parts)
     same = len(layered)==1 and _keeps_zero(tr, c)
-    kind = {'mul':'mul', '_prelu_kernel':'mul', 'div':'mul', 'add':'add', 'sub':'add'}.get(c.name, 'map')
+    kind = {'mul':'mul', '_prelu_kernel':'mul', 'add':'add', 'sub':'add'}.get(c.name, 'map')
     if kind=='add' and same:
         for p in parts: p.kind = p.kind or 'shift'
     tr.put_ids(c.y, tr.meet(parts, c.why, same, kind))
@@ -590,7 +595,7 @@ def _gated(tr, c):
     for l in c.x.ids:
         halves = l.chunk(2, d) if l.shape[d]>1 else (l,l)
         tr.tie(*halves, c.why)
-        ids.append(tr.fresh(halves[0], halves, 'mul', c.why))
+        ids.append(tr.fresh(halves[0], halves, 'map', c.why))
     tr.put_ids(c.y, ids)
 
 @_rule('mean', 'sum', 'amax', 'amin', 'max', 'min', 'var', 'std', 'var_mean', 'std_mean', 'prod', 'norm', 'linalg_vector_norm', 'logsumexp', 'all', 'any',
@@ -895,7 +900,7 @@ def _naming(model, stack):
     finally:
         for h in hooks: h.remove()
 
-# %% ../../nbs/core/07_graph.ipynb #7f9ff57b
+# %% ../../nbs/core/07_graph.ipynb #50539877
 def _slices(uses):
     "One `Slice` for all uses of a dimension that agree; more if it serves different channels"
     kept = {}
@@ -1029,5 +1034,6 @@ class ChannelGraph:
         here = [(s,int(k.sum())) for s,k in here if k.any()]
         who = lambda role: list(dict.fromkeys(s.layer for s,_ in here if s.role==role))
         why = self.why(members.nonzero().flatten())
-        return dict(group=i, channels=max(k for s,k in here if s.role=='out' or not who('out')), classes=int(members.sum()), made_by=who('out'), read_by=who('in'),
-                    scaled_by=who('affine'), removable=not why, why='; '.join(why))
+        channels = max(k for s,k in here if s.role=='out' or not who('out'))
+        return dict(group=i, channels=channels, classes=int(members.sum()), made_by=who('out'), read_by=who('in'), scaled_by=who('affine'),
+                    removable=not why, why='; '.join(why))
