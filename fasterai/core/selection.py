@@ -31,15 +31,21 @@ def lowest(scores:Tensor, k:int): # Scores [n], how many
     less,tie = scores<t, scores==t
     return less | tie & (tie.cumsum(0)<=k-less.sum())
 
-# %% ../../nbs/core/04_selection.ipynb #afac1db8
+# %% ../../nbs/core/04_selection.ipynb #367ea591
 class Source:
     "`n` blocks, which of them are kept, and their scores when asked for"
     safe = None  # position of a block that must stay
     left = None  # how many are kept, where that is known
+    told = False  # was every block that went last time told by `drop`?
     def __init__(self, keep): self.keep,self.n = keep,len(keep)
     def scores(self, i, j, step=1): # First block, end, every how many
         "Scores of blocks [i:j:step]: a tensor that may be written to"
         raise NotImplementedError(f'{type(self).__name__} has no scores')
+    @property
+    def gone(self): "How many are gone"; return self.n-int(self.keep.count_nonzero())
+    def drop(self, i, at): # First block of a piece, places in the piece as a numpy array
+        "Blocks `i+at` go"
+        self.keep[i:].numpy()[at] = 0
 
 class Scores(Source):
     "Scores that are there already"
@@ -62,15 +68,15 @@ def _rank_all(sources, k, gone_first, protect):
     dev = sources[0].keep.device
     s = torch.cat([_ordered(o, gone_first, protect).to(dev) for o in sources])
     for o,gone in zip(sources, lowest(s, k).split([o.n for o in sources])): o.keep.copy_(gone.to(o.keep.device).to(torch.int8).sub_(1))
-    for o in sources: o.left = None
+    for o in sources: o.left,o.told = None,False
 
-# %% ../../nbs/core/04_selection.ipynb #9b699085
+# %% ../../nbs/core/04_selection.ipynb #bc23189c
 CHUNK = 2**17  # blocks in a piece: half a MiB of float32
-SAMPLE = 2**14  # scores that a bracket is estimated from
+SAMPLE = 2**14,2**9  # a bracket is estimated from so many scores, or from one in so many if that is more
 
 def _bracket(sources, alive, k):
     "Two values between which the `k`-th lowest of the kept scores lies, almost surely"
-    step = max(1, sum(o.n for o in sources)//SAMPLE)
+    step = max(1, min(sum(o.n for o in sources)//SAMPLE[0], SAMPLE[1]))
     s = torch.cat([o.scores(0, o.n, step).masked_fill_(o.keep[::step]==0, math.inf) for o in sources])
     m = int((s<math.inf).sum())
     at = m*k/alive
@@ -82,14 +88,14 @@ def _bracket(sources, alive, k):
 def _pieces(o): return ((i, min(i+CHUNK, o.n)) for i in range(0, o.n, CHUNK))
 
 def _scan(sources, outs, lo, hi):
-    "Clear in `outs` what is kept and below `lo`; give that count, places and values of what is from `lo` to below `hi`, piece by piece"
+    "Clear in `outs` what is kept and below `lo`; give that count, places and values of what is from `lo` to `hi`, piece by piece"
     f,g = np.empty(CHUNK, np.int8),np.empty(CHUNK, np.int8)
     for o,out in zip(sources, outs):
         for i,j in _pieces(o):
             s,keep,n = o.scores(i, j).numpy(),o.keep[i:j].numpy(),0
             if o.safe is not None and i<=o.safe<j: s[o.safe-i] = math.inf
             fi,gi = f[:j-i],g[:j-i]
-            np.less(s, hi, out=fi.view(bool))
+            np.less_equal(s, hi, out=fi.view(bool))
             fi &= keep
             if lo>-math.inf:
                 np.less(s, lo, out=gi.view(bool))
@@ -120,16 +126,16 @@ def _drop_bracketed(sources, gone, k, protect):
     hit = 0<=rest<=len(values)
     if hit:
         picked = [at[m] for at,m in zip(places, np.split(lowest(torch.from_numpy(values), rest).numpy(), np.cumsum([len(at) for at in places])[:-1]))]
-        pieces = [(o,out,i,j) for o,out in zip(sources, outs) for i,j in _pieces(o)]
+        pieces = [(o,i) for o in sources for i,_ in _pieces(o)]
         n_gone = [n+len(at) for n,at in zip(counts, picked)]
-        left = {o: (o.n if not gone else int(o.keep.count_nonzero()) if o.left is None else o.left) for o in sources}
-        for (o,*_),n in zip(pieces, n_gone): left[o] -= n
+        left = {o: (o.n if not gone else o.n-o.gone if o.left is None else o.left) for o in sources}
+        for (o,_),n in zip(pieces, n_gone): left[o] -= n
         bare = [o for o in sources if protect and not left[o]]
         if not bare:
-            for (o,out,i,j),at in zip(pieces, picked): out[i:j].numpy()[at] = 0
             for o,out in zip(sources, outs):
-                o.left = left[o]
+                o.left,o.told = left[o],lo==-math.inf
                 if not inplace: o.keep.copy_(out)
+            for (o,i),at in zip(pieces, picked): o.drop(i, at)
             return True
     if not gone: [o.keep.fill_(-1) for o in sources]
     if not hit: return False

@@ -6,7 +6,7 @@
 __all__ = ['zero_', 'Part', 'Layer', 'find_layers', 'ActNorms', 'learn_from', 'Side', 'find_sides', 'check_sparsity',
            'Sparsifier', 'hold_zeros']
 
-# %% ../../nbs/sparse/01_sparsifier.ipynb #92e79794
+# %% ../../nbs/sparse/01_sparsifier.ipynb #c67257fe
 import math, warnings
 from dataclasses import dataclass
 from numbers import Real
@@ -19,7 +19,7 @@ from ..core.selection import CHUNK, Scores, Source, n_of, select
 from ..core.graph import ChannelGraph
 from ..legacy import old_prune, old_sparsifier
 
-# %% ../../nbs/sparse/01_sparsifier.ipynb #9ab42929
+# %% ../../nbs/sparse/01_sparsifier.ipynb #0ee83cb5
 _ints = {1:torch.int8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
 
 def zero_(w:Tensor, keep:Tensor): # Weight, int8 mask that broadcasts over it: -1 keeps, 0 zeroes
@@ -34,7 +34,7 @@ def zero_(w:Tensor, keep:Tensor): # Weight, int8 mask that broadcasts over it: -
         k = keep[i:i+CHUNK]
         bits[i:i+CHUNK].bitwise_and_(buf[:len(k)].copy_(k))
 
-# %% ../../nbs/sparse/01_sparsifier.ipynb #49544d6b
+# %% ../../nbs/sparse/01_sparsifier.ipynb #1ed60df7
 @dataclass(eq=False)
 class Part:
     "A weight, and the blocks that it splits into"
@@ -48,14 +48,14 @@ class Part:
 
 def _wide(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
-# %% ../../nbs/sparse/01_sparsifier.ipynb #e9eca0dd
+# %% ../../nbs/sparse/01_sparsifier.ipynb #6a3d3fce
 class Layer(Source):
     "A layer's parts, which of its blocks are kept, and their scores"
     def __init__(self, name, parts, criteria):
         w,b = parts[0].w,parts[0].blocks
         super().__init__(torch.full((b.n,), -1, dtype=torch.int8, device=w.device))
         self.name,self.parts,self.criteria = name,parts,criteria
-        self.past,self.given,self.ready,self.whole,self.masks = {},{},None,None,None
+        self.past,self.given,self.ready,self.whole,self.flat,self.masks = {},{},None,None,None,None
         self.needs,one = needs(criteria),torch.tensor([[-1.]])
         self.by_piece = len(parts)==1 and b.zeros is None and b.single and criteria.pointwise and 'act' not in self.needs and bool(criteria.reducer(one)==-1)
 
@@ -69,19 +69,23 @@ class Layer(Source):
             res[o] = x.detach()
         return res
 
+    def drop(self, i, at):
+        super().drop(i, at)
+        if self.flat is not None: self.parts[0].w.detach().view(-1)[i:].index_fill_(0, torch.from_numpy(at), 0)
+
     @property
     def streams(self): "Are scores computed piece by piece, from the weights as they lie in memory?"; return self.by_piece and all(x.is_contiguous() for x in self.known(0).values())
 
     def open(self):
         "Make `scores` ready to be asked, until `close`; a criteria that fails does so here"
-        if self.streams:
-            self.flat = {o: x.view(-1) for o,x in self.known(0).items()}
-            self.scores(0, 1)
-        else: self.flat = self.prepare()
+        if not self.streams: return self.prepare()
+        self.flat = {o: x.view(-1) for o,x in self.known(0).items()}
+        self.scores(0, 1, 2)
     def close(self): self.ready = self.whole = self.flat = None
 
     def scores(self, i, j, step=1):
         if self.flat is None: return self.ready[i:j:step].clone()
+        if step==1 and self.masks: zero_(self.parts[0].w.view(-1)[i:j], self.keep[i:j])  # while the piece is in the processor's cache
         s = self.criteria.f(**{o: _wide(x[i:j:step]) for o,x in self.flat.items()})
         return s.clone() if s._is_view() else s
 
@@ -110,7 +114,8 @@ class Layer(Source):
 
     def apply(self):
         "Zero what is masked"
-        for p,m in zip(self.parts, self.masks or []): zero_(p.w, m)
+        if not self.told: [zero_(p.w, m) for p,m in zip(self.parts, self.masks or [])]
+        self.told = False  # the next optimizer step changes the weights
 
     def follow_device(self):
         "Move with the weight, if it was moved"
@@ -120,7 +125,7 @@ class Layer(Source):
         self.past = {o: [x.to(dev) for x in xs] for o,xs in self.past.items()}
         if self.masks is not None: self.masks = [m.to(dev) for m in self.masks]
 
-# %% ../../nbs/sparse/01_sparsifier.ipynb #1e2b9370
+# %% ../../nbs/sparse/01_sparsifier.ipynb #5e287d0c
 def _weights(m):
     "Attributes of the weights of `m`, and the module that holds each"
     if not isinstance(m, nn.MultiheadAttention): return [(m,'weight')]
@@ -154,7 +159,7 @@ def find_layers(model, granularity, layer_type, criteria):
     there = sorted({type(m).__name__ for m in model.modules() if any(t in layer_axes or t.__name__ in layer_axes for t in type(m).__mro__)})
     raise ValueError(f'the model has no layer of type {", ".join(t.__name__ for t in _types(layer_type))}; it has {", ".join(there) or "none that can be sparsified"}')
 
-# %% ../../nbs/sparse/01_sparsifier.ipynb #cc97948a
+# %% ../../nbs/sparse/01_sparsifier.ipynb #778d11c7
 def _act_like(act, p):
     "`act`, one value an input channel, shaped to broadcast over the weight of `p`"
     w,i = p.w,p.axes.index('i')
@@ -214,7 +219,7 @@ def learn_from(data, model, layers, loss_func=None): # Batches (x, y): one, a li
     it = iter(grads or [])
     if grads: [o.given.update(grad=[next(it)/n for _ in o.parts]) for o in layers]
 
-# %% ../../nbs/sparse/01_sparsifier.ipynb #0a223ce0
+# %% ../../nbs/sparse/01_sparsifier.ipynb #76b65c38
 class Side:
     "A parameter with an entry a channel, whose entries go with the blocks of some layers"
     def __init__(self, mod, attr): self.mod,self.attr,self.follows,self.mask = mod,attr,[],None
@@ -252,7 +257,7 @@ def find_sides(model, layers, example_inputs=None):
         for mod,attr,b in head_parts(model.get_submodule(o.name))[1]: add(names[id(getattr(mod, attr))], o, b)
     return sides
 
-# %% ../../nbs/sparse/01_sparsifier.ipynb #d8afa0ca
+# %% ../../nbs/sparse/01_sparsifier.ipynb #210eb6cd
 def check_sparsity(sparsity): # Percentage
     "`sparsity` if it is a percentage; `ValueError` otherwise, and a warning for what looks like a fraction"
     if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0<=sparsity<=100: raise ValueError(f'sparsity is in percent, from 0 to 100, not {sparsity!r}')
@@ -377,12 +382,12 @@ class Sparsifier:
             if len(names)>1:  # see first how they would share it
                 trial = [Scores(o.scores(0, o.n), o.keep.clone()) for o in layers]
                 select(trial, self._n_gone(names), k, self._protect)
-                k = [int((o.keep==0).sum()) for o in trial]
+                k = [o.gone for o in trial]
             res |= {(o.name,): _round(o.n, n, self.round_to) for o,n in zip(layers, k if len(names)>1 else [k])}
         return res
 
     def _n_gone(self, names):
-        if names not in self._gone: self._gone[names] = sum(int((self._by_name[o].keep==0).sum()) for o in names)
+        if names not in self._gone: self._gone[names] = sum(self._by_name[o].gone for o in names)
         return self._gone[names]
 
     def _select(self, ks):
@@ -409,7 +414,7 @@ class Sparsifier:
 
     def reached(self):
         "Percent of the blocks that are gone now"
-        return self.own*sum(int((o.keep==0).sum()) for o in self.layers)/sum(o.n for o in self.layers)
+        return self.own*sum(o.gone for o in self.layers)/sum(o.n for o in self.layers)
 
     def state_dict(self):
         "What is kept, and what is remembered of the weights: tensors by name"
@@ -452,7 +457,7 @@ def _round(n, gone, to):
     up = -(-(n-gone)//to)*to
     return 0 if not gone or n<to else n-(up if up<=n else n//to*to)
 
-# %% ../../nbs/sparse/01_sparsifier.ipynb #1c87784c
+# %% ../../nbs/sparse/01_sparsifier.ipynb #4ec49ed3
 def hold_zeros(model:nn.Module, example_inputs=None): # Model, inputs that run it
     "A `Sparsifier` whose masks are the zeros of `model`: its `apply_masks` holds them"
     model = getattr(model, '_orig_mod', model)
