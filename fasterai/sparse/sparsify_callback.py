@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['due', 'SparsifyCallback', 'KeepSparsity']
 
-# %% ../../nbs/sparse/02_sparsify_callback.ipynb #6fa36994
+# %% ../../nbs/sparse/02_sparsify_callback.ipynb #7ff618e9
 from pathlib import Path
 import torch
 from torch import nn
@@ -16,12 +16,14 @@ from ..core.schedule import one_cycle, schedule_of
 from .sparsifier import ActNorms, Sparsifier, hold_zeros
 from ..legacy import old_arguments
 
-# %% ../../nbs/sparse/02_sparsify_callback.ipynb #614d569a
+# %% ../../nbs/sparse/02_sparsify_callback.ipynb #29d56b2a
 def due(k:int, n:int, n_updates:int): # Step from 1 to n, number of steps, most updates in a fit
     "Is step `k` of `n` one of `n_updates` that are equally spaced and end at `n`?"
     return n<=n_updates or k*n_updates//n>(k-1)*n_updates//n
 
-# %% ../../nbs/sparse/02_sparsify_callback.ipynb #35e31d27
+# %% ../../nbs/sparse/02_sparsify_callback.ipynb #4c5d1023
+def _two(xb): "Two samples are enough to follow channels with"; return tuple(o[:2] if isinstance(o, torch.Tensor) else o for o in xb)
+
 class SparsifyCallback(Callback):
     "Zero weights while training: `schedule` says how many, a `Sparsifier` says which"
     run_valid,order = False,55  # after the Recorder, whose table gets a column, and before what shows it
@@ -39,6 +41,7 @@ class SparsifyCallback(Callback):
         model:nn.Module|None=None, # Part of the learner's model to sparsify, by default all
         round_to:int|None=None, # Keep a multiple of so many blocks in each layer
         layer_type=nn.Conv2d, # Type of layer, or a tuple of types
+        coupled:bool=False, # Score and zero together the filters that are tied, so that they can be removed
         n_updates:int=200, # Most mask updates in a fit
         verbose:bool=False, # Print the sparsity of each layer after training
         example_inputs=None, # Inputs to follow filters to their normalization with, by default the first batch
@@ -48,17 +51,23 @@ class SparsifyCallback(Callback):
         if not lth and (rewind_epoch or save_tickets): raise ValueError('rewind_epoch and save_tickets are for lottery tickets: they go with lth=True')
         self.sparsity,self.lth,self.rewind_epoch,self.reset_end,self.save_tickets = sparsity,lth,rewind_epoch,reset_end,save_tickets
         self.n_updates,self.verbose,self.sub,self.inputs = n_updates,verbose,model,example_inputs
-        self.how = dict(granularity=granularity, context=context, criteria=criteria, layer_type=layer_type, round_to=round_to)
+        self.how = dict(granularity=granularity, context=context, criteria=criteria, layer_type=layer_type, coupled=coupled, round_to=round_to)
         self.sparsifier = self.saved = None
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
         if not self.run: return
-        self.sparsifier = Sparsifier(self.sub or self.model, example_inputs=self.inputs, **self.how)
+        self.sparsifier = Sparsifier(self.sub or self.model, example_inputs=self._inputs(), **self.how)
         self.target,self.saved,self.level = self.sparsifier.targets(self.sparsity),None,0.
         if self.lth or self.reset_end: self._check_rewind()
         names = self.recorder.metric_names if hasattr(self.learn, 'recorder') else []
         if names: names.insert(len(names)-(names[-1]=='time'), 'sparsity')
+
+    def _inputs(self):
+        "Inputs to follow channels with, where they are needed before the first batch: of the validation set, whose order is fixed"
+        if self.inputs is not None or self.sub is not None or not self.how['coupled'] or not len(self.dls.valid): return self.inputs
+        with torch.random.fork_rng(): b = self.learn._set_device(next(iter(self.dls.valid)))
+        return _two(b[:getattr(self.dls, 'n_inp', max(len(b)-1, 1))])
 
     def _check_rewind(self):
         if self.rewind_epoch>=self.n_epoch: raise ValueError(f'rewind_epoch {self.rewind_epoch} is not one of the {self.n_epoch} epochs')
@@ -78,7 +87,7 @@ class SparsifyCallback(Callback):
     def step(self): "Batches seen in this fit, and how many there are"; return self.epoch*self.n_iter+self.iter+1, self.n_epoch*self.n_iter
 
     def before_batch(self):
-        if self.sparsifier.example_inputs is None and self.sub is None: self.sparsifier.example_inputs = tuple(o[:2] if isinstance(o, torch.Tensor) else o for o in self.xb)
+        if self.sparsifier.example_inputs is None and self.sub is None: self.sparsifier.example_inputs = _two(self.xb)
         if 'act' in needs(self.sparsifier.criteria) and due(*self.step, self.n_updates): self._watch()
 
     def _watch(self):
@@ -134,6 +143,6 @@ class KeepSparsity(Callback):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
         self.sparsifier = None
     def before_batch(self):
-        if self.sparsifier is None: self.sparsifier = hold_zeros(self.model, tuple(o[:2] if isinstance(o, torch.Tensor) else o for o in self.xb))
+        if self.sparsifier is None: self.sparsifier = hold_zeros(self.model, _two(self.xb))
     def after_step(self): self.sparsifier.apply_masks()
     def after_fit(self): self.sparsifier = None
