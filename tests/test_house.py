@@ -1,0 +1,92 @@
+"""The house's own rules: who may import whom, what importing costs, what a star import brings, and a few words that the library does not use.
+
+They are read off the source, so a module that breaks one fails here before it does anywhere else; a module that no rule covers fails as well."""
+import ast, builtins, fnmatch, keyword, math, subprocess, sys
+from pathlib import Path
+import pytest, torch
+
+ROOT = Path(__file__).parent.parent
+LIB = ROOT/'fasterai'
+FILES = {p.relative_to(LIB).as_posix(): ast.parse(p.read_text(encoding='utf-8')) for p in sorted(LIB.rglob('*.py'))}
+
+# The first row that fits holds. Of ours: rooms that may be imported (a room may always use itself). Of others: packages beside the standard library
+RULES = [  # module                  ours                              others
+    ('_modidx.py',                  '',                               ''),
+    ('*__init__.py',                '',                               ''),
+    ('*/all.py',                    'core legacy',                    ''),
+    ('legacy.py',                   'core',                           'torch'),
+    ('core/*',                      '',                               'torch numpy'),
+    ('*callback*.py',               'core legacy',                    'torch numpy fastai fastcore safetensors'),
+    ('report/*',                    'core analyze',                   'torch numpy pandas matplotlib'),
+    ('analyze/*',                   'core',                           'torch numpy pandas fastprogress'),
+    ('lightning/*',                 'core sparse prune distill regularize quantize legacy', 'torch numpy lightning pytorch_lightning safetensors'),
+    ('export/*',                    'core',                           'torch numpy onnx onnxruntime onnxscript'),
+    ('misc/*',                      'core legacy',                    'torch numpy tensorly'),
+    ('quantize/*',                  'core legacy',                    'torch numpy pandas torchao safetensors'),
+    *((f'{o}/*',                    'core legacy',                    'torch numpy pandas') for o in ('sparse','prune','distill','regularize'))]
+
+def rule(path): return next(((ours.split(), others.split()) for pat,ours,others in RULES if fnmatch.fnmatch(path, pat)), None)
+
+def imported(path, tree):
+    "Full names of what a module imports, wherever in it"
+    package = ['fasterai',*Path(path).parent.parts]
+    for o in ast.walk(tree):
+        if isinstance(o, ast.Import): yield from (a.name for a in o.names)
+        elif isinstance(o, ast.ImportFrom): yield '.'.join((package[:len(package)-o.level+1] if o.level else [])+([o.module] if o.module else []))
+
+@pytest.mark.parametrize('path', FILES)
+def test_imports(path):
+    assert rule(path), f'no row of RULES covers {path}'
+    ours,others = rule(path)
+    room = Path(path).parts[0] if '/' in path else None
+    for name in imported(path, FILES[path]):
+        top,*rest = name.split('.')
+        if top=='fasterai': assert rest and rest[0] in (*ours, room), f'{path} may not import {name}'
+        else: assert top in sys.stdlib_module_names or top in others, f'{path} may not import {name}'
+
+def test_rules_notice_a_breach():
+    "The test above would fail on what it is for"
+    assert rule('attic/x.py') is None and 'fastai' not in rule('sparse/sparsifier.py')[1] and 'matplotlib' not in rule('sparse/sparsify_callback.py')[1] and rule('core/graph.py')[0]==[]
+    assert list(imported('core/x.py', ast.parse('from .y import z\nfrom ..sparse.w import v\ndef f(): import fastai.basics')))==['fasterai.core.y','fasterai.sparse.w','fastai.basics']
+
+@pytest.mark.parametrize('module', ['fasterai.core.all','fasterai.sparse.sparsifier','fasterai.legacy'])
+def test_import_is_light(module):
+    "In a fresh process, no framework and no plotting comes along"
+    code = f'import sys, {module}; print(*sorted({{o.split(".")[0] for o in sys.modules}} & {{"fastai","fastcore","matplotlib","pandas","torchvision","lightning","safetensors"}}))'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()==''
+
+STARS = [f'fasterai.{p.parent.name}.all' for p in sorted(LIB.glob('*/all.py'))]
+MINE = {*sys.stdlib_module_names, *dir(builtins), *keyword.kwlist, *keyword.softkwlist, *dir(torch.nn), 'torch','nn','F','np','numpy','pd','pandas','plt','Tensor','tensor','Path','partial','L','learn','model','dls'}
+
+@pytest.mark.parametrize('module', STARS)
+def test_star_import_rebinds_nothing(module):
+    "What a user has from Python, torch and by habit survives `from … import *`"
+    ns = {}
+    exec(f'from {module} import *', ns)
+    got = {k:v for k,v in ns.items() if k!='__builtins__'}
+    assert got and not set(got) & MINE, sorted(set(got) & MINE)
+    assert not [k for k,v in got.items() if isinstance(v, type(math))], 'a module came along'
+
+def test_star_import_after_fastai():
+    "After fastai's star import, ours replaces nothing but what does the same"
+    theirs,ours = {},{}
+    exec('from fastai.vision.all import *', theirs)
+    exec('from fasterai.sparse.all import *', ours)
+    both = {k for k in ours if k in theirs and ours[k] is not theirs[k]}-{'__builtins__'}
+    for k in both & {'sched_cos','sched_lin'}: assert all(ours[k](1., 5., o/8)==pytest.approx(theirs[k](1., 5., o/8)) for o in range(9))
+    assert both<={'sched_cos','sched_lin'}, both
+
+def functions(tree): return {id(o):f.name for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for o in ast.walk(f)}
+
+@pytest.mark.parametrize('path', FILES)
+def test_words_not_used(path):
+    "Nothing is printed but by `print_…`, no exception is swallowed unseen, no device is assumed, no clock and no unseeded global state decides"
+    tree = FILES[path]
+    inside = functions(tree)
+    for o in ast.walk(tree):
+        if isinstance(o, ast.Call) and isinstance(o.func, ast.Name) and o.func.id=='print': assert inside.get(id(o), '').startswith('print_'), f'{path}:{o.lineno}'
+        if isinstance(o, ast.ExceptHandler):
+            names = [getattr(t, 'id', getattr(t, 'attr', None)) for t in (o.type.elts if isinstance(o.type, ast.Tuple) else [o.type])]
+            assert not {None,'Exception','BaseException'} & set(names), f'{path}:{o.lineno} catches everything'
+        if isinstance(o, ast.Call) and isinstance(o.func, ast.Attribute): assert o.func.attr not in ('cuda','manual_seed','seed'), f'{path}:{o.lineno}'
+        if isinstance(o, ast.Global): raise AssertionError(f'{path}:{o.lineno} has a global')

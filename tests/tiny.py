@@ -1,0 +1,50 @@
+"A tiny network, tiny data and a quiet Learner, for tests of callbacks"
+import torch
+from torch import nn
+from fastai.callback.core import Callback
+from fastai.callback.schedule import *
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from fastai.optimizer import *
+
+g = torch.Generator().manual_seed(0)
+X,Y = torch.randn(48, 3, 6, 6, generator=g),torch.randint(0, 4, (48,), generator=g)
+class Items(list):
+    "A list that can be exported"
+    def new_empty(self): return Items()
+    def __getitem__(self, i): return Items(super().__getitem__(i)) if isinstance(i, slice) else super().__getitem__(i)
+
+DATA = Items(zip(X, Y))
+
+def net(seed=0, norm=nn.BatchNorm2d):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3,8,3,padding=1), norm(8), nn.ReLU(), nn.Conv2d(8,8,3,padding=1), norm(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,4))
+
+def learner(model=None, bs=8, n=32, data=DATA, cls=Learner, **kwargs):
+    "A Learner with `n/bs` batches an epoch that shows nothing"
+    dls = DataLoaders(DataLoader(Items(data[:n]), bs=bs), DataLoader(Items(data[n:]), bs=8))
+    return cls(dls, net() if model is None else model, **dict(dict(loss_func=nn.CrossEntropyLoss(), lr=1e-2), **kwargs))
+
+def fit(learn, n=1, cbs=None, **kwargs):
+    with learn.no_bar(), learn.no_logging(): learn.fit(n, cbs=cbs, **kwargs)
+    return learn
+
+def convs(model): return [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+def zeros(model): return [int((m.weight==0).sum()) for m in convs(model)]
+def state(model): return {k:v.detach().clone() for k,v in model.state_dict().items()}
+def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+class At(Callback):
+    "Call `f(self)` at `event`, the `n`-th time (every time by default); in training where it is one of a batch's"
+    run_valid = False
+    def __init__(self, event, f, n=None, order=80):
+        self.f,self.n,self.order,self.seen = f,n,order,0
+        setattr(self, event, self._hit)
+    def _hit(self):
+        self.seen += 1
+        if self.n in (None, self.seen): self.f(self)
+
+def raises(ex):
+    def f(_): raise ex('stop')
+    return f
