@@ -21,6 +21,11 @@ from tiny import At, DATA, X, Y, convs, fit, learner, net, raises, same, state, 
 
 HALF = [108,288]  # zeros of `net` at 50 %, weight by weight
 
+def show(o):
+    "A short name of a case"
+    if isinstance(o, dict): return '-'.join(f'{k}={show(v)}' for k,v in o.items()) or 'plain'
+    return getattr(o, '__name__', None) or (type(o).__name__ if isinstance(o, nn.Module) else str(o)[:30])
+
 def hooks(model): return [n for n,m in model.named_modules() for o in ('_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks','_forward_hooks_always_called','_state_dict_hooks') if getattr(m, o, None)]
 def marks(model): return {n: (set(vars(m)), m.training) for n,m in model.named_modules()},list(model.state_dict()),{n:p.requires_grad for n,p in model.named_parameters()}
 
@@ -109,7 +114,7 @@ def test_gradient_accumulation(n_acc):
     w = half_way(learner(bs=8, n=40), cbs=[GradientAccumulation(n_acc)])
     assert len(w.seen)==2*5*8//n_acc
 
-@pytest.mark.parametrize('criteria', [taylor, wanda], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('criteria', [taylor, wanda], ids=show)
 @pytest.mark.parametrize('n_updates', [1,3,200])
 def test_gradients_and_activations_that_are_there(criteria, n_updates):
     "A criteria that looks at gradients or activations sees those of a training step: never none, never zeros, whenever it is asked"
@@ -161,7 +166,7 @@ def test_copies_before_the_step(event):
     assert len(seen)==8
 
 @pytest.mark.parametrize('backend', ['eager','aot_eager'])
-@pytest.mark.parametrize('how', [dict(), dict(criteria=wanda), dict(criteria=taylor, granularity='filter'), dict(lth=True, schedule=iterative)], ids=str)
+@pytest.mark.parametrize('how', [dict(), dict(criteria=wanda), dict(criteria=taylor, granularity='filter'), dict(lth=True, schedule=iterative)], ids=show)
 def test_compiled(backend, how, tmp_path):
     "A compiled model is sparsified; its tickets load into one that is not compiled"
     torch._dynamo.reset()
@@ -278,8 +283,8 @@ class Fails(nn.Module):
         if self.ex: raise self.ex()
         return x
 
-@pytest.mark.parametrize('event,ex', STOPS, ids=lambda o: getattr(o, '__name__', o))
-@pytest.mark.parametrize('how', [dict(), dict(granularity='filter', context='global'), dict(criteria=wanda), dict(criteria=movement, lth=True, schedule=Schedule(sched_iterative)), dict(reset_end=True)], ids=lambda o: '-'.join(map(str, o)) or 'plain')
+@pytest.mark.parametrize('event,ex', STOPS, ids=show)
+@pytest.mark.parametrize('how', [dict(), dict(granularity='filter', context='global'), dict(criteria=wanda), dict(criteria=movement, lth=True, schedule=Schedule(sched_iterative)), dict(reset_end=True)], ids=show)
 def test_nothing_is_left_behind(event, ex, how):
     "Whatever stops a fit, no hook, attribute, key, frozen parameter or column stays, and the same callback does its work in the next one"
     model = nn.Sequential(Fails(), *net())
@@ -432,7 +437,7 @@ BAD = [
     (dict(n_updates=0), 'n_updates'), (dict(n_updates=1.5), 'n_updates'), (dict(rewind_epoch=1), 'lth'), (dict(lth=True, rewind_epoch=9), '9'), (dict(lth=True, rewind_epoch=-1), '-1'), (dict(lth=True, rewind_epoch=1, schedule=cos), 'start_pct'), (dict(save_tickets=True), 'lth'),
     (dict(model=nn.Conv2d(3,4,3)), 'model'), (dict(model=nn.Sequential()), ''), (dict(granulariti='filter'), 'granulariti'), (dict(criteria=lambda w: w.mean()), 'shape'), (dict(criteria=lambda *a: a[0]), ''), (dict(granularity='filter', round_to=64), 'round_to'), (dict(granularity='layer', round_to=8), 'round_to')]
 
-@pytest.mark.parametrize('kwargs,says', BAD, ids=lambda o: str(o)[:40])
+@pytest.mark.parametrize('kwargs,says', BAD, ids=show)
 def test_bad_arguments(kwargs, says):
     "Refused before a batch is seen, in words that help; the model is bit for bit as before"
     learn,batches = learner(),[]
@@ -440,6 +445,22 @@ def test_bad_arguments(kwargs, says):
     with pytest.raises((ValueError, TypeError)) as e: fit(learn, 2, [SparsifyCallback(**dict(dict(sparsity=50), **kwargs)), At('before_batch', lambda o: batches.append(1))])
     assert says in str(e.value) and 'isinstance' not in str(e.value) and 'has no attribute' not in str(e.value) and 'not supported between' not in str(e.value), str(e.value)
     assert not batches and same(before, state(learn.model)) and hooks(learn.model)==[]
+
+def test_gradients_of_frozen_layers():
+    "A criteria that needs gradients of layers that have none is refused before a step is taken"
+    learn = learner(splitter=lambda m: [list(m[:3].parameters()), list(m[3:].parameters())])
+    learn.freeze()
+    before = state(learn.model)
+    with pytest.raises(ValueError, match='frozen'): fit(learn, 1, SparsifyCallback(50, criteria='taylor'))
+    assert same(before, state(learn.model)) and not hooks(learn.model)
+
+def test_targets_by_layer():
+    "A list or a dict goes along the schedule, layer by layer"
+    for target,want in ([25,75], [54,432]), ({'3': 75}, [0,432]):
+        learn = learner()
+        cb = SparsifyCallback(target, schedule=lin)
+        fit(learn, 2, [cb, w := Watch(cb)])
+        assert zeros(learn.model)==want and w.seen==pytest.approx([100*sum(exact(n, t*k/8) for n,t in zip((216,576), (target if isinstance(target, list) else [0,75])))/792 for k in range(1, 9)])
 
 def test_fraction_warns():
     "0.5 is half a percent, and says so"
@@ -522,7 +543,7 @@ def test_models_that_are_refused(model):
     with pytest.raises(ValueError): Sparsifier(model)
 
 @pytest.mark.parametrize('data', [(X,Y), [X,Y], [(X,Y)], [[X,Y],[X,Y]], torch.utils.data.DataLoader(DATA, 16)], ids=['tuple','batch-of-a-loader','list-of-tuples','list-of-lists','loader'])
-@pytest.mark.parametrize('criteria', [taylor, wanda], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('criteria', [taylor, wanda], ids=show)
 def test_data(data, criteria):
     "A batch, as a tuple or as a DataLoader gives it, a list of batches or a loader; the model keeps its mode, statistics and gradients"
     model = net()
@@ -552,7 +573,7 @@ def test_forward_with_keywords():
 
 # --- state and devices
 
-@pytest.mark.parametrize('how', [dict(), dict(granularity='filter', context='global'), dict(granularity='2:4'), dict(criteria=movement), dict(criteria=updating_movement, context='global'), dict(context='lamp')], ids=str)
+@pytest.mark.parametrize('how', [dict(), dict(granularity='filter', context='global'), dict(granularity='2:4'), dict(criteria=movement), dict(criteria=updating_movement, context='global'), dict(context='lamp')], ids=show)
 def test_resume_gives_the_same_bits(how):
     "A Sparsifier that goes on from a state gives the masks of one that was never interrupted"
     def run(stop):
@@ -589,6 +610,14 @@ def test_no_waiting_for_the_device(granularity, context):
             sp.update(level)
             sp.apply_masks()
         assert all(m.device.type=='cuda' for m in sp.masks.values()) and all(o.keep.device.type=='cuda' for o in sp.layers)
+
+def test_default_device_does_not_matter():
+    "Work is done where the weights are, not where torch makes new tensors"
+    model = net()
+    with torch.device('meta'):
+        sp = Sparsifier(model, 'weight', 'global')
+        sp.sparsify_model(50)
+    assert sum(zeros(model))==396
 
 def test_on_the_meta_device():
     "Masks follow the weights to another device"

@@ -135,7 +135,7 @@ def walks(draw):
     "Layers, a granularity that they have, a context, and levels one after the other"
     kind = draw(st.sampled_from(sorted(LAYERS)))
     g = draw(st.sampled_from([g for g in NUMBERED if numbered(g, axes_of_kind(kind)) is not None]))
-    level = st.one_of(st.sampled_from(LEVELS), st.floats(0, 100).map(lambda o: round(o, 4)))
+    level = st.one_of(st.sampled_from(LEVELS), st.floats(1, 100).map(lambda o: round(o, 4)))
     return kind,g,draw(st.sampled_from(['local','global'])),draw(st.lists(level, min_size=1, max_size=6)),draw(st.sampled_from(sorted(FILLS))),draw(st.sampled_from(DTYPES)),draw(st.integers(0, 99))
 
 @given(walks())
@@ -173,6 +173,21 @@ def test_monotone(context, kind):
             now = masked(sp, model, granularity)
             assert all(b<=n for b,n in zip(before, now)), (fill, granularity, level)
             before = now
+
+@pytest.mark.parametrize('granularity', ['weight','kernel'])
+@pytest.mark.parametrize('context', sorted(contexts))
+def test_what_is_gone_has_no_vote(context, granularity):
+    "What an optimizer makes of weights that are gone does not count, whether or not they are zeroed again before the update"
+    counts = []
+    for zero_first in (False, True):
+        model = make('conv2d')
+        sp = Sparsifier(model, granularity, context)
+        sp.update(40)
+        with torch.no_grad(): model[1].weight[~sp.masks['1.weight']] = 1000.
+        if zero_first: sp.apply_masks()
+        sp.update(50)
+        counts.append([len(o) for o in masked(sp, model, granularity)])
+    assert counts[0]==counts[1]
 
 @pytest.mark.parametrize('f', [sched_cos, sched_dsd, sched_one_cycle, sched_agp, sched_iterative], ids=lambda f: f.__name__)
 @pytest.mark.parametrize('granularity', ['weight','row','filter'])
@@ -255,6 +270,14 @@ def test_patterns(n, more, kind, shares, fill):
             asked = exact(groups, share)
             if all(line_size%m==0 for line_size in [w.shape[i]]): assert obey==asked
             else: assert obey>=asked
+
+def test_pattern_that_fits_nothing():
+    "Where each group keeps all it has, as 2:4 in a depthwise convolution, the pattern is refused, or said to have reached nothing"
+    conv = nn.Conv2d(8, 8, 3, groups=8)
+    try: sp = Sparsifier(conv, '2:4')
+    except ValueError: return
+    sp.sparsify_model(50)
+    assert sp.reached()==0
 
 @pytest.mark.parametrize('level', LEVELS)
 @pytest.mark.parametrize('context', ['local','global'])
