@@ -22,16 +22,20 @@ def global_(sizes, sparsity):
     return {tuple(sizes): n_of(sum(sizes.values()), sparsity)}
 
 # %% ../../nbs/core/05_context.ipynb #7cc06dde
-def _whole(shares, caps, total): # Wanted number by layer (a float), highest number by layer, exact total
-    "Whole numbers that add up to `total`, as close to `shares` as `caps` allow"
-    res = {o: min(int(s), caps[o]) for o,s in shares.items()}
-    while (short := min(total, sum(caps.values()))-sum(res.values()))>0:
-        open_ = sorted((o for o in res if res[o]<caps[o]), key=lambda o: res[o]-shares[o])  # largest remainder first
-        each = max(1, short//len(open_)-1)
-        for o in open_[:short]: res[o] = min(caps[o], res[o]+each)
+def _whole(shares, caps, total, gone): # Wanted number by layer (a float), highest number by layer, exact total, numbers that are gone now
+    "Whole numbers that add up to `total`, as close to `shares` as `caps` allow, and none below `gone` while the total is not"
+    least = gone if total>=sum(gone.values()) else dict.fromkeys(shares, 0)
+    caps = {o: max(caps[o], least[o]) for o in shares}
+    res = {o: max(min(int(s), caps[o]), least[o]) for o,s in shares.items()}
+    while (over := sum(res.values())-min(total, sum(caps.values())))!=0:
+        step = 1 if over<0 else -1
+        open_ = [o for o in res if (res[o]<caps[o] if over<0 else res[o]>least[o])]
+        open_.sort(key=lambda o: step*(res[o]-shares[o]))  # what is farthest from its share first
+        each = max(1, abs(over)//len(open_)-1)
+        for o in open_[:abs(over)]: res[o] = max(least[o], min(caps[o], res[o]+step*each))
     return res
 
-def erk(shapes, sizes, room, sparsity):
+def erk(shapes, sizes, room, gone, sparsity):
     "Erdős–Rényi kernel: density ∝ sum/product of the weight's dimensions (Evci et al., arXiv 1911.11134, §3.1), no layer above dense"
     raw = {o: sum(s)/math.prod(s) for o,s in shapes.items()}
     total,dense = sum(sizes.values()),set()
@@ -43,9 +47,9 @@ def erk(shapes, sizes, room, sparsity):
         if not over: break
         dense |= over
     shares = {o: 0. if o in dense else sizes[o]*(1-scale*raw[o]) for o in sizes}
-    return _whole(shares, room, total-keep)
+    return _whole(shares, room, total-keep, gone)
 
-def uniform_plus(sizes, shapes, room, sparsity):
+def uniform_plus(sizes, shapes, room, gone, sparsity):
     "The same percentage everywhere, but the first layer dense and a final Linear at most 80 % sparse, as long as the target allows (Gale et al., arXiv 1902.09574, §3)"
     names = list(sizes)
     total = n_of(sum(sizes.values()), sparsity)
@@ -59,22 +63,22 @@ def uniform_plus(sizes, shapes, room, sparsity):
     for o in open_:  # the tightest cap first; what it cannot take is shared by the rest
         shares[o] = min(caps[o], left*sizes[o]/room)
         left,room = left-shares[o],room-sizes[o]
-    return _whole({o: shares[o] for o in names}, caps, total)
+    return _whole({o: shares[o] for o in names}, caps, total, gone)
 
-def lamp(scores, room, sparsity):
+def lamp(scores, room, gone, sparsity):
     "Layer-adaptive magnitude: each score² by the sum of those that are not lower in its layer, then compared globally (Lee et al., arXiv 2010.07611, eq. 3)"
     rel = {}
     for o,s in scores.items():
         s,_ = torch.sort((s-s.min().clamp_max(0)).double().square())
         rel[o] = s/s.flip(0).cumsum(0).flip(0).clamp_min(torch.finfo(s.dtype).tiny)
     k = min(n_of(sum(map(len, rel.values())), sparsity), sum(room.values()))
-    gone = lowest(torch.cat(list(rel.values())), k).split([len(s) for s in rel.values()])
-    return _whole({o: int(m.sum()) for o,m in zip(rel, gone)}, room, k)
+    out = lowest(torch.cat(list(rel.values())), k).split([len(s) for s in rel.values()])
+    return _whole({o: int(m.sum()) for o,m in zip(rel, out)}, room, k, gone)
 
 contexts = {'local':local, 'global':global_, 'erk':erk, 'uniform_plus':uniform_plus, 'lamp':lamp}
 
 # %% ../../nbs/core/05_context.ipynb #a7d9d565
-CONTEXT_NEEDS = 'sparsity','sizes','room','shapes','scores'
+CONTEXT_NEEDS = 'sparsity','sizes','room','shapes','scores','gone'
 
 def context_needs(f): # Context
     "What the context `f` asks for, by the names of its parameters"

@@ -69,12 +69,15 @@ NEEDS = 'w','w0','w_prev','grad','act'
 
 def needs(f:Callable): # Criteria
     "What `f` asks for, by the names of its parameters; `ValueError` for a name that nothing is known by"
+    if not callable(f): raise TypeError(f'a criteria is a function or a name of `criterias`, not {f!r}')
     try: ps = inspect.signature(f).parameters.values()
     except ValueError: raise ValueError(f'criteria {f!r} does not tell the names of its parameters: wrap it, as in `lambda w: {getattr(f, "__name__", "f")}(w)`') from None
     for p in ps:
         if p.name not in NEEDS and p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             raise ValueError(f'criteria {getattr(f, "__name__", f)!r} has a parameter {p.name!r}: {did_you_mean(p.name, NEEDS)}')
-    return tuple(p.name for p in ps if p.name in NEEDS)
+    res = tuple(p.name for p in ps if p.name in NEEDS)
+    if not res: raise ValueError(f'criteria {getattr(f, "__name__", f)!r} names none of {", ".join(NEEDS)} as a parameter')
+    return res
 
 def score(f:Callable, **known): # Criteria, what is known, by name
     "Call the criteria `f` with those of `known` that its parameters name"
@@ -95,6 +98,7 @@ class Criteria:
         normalizer:Callable|str|None=None, # Block scores of a layer → the same, rescaled: a reducer's name divides by it, or a function
     ):
         self.f,self.reducer = named('criteria', criterias, f),named('reducer', reducers, reducer)
+        needs(self.f)
         self.normalizer = named('normalizer', reducers, normalizer)
         self.by_name = isinstance(normalizer, str)
         self.__name__ = getattr(self.f, '__name__', repr(self.f))
@@ -110,6 +114,4 @@ class Criteria:
 
 def criteria_of(given): # Name of one of `criterias`, function, or `Criteria`
     "A `Criteria`, checked: its parameters are known"
-    c = given if isinstance(given, Criteria) else Criteria(given)
-    needs(c)
-    return c
+    return given if isinstance(given, Criteria) else Criteria(given)

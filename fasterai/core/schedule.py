@@ -10,6 +10,7 @@ __all__ = ['one_shot', 'iterative', 'agp', 'gradual', 'one_cycle', 'cos', 'lin',
 # %% ../../nbs/core/03_schedule.ipynb #c1822978
 import inspect, math
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable
 from .granularity import named
 
@@ -25,20 +26,26 @@ def sched_lin(start, end, pos): "A line"; return start+(end-start)*pos
 def sched_dsd(start, end, pos): "Dense-sparse-dense (Han et al., arXiv 1607.04381): up to `end` at the middle, back to `start`"; return start+(end-start)*(1-math.cos(2*math.pi*pos))/2
 
 # %% ../../nbs/core/03_schedule.ipynb #489bf478
+def _from_paper(f, start, end, pos): "`f(sparsity, t_step)`, the form of the FasterAI paper (Listings 6 and 7), as a function of (start, end, pos)"; return start+f(end-start, pos)
+
 @dataclass(frozen=True)
 class Schedule:
     "A level as a function of training progress: `f` between `start_pct` and `end_pct`, immutable, so it may be shared"
-    f:Callable # `f(start, end, pos) -> value`, `pos` from 0 to 1 between `start_pct` and `end_pct`
+    f:Callable # `f(start, end, pos) -> value`, `pos` from 0 to 1 between `start_pct` and `end_pct`; or the paper's `f(sparsity, t_step)`
     start_pct:float=0. # Fraction of training before which nothing changes
     end_pct:float=1. # Fraction of training after which nothing changes
     start_sparsity:float=0. # Level before `start_pct`, in the unit of the target
     def __post_init__(self):
         if not callable(self.f): raise TypeError(f'a schedule needs a function f(start, end, pos), not {self.f!r}')
+        if list(inspect.signature(self.f).parameters)[:2]==['sparsity','t_step']: object.__setattr__(self, 'f', partial(_from_paper, self.f))
         try: inspect.signature(self.f).bind(0., 1., .5)
         except TypeError: raise TypeError(f'{self} does not take (start, end, pos)') from None
         if not 0<=self.start_pct<=self.end_pct<=1: raise ValueError(f'start_pct {self.start_pct} and end_pct {self.end_pct} must satisfy 0 <= start_pct <= end_pct <= 1')
         if not 0<=self.start_sparsity<=100: raise ValueError(f'start_sparsity is a percentage from 0 to 100, not {self.start_sparsity}')
-    def __str__(self): return getattr(self.f, '__name__', repr(self.f)).removeprefix('sched_')
+    def __str__(self):
+        f = self.f
+        while isinstance(f, partial): f = f.args[0] if f.func is _from_paper else f.func
+        return getattr(f, '__name__', repr(f)).removeprefix('sched_')
     def __call__(self, pct, target=1.): # Fraction of training, what is reached at the end
         "Level at `pct` of training"
         if pct<self.start_pct: return self.start_sparsity

@@ -13,13 +13,14 @@ from fastai.callback.core import Callback
 from safetensors.torch import save_model
 from ..core.criteria import large_final, needs
 from ..core.schedule import one_cycle, schedule_of
-from .sparsifier import ActNorms, Sparsifier, hold_zeros
+from .sparsifier import Sparsifier, hold_zeros, norms_from
 from ..legacy import old_arguments
 
 # %% ../../nbs/sparse/02_sparsify_callback.ipynb #29d56b2a
-def due(k:int, n:int, n_updates:int): # Step from 1 to n, number of steps, most updates in a fit
-    "Is step `k` of `n` one of `n_updates` that are equally spaced and end at `n`?"
-    return n<=n_updates or k*n_updates//n>(k-1)*n_updates//n
+def due(k:int, n:int, n_updates:int, last:int|None=None): # Step from 1 to n, number of steps, most updates in a fit, last step that was asked for
+    "Is one of `n_updates`, equally spaced and the last at `n`, to be made after step `k`?"
+    m = min(n, n_updates)
+    return k*m//n>(k-1 if last is None else last)*m//n
 
 # %% ../../nbs/sparse/02_sparsify_callback.ipynb #4c5d1023
 def _two(xb): "Two samples are enough to follow channels with"; return tuple(o[:2] if isinstance(o, torch.Tensor) else o for o in xb)
@@ -47,18 +48,25 @@ class SparsifyCallback(Callback):
         example_inputs=None, # Inputs to follow filters to their normalization with, by default the first batch
     ):
         self.schedule = schedule_of(schedule)
-        if n_updates<1: raise ValueError(f'n_updates is at least 1, not {n_updates}')
-        if not lth and (rewind_epoch or save_tickets): raise ValueError('rewind_epoch and save_tickets are for lottery tickets: they go with lth=True')
+        if not isinstance(n_updates, int) or n_updates<1: raise ValueError(f'n_updates is a whole number, at least 1, not {n_updates!r}')
+        if save_tickets and not lth: raise ValueError('save_tickets saves lottery tickets: it goes with lth=True')
+        if rewind_epoch and not (lth or reset_end): raise ValueError('rewind_epoch says what to rewind to: it goes with lth=True or reset_end=True')
         self.sparsity,self.lth,self.rewind_epoch,self.reset_end,self.save_tickets = sparsity,lth,rewind_epoch,reset_end,save_tickets
         self.n_updates,self.verbose,self.sub,self.inputs = n_updates,verbose,model,example_inputs
         self.how = dict(granularity=granularity, context=context, criteria=criteria, layer_type=layer_type, coupled=coupled, round_to=round_to)
-        self.sparsifier = self.saved = None
+        self.sparsifier = self.next = self.saved = None
+
+    def __call__(self, event_name):
+        if event_name=='before_fit': self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')  # anew: the last fit may have been interrupted
+        return super().__call__(event_name)
 
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
-        if not self.run: return
-        self.sparsifier = Sparsifier(self.sub or self.model, example_inputs=self._inputs(), **self.how)
-        self.target,self.saved,self.level = self.sparsifier.targets(self.sparsity),None,0.
+        model = self.model if self.sub is None else self.sub
+        if not {id(p) for p in model.parameters()}<={id(p) for p in self.model.parameters()}: raise ValueError('model is no part of the learner\'s model: nothing of it would be trained')
+        self.next = Sparsifier(model, example_inputs=self._inputs(), **self.how)  # in use when training begins: `validate` comes here too
+        self.next.targets(self.sparsity)
+        frozen = [p.name for o in self.next.layers for p in o.parts if not p.w.requires_grad]
+        if 'grad' in needs(self.next.criteria) and frozen: raise ValueError(f'criteria {self.next.criteria.__name__!r} needs gradients, and {frozen[0]} is frozen: unfreeze it, or choose another criteria')
         if self.lth or self.reset_end: self._check_rewind()
         names = self.recorder.metric_names if hasattr(self.learn, 'recorder') else []
         if names: names.insert(len(names)-(names[-1]=='time'), 'sparsity')
@@ -71,6 +79,7 @@ class SparsifyCallback(Callback):
 
     def _check_rewind(self):
         if self.rewind_epoch>=self.n_epoch: raise ValueError(f'rewind_epoch {self.rewind_epoch} is not one of the {self.n_epoch} epochs')
+        self.target = self.next.targets(self.sparsity)
         if self.rewind_epoch and self._at(self.rewind_epoch/self.n_epoch)!=self._at(0.):
             raise ValueError(f'pruning starts before rewind_epoch {self.rewind_epoch}, which weights rewind to: give the schedule a start_pct of {self.rewind_epoch/self.n_epoch:g} or more')
 
@@ -78,70 +87,71 @@ class SparsifyCallback(Callback):
         "Target at `pct` of training"
         return {o: self.schedule(pct, s) for o,s in self.target.items()} if isinstance(self.target, dict) else self.schedule(pct, self.target)
 
-    def before_epoch(self):
+    def before_train(self):
+        if self.next is not None:
+            self.sparsifier,self.next,self.saved,self.level,self.last = self.next,None,None,0.,0
+            self.target = self.sparsifier.targets(self.sparsity)
         if self.epoch==self.rewind_epoch and (self.lth or self.reset_end) and self.saved is None:
-            self.saved = {k: v.detach().clone() for k,v in self.model.state_dict().items()}
+            self.saved = {k: v.detach().clone() for k,v in self._whole.state_dict().items()}
             self.sparsifier.remember()
+
+    @property
+    def _whole(self): return getattr(self.model, '_orig_mod', self.model)
 
     @property
     def step(self): "Batches seen in this fit, and how many there are"; return self.epoch*self.n_iter+self.iter+1, self.n_epoch*self.n_iter
 
     def before_batch(self):
         if self.sparsifier.example_inputs is None and self.sub is None: self.sparsifier.example_inputs = _two(self.xb)
-        if 'act' in needs(self.sparsifier.criteria) and due(*self.step, self.n_updates): self._watch()
-
-    def _watch(self):
-        acts = ActNorms(self.sparsifier.layers).__enter__()
-        def done(m, xs, out):
-            acts.__exit__()
-            end.remove()
-            acts.give()
-        end = self.model.register_forward_hook(done, always_call=True)  # also when the forward pass fails
 
     def after_step(self):
-        k,n = self.step
-        if due(k, n, self.n_updates): self._update(k/n)
+        if due(*self.step, self.n_updates, self.last): self._update()
         else: self.sparsifier.apply_masks()
 
     def after_train(self):
-        if self.iter==self.n_iter-1: self._update((self.epoch+1)/self.n_epoch)  # accumulated gradients may leave the last batch without a step
+        if self.n_iter and self.epoch+1==self.n_epoch and self.step[0]==self.step[1]>self.last: self._update()  # accumulated gradients may leave the last batch without a step
 
-    def _update(self, pct):
-        level,before = self._at(pct),self.sparsifier.reached() if self.lth else 0
+    def _update(self):
+        self.last,n = self.step
+        level,before = self._at(self.last/n),self.sparsifier.reached() if self.lth else 0
         if level==self.level: return self.sparsifier.apply_masks()
+        if 'act' in needs(self.sparsifier.criteria): norms_from(self.xb, self.model, self.sparsifier.layers)
         self.sparsifier.update(level)
         self.level = level
         if self.lth and self.sparsifier.reached()>before: self._rewind()
 
     def _rewind(self):
-        self.model.load_state_dict(self.saved)
+        self._whole.load_state_dict(self.saved)
         self.sparsifier.apply_masks()
         self.opt.clear_state()
         if self.save_tickets:
             path = Path(self.path/self.model_dir if self.save_tickets is True else self.save_tickets)
             path.mkdir(parents=True, exist_ok=True)
-            save_model(self.model, str(path/f'ticket_{self.sparsifier.reached():.2f}.safetensors'))
+            save_model(self._whole, str(path/f'ticket_{self.sparsifier.reached():.2f}.safetensors'))
 
     def after_validate(self):
-        if hasattr(self.learn, 'recorder'): self.recorder.log.append(self.sparsifier.reached())
+        if hasattr(self.learn, 'recorder') and self.next is None: self.recorder.log.append(self.sparsifier.reached())
 
     def after_fit(self):
-        if self.sparsifier is None: return
+        if self.next is not None:  # nothing was trained
+            self.next = None
+            return
         if self.reset_end and self.saved is not None:
-            self.model.load_state_dict(self.saved)
+            self._whole.load_state_dict(self.saved)
             self.sparsifier.apply_masks()
         self.saved = None
         for o in self.sparsifier.layers: o.past,o.given = {},{}
         if self.verbose: self.sparsifier.print_sparsity()
 
-    def __getstate__(self): return {k:v for k,v in super().__getstate__().items() if k not in ('sparsifier','saved')} | dict(sparsifier=None, saved=None)
+    def __getstate__(self): return {k:v for k,v in super().__getstate__().items() if k not in ('sparsifier','next','saved')} | dict(sparsifier=None, next=None, saved=None)
 
 class KeepSparsity(Callback):
     "Hold zero, while fine-tuning, what is zero at the start"
     run_valid,order = False,55
-    def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
-        self.sparsifier = None
+    def __call__(self, event_name):
+        if event_name=='before_fit': self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
+        return super().__call__(event_name)
+    def before_fit(self): self.sparsifier = None
     def before_batch(self):
         if self.sparsifier is None: self.sparsifier = hold_zeros(self.model, _two(self.xb))
     def after_step(self): self.sparsifier.apply_masks()
