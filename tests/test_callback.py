@@ -424,6 +424,7 @@ def test_movement_is_from_the_rewind_point():
         def before_epoch(self):
             if self.epoch==1: saved.extend(m.weight.detach().clone() for m in convs(self.model))
     fit(learn, 4, [Save(), SparsifyCallback(50, criteria=mine, schedule=Schedule(sched_iterative, .25), lth=True, rewind_epoch=1)])
+    seen = seen[1:]  # the first call is a check of the criteria, at the door
     assert seen and all(any(torch.equal(o, s) for s in saved) for o in seen)
 
 # --- refused at the door
@@ -433,7 +434,7 @@ BAD = [
     (dict(context='golbal'), 'global'), (dict(context=3), 'local'), (dict(context=lambda foo: {}), 'sizes'), (dict(criteria='large_finale'), 'large_final'), (dict(criteria=lambda w, grads: w), 'grad'), (dict(criteria=7), 'criteria'), (dict(criteria=torch.abs), 'lambda'),
     (dict(schedule='one_cicle'), 'one_cycle'), (dict(schedule=lambda x: x), 'start, end, pos'), (dict(schedule=.5), 'schedule'), (dict(sparsity=101), '100'), (dict(sparsity=-1), '-1'), (dict(sparsity='50'), '50'), (dict(sparsity=math.nan), 'nan'), (dict(sparsity=True), 'True'),
     (dict(sparsity=[10]), '2 layers'), (dict(sparsity=[10,20,30]), '2 layers'), (dict(sparsity={'0.wieght': 20}), '0'), (dict(sparsity={'33': 20}), '3'), (dict(sparsity={'0': 200}), '200'), (dict(sparsity=[10,20], context='global'), 'local'), (dict(granularity='2:4', sparsity=60), '50'),
-    (dict(layer_type=nn.Conv3d), 'Conv2d'), (dict(layer_type=nn.BatchNorm2d), 'Conv2d'), (dict(layer_type=[nn.Conv2d, nn.Linear]), 'tuple'), (dict(layer_type='Conv2d'), 'Conv2d'), (dict(layer_type=()), 'Conv2d'), (dict(round_to=0), 'round_to'), (dict(round_to=2.5), 'round_to'),
+    (dict(layer_type=nn.Conv3d), 'Conv2d'), (dict(layer_type=nn.BatchNorm2d), 'Conv2d'), (dict(layer_type='Conv2d'), 'Conv2d'), (dict(layer_type=()), 'Conv2d'), (dict(round_to=0), 'round_to'), (dict(round_to=2.5), 'round_to'),
     (dict(n_updates=0), 'n_updates'), (dict(n_updates=1.5), 'n_updates'), (dict(rewind_epoch=1), 'lth'), (dict(lth=True, rewind_epoch=9), '9'), (dict(lth=True, rewind_epoch=-1), '-1'), (dict(lth=True, rewind_epoch=1, schedule=cos), 'start_pct'), (dict(save_tickets=True), 'lth'),
     (dict(model=nn.Conv2d(3,4,3)), 'model'), (dict(model=nn.Sequential()), ''), (dict(granulariti='filter'), 'granulariti'), (dict(criteria=lambda w: w.mean()), 'shape'), (dict(criteria=lambda *a: a[0]), ''), (dict(granularity='filter', round_to=64), 'round_to'), (dict(granularity='layer', round_to=8), 'round_to')]
 

@@ -99,7 +99,6 @@ class _Pattern(Blocks):
     "Groups of `m` consecutive inputs, of which a flagged group keeps its best `keep`"
     def __init__(self, shape, axes, keep, m):
         self.shape,self.i,self.m,self.zeros = tuple(shape),axes.index('i'),m,m-keep
-        if shape[self.i]<=keep: raise ValueError(f'a weight of shape {tuple(shape)} has {shape[self.i]} inputs a group: a {keep}:{m} pattern would zero none')
         self.groups = ceil(shape[self.i]/m)
         self.lines = prod(shape)//shape[self.i]
         self.n,self.padded = self.lines*self.groups, shape[self.i]%m>0

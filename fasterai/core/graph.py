@@ -323,6 +323,8 @@ class _Shared(_Facts):
         self.splits.append((l,c.why))
 
 # %% ../../nbs/core/07_graph.ipynb #99b83c4a
+_SLIPS = RuntimeError,ValueError,TypeError,IndexError,KeyError,AttributeError,AssertionError,NotImplementedError,ZeroDivisionError  # what code that does not fit its input raises
+
 class _Trace(TorchDispatchMode, _Shared):
     "Runs along with a model and has each operation say what it does to the channels"
     rules = {}
@@ -346,7 +348,7 @@ class _Trace(TorchDispatchMode, _Shared):
             if rule is None: raise _Unknown
             rule(self, call)
         except _Unknown: self.give_up(call)
-        except Exception as e: # a slip in a rule must not stop the user's model: it costs channels, not correctness
+        except _SLIPS as e: # a slip in a rule must not stop the user's model: it costs channels, not correctness
             warnings.warn(f'channel graph: {call.why}: {type(e).__name__}: {e}; the channels it touches are kept')
             self.give_up(call)
 
@@ -875,7 +877,7 @@ def example_inputs_for(
             try:
                 with untouched(model): call_with(model, x.to(p.device))
                 return (x.to(p.device),)
-            except Exception as e: errors.append(f' (first tried {tuple(x.shape)}: {type(e).__name__}: {e})')
+            except _SLIPS as e: errors.append(f' (first tried {tuple(x.shape)}: {type(e).__name__}: {e})')
     raise ValueError(f'found no input that this {type(model).__name__} runs with{"".join(errors[:1])}: pass example_inputs, '
                      'a tensor, a tuple of arguments or a dict of keyword arguments')
 

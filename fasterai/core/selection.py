@@ -76,11 +76,11 @@ def _rank_all(sources, k, gone_first, protect):
 
 # %% ../../nbs/core/04_selection.ipynb #bc23189c
 CHUNK = 2**17  # blocks in a piece: half a MiB of float32
-SAMPLE = 2**14,2**9  # a bracket is estimated from so many scores, or from one in so many if that is more
+SAMPLE,STRIDE = 2**12,2**9  # a bracket is estimated from so many scores, or from one in so many if that is more
 
 def _bracket(sources, alive, k):
     "Two values between which the `k`-th lowest of the kept scores lies, almost surely"
-    step = max(1, min(sum(o.n for o in sources)//SAMPLE[0], SAMPLE[1]))
+    step = max(1, min(sum(o.n for o in sources)//SAMPLE, STRIDE))
     s = torch.cat([o.scores(0, o.n, step).masked_fill_(o.keep[::step]==0, math.inf) for o in sources])
     m = int((s<math.inf).sum())
     at = m*k/alive
@@ -97,13 +97,14 @@ def _scan(sources, outs, lo, hi):
     for o,out in zip(sources, outs):
         for i,j in _pieces(o):
             s,keep,n = o.scores(i, j).numpy(),o.keep[i:j].numpy(),0
-            if o.safe is not None and i<=o.safe<j: s[o.safe-i] = math.inf
             fi,gi = f[:j-i],g[:j-i]
-            np.less_equal(s, hi, out=fi.view(bool))
+            if hi<math.inf: np.less_equal(s, hi, out=fi.view(bool))
+            else: fi[:] = 1  # nan, too, which counts as highest
             fi &= keep
+            if o.safe is not None and i<=o.safe<j: fi[o.safe-i] = 0
             if lo>-math.inf:
                 np.less(s, lo, out=gi.view(bool))
-                gi &= keep
+                gi &= fi
                 n = np.count_nonzero(gi)
                 fi ^= gi
                 gi -= 1
@@ -111,13 +112,22 @@ def _scan(sources, outs, lo, hi):
             at = np.flatnonzero(fi.view(bool))
             yield n, at, s[at]
 
+def _lowest(s, k):
+    "`lowest` for a numpy array that may be written to"
+    if not 0<k<len(s): return np.full(len(s), k>0)
+    np.nan_to_num(s, copy=False, nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    t = np.partition(s, k-1)[k-1]
+    m = s<t
+    m[np.flatnonzero(s==t)[:k-np.count_nonzero(m)]] = True
+    return m
+
 def _best_kept(o):
     "Position of the highest score that is kept, the last of equals"
     best,at = -math.inf,o.n-1
     for i,j in _pieces(o):
-        s = o.scores(i, j).masked_fill_(o.keep[i:j]==0, -math.inf)
+        s = o.scores(i, j).nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf).masked_fill_(o.keep[i:j]==0, -math.inf)
         p = j-i-1-int(s.flip(0).argmax())
-        if s[p]>=best: best,at = s[p].item(),i+p
+        if o.keep[i+p] and s[p]>=best: best,at = s[p].item(),i+p
     return at
 
 def _drop_bracketed(sources, gone, k, protect):
@@ -129,7 +139,7 @@ def _drop_bracketed(sources, gone, k, protect):
     rest,values = k-sum(counts),np.concatenate(values)
     hit = 0<=rest<=len(values)
     if hit:
-        picked = [at[m] for at,m in zip(places, np.split(lowest(torch.from_numpy(values), rest).numpy(), np.cumsum([len(at) for at in places])[:-1]))]
+        picked = [at[m] for at,m in zip(places, np.split(_lowest(values, rest), np.cumsum([len(at) for at in places])[:-1]))]
         pieces = [(o,i) for o in sources for i,_ in _pieces(o)]
         n_gone = [n+len(at) for n,at in zip(counts, picked)]
         left = {o: (o.n if not gone else o.n-o.gone if o.left is None else o.left) for o in sources}

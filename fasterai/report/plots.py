@@ -97,7 +97,6 @@ def show_criterion(
     "Which half of a cloud of weights `criteria` keeps, by where they started and where they are"
     ax = _panels(1, 1, (3,3.3), ax)[0]
     f = criteria_of(criteria).f
-    torch.manual_seed(seed)
     x,y = _cloud(n, seed)
     s = _halves(f, x, y)
     gone = lowest(s, n//2)

@@ -55,7 +55,7 @@ class Layer(Source):
         w,b = parts[0].w,parts[0].blocks
         super().__init__(torch.full((b.n,), -1, dtype=torch.int8, device=w.device))
         self.name,self.parts,self.criteria = name,parts,criteria
-        self.past,self.given,self.ready,self.whole,self.flat,self.masks = {},{},None,None,None,None
+        self.past,self.given,self.ready,self.whole,self.flat,self.bits,self.masks = {},{},None,None,None,None,None
         self.needs,one = needs(criteria),torch.tensor([[-1.]], device='cpu')
         self.by_piece = len(parts)==1 and b.zeros is None and b.single and criteria.pointwise and 'act' not in self.needs and bool(criteria.reducer(one)==-1)
 
@@ -71,7 +71,7 @@ class Layer(Source):
 
     def drop(self, i, at):
         super().drop(i, at)
-        if self.flat is not None: self.parts[0].w.detach().view(-1)[i:].index_fill_(0, torch.from_numpy(at), 0)
+        if self.flat is not None: self.bits[i:].numpy()[at] = 0
 
     @property
     def streams(self): "Are scores computed piece by piece, from the weights as they lie in memory?"; return self.by_piece and all(x.is_contiguous() for x in self.known(0).values())
@@ -79,12 +79,13 @@ class Layer(Source):
     def open(self):
         "Make `scores` ready to be asked, until `close`; a criteria that fails does so here"
         if not self.streams: return self.prepare()
-        self.flat = {o: x.view(-1) for o,x in self.known(0).items()}
-    def close(self): self.ready = self.whole = self.flat = None
+        self.flat,w = {o: x.view(-1) for o,x in self.known(0).items()},self.parts[0].w.detach()
+        self.bits = w.view(_ints[w.element_size()]).view(-1)
+    def close(self): self.ready = self.whole = self.flat = self.bits = None
 
     def scores(self, i, j, step=1):
         if self.flat is None: return self.ready[i:j:step].clone()
-        if step==1 and self.masks: zero_(self.parts[0].w.view(-1)[i:j], self.keep[i:j])  # while the piece is in the processor's cache
+        if step==1 and self.masks: self.bits[i:j].bitwise_and_(self.keep[i:j].to(self.bits.dtype))  # while the piece is in the processor's cache
         s = self.criteria.f(**{o: _wide(x[i:j:step]) for o,x in self.flat.items()})
         return s.clone() if s._is_view() else s
 
@@ -262,6 +263,7 @@ def find_sides(model, layers, example_inputs=None):
         for o in filters:
             if o.parts[0].name not in makes: continue  # never run, or of one filter, which stays
             for name,rows in graph.following(o.parts[0].name):
+                if len(rows)!=o.n: continue  # of a transposed convolution with a filter a group, which stays
                 some = (rows>=0).nonzero()[:,0]
                 _side(sides, model, name).add(o, some, rows[some])
     names = {id(p):n for n,p in model.named_parameters()}
@@ -369,7 +371,7 @@ class Sparsifier:
         self.round_to,self.example_inputs,self.data,self.loss_func = round_to,example_inputs,data,loss_func
         self.layers = find_layers(self.model, self.granularity, layer_type, self.criteria)
         _check_criteria(min(self.layers, key=lambda o: o.parts[0].w.numel()))
-        if round_to and all(o.n<round_to for o in self.layers): raise ValueError(f'no layer has {round_to} blocks to keep: the largest has {max(o.n for o in self.layers)}')
+        if round_to and all(o.n<round_to for o in self.layers): raise ValueError(f'round_to={round_to}: no layer has so many blocks to keep, the largest has {max(o.n for o in self.layers)}')
         self._gone,self._sides = {},None
         if coupled:
             if granularity not in ('filter','o'): raise ValueError(f'coupled filters go with the granularity filter, not {granularity!r}')

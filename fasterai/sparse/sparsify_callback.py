@@ -115,7 +115,7 @@ class SparsifyCallback(Callback):
         self.last,n = self.step
         level,before = self._at(self.last/n),self.sparsifier.reached() if self.lth else 0
         if level==self.level: return self.sparsifier.apply_masks()
-        if 'act' in needs(self.sparsifier.criteria): norms_from(self.xb, self.model, self.sparsifier.layers)
+        if 'act' in needs(self.sparsifier.criteria): norms_from(self.xb, self._whole, self.sparsifier.layers)
         self.sparsifier.update(level)
         self.level = level
         if self.lth and self.sparsifier.reached()>before: self._rewind()
@@ -148,9 +148,6 @@ class SparsifyCallback(Callback):
 class KeepSparsity(Callback):
     "Hold zero, while fine-tuning, what is zero at the start"
     run_valid,order = False,55
-    def __call__(self, event_name):
-        if event_name=='before_fit': self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
-        return super().__call__(event_name)
     def before_fit(self): self.sparsifier = None
     def before_batch(self):
         if self.sparsifier is None: self.sparsifier = hold_zeros(self.model, _two(self.xb))
