@@ -4,3 +4,4 @@ from .schedule import *
 from .selection import *
 from .context import *
 from .graph import *
+from .liveness import *
