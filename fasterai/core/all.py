@@ -5,3 +5,4 @@ from .selection import *
 from .context import *
 from .graph import *
 from .liveness import *
+from .surgery import *
