@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Read', 'Liveness', 'spare_last']
 
-# %% ../../nbs/core/08_liveness.ipynb #b8269be0
+# %% ../../nbs/core/08_liveness.ipynb #62757c07
 import re,warnings
 from dataclasses import dataclass
 from math import prod
@@ -14,7 +14,7 @@ from torch import nn,Tensor
 from torch.utils._pytree import tree_leaves,tree_map
 from .graph import ChannelGraph,_Trace,_PRODUCTS,_naming,_varying,call_with,layer_of,untouched
 
-# %% ../../nbs/core/08_liveness.ipynb #9f5263ab
+# %% ../../nbs/core/08_liveness.ipynb #e15b1d45
 def _exact(t): return t.is_floating_point() or t.is_complex()
 def _tensors_in(o): return [t for t in tree_leaves(o) if isinstance(t, Tensor)]
 
@@ -37,7 +37,7 @@ def _redo(c, **changed):
     a = {**c.a, **changed}
     return c.func(a.pop(c.first), **a) if c.first in a else c.func(**a)
 
-# %% ../../nbs/core/08_liveness.ipynb #c0d863de
+# %% ../../nbs/core/08_liveness.ipynb #ab5ecd87
 _values = {}
 def _valued(*names):
     "The decorated function computes the aten operations `names` where something may be unknown"
@@ -93,7 +93,7 @@ def _embed(c):
     out = _plain(c)
     return out if row is None else out.copy_(row.expand_as(out))
 
-# %% ../../nbs/core/08_liveness.ipynb #c2bcf7cf
+# %% ../../nbs/core/08_liveness.ipynb #c7846a9c
 @_valued('scaled_dot_product_attention', *(f'_scaled_dot_product_{o}' for o in ('flash_attention', 'flash_attention_for_cpu', 'efficient_attention',
     'cudnn_attention', 'fused_attention_overrideable', 'attention_math', 'attention_math_for_mps')))
 def _attend(c):
@@ -142,7 +142,7 @@ def _pointwise(c):
         for m in bad: y.masked_fill_(m.broadcast_to(y.shape), torch.nan)
     return out
 
-# %% ../../nbs/core/08_liveness.ipynb #17d04ef8
+# %% ../../nbs/core/08_liveness.ipynb #de091ca7
 _MOVES = set('''permute transpose t movedim swapaxes flip clone alias detach contiguous lift_fresh view _unsafe_view reshape _reshape_alias squeeze unsqueeze
 flatten unflatten expand repeat slice narrow select split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk tensor_split unbind as_strided
 cat concat stack roll index _unsafe_index index_select reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
@@ -153,7 +153,7 @@ _GARBAGE = {'empty','new_empty','empty_like','empty_strided','new_empty_strided'
 _UNMOVED = {'embedding'} | {o for o in _values if 'attention' in o}  # what they leave known does not depend on indices or masks
 _COUNTS = {'nonzero','masked_select','_unique2','unique_dim','unique_consecutive','repeat_interleave'}  # the size of the result is a value
 
-# %% ../../nbs/core/08_liveness.ipynb #bbb24c5a
+# %% ../../nbs/core/08_liveness.ipynb #07d62f8c
 @dataclass
 class Read:
     "One use of a weight: what it knows of the channels that it reads"
@@ -186,7 +186,7 @@ class _Reading(_Trace):
     "A `_Trace` that runs on unknown inputs and remembers what each weight reads; `blind` if it cannot: then all that is read is unknown"
     def __init__(self, model, blind=False):
         super().__init__(model)
-        self.model,self.blind,self.tables,self.reads,self.sums,self.depends = model,blind,[],[],[],''
+        self.model,self.blind,self.tables,self.reads,self.sums,self.depends,self.stuck = model,blind,[],[],[],'',False
         self.tainted = {}  # where numbers that are no floats lie that depend on the input
 
     def is_tainted(self, t): return not _exact(t) and t.untyped_storage().data_ptr() in self.tainted
@@ -266,7 +266,7 @@ class _Reading(_Trace):
         if sum(m.bias is o for n in self.model.modules() for o in n._parameters.values())>1 and m.bias is not None: return ''
         return c.where if f'{prefix}weight' in ws and ws<={f'{prefix}weight',f'{prefix}bias'} else ''
 
-# %% ../../nbs/core/08_liveness.ipynb #f8b5e341
+# %% ../../nbs/core/08_liveness.ipynb #1048944c
 def _same_numbers(graph, tr):
     "Did `tr` see what `graph` saw?"
     return tr.n==len(graph._root) and list(tr.order)==graph.order
@@ -284,16 +284,19 @@ def _observe(model, graph):
     why = why or tr.depends
     if not why and not _same_numbers(graph, tr): why = 'it runs otherwise than on the example inputs'
     if not why: return tr
-    warnings.warn(f'the model cannot be run on unknown inputs ({why}): only channels that nothing reads count as dead')
+    stuck = bool(tr.depends and graph.unused)  # what has not run may run another time
+    warnings.warn(f'the model cannot be run on unknown inputs ({why}): only channels that nothing reads count as dead'
+        + (f', and none at all, as {graph.unused[0]} did not run and may run on other inputs' if stuck else ''))
     tr = _Reading(model, blind=True)
     with untouched(model), _naming(model, tr.stack), tr: call_with(model, graph.example_inputs)
+    tr.stuck = stuck
     return tr
 
 def _call(model, inputs):
     if isinstance(inputs, dict): return model(**inputs)
     return model(*(inputs if isinstance(inputs, (tuple,list)) else (inputs,)))
 
-# %% ../../nbs/core/08_liveness.ipynb #68e22d6b
+# %% ../../nbs/core/08_liveness.ipynb #b9345a76
 class Liveness:
     "Which channels of `model` can still change its output"
     def __init__(self,
@@ -306,6 +309,7 @@ class Liveness:
         self._agree()
         self.live = torch.zeros(len(graph._root), dtype=torch.bool)
         self.live[0] = True  # what has to stay is class 0
+        if tr.stuck: self.live[:] = True
         for ids in [*(l for l,_ in graph.mixes),*tr.sums]: self.live[graph.classes(ids.flatten())] = True
         self._spread()
 

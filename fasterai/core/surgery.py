@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['plan_of', 'apply_plan', 'check_plan', 'copy_of', 'legal', 'add_constants', 'cut']
 
-# %% ../../nbs/core/09_surgery.ipynb #2aed0955
+# %% ../../nbs/core/09_surgery.ipynb #c39e8bbf
 import copy,math,warnings
 import torch
 from torch import nn,Tensor
 from .granularity import did_you_mean
 from .graph import ChannelGraph,_tensors,call_with,layer_of,untouched
 
-# %% ../../nbs/core/09_surgery.ipynb #5bccade5
+# %% ../../nbs/core/09_surgery.ipynb #2b497e9c
 def plan_of(
     model:nn.Module, # Left as it is
     graph:ChannelGraph, # Of `model`
@@ -46,12 +46,12 @@ def _flags(graph, classes):
     gone[0] = False
     return gone
 
-# %% ../../nbs/core/09_surgery.ipynb #f2787c77
+# %% ../../nbs/core/09_surgery.ipynb #9fe0f1ff
 def _sized(model, graph, gone):
     "Attributes of normalizations that have no parameters"
     attrs = {}
     for s in graph.sized:
-        m,n = model.get_submodule(s.layer if not hasattr(model, s.layer) and '.' in s.name else s.name),int((~gone[graph.classes(s.ids)]).sum())
+        m,n = model.get_submodule(s.name),int((~gone[graph.classes(s.ids)]).sum())
         if n==len(s.ids): continue
         if hasattr(m, 'num_features'): attrs[s.name] = dict(num_features=n)
         elif hasattr(m, 'num_channels'): attrs[s.name] = dict(num_channels=n, num_groups=n if m.num_groups==m.num_channels else m.num_groups)
@@ -77,7 +77,7 @@ def _reshaping(model, graph, gone):
     attrs = {}
     for old,new,where in graph.reshapes:
         m = model.get_submodule(where)
-        if _typed(m): continue
+        if _typed(m) and _told_by_weight(m): continue
         change,same = _sizes(graph, gone, (old,new))
         if not change: continue
         for k,v in vars(m).items():
@@ -86,7 +86,7 @@ def _reshaping(model, graph, gone):
             elif type(v) in (tuple,list,torch.Size) and any(map(told, v)): attrs.setdefault(where, {})[k] = [change[o] if told(o) else o for o in v]
     return attrs
 
-# %% ../../nbs/core/09_surgery.ipynb #ab8d4ad8
+# %% ../../nbs/core/09_surgery.ipynb #bcbf77ba
 def _pick(t, dims):
     "`t` with the indices of `dims` only"
     for d,keep in dims.items(): t = t.index_select(d, torch.tensor(keep, dtype=torch.long, device=t.device))
@@ -146,7 +146,7 @@ def _of_conv(m, w):
     g = m.groups*w.shape[0]//m.out_channels if depthwise else m.groups
     return dict(in_channels=w.shape[1]*g, out_channels=w.shape[0], groups=g)
 
-# %% ../../nbs/core/09_surgery.ipynb #01a70ce5
+# %% ../../nbs/core/09_surgery.ipynb #fdc00155
 def apply_plan(
     model:nn.Module, # Cut in place
     plan:dict, # As from `plan_of`
@@ -187,7 +187,7 @@ def check_plan(model, plan):
         if list(state[name].shape)!=list(shape):
             raise ValueError(f'the plan is for another architecture: {name} has shape {tuple(state[name].shape)} here, {tuple(shape)} there')
 
-# %% ../../nbs/core/09_surgery.ipynb #5363a76f
+# %% ../../nbs/core/09_surgery.ipynb #2f490c93
 def copy_of(
     model:nn.Module, # Left as it is
 ):
