@@ -50,7 +50,7 @@ def one(name):
     small = 4*size(model)<250e6
     if small: model = model.double()
     graph = ChannelGraph(model)
-    zero_tied(model, graph, 40, nn.modules.conv._ConvNd)
+    zero_tied(model, graph, 40, (nn.modules.conv._ConvNd,nn.Linear,nn.MultiheadAttention))
     was = {k:v.clone() for k,v in model.state_dict().items()}
     start = time.time()
     slim = Pruner().prune_model(model, graph.example_inputs)
