@@ -133,12 +133,13 @@ def test_pre_activation():
     assert kept(small, 'c1.weight')==[0,2,3,5] and kept(small, 'stem.weight')==[0,1,2,3,4]
 
 class Attention(nn.Module):
-    def __init__(self, d=8, h=2):
+    def __init__(self, d=8, v=12, h=2):
         super().__init__()
-        self.h,self.qk,self.v,self.out,self.mlp,self.last = h,nn.Linear(d,2*d),nn.Linear(d,d),nn.Linear(d,d),nn.Sequential(nn.Linear(d,12),nn.GELU(),nn.Linear(12,d)),nn.Linear(d,3)
-        self.norm = nn.LayerNorm(d)
-        self.dim = d//h
+        self.h,self.qk,self.v,self.out,self.mlp,self.last = h,nn.Linear(d,2*d),nn.Linear(d,v),nn.Linear(v,d),nn.Sequential(nn.Linear(d,12),nn.GELU(),nn.Linear(12,d)),nn.Linear(d,3)
+        self.emb,self.norm = nn.Linear(8, d),nn.LayerNorm(d)
+        self.dim = v//h
     def forward(self, x):
+        x = self.emb(x)
         B,T,_ = x.shape
         q,k = self.qk(x).view(B, T, 2, self.h, -1).permute(2,0,3,1,4)
         v = self.v(x).view(B, T, self.h, self.dim).transpose(1, 2)
@@ -149,12 +150,12 @@ TOKENS = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1), dtype=
 
 def test_attention():
     m = randomized(Attention())
-    zero([1,3,7], m.v.weight, m.v.bias)  # of two heads of four, 3 and 7 are at one place, 1 is alone
+    zero([1,3,9], m.v.weight, m.v.bias)  # of two heads of six, 3 and 9 are at one place, 1 is alone
     zero([0,5], m.mlp[0].weight, m.mlp[0].bias)
     zero([2], m.qk.weight, m.qk.bias)
     small = pruned(m, TOKENS)
-    assert kept(small, 'v.weight')==kept(small, 'out.weight', 1)==[0,1,2,4,5,6] and kept(small, 'mlp.0.weight')==[1,2,3,4,6,7,8,9,10,11]
-    assert small.dim==3 and small.qk.out_features==16
+    assert kept(small, 'v.weight')==kept(small, 'out.weight', 1)==[0,1,2,4,5,6,7,8,10,11] and kept(small, 'mlp.0.weight')==[1,2,3,4,6,7,8,9,10,11]
+    assert small.dim==5 and small.qk.out_features==16
 
 def test_multihead_attention_and_layer_norm():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.)
@@ -323,13 +324,15 @@ def test_masked_tokens():
 def test_in_place_and_views():
     def f(m, x):
         y = m.a(x)
-        y[:,:,0] = 1.
         y.relu_().mul_(m.s)
+        if m.fill: y[:,:,0] = 1.
         return m.head(y)
-    m = randomized(Net(f, a=conv(3,5), s=nn.Parameter(torch.ones(5,1,1)), head=head(5)))
-    zero([1,2], m.a.weight, m.a.bias)
+    m = randomized(Net(f, a=conv(3,5), s=nn.Parameter(torch.ones(5,1,1)), head=head(5), fill=False))
+    zero([1], m.a.weight, m.a.bias)
     zero([2], m.s)
-    assert kept(pruned(m), 'a.weight')==[0,1,3,4]
+    assert kept(pruned(m), 'a.weight')==[0,3,4]
+    m.fill = True
+    assert kept(pruned(m), 'a.weight')==[0,1,2,3,4]
 
 def test_a_number_in_the_code():
     m = randomized(Net(lambda m,x: m.b(F.adaptive_avg_pool2d(m.a(F.relu(m.stem(x))), 2).view(-1, 5*4)), stem=conv(3,4), a=conv(4,5), b=nn.Linear(20,3)))
@@ -414,7 +417,7 @@ def test_ratio_of_attention():
     m = randomized(Attention())
     out = call_with(m, TOKENS)
     Pruner(m, 50, example_inputs=TOKENS).prune_model()
-    assert m(TOKENS).shape==out.shape and m.mlp[0].out_features==6 and m.dim==2
+    assert m(TOKENS).shape==out.shape and m.mlp[0].out_features==6 and m.dim==3 and m.emb.out_features==4
 
 @pytest.mark.parametrize('args,said', [((120,),'from 0 to 100'), ((-1,),'from 0 to 100'), (({'9':30},),"no layer '9'"), ((30,'golbal'),'global'), ((30,'local','large_finl'),'large_final'),
     (('30',),'percent'), ((True,),'percent')])

@@ -37,7 +37,7 @@ def _redo(c, **changed):
     a = {**c.a, **changed}
     return c.func(a.pop(c.first), **a) if c.first in a else c.func(**a)
 
-# %% ../../nbs/core/08_liveness.ipynb #ab5ecd87
+# %% ../../nbs/core/08_liveness.ipynb #b2106c52
 _values = {}
 def _valued(*names):
     "The decorated function computes the aten operations `names` where something may be unknown"
@@ -72,9 +72,11 @@ def _multiply(c):
 def _scale(c):
     a,b = c.a['self'],c.a['other']
     if not (isinstance(b, Tensor) and isinstance(a, Tensor)): return _plain(c)
-    zero = (a==0)|(b==0) if c.name=='mul' else (a==0)&b.isnan()
+    (za,ua),(zb,ub) = ((torch.zeros_like(o, dtype=torch.bool),torch.ones_like(o, dtype=torch.bool)) if c.is_tainted(o) else (o==0,o.isnan()) for o in (a,b))
+    zero = za|zb if c.name=='mul' else za&~zb
+    bad = (ua|ub)&~zero
     y = _plain(c)
-    return y.masked_fill_(zero.broadcast_to(y.shape), 0)
+    return y.masked_fill_(zero.broadcast_to(y.shape), 0).masked_fill_(bad.broadcast_to(y.shape), torch.nan) if _exact(y) else y
 
 @_valued('batch_norm', 'native_batch_norm', '_native_batch_norm_legit', '_native_batch_norm_legit_no_training', '_batch_norm_no_update', 'layer_norm',
     'native_layer_norm', 'rms_norm', '_fused_rms_norm', 'group_norm', 'native_group_norm')
@@ -142,7 +144,7 @@ def _pointwise(c):
         for m in bad: y.masked_fill_(m.broadcast_to(y.shape), torch.nan)
     return out
 
-# %% ../../nbs/core/08_liveness.ipynb #de091ca7
+# %% ../../nbs/core/08_liveness.ipynb #145a5088
 _MOVES = set('''permute transpose t movedim swapaxes flip clone alias detach contiguous lift_fresh view _unsafe_view reshape _reshape_alias squeeze unsqueeze
 flatten unflatten expand repeat slice narrow select split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk tensor_split unbind as_strided
 cat concat stack roll index _unsafe_index index_select reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
@@ -150,10 +152,10 @@ unfold im2col pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuff
 where masked_fill _to_copy diagonal tril triu upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_linear1d
 upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d'''.split())
 _GARBAGE = {'empty','new_empty','empty_like','empty_strided','new_empty_strided'}
-_UNMOVED = {'embedding'} | {o for o in _values if 'attention' in o}  # what they leave known does not depend on indices or masks
+_UNMOVED = {'embedding','mul','div'} | {o for o in _values if 'attention' in o}  # what they leave known does not depend on indices or masks
 _COUNTS = {'nonzero','masked_select','_unique2','unique_dim','unique_consecutive','repeat_interleave'}  # the size of the result is a value
 
-# %% ../../nbs/core/08_liveness.ipynb #07d62f8c
+# %% ../../nbs/core/08_liveness.ipynb #1f199bd8
 @dataclass
 class Read:
     "One use of a weight: what it knows of the channels that it reads"
@@ -193,7 +195,7 @@ class _Reading(_Trace):
     def taint(self, t): self.tainted[t.untyped_storage().data_ptr()] = t
 
     def compute(self, c, func, args, kwargs):
-        c.args,c.kwargs = args,kwargs
+        c.args,c.kwargs,c.is_tainted = args,kwargs,self.is_tainted
         if self.blind: return func(*args, **kwargs)
         ins,shadow = _tensors_in((args,kwargs)),c.get(c.first)
         c.tainted = any(map(self.is_tainted, ins)) or torch.Tag.nondeterministic_seeded in func.tags
@@ -266,10 +268,10 @@ class _Reading(_Trace):
         if sum(m.bias is o for n in self.model.modules() for o in n._parameters.values())>1 and m.bias is not None: return ''
         return c.where if f'{prefix}weight' in ws and ws<={f'{prefix}weight',f'{prefix}bias'} else ''
 
-# %% ../../nbs/core/08_liveness.ipynb #1048944c
+# %% ../../nbs/core/08_liveness.ipynb #207b1610
 def _same_numbers(graph, tr):
     "Did `tr` see what `graph` saw?"
-    return tr.n==len(graph._root) and list(tr.order)==graph.order
+    return tr.n==len(graph._root) and list(tr.order)==graph.order[:len(tr.order)]
 
 def _observe(model, graph):
     "The reads of `model`, by a run on unknown inputs; a run on known ones if it does not get through"
