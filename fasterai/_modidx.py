@@ -310,6 +310,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fasterai.core.liveness._convolve': ('core/liveness.html#_convolve', 'fasterai/core/liveness.py'),
                                         'fasterai.core.liveness._embed': ('core/liveness.html#_embed', 'fasterai/core/liveness.py'),
                                         'fasterai.core.liveness._exact': ('core/liveness.html#_exact', 'fasterai/core/liveness.py'),
+                                        'fasterai.core.liveness._gate': ('core/liveness.html#_gate', 'fasterai/core/liveness.py'),
                                         'fasterai.core.liveness._grouped': ('core/liveness.html#_grouped', 'fasterai/core/liveness.py'),
                                         'fasterai.core.liveness._level': ('core/liveness.html#_level', 'fasterai/core/liveness.py'),
                                         'fasterai.core.liveness._multiply': ('core/liveness.html#_multiply', 'fasterai/core/liveness.py'),

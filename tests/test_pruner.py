@@ -200,6 +200,30 @@ def test_sum_over_channels():
     m.c.requires_grad_(False)
     assert kept(pruned(m), 'a.weight')==[0,2,3]
 
+def test_gates():
+    m = randomized(nn.Sequential(nn.Linear(8,12), nn.GLU(), nn.Linear(6,3)))
+    zero([1,7,2], m[0].weight, m[0].bias)  # 1 is gated by 7; 2 is zero whatever gates it
+    assert kept(pruned(m, TOKENS), '0.weight')==[0,3,4,5,6,9,10,11]
+
+@pytest.mark.parametrize('act', [nn.PReLU(6), nn.Hardswish(), nn.ELU(), nn.Tanh(), nn.Mish(), nn.Softsign(), nn.LeakyReLU(inplace=True), nn.Hardtanh(), nn.Softshrink()])
+def test_activations_that_keep_zero(act):
+    m = randomized(nn.Sequential(conv(3,6), act, conv(6,4), head(4)))
+    zero([0,3], m[0].weight, m[0].bias)
+    assert kept(pruned(m), '0.weight')==[1,2,4,5]
+
+def test_recurrent():
+    m = randomized(Net(lambda m,x: m.b(m.l(m.a(x))[0]), a=nn.Linear(8,6), l=nn.LSTM(6,5,batch_first=True), b=nn.Linear(5,3)))
+    zero([1], m.a.weight, m.a.bias)
+    small = pruned(m, TOKENS)
+    assert kept(small, 'a.weight')==[0,2,3,4,5] and small.l.input_size==5
+
+def test_a_sum_over_tokens_is_no_constant():
+    m = randomized(Net(lambda m,x: m.o(m.n((m.k(x).transpose(1,2)@m.k(x)))), k=nn.Linear(8,4), n=nn.ReLU(), o=nn.Linear(4,3)))
+    zero(list(range(4)), m.k.weight)
+    small = Pruner().prune_model(m, TOKENS)
+    longer = torch.cat([TOKENS,TOKENS], 1)
+    assert torch.allclose(small(longer), m(longer))
+
 # constants
 
 def test_constants_are_folded():
@@ -435,6 +459,17 @@ def test_refused_before_anything_changes():
     with pytest.raises(ValueError, match="did you mean '0'|no layer"): Pruner(m, 30, ignored_layers=['00'])
     with pytest.warns(UserWarning, match='did you mean 30'): Pruner(m, .3)
     assert all(torch.equal(v, was[k]) for k,v in m.state_dict().items())
+
+def test_nothing_to_remove():
+    m = randomized(nn.Sequential(nn.Linear(8,3)))
+    with pytest.raises(ValueError, match='no channel'): Pruner(m, 30, example_inputs=TOKENS).prune_model()
+    m = randomized(Net(lambda m,x: m.b(m.a(x).view(-1, 2, 3).flatten(1)), a=nn.Linear(8,6), b=nn.Linear(6,3)))
+    with pytest.warns(UserWarning, match='a kept all channels'): Pruner(m, 50, example_inputs=TOKENS[0]).prune_model()
+
+def test_layers_that_did_not_run():
+    m = randomized(Net(lambda m,x: m.head(y:=m.a(x)) if not m.training else m.aux(y), a=conv(3,4), head=head(4), aux=nn.Linear(4,2)))
+    zero([1], m.a.weight, m.a.bias)
+    with pytest.warns(UserWarning, match='aux did not run'): Pruner().prune_model(m, X.double())
 
 # optimizers
 

@@ -29,13 +29,21 @@ def zero_tied(model, graph, pct, types):
     from fasterai.prune.pruner import tied_groups
     gen,modules,state = torch.Generator().manual_seed(1),dict(model.named_modules()),dict(model.named_parameters())
     dead = torch.zeros(len(graph._root), dtype=torch.bool)
-    for g in tied_groups(graph):
+    for g in tied_groups(model, graph):
         if all(isinstance(modules[o], types) for o in g.layers): dead[g.classes[torch.randperm(g.n, generator=gen)[:n_of(g.n, pct)]]] = True
     with torch.no_grad():
         for s in graph.slices:
             at = dead[graph.classes(s.ids)].nonzero().flatten()
             if s.name in state and s.role in ('out','affine'): state[s.name].index_fill_(s.dim, at, 0)
     return int(dead.sum())
+
+def takes(model, x):
+    "Does `model` run on images of another size as well?"
+    from fasterai.core.graph import call_with,untouched
+    try:
+        with untouched(model): call_with(model, x)
+    except (RuntimeError,AssertionError,ValueError): return False
+    return True
 
 def one(name):
     "A row of the table for model `name`"
@@ -58,6 +66,8 @@ def one(name):
     slim = Pruner().prune_model(model, graph.example_inputs)
     row |= dict(seconds=time.time()-start, before=size(model), after=size(slim))
     row['difference'],dtype = difference(model, slim, random_like(graph.example_inputs, 3))
+    larger = torch.randn(1, 3, graph.example_inputs[0].shape[-2]+32, graph.example_inputs[0].shape[-1]+64).to(graph.example_inputs[0])
+    if takes(model, larger): row['difference'] = max(row['difference'], difference(model, slim, larger)[0])
     row['dtype'] = str(dtype).removeprefix('torch.')
     row['untouched'] = all(torch.equal(v, was[k]) for k,v in model.state_dict().items())
     del slim,was,model

@@ -37,7 +37,7 @@ def _redo(c, **changed):
     a = {**c.a, **changed}
     return c.func(a.pop(c.first), **a) if c.first in a else c.func(**a)
 
-# %% ../../nbs/core/08_liveness.ipynb #b2106c52
+# %% ../../nbs/core/08_liveness.ipynb #433ff87a
 _values = {}
 def _valued(*names):
     "The decorated function computes the aten operations `names` where something may be unknown"
@@ -64,6 +64,7 @@ def _convolve(c):
 def _multiply(c):
     k,l,_ = _PRODUCTS[c.name]
     a,b = c.a[k],c.a[l]
+    if not (c.get(k).par or c.get(l).par): a,b = _only(a, 0),_only(b, 0)  # how much is summed may depend on the size of the input
     plain = _redo(c, **{k:a.nan_to_num(0.), l:b.nan_to_num(0.)})
     if c.name=='linear': b = b.T
     return _product(torch.matmul, a, b, plain)
@@ -77,6 +78,11 @@ def _scale(c):
     bad = (ua|ub)&~zero
     y = _plain(c)
     return y.masked_fill_(zero.broadcast_to(y.shape), 0).masked_fill_(bad.broadcast_to(y.shape), torch.nan) if _exact(y) else y
+
+@_valued('glu')
+def _gate(c):
+    a = c.a['self'].chunk(2, c.a['dim'])[0]
+    return _plain(c).masked_fill_(a==0, 0)
 
 @_valued('batch_norm', 'native_batch_norm', '_native_batch_norm_legit', '_native_batch_norm_legit_no_training', '_batch_norm_no_update', 'layer_norm',
     'native_layer_norm', 'rms_norm', '_fused_rms_norm', 'group_norm', 'native_group_norm')
@@ -95,7 +101,7 @@ def _embed(c):
     out = _plain(c)
     return out if row is None else out.copy_(row.expand_as(out))
 
-# %% ../../nbs/core/08_liveness.ipynb #c7846a9c
+# %% ../../nbs/core/08_liveness.ipynb #a037863d
 @_valued('scaled_dot_product_attention', *(f'_scaled_dot_product_{o}' for o in ('flash_attention', 'flash_attention_for_cpu', 'efficient_attention',
     'cudnn_attention', 'fused_attention_overrideable', 'attention_math', 'attention_math_for_mps')))
 def _attend(c):
@@ -126,7 +132,7 @@ _POOLS = 'max_pool{} max_pool{}_with_indices avg_pool{} adaptive_avg_pool{} _ada
 def _pool(c):
     x,n = c.a[c.first],int(re.search(r'(\d)d', c.name)[1])
     pads = c.a.get('padding', 0)
-    padded = 'avg' in c.name and any(pads if isinstance(pads, (list,tuple)) else [pads])
+    padded = 'avg' in c.name and (c.a.get('ceil_mode') or any(pads if isinstance(pads, (list,tuple)) else [pads]))
     x = _only(x, 0) if padded else _steady(x, list(range(x.dim()-n, x.dim())))
     out,bad = _redo(c, **{c.first:x}), _redo(c, **{c.first:x.isnan().to(x.dtype)})
     y,bad = (o[0] if isinstance(o, tuple) else o for o in (out,bad))
@@ -144,18 +150,19 @@ def _pointwise(c):
         for m in bad: y.masked_fill_(m.broadcast_to(y.shape), torch.nan)
     return out
 
-# %% ../../nbs/core/08_liveness.ipynb #145a5088
+# %% ../../nbs/core/08_liveness.ipynb #201feb06
 _MOVES = set('''permute transpose t movedim swapaxes flip clone alias detach contiguous lift_fresh view _unsafe_view reshape _reshape_alias squeeze unsqueeze
 flatten unflatten expand repeat slice narrow select split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk tensor_split unbind as_strided
 cat concat stack roll index _unsafe_index index_select reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
 unfold im2col pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle copy fill zero zeros_like ones_like full_like new_zeros new_ones new_full
 where masked_fill _to_copy diagonal tril triu upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_linear1d
 upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d'''.split())
+_EACH = {'hardswish','_prelu_kernel','log_sigmoid_forward','rsub','floor_divide'}  # pointwise, and not tagged so
 _GARBAGE = {'empty','new_empty','empty_like','empty_strided','new_empty_strided'}
-_UNMOVED = {'embedding','mul','div'} | {o for o in _values if 'attention' in o}  # what they leave known does not depend on indices or masks
+_UNMOVED = {'embedding','mul','div','glu'} | {o for o in _values if 'attention' in o}  # what they leave known does not depend on indices or masks
 _COUNTS = {'nonzero','masked_select','_unique2','unique_dim','unique_consecutive','repeat_interleave'}  # the size of the result is a value
 
-# %% ../../nbs/core/08_liveness.ipynb #1f199bd8
+# %% ../../nbs/core/08_liveness.ipynb #55803533
 @dataclass
 class Read:
     "One use of a weight: what it knows of the channels that it reads"
@@ -214,7 +221,7 @@ class _Reading(_Trace):
         if c.name in _GARBAGE: return _plain, True
         if floats and c.name in _values and not (inplace and c.name not in ('mul','div')): return _values[c.name], c.tainted and c.name not in _UNMOVED
         if c.name in _MOVES or not c.unknown: return _plain, c.tainted
-        if floats and torch.Tag.pointwise in c.func.tags: return _pointwise, c.tainted
+        if floats and (torch.Tag.pointwise in c.func.tags or c.name in _EACH): return _pointwise, c.tainted
         return _plain, True
 
     def mark(self, c, out, tainted):
@@ -298,7 +305,7 @@ def _call(model, inputs):
     if isinstance(inputs, dict): return model(**inputs)
     return model(*(inputs if isinstance(inputs, (tuple,list)) else (inputs,)))
 
-# %% ../../nbs/core/08_liveness.ipynb #b9345a76
+# %% ../../nbs/core/08_liveness.ipynb #477f6fbb
 class Liveness:
     "Which channels of `model` can still change its output"
     def __init__(self,
@@ -353,10 +360,10 @@ class Liveness:
             at = gone[self.graph.classes(r.ins)] & ~r.zero & ~r.const.isnan()
             if not at.any(): continue
             cols = at.any(0)
-            w = r.w[:,:,cols.to(r.w.device)].double()
+            w = r.w[:,:,cols.to(r.w.device)].cpu().double()
             value = r.const.where(at, 0)[:,cols].to(w)
             delta = torch.einsum('goi,gi->go', w.flatten(3).sum(-1) if w.dim()>3 else w, value).flatten()
-            if (delta!=0).any(): res[r.layer] = delta
+            if (delta[~gone[self.graph.classes(r.outs)].flatten()]!=0).any(): res[r.layer] = delta
         return res
 
 def spare_last(graph, classes):

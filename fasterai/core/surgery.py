@@ -86,7 +86,7 @@ def _reshaping(model, graph, gone):
             elif type(v) in (tuple,list,torch.Size) and any(map(told, v)): attrs.setdefault(where, {})[k] = [change[o] if told(o) else o for o in v]
     return attrs
 
-# %% ../../nbs/core/09_surgery.ipynb #bcbf77ba
+# %% ../../nbs/core/09_surgery.ipynb #4b8ae1b2
 def _pick(t, dims):
     "`t` with the indices of `dims` only"
     for d,keep in dims.items(): t = t.index_select(d, torch.tensor(keep, dtype=torch.long, device=t.device))
@@ -109,7 +109,7 @@ def _cut_state(optimizer, p, shape, dims):
         if isinstance(v, Tensor) and tuple(v.shape)==tuple(shape): state[k] = _pick(v, dims)
 
 def _typed(m): return isinstance(m, (nn.modules.conv._ConvNd,nn.Linear,nn.modules.batchnorm._NormBase,nn.LayerNorm,nn.GroupNorm,nn.Embedding,nn.EmbeddingBag,
-    nn.PReLU,nn.MultiheadAttention)) or type(m).__name__ in ('RMSNorm','Conv1D')
+    nn.PReLU,nn.MultiheadAttention,nn.RNNBase)) or type(m).__name__ in ('RMSNorm','Conv1D')
 
 def _weight(m):
     "The weight of `m` as it is used, also where it is computed from others"
@@ -125,6 +125,7 @@ def _told_by_weight(m):
         k,v = (E,E) if m._qkv_same_embed_dim else (m.k_proj_weight.shape[1],m.v_proj_weight.shape[1])
         return dict(embed_dim=E, kdim=k, vdim=v, head_dim=E//m.num_heads)
     if isinstance(m, nn.modules.conv._ConvNd): return _of_conv(m, w)
+    if isinstance(m, nn.RNNBase): return dict(input_size=m.weight_ih_l0.shape[1], hidden_size=m.hidden_size)
     if w is None:
         mean = getattr(m, 'running_mean', None)
         return {} if mean is None else dict(num_features=len(mean))
@@ -187,7 +188,7 @@ def check_plan(model, plan):
         if list(state[name].shape)!=list(shape):
             raise ValueError(f'the plan is for another architecture: {name} has shape {tuple(state[name].shape)} here, {tuple(shape)} there')
 
-# %% ../../nbs/core/09_surgery.ipynb #2f490c93
+# %% ../../nbs/core/09_surgery.ipynb #98e35cf9
 def copy_of(
     model:nn.Module, # Left as it is
 ):
@@ -210,10 +211,11 @@ def _failure(model, inputs, shapes):
     if now!=shapes: return '',ValueError(f'outputs of shapes {now} instead of {shapes}')
 
 def _spared(graph, removed, where):
-    "Classes of `removed` but for those that `where` reshapes, or any module if that has none"
+    "Classes of `removed` but for those that `where` reshapes; or else makes or reads; or else any module reshapes"
     gone = _flags(graph, removed)
-    for only in (True,False):
-        ids = [o.flatten() for old,new,w in graph.reshapes if w==where or not only for o in (old,new)]
+    reshapes = [(w,o.flatten()) for old,new,w in graph.reshapes for o in (old,new)]
+    below = f'{where}.' if where else ''
+    for ids in ([o for w,o in reshapes if w==where], [s.ids for s in graph.slices if s.layer==where or below and s.layer.startswith(below)], [o for _,o in reshapes]):
         keep = graph.classes(torch.cat(ids)) if ids else torch.zeros(0, dtype=torch.long)
         if gone[keep].any(): break
     gone[keep] = False
@@ -244,7 +246,7 @@ def add_constants(model, constants):
     for name,delta in constants.items():
         m = model.get_submodule(name)
         if m.bias is None: _add_bias(m, None)
-        m.bias.copy_(m.bias.double().cpu()+delta.cpu())
+        m.bias.copy_(m.bias.cpu().double()+delta)
 
 def cut(
     model:nn.Module, # Cut in place

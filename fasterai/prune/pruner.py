@@ -23,7 +23,7 @@ from ..core.liveness import Liveness,spare_last
 from ..core.selection import Scores,n_of,select
 from ..core.surgery import _sub,add_constants,apply_plan,check_plan,legal
 
-# %% ../../nbs/prune/01_pruner.ipynb #79d6b6f8
+# %% ../../nbs/prune/01_pruner.ipynb #3e9e5e42
 TOLERANCE = {torch.float64:1e-4, torch.float32:1e-3, torch.float16:2e-2, torch.bfloat16:1e-1}
 
 def difference(
@@ -42,7 +42,7 @@ def difference(
         dtype = min(dtype, a.dtype, key=lambda o: torch.finfo(o).bits)
         known = a.isfinite()
         if not torch.equal(known, b.isfinite()): return math.inf,dtype
-        a,b = (o.where(known, 0).to(torch.complex128 if o.is_complex() else torch.float64) for o in (a,b))
+        a,b = (o.where(known, 0).cpu().to(torch.complex128 if o.is_complex() else torch.float64) for o in (a,b))
         scale = a.abs().max().item()
         worst = max(worst, (a-b).abs().max().item()/(scale or 1.))
     return worst,dtype
@@ -78,7 +78,7 @@ def _joined_plans(a, b):
 
 def _remember(model, plan): model._pruned = _joined_plans(pruned_plan(model), plan)
 
-# %% ../../nbs/prune/01_pruner.ipynb #6b794a41
+# %% ../../nbs/prune/01_pruner.ipynb #29ec85b0
 def _ranges(idx):
     "Whole numbers in ascending order as text, `0-3,7`"
     runs = []
@@ -104,7 +104,7 @@ def save_pruned(
         else: seen[key],tensors[k] = k,v.detach().contiguous().clone()
     plan = pruned_plan(model)
     text = json.dumps({**plan, 'kept':{n:{d:_ranges(i) for d,i in o.items()} for n,o in plan['kept'].items()}, 'tied':tied, 'version':1})
-    save_file(tensors, path, metadata={'format':'pt', _KEY:text})
+    save_file(tensors, path, metadata={_KEY:text})  # one key: the order of several is random
 
 def _read(path):
     "Tensors and plan of file `path`"
@@ -160,7 +160,7 @@ def _warn_unused(model, graph, plan):
     idle = [o for o in dict.fromkeys(layer_of(n) for n in graph.unused) if o and isinstance(model.get_submodule(o), (nn.modules.conv._ConvNd,nn.Linear))]
     if idle: warnings.warn(f'{", ".join(idle[:3])}{" and others" if len(idle)>3 else ""} did not run in eval mode and stayed as they are: they may not fit the layers before them any more')
 
-# %% ../../nbs/prune/01_pruner.ipynb #561894c9
+# %% ../../nbs/prune/01_pruner.ipynb #400027dc
 class _Group:
     "Classes of channels that the same weights make"
     def __init__(self, classes, slices, graph):
@@ -174,10 +174,14 @@ class _Group:
             k = at[rows]
             self.rows.append((rows, k, torch.arange(len(k))-torch.searchsorted(k, k)))  # entries of the weight, their classes, their places in those
 
-def tied_groups(graph):
+def tied_groups(
+    model:nn.Module, # Left as it is
+    graph:ChannelGraph, # Of `model`
+):
     "Groups of classes that can be removed, in order of execution"
+    own = {n for n,_ in model.named_parameters()}
     gen,sign,by = torch.Generator().manual_seed(0),torch.zeros(len(graph._root), dtype=torch.long),{}
-    made = [s for s in graph.slices if s.role=='out']
+    made = [s for s in graph.slices if s.role=='out' and s.name in own]
     for s in made: sign[graph.classes(s.ids).unique()] += torch.randint(2**40, (1,), generator=gen)
     sign[0] = 0
     for s in made:
@@ -206,7 +210,7 @@ def _rounded(n, gone, to):
     "How many of `n` go so that a multiple of `to` is left: rather more than too few"
     return gone if not to else 0 if not gone or n<to else n-min(-(-(n-gone)//to)*to, n//to*to)
 
-# %% ../../nbs/prune/01_pruner.ipynb #12c281d8
+# %% ../../nbs/prune/01_pruner.ipynb #9a944947
 def check_ratio(
     ratio, # Percentage
 ):
@@ -283,6 +287,8 @@ class Pruner:
             if len(removed)==len(chosen): break
             barred[chosen] = True
             barred[removed] = False
+        held = [o for g in groups if barred[g.classes].any() for o in g.layers]
+        if held: warnings.warn(f'{", ".join(held[:3])}{" and others" if len(held)>3 else ""} kept all channels: the code of the model counts on how many there are')
         apply_plan(self.model, plan, optimizer)
         for k,ps in self.past.items(): self.past[k] = {n:_cut_like(t, plan['kept'].get(n, {})) for n,t in ps.items()}
         _remember(self.model, plan)
@@ -292,7 +298,8 @@ class Pruner:
         "The groups that may lose channels, and the ratio of each if it has one of its own"
         modules,types = dict(self.model.named_modules()),self.layer_type or nn.Module
         inside = lambda layer: any(o==layer or not o or layer.startswith(f'{o}.') for o in self.ignored)
-        groups = [g for g in tied_groups(graph) if all(isinstance(modules[o], types) and not inside(o) for o in g.layers)]
+        groups = [g for g in tied_groups(self.model, graph) if all(isinstance(modules[o], types) and not inside(o) for o in g.layers)]
+        if not groups: raise ValueError(f'no channel of this {type(self.model).__name__} can be removed: all are outputs, ignored or not of layer_type {types!r}')
         if not isinstance(self.pruning_ratio, dict): return groups,None
         targets = {}
         for layer,ratio in self.pruning_ratio.items():
