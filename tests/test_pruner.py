@@ -115,6 +115,14 @@ def test_shuffle():
     small = pruned(m)
     assert kept(small, 'a.weight')==[0,2,3,4,6,7] and small.b.in_channels==6
 
+def test_a_shuffle_that_would_run_and_be_wrong():
+    "Three shuffles of eight channels are none, three of four are one"
+    m = randomized(Net(lambda m,x: m.head(shuffle(shuffle(shuffle(m.a(x), 2), 2), 2)), a=conv(3,8), head=head(8)))
+    zero([1,3,5,7], m.a.weight, m.a.bias)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert n_params(pruned(m))==n_params(m)
+
 def test_squeeze_and_excitation():
     def f(m, x):
         y = F.relu(m.bn(m.a(x)))

@@ -8,7 +8,7 @@ zoo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(zoo)
 
 FAMILIES = '''resnet18 resnext50_32x4d densenet121 googlenet inception_v3 mnasnet0_5 mobilenet_v2 mobilenet_v3_small efficientnet_b0 regnet_y_400mf shufflenet_v2_x0_5
-squeezenet1_0 convnext_tiny swin_t swin_v2_t maxvit_t'''.split()
+squeezenet1_0 convnext_tiny swin_t maxvit_t'''.split()
 
 @pytest.mark.filterwarnings('ignore::FutureWarning')
 @pytest.mark.parametrize('name', FAMILIES)

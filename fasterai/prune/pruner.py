@@ -6,7 +6,7 @@
 __all__ = ['TOLERANCE', 'difference', 'random_like', 'check_same', 'pruned_plan', 'save_pruned', 'load_pruned', 'tied_groups',
            'group_scores', 'check_ratio', 'Pruner']
 
-# %% ../../nbs/prune/01_pruner.ipynb #8a21e7a7
+# %% ../../nbs/prune/01_pruner.ipynb #aad46d66
 import json,math,warnings
 from collections.abc import Mapping
 from numbers import Real
@@ -21,9 +21,9 @@ from ..core.granularity import did_you_mean
 from ..core.graph import ChannelGraph,_tensors,call_with,layer_of,untouched
 from ..core.liveness import Liveness,spare_last
 from ..core.selection import Scores,n_of,select
-from ..core.surgery import _sub,add_constants,apply_plan,check_plan,legal
+from ..core.surgery import _sub,apply_plan,check_plan,legal,reshaped,without
 
-# %% ../../nbs/prune/01_pruner.ipynb #3e9e5e42
+# %% ../../nbs/prune/01_pruner.ipynb #a4efe088
 TOLERANCE = {torch.float64:1e-4, torch.float32:1e-3, torch.float16:2e-2, torch.bfloat16:1e-1}
 
 def difference(
@@ -59,7 +59,7 @@ def check_same(before, after, inputs):
     if not diff<=TOLERANCE.get(dtype, 1e-3): raise ValueError(f'the outputs have changed: they differ by {diff:.1e} of the largest, {TOLERANCE.get(dtype, 1e-3):g} is allowed in {dtype}')
     return diff
 
-# %% ../../nbs/prune/01_pruner.ipynb #7826b0de
+# %% ../../nbs/prune/01_pruner.ipynb #ac1bf486
 def pruned_plan(
     model:nn.Module, # Pruned or not
 ):
@@ -78,7 +78,7 @@ def _joined_plans(a, b):
 
 def _remember(model, plan): model._pruned = _joined_plans(pruned_plan(model), plan)
 
-# %% ../../nbs/prune/01_pruner.ipynb #29ec85b0
+# %% ../../nbs/prune/01_pruner.ipynb #994930c6
 def _ranges(idx):
     "Whole numbers in ascending order as text, `0-3,7`"
     runs = []
@@ -144,14 +144,21 @@ def load_pruned(
     model._pruned = plan
     return model
 
-# %% ../../nbs/prune/01_pruner.ipynb #3345f858
+# %% ../../nbs/prune/01_pruner.ipynb #2ce861c3
 def _lossless(model, inputs, verify):
     "A smaller copy of `model` with the same outputs"
     graph = ChannelGraph(model, inputs)
     life = Liveness(model, graph)
     new,plan,removed = legal(model, graph, life.dead(), life.constants)
+    if verify:
+        try: check_same(model, new, graph.example_inputs)
+        except ValueError as e:
+            fewer = without(graph, removed, reshaped(graph))
+            if len(fewer)==len(removed): raise
+            warnings.warn(f'{e}; channels that are reshaped were kept')
+            new,plan,removed = legal(model, graph, spare_last(graph, fewer), life.constants)
+            check_same(model, new, graph.example_inputs)
     if len(removed): _warn_unused(model, graph, plan)
-    if verify: check_same(model, new, graph.example_inputs)
     _remember(new, plan)
     return new
 
@@ -160,7 +167,7 @@ def _warn_unused(model, graph, plan):
     idle = [o for o in dict.fromkeys(layer_of(n) for n in graph.unused) if o and isinstance(model.get_submodule(o), (nn.modules.conv._ConvNd,nn.Linear))]
     if idle: warnings.warn(f'{", ".join(idle[:3])}{" and others" if len(idle)>3 else ""} did not run in eval mode and stayed as they are: they may not fit the layers before them any more')
 
-# %% ../../nbs/prune/01_pruner.ipynb #400027dc
+# %% ../../nbs/prune/01_pruner.ipynb #3be927bf
 class _Group:
     "Classes of channels that the same weights make"
     def __init__(self, classes, slices, graph):
@@ -210,7 +217,7 @@ def _rounded(n, gone, to):
     "How many of `n` go so that a multiple of `to` is left: rather more than too few"
     return gone if not to else 0 if not gone or n<to else n-min(-(-(n-gone)//to)*to, n//to*to)
 
-# %% ../../nbs/prune/01_pruner.ipynb #9a944947
+# %% ../../nbs/prune/01_pruner.ipynb #041f117d
 def check_ratio(
     ratio, # Percentage
 ):
