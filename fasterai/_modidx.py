@@ -450,6 +450,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.prune.pruner._read': ('prune/pruner.html#_read', 'fasterai/prune/pruner.py'),
                                        'fasterai.prune.pruner._remember': ('prune/pruner.html#_remember', 'fasterai/prune/pruner.py'),
                                        'fasterai.prune.pruner._rounded': ('prune/pruner.html#_rounded', 'fasterai/prune/pruner.py'),
+                                       'fasterai.prune.pruner._some': ('prune/pruner.html#_some', 'fasterai/prune/pruner.py'),
                                        'fasterai.prune.pruner._unranged': ('prune/pruner.html#_unranged', 'fasterai/prune/pruner.py'),
                                        'fasterai.prune.pruner._warn_unused': ('prune/pruner.html#_warn_unused', 'fasterai/prune/pruner.py'),
                                        'fasterai.prune.pruner.check_ratio': ('prune/pruner.html#check_ratio', 'fasterai/prune/pruner.py'),

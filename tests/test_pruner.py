@@ -6,10 +6,9 @@ import torchvision
 from torch import nn
 from torch.nn.utils import prune
 from fasterai.core.criteria import Criteria,large_final
-from fasterai.core.graph import ChannelGraph,_tensors,call_with,untouched
+from fasterai.core.graph import call_with
 from fasterai.core.liveness import Liveness
-from fasterai.core.surgery import cut
-from fasterai.prune.pruner import Pruner,check_same,difference,load_pruned,pruned_plan,random_like,save_pruned
+from fasterai.prune.pruner import Pruner,difference,load_pruned,pruned_plan,random_like,save_pruned
 from fasterai.sparse.sparsifier import Sparsifier
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))

@@ -2,7 +2,7 @@
 
 Random weights and random statistics of the normalizations; 40 % of the channels are zeroed, tied ones together, and removed without loss; then 30 % are removed by ratio. A process
 for each model, so that one that fails or does not fit in memory does not end the run."""
-import argparse,json,subprocess,sys,time,warnings
+import argparse,json,subprocess,sys,time
 from concurrent.futures import ThreadPoolExecutor
 
 MEMORY = 700  # MB of float32 parameters at most

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['Read', 'Liveness', 'spare_last']
 
-# %% ../../nbs/core/08_liveness.ipynb #62757c07
+# %% ../../nbs/core/08_liveness.ipynb #b1005c23
 import re,warnings
 from dataclasses import dataclass
 from math import prod
 import torch
 from torch import nn,Tensor
 from torch.utils._pytree import tree_leaves,tree_map
-from .graph import ChannelGraph,_Trace,_PRODUCTS,_naming,_varying,call_with,layer_of,untouched
+from .graph import ChannelGraph,_Trace,_PRODUCTS,_naming,_varying,call_with,untouched
 
-# %% ../../nbs/core/08_liveness.ipynb #e15b1d45
+# %% ../../nbs/core/08_liveness.ipynb #9f5263ab
 def _exact(t): return t.is_floating_point() or t.is_complex()
 def _tensors_in(o): return [t for t in tree_leaves(o) if isinstance(t, Tensor)]
 
@@ -37,7 +37,7 @@ def _redo(c, **changed):
     a = {**c.a, **changed}
     return c.func(a.pop(c.first), **a) if c.first in a else c.func(**a)
 
-# %% ../../nbs/core/08_liveness.ipynb #433ff87a
+# %% ../../nbs/core/08_liveness.ipynb #f1ecbc63
 _values = {}
 def _valued(*names):
     "The decorated function computes the aten operations `names` where something may be unknown"
@@ -101,7 +101,7 @@ def _embed(c):
     out = _plain(c)
     return out if row is None else out.copy_(row.expand_as(out))
 
-# %% ../../nbs/core/08_liveness.ipynb #a037863d
+# %% ../../nbs/core/08_liveness.ipynb #d7148cb4
 @_valued('scaled_dot_product_attention', *(f'_scaled_dot_product_{o}' for o in ('flash_attention', 'flash_attention_for_cpu', 'efficient_attention',
     'cudnn_attention', 'fused_attention_overrideable', 'attention_math', 'attention_math_for_mps')))
 def _attend(c):
@@ -150,7 +150,7 @@ def _pointwise(c):
         for m in bad: y.masked_fill_(m.broadcast_to(y.shape), torch.nan)
     return out
 
-# %% ../../nbs/core/08_liveness.ipynb #201feb06
+# %% ../../nbs/core/08_liveness.ipynb #e1bd5ae0
 _MOVES = set('''permute transpose t movedim swapaxes flip clone alias detach contiguous lift_fresh view _unsafe_view reshape _reshape_alias squeeze unsqueeze
 flatten unflatten expand repeat slice narrow select split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk tensor_split unbind as_strided
 cat concat stack roll index _unsafe_index index_select reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
@@ -162,7 +162,7 @@ _GARBAGE = {'empty','new_empty','empty_like','empty_strided','new_empty_strided'
 _UNMOVED = {'embedding','mul','div','glu'} | {o for o in _values if 'attention' in o}  # what they leave known does not depend on indices or masks
 _COUNTS = {'nonzero','masked_select','_unique2','unique_dim','unique_consecutive','repeat_interleave'}  # the size of the result is a value
 
-# %% ../../nbs/core/08_liveness.ipynb #55803533
+# %% ../../nbs/core/08_liveness.ipynb #d7129014
 @dataclass
 class Read:
     "One use of a weight: what it knows of the channels that it reads"
@@ -275,7 +275,7 @@ class _Reading(_Trace):
         if sum(m.bias is o for n in self.model.modules() for o in n._parameters.values())>1 and m.bias is not None: return ''
         return c.where if f'{prefix}weight' in ws and ws<={f'{prefix}weight',f'{prefix}bias'} else ''
 
-# %% ../../nbs/core/08_liveness.ipynb #207b1610
+# %% ../../nbs/core/08_liveness.ipynb #5c55af0b
 def _same_numbers(graph, tr):
     "Did `tr` see what `graph` saw?"
     return tr.n==len(graph._root) and list(tr.order)==graph.order[:len(tr.order)]
@@ -305,7 +305,7 @@ def _call(model, inputs):
     if isinstance(inputs, dict): return model(**inputs)
     return model(*(inputs if isinstance(inputs, (tuple,list)) else (inputs,)))
 
-# %% ../../nbs/core/08_liveness.ipynb #477f6fbb
+# %% ../../nbs/core/08_liveness.ipynb #0d87ee85
 class Liveness:
     "Which channels of `model` can still change its output"
     def __init__(self,

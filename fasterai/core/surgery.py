@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['plan_of', 'apply_plan', 'check_plan', 'copy_of', 'without', 'reshaped', 'legal', 'add_constants', 'cut']
 
-# %% ../../nbs/core/09_surgery.ipynb #2aed0955
-import copy,math,warnings
+# %% ../../nbs/core/09_surgery.ipynb #038a8185
+import copy
 import torch
 from torch import nn,Tensor
 from .granularity import did_you_mean
-from .graph import ChannelGraph,_tensors,call_with,layer_of,untouched
+from .graph import ChannelGraph,_tensors,call_with,untouched
 
-# %% ../../nbs/core/09_surgery.ipynb #5bccade5
+# %% ../../nbs/core/09_surgery.ipynb #2b497e9c
 def plan_of(
     model:nn.Module, # Left as it is
     graph:ChannelGraph, # Of `model`
@@ -46,7 +46,7 @@ def _flags(graph, classes):
     gone[0] = False
     return gone
 
-# %% ../../nbs/core/09_surgery.ipynb #b71a0db8
+# %% ../../nbs/core/09_surgery.ipynb #9fe0f1ff
 def _sized(model, graph, gone):
     "Attributes of normalizations that have no parameters"
     attrs = {}
@@ -86,7 +86,7 @@ def _reshaping(model, graph, gone):
             elif type(v) in (tuple,list,torch.Size) and any(map(told, v)): attrs.setdefault(where, {})[k] = [change[o] if told(o) else o for o in v]
     return attrs
 
-# %% ../../nbs/core/09_surgery.ipynb #fe7e84b0
+# %% ../../nbs/core/09_surgery.ipynb #4b8ae1b2
 def _pick(t, dims):
     "`t` with the indices of `dims` only"
     for d,keep in dims.items(): t = t.index_select(d, torch.tensor(keep, dtype=torch.long, device=t.device))
@@ -147,7 +147,7 @@ def _of_conv(m, w):
     g = m.groups*w.shape[0]//m.out_channels if depthwise else m.groups
     return dict(in_channels=w.shape[1]*g, out_channels=w.shape[0], groups=g)
 
-# %% ../../nbs/core/09_surgery.ipynb #01a70ce5
+# %% ../../nbs/core/09_surgery.ipynb #fdc00155
 def apply_plan(
     model:nn.Module, # Cut in place
     plan:dict, # As from `plan_of`
@@ -188,7 +188,7 @@ def check_plan(model, plan):
         if list(state[name].shape)!=list(shape):
             raise ValueError(f'the plan is for another architecture: {name} has shape {tuple(state[name].shape)} here, {tuple(shape)} there')
 
-# %% ../../nbs/core/09_surgery.ipynb #c62a2462
+# %% ../../nbs/core/09_surgery.ipynb #953689cc
 def copy_of(
     model:nn.Module, # Left as it is
 ):

@@ -6,7 +6,7 @@
 __all__ = ['TOLERANCE', 'difference', 'random_like', 'check_same', 'pruned_plan', 'save_pruned', 'load_pruned', 'tied_groups',
            'group_scores', 'check_ratio', 'Pruner']
 
-# %% ../../nbs/prune/01_pruner.ipynb #aad46d66
+# %% ../../nbs/prune/01_pruner.ipynb #d3138369
 import json,math,warnings
 from collections.abc import Mapping
 from numbers import Real
@@ -23,7 +23,7 @@ from ..core.liveness import Liveness,spare_last
 from ..core.selection import Scores,n_of,select
 from ..core.surgery import _sub,apply_plan,check_plan,legal,reshaped,without
 
-# %% ../../nbs/prune/01_pruner.ipynb #a4efe088
+# %% ../../nbs/prune/01_pruner.ipynb #9e6f779f
 TOLERANCE = {torch.float64:1e-4, torch.float32:1e-3, torch.float16:2e-2, torch.bfloat16:1e-1}
 
 def difference(
@@ -35,7 +35,8 @@ def difference(
     outs = []
     for m in (before,after):
         with untouched(m): outs.append([o for o in _tensors(call_with(m, inputs)) if o.is_floating_point() or o.is_complex()])
-    if [o.shape for o in outs[0]]!=[o.shape for o in outs[1]]: raise ValueError(f'outputs of shapes {[tuple(o.shape) for o in outs[1]]} instead of {[tuple(o.shape) for o in outs[0]]}')
+    was,now = ([tuple(o.shape) for o in os] for os in outs)
+    if was!=now: raise ValueError(f'outputs of shapes {now} instead of {was}')
     worst,dtype = 0.,torch.float64
     for a,b in zip(*outs):
         if not a.numel(): continue
@@ -56,10 +57,11 @@ def random_like(inputs, seed=0):
 def check_same(before, after, inputs):
     "`ValueError` unless `before` and `after` give the same outputs; the difference"
     diff,dtype = difference(before, after, random_like(inputs))
-    if not diff<=TOLERANCE.get(dtype, 1e-3): raise ValueError(f'the outputs have changed: they differ by {diff:.1e} of the largest, {TOLERANCE.get(dtype, 1e-3):g} is allowed in {dtype}')
+    most = TOLERANCE.get(dtype, 1e-3)
+    if not diff<=most: raise ValueError(f'the outputs have changed: they differ by {diff:.1e} of the largest, {most:g} is allowed in {dtype}')
     return diff
 
-# %% ../../nbs/prune/01_pruner.ipynb #ac1bf486
+# %% ../../nbs/prune/01_pruner.ipynb #7826b0de
 def pruned_plan(
     model:nn.Module, # Pruned or not
 ):
@@ -78,7 +80,7 @@ def _joined_plans(a, b):
 
 def _remember(model, plan): model._pruned = _joined_plans(pruned_plan(model), plan)
 
-# %% ../../nbs/prune/01_pruner.ipynb #994930c6
+# %% ../../nbs/prune/01_pruner.ipynb #29ec85b0
 def _ranges(idx):
     "Whole numbers in ascending order as text, `0-3,7`"
     runs = []
@@ -144,7 +146,7 @@ def load_pruned(
     model._pruned = plan
     return model
 
-# %% ../../nbs/prune/01_pruner.ipynb #2ce861c3
+# %% ../../nbs/prune/01_pruner.ipynb #b93522ca
 def _lossless(model, inputs, verify):
     "A smaller copy of `model` with the same outputs"
     graph = ChannelGraph(model, inputs)
@@ -165,9 +167,11 @@ def _lossless(model, inputs, verify):
 def _warn_unused(model, graph, plan):
     "Layers that did not run cannot be cut to fit"
     idle = [o for o in dict.fromkeys(layer_of(n) for n in graph.unused) if o and isinstance(model.get_submodule(o), (nn.modules.conv._ConvNd,nn.Linear))]
-    if idle: warnings.warn(f'{", ".join(idle[:3])}{" and others" if len(idle)>3 else ""} did not run in eval mode and stayed as they are: they may not fit the layers before them any more')
+    if idle: warnings.warn(f'{_some(idle)} did not run in eval mode and stayed as they are: they may not fit the layers before them any more')
 
-# %% ../../nbs/prune/01_pruner.ipynb #3be927bf
+def _some(names): return ', '.join(names[:3]) + (' and others' if len(names)>3 else '')
+
+# %% ../../nbs/prune/01_pruner.ipynb #fa99497b
 class _Group:
     "Classes of channels that the same weights make"
     def __init__(self, classes, slices, graph):
@@ -200,12 +204,13 @@ def tied_groups(
     return groups
 
 def group_scores(group, criteria, known):
-    "Score of each class of `group`: the criteria's block score over all the weights of its filters; `known` gives by parameter what a criteria asks for"
+    "Score of each class of `group`: the criteria's block score over all the weights of its filters; `known` gives what a criteria asks for, by parameter"
     mats,uneven = [],False
     for s,(rows,k,place) in zip(group.slices, group.rows):
         ask = known(s.name)
         w = criteria.f(**ask)
-        if not isinstance(w, Tensor) or w.shape!=next(iter(ask.values())).shape: raise ValueError(f'criteria {criteria.__name__!r} must give a score for each weight of {s.name}')
+        if not isinstance(w, Tensor) or w.shape!=next(iter(ask.values())).shape:
+            raise ValueError(f'criteria {criteria.__name__!r} must give a score for each weight of {s.name}')
         w = (w if w.is_floating_point() else w.float()).movedim(s.dim, 0).flatten(1)
         full = w.new_full((group.n, int(place.max())+1, w.shape[1]), math.nan)
         full[k,place] = w[rows.to(w.device)]
@@ -217,12 +222,13 @@ def _rounded(n, gone, to):
     "How many of `n` go so that a multiple of `to` is left: rather more than too few"
     return gone if not to else 0 if not gone or n<to else n-min(-(-(n-gone)//to)*to, n//to*to)
 
-# %% ../../nbs/prune/01_pruner.ipynb #041f117d
+# %% ../../nbs/prune/01_pruner.ipynb #321046e9
 def check_ratio(
     ratio, # Percentage
 ):
     "`ratio` if it is a percentage; `ValueError` otherwise, and a warning for what looks like a fraction"
-    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0<=ratio<=100: raise ValueError(f'pruning_ratio is in percent, from 0 to 100, not {ratio!r}')
+    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0<=ratio<=100:
+        raise ValueError(f'pruning_ratio is in percent, from 0 to 100, not {ratio!r}')
     if 0<ratio<1: warnings.warn(f'pruning_ratio {ratio} is in percent: did you mean {100*ratio:g}?', stacklevel=4)
     return ratio
 
@@ -240,8 +246,9 @@ class Pruner:
         layer_type=None, # Type of layer, or a tuple of types, that all makers of a channel have to be of; by default any
         verify:bool=True, # Compare the outputs before and after a lossless removal
     ):
-        if isinstance(context, nn.Module) or isinstance(pruning_ratio, str): raise ValueError(f'pruning_ratio is a percentage or a dict by layer, not {pruning_ratio!r}')
-        if round_to is not None and (not isinstance(round_to, int) or isinstance(round_to, bool) or round_to<1): raise ValueError(f'round_to is a whole number of channels, at least 1, not {round_to!r}')
+        if isinstance(pruning_ratio, str): raise ValueError(f'pruning_ratio is a percentage or a dict by layer, not {pruning_ratio!r}')
+        if round_to is not None and (not isinstance(round_to, int) or isinstance(round_to, bool) or round_to<1):
+            raise ValueError(f'round_to is a whole number of channels, at least 1, not {round_to!r}')
         if pruning_ratio is not None and not isinstance(model, nn.Module): raise ValueError(f'a pruning_ratio needs a model, not {model!r}')
         self.context,self.criteria,self.layer_type = context_of(context),criteria_of(criteria),layer_type
         self.model = getattr(model, '_orig_mod', model)  # of a compiled model, the one that it was made from
@@ -254,7 +261,8 @@ class Pruner:
     def remember(self):
         "Take the weights as they are now for `w0`, what the criteria calls the start of training"
         self.past = {k:{n:p.detach().clone() for n,p in self.model.named_parameters()} for k in ('w0','w_prev') if k in needs(self.criteria)}
-        if 'act' in needs(self.criteria): raise ValueError(f'criteria {self.criteria.__name__!r} scores the inputs of a layer; to prune filters takes one that needs only w, w0, w_prev or grad')
+        if 'act' in needs(self.criteria):
+            raise ValueError(f'criteria {self.criteria.__name__!r} scores the inputs of a layer; pruning filters takes one that needs w, w0, w_prev or grad')
 
     def _name(self, o):
         "Name of layer `o`"
@@ -295,7 +303,7 @@ class Pruner:
             barred[chosen] = True
             barred[removed] = False
         held = [o for g in groups if barred[g.classes].any() for o in g.layers]
-        if held: warnings.warn(f'{", ".join(held[:3])}{" and others" if len(held)>3 else ""} kept all channels: the code of the model counts on how many there are')
+        if held: warnings.warn(f'{_some(held)} kept all channels: the code of the model counts on how many there are')
         apply_plan(self.model, plan, optimizer)
         for k,ps in self.past.items(): self.past[k] = {n:_cut_like(t, plan['kept'].get(n, {})) for n,t in ps.items()}
         _remember(self.model, plan)
@@ -313,7 +321,8 @@ class Pruner:
             found = [g for g in groups if layer in g.layers]
             if not found: raise ValueError(f'no channel of {layer!r} can be removed: {self._why(graph, layer)}')
             for g in found:
-                if targets.setdefault(g.name, ratio)!=ratio: raise ValueError(f'{", ".join(g.layers)} are tied, and can only lose the same channels: {targets[g.name]} and {ratio} percent are asked for')
+                if targets.setdefault(g.name, ratio)!=ratio:
+                    raise ValueError(f'{", ".join(g.layers)} are tied, and can only lose the same channels: {targets[g.name]} and {ratio} percent are asked for')
         return groups,targets
 
     def _why(self, graph, layer):
