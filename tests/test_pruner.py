@@ -372,6 +372,12 @@ def test_a_number_in_the_code():
     small = pruned(m)
     assert small.a.out_channels==5 and kept(small, 'stem.weight')==[1,2,3]
 
+def test_an_attribute_that_channels_only_pass():
+    def f(m, x): return m.head(m.norm(m.a(x).reshape(len(x), m.width, 144).transpose(1, 2)).mean(1))
+    m = randomized(Net(f, a=conv(3,8), norm=nn.LayerNorm(8), head=nn.Linear(8,3), width=8))
+    Pruner(m, 50, example_inputs=X.double()).prune_model()
+    assert (m.width,m.a.out_channels,m.norm.normalized_shape)==(4,4,(4,))
+
 # safety
 
 def test_untouched():

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['plan_of', 'apply_plan', 'check_plan', 'copy_of', 'without', 'reshaped', 'legal', 'add_constants', 'cut']
 
-# %% ../../nbs/core/09_surgery.ipynb #038a8185
+# %% ../../nbs/core/09_surgery.ipynb #9827a71b
 import copy
 import torch
 from torch import nn,Tensor
 from .granularity import did_you_mean
 from .graph import ChannelGraph,_tensors,call_with,untouched
 
-# %% ../../nbs/core/09_surgery.ipynb #2b497e9c
+# %% ../../nbs/core/09_surgery.ipynb #9ab53a14
 def plan_of(
     model:nn.Module, # Left as it is
     graph:ChannelGraph, # Of `model`
     removed:Tensor, # Classes
     biases=(), # Layers that get a bias
+    also=(), # Modules that have shown that they reshape with numbers of their own
 ):
     "The plan that removes the classes `removed`"
     gone = _flags(graph, removed)
@@ -30,7 +31,7 @@ def plan_of(
     for o in plan['biases']:
         w = _sub(o, 'weight')
         if (w,0) in stays: _keep(plan, _sub(o, 'bias'), 0, stays[w,0], state[w].shape[:1])
-    plan['attrs'] = {k:v for k,v in {**_sized(model, graph, gone), **_reshaping(model, graph, gone)}.items() if v}
+    plan['attrs'] = {k:v for k,v in {**_sized(model, graph, gone), **_reshaping(model, graph, gone, also)}.items() if v}
     return plan
 
 def _sub(module, attr): return f'{module}.{attr}' if module else attr
@@ -46,7 +47,7 @@ def _flags(graph, classes):
     gone[0] = False
     return gone
 
-# %% ../../nbs/core/09_surgery.ipynb #9fe0f1ff
+# %% ../../nbs/core/09_surgery.ipynb #f0669fb8
 def _sized(model, graph, gone):
     "Attributes of normalizations that have no parameters"
     attrs = {}
@@ -72,10 +73,10 @@ def _sizes(graph, gone, layers):
 
 _widths = 'dim','size','channel','width','feature','planes','embed','hidden'
 
-def _reshaping(model, graph, gone):
+def _reshaping(model, graph, gone, also):
     "Attributes that a module reshapes with, as far as that can be told"
     attrs = {}
-    for old,new,where in graph.reshapes:
+    for old,new,where in [*graph.reshapes, *(o for o in graph.views if o[2] in also)]:
         m = model.get_submodule(where)
         if _typed(m) and _told_by_weight(m): continue
         change,same = _sizes(graph, gone, (old,new))
@@ -86,7 +87,7 @@ def _reshaping(model, graph, gone):
             elif type(v) in (tuple,list,torch.Size) and any(map(told, v)): attrs.setdefault(where, {})[k] = [change[o] if told(o) else o for o in v]
     return attrs
 
-# %% ../../nbs/core/09_surgery.ipynb #4b8ae1b2
+# %% ../../nbs/core/09_surgery.ipynb #fe7e84b0
 def _pick(t, dims):
     "`t` with the indices of `dims` only"
     for d,keep in dims.items(): t = t.index_select(d, torch.tensor(keep, dtype=torch.long, device=t.device))
@@ -147,7 +148,7 @@ def _of_conv(m, w):
     g = m.groups*w.shape[0]//m.out_channels if depthwise else m.groups
     return dict(in_channels=w.shape[1]*g, out_channels=w.shape[0], groups=g)
 
-# %% ../../nbs/core/09_surgery.ipynb #fdc00155
+# %% ../../nbs/core/09_surgery.ipynb #01a70ce5
 def apply_plan(
     model:nn.Module, # Cut in place
     plan:dict, # As from `plan_of`
@@ -188,7 +189,7 @@ def check_plan(model, plan):
         if list(state[name].shape)!=list(shape):
             raise ValueError(f'the plan is for another architecture: {name} has shape {tuple(state[name].shape)} here, {tuple(shape)} there')
 
-# %% ../../nbs/core/09_surgery.ipynb #953689cc
+# %% ../../nbs/core/09_surgery.ipynb #a61ed9d2
 def copy_of(
     model:nn.Module, # Left as it is
 ):
@@ -213,9 +214,9 @@ def _failure(model, inputs, shapes):
 def _spared(graph, removed, where):
     "Classes of `removed` but for those that `where` reshapes; or else makes or reads; or else any module reshapes"
     gone = _flags(graph, removed)
-    reshapes = [(w,o.flatten()) for old,new,w in graph.reshapes for o in (old,new)]
+    reshapes,views = ([(w,o.flatten()) for old,new,w in l for o in (old,new)] for l in (graph.reshapes,graph.views))
     below = f'{where}.' if where else ''
-    for ids in ([o for w,o in reshapes if w==where], [s.ids for s in graph.slices if s.layer==where or below and s.layer.startswith(below)], [o for _,o in reshapes]):
+    for ids in ([o for w,o in reshapes if w==where], [o for w,o in views if w==where], [s.ids for s in graph.slices if s.layer==where or below and s.layer.startswith(below)], [o for _,o in (*reshapes,*views)]):
         keep = graph.classes(torch.cat(ids)) if ids else torch.zeros(0, dtype=torch.long)
         if gone[keep].any(): break
     gone[keep] = False
@@ -256,9 +257,10 @@ def legal(
 ):
     "A cut copy of `model` that runs, its plan, and the classes that could be removed: `removed` but for those that its code insists on"
     with untouched(model): shapes = [tuple(o.shape) for o in _tensors(call_with(model, graph.example_inputs))]
+    also = set()
     while True:
         new,add = copy_of(model),biases(removed)
-        plan = plan_of(model, graph, removed, add)
+        plan = plan_of(model, graph, removed, add, also)
         add_constants(new, add)
         apply_plan(new, {**plan, 'biases':[]})
         failed = _failure(new, graph.example_inputs, shapes)
@@ -266,6 +268,9 @@ def legal(
             wrong = _misread(graph, removed, new)
             if not len(wrong): return new,plan,removed
             removed = without(graph, removed, wrong)
+            continue
+        if failed[0] not in also and any(w==failed[0] for _,_,w in graph.views):
+            also.add(failed[0])
             continue
         fewer = _spared(graph, removed, failed[0])
         if len(fewer)==len(removed): raise ValueError(f'the model does not run without these channels, and no reshape tells why: {failed[0]}: {failed[1]}') from failed[1]
