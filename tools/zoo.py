@@ -5,7 +5,7 @@ for each model, so that one that fails or does not fit in memory does not end th
 import argparse,json,subprocess,sys,time
 from concurrent.futures import ThreadPoolExecutor
 
-MEMORY = 700  # MB of float32 parameters at most
+MEMORY = 1300  # MB of float32 parameters at most
 
 def randomize(model, seed=0):
     "Random statistics, scales and shifts for normalizations"
