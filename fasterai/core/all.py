@@ -4,3 +4,5 @@ from .schedule import *
 from .selection import *
 from .context import *
 from .graph import *
+from .liveness import *
+from .surgery import *

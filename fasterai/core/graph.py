@@ -154,7 +154,7 @@ class _Facts:
         self.n = 1 # the next channel number
         self.pairs,self.pins,self.splits,self.fixes = [],[],[],[]  # ties; (ids, why); layers; (layer, dims, why)
         self.uses,self.bound,self.issued,self.linears,self.splits_at = [],{},{},[],{}
-        self.merges,self.mixes,self.sized,self.reshapes,self.unknown = [],[],[],[],Counter()
+        self.merges,self.mixes,self.sized,self.reshapes,self.views,self.unknown = [],[],[],[],[],Counter()
         self.order,self.macs,self.seen = {},Counter(),set()
 
     def tie(self, a, b, why):
@@ -336,9 +336,13 @@ class _Trace(TorchDispatchMode, _Shared):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         call = _Call(func, args, kwargs or {}, self.shadow, self.stack[-1] if self.stack else '')
-        call.out = func(*args, **(kwargs or {}))
+        call.out = self.compute(call, func, args, kwargs or {})
         if any(o.ids or o.par for o in call.shadows): self.follow(call)
         return call.out
+
+    def compute(self, call, func, args, kwargs):
+        "What `func` gives, for those who want to know more than channel numbers"
+        return func(*args, **kwargs)
 
     def follow(self, call):
         "Apply the rule for `call`; without one, or where it does not fit, pin all that `call` touches"
@@ -420,7 +424,8 @@ def _reshaped(tr, c):
     y = c.x.each(lambda l: _view(l, a, b), b)
     for old,new in zip(c.x.ids, y.ids):
         touched = [(i,j) for i,j in _blocks(a, b) if len(i)+len(j)>2 and any(old.shape[d]>1 for d in i)]
-        if touched: tr.reshapes.append((old,c.why))
+        if touched: tr.reshapes.append((old,new,c.where))
+        else: tr.views.append((new,new,c.where))
         if any(sum(new.shape[d]>1 for d in j)>1 for _,j in touched): tr.heads(new, c)
     tr.put(c.y, y)
 
@@ -935,7 +940,8 @@ class ChannelGraph:
             for l in ids: tr.pin(l, f'leaves {where or "the model"} for nothing the graph can see')
         self.slices,self.merges,self.order,self._names = _slices(tr.uses),tr.merges,list(tr.order),tr.names
         self.sized,self.unknown,self.unused = tr.sized,dict(tr.unknown),[n for n in tr.params if n not in tr.seen]
-        self.mixes,self.reshapes = ([(l[l>0].unique(),why) for l,why in o] for o in (tr.mixes,tr.reshapes))
+        self.mixes = [(l[l>0].unique(),why) for l,why in tr.mixes]
+        self.reshapes,self.views = tr.reshapes,tr.views
         batch = next((o.shape[0] for o in _tensors(self.example_inputs) if o.dim()), 1)
         self._macs = {k:n//batch for k,n in tr.macs.items()}
         self._followers = [(s.name,self._alone(s)) for s in self.slices if s.role=='affine' and s.kind in ('bias','scale','shift')]

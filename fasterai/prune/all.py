@@ -1,0 +1,2 @@
+from ..core.all import *
+from .pruner import *

@@ -1,0 +1,113 @@
+"""Prune the classification models of torchvision and compare outputs: `python tools/zoo.py [NAME...]` (default: all that fit), or `make zoo NAMES="resnet18 vit_b_32"`
+
+Random weights and random statistics of the normalizations; 40 % of the channels are zeroed, tied ones together, and removed without loss; then 30 % are removed by ratio. A process
+for each model, so that one that fails or does not fit in memory does not end the run."""
+import argparse,json,subprocess,sys,time
+from concurrent.futures import ThreadPoolExecutor
+
+MEMORY = 1300  # MB of float32 parameters at most
+
+def randomize(model, seed=0):
+    "Random statistics, scales and shifts for normalizations"
+    import torch
+    gen = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for n,b in model.named_buffers():
+            if n.endswith('running_mean'): b.copy_(torch.randn(b.shape, generator=gen)*.1)
+            if n.endswith('running_var'): b.copy_(torch.rand(b.shape, generator=gen)+.5)
+        for p in model.parameters():
+            if (p==p.flatten()[0]).all(): p.copy_(torch.randn(p.shape, generator=gen)*.1)  # a head or a layer scale that starts as (nearly) nothing
+        for m in model.modules():
+            if 'Norm' in type(m).__name__ and getattr(m, 'weight', None) is not None:
+                m.weight.copy_(torch.rand(m.weight.shape, generator=gen)+.5)
+                if getattr(m, 'bias', None) is not None: m.bias.copy_(torch.randn(m.bias.shape, generator=gen)*.1)
+
+def zero_tied(model, graph, pct, types):
+    "Zero `pct` percent of the channels of each tied group whose makers are `types`, with all parameters that have an entry for each; how many classes"
+    import torch
+    from fasterai.core.selection import n_of
+    from fasterai.prune.pruner import tied_groups
+    gen,modules,state = torch.Generator().manual_seed(1),dict(model.named_modules()),dict(model.named_parameters())
+    dead = torch.zeros(len(graph._root), dtype=torch.bool)
+    for g in tied_groups(model, graph):
+        if all(isinstance(modules[o], types) for o in g.layers): dead[g.classes[torch.randperm(g.n, generator=gen)[:n_of(g.n, pct)]]] = True
+    with torch.no_grad():
+        for s in graph.slices:
+            at = dead[graph.classes(s.ids)].nonzero().flatten()
+            if s.name in state and s.role in ('out','affine'): state[s.name].index_fill_(s.dim, at, 0)
+    return int(dead.sum())
+
+def takes(model, x):
+    "Does `model` run on images of another size as well?"
+    from fasterai.core.graph import call_with,untouched
+    try:
+        with untouched(model): call_with(model, x)
+    except (RuntimeError,AssertionError,ValueError): return False
+    return True
+
+def one(name):
+    "A row of the table for model `name`"
+    import torch,torchvision
+    from torch import nn
+    from fasterai.core.graph import ChannelGraph,_tensors,call_with,untouched
+    from fasterai.prune.pruner import Pruner,difference,random_like
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    make = lambda: torchvision.models.get_model(name, weights=None, **(dict(aux_logits=False) if name in ('googlenet','inception_v3') else {})).eval()
+    row,size = dict(model=name),lambda m: sum(p.numel() for p in m.parameters())
+    model = make()
+    randomize(model)
+    small = 4*size(model)<250e6
+    if small: model = model.double()
+    graph = ChannelGraph(model)
+    zero_tied(model, graph, 40, (nn.modules.conv._ConvNd,nn.Linear,nn.MultiheadAttention))
+    was = {k:v.clone() for k,v in model.state_dict().items()}
+    start = time.time()
+    slim = Pruner().prune_model(model, graph.example_inputs)
+    row |= dict(seconds=time.time()-start, before=size(model), after=size(slim))
+    row['difference'],dtype = difference(model, slim, random_like(graph.example_inputs, 3))
+    larger = torch.randn(1, 3, graph.example_inputs[0].shape[-2]+32, graph.example_inputs[0].shape[-1]+64).to(graph.example_inputs[0])
+    if takes(model, larger): row['difference'] = max(row['difference'], difference(model, slim, larger)[0])
+    row['dtype'] = str(dtype).removeprefix('torch.')
+    row['untouched'] = all(torch.equal(v, was[k]) for k,v in model.state_dict().items())
+    del slim,was,model
+    model = make()
+    start = time.time()
+    inputs = tuple(o.float() if o.is_floating_point() else o for o in graph.example_inputs)
+    Pruner(model, 30, 'local', example_inputs=inputs).prune_model()
+    with untouched(model): out = call_with(model, inputs)
+    row |= dict(ratio_seconds=time.time()-start, ratio_after=size(model), outputs=all(o.shape[-1]==1000 for o in _tensors(out)))
+    row['ok'] = row['difference']<=(1e-4 if dtype==torch.float64 else 1e-3) and row['untouched'] and row['outputs'] and row['after']<row['before'] and row['ratio_after']<row['before']
+    return row
+
+def run(name, seconds):
+    "`one` in a process of its own"
+    try: p = subprocess.run([sys.executable, '-W', 'ignore', __file__, '--one', name], capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired: return dict(model=name, ok=False, error=f'more than {seconds} s')
+    lines = p.stdout.strip().splitlines()
+    if p.returncode or not lines: return dict(model=name, ok=False, error=(p.stderr.strip().splitlines() or [f'exit {p.returncode}'])[-1][:200])
+    return json.loads(lines[-1])
+
+def show(r):
+    if 'error' in r: return f"{r['model']:24} FAIL {r['error']}"
+    return (f"{r['model']:24} {r['before']:>11,} {r['after']:>11,} {r['difference']:>8.0e} {r['dtype']:8} {r['seconds']:>6.1f} s | {r['ratio_after']:>11,} {r['ratio_seconds']:>6.1f} s "
+            f"{'outputs same' if r['outputs'] else 'OUTPUTS CHANGED'} {'ok' if r['ok'] else 'FAIL'}")
+
+def names():
+    "All that fit, as told by their weights' metadata"
+    from torchvision import models
+    params = lambda n: next(iter(models.get_model_weights(n))).meta['num_params']
+    return [n for n in models.list_models(module=models) if params(n)*4<MEMORY*1e6]
+
+if __name__=='__main__':
+    a = argparse.ArgumentParser()
+    a.add_argument('names', nargs='*'); a.add_argument('--one', action='store_true'); a.add_argument('--workers', type=int, default=2); a.add_argument('--timeout', type=int, default=600)
+    a = a.parse_args()
+    if a.one: print(json.dumps(one(a.names[0])))
+    else:
+        print(f"{'model':24} {'before':>11} {'after':>11} {'differ':>8} {'':8} {'time':>6}   | {'30 % less':>11} {'time':>6}")
+        rows = []
+        with ThreadPoolExecutor(a.workers) as ex:
+            for r in ex.map(lambda n: run(n, a.timeout), a.names or names()): rows.append(r); print(show(r), flush=True)
+        print(f"{sum(r['ok'] for r in rows)} of {len(rows)} ok")
+        sys.exit(not all(r['ok'] for r in rows))
