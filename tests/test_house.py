@@ -23,7 +23,7 @@ RULES = [  # module                  ours                              others
     ('export/*',                    'core',                           'torch numpy onnx onnxruntime onnxscript'),
     ('misc/*',                      'core legacy',                    'torch numpy tensorly'),
     ('quantize/*',                  'core legacy',                    'torch numpy pandas torchao safetensors'),
-    *((f'{o}/*',                    'core legacy',                    'torch numpy pandas') for o in ('sparse','prune','distill','regularize'))]
+    *((f'{o}/*',                    'core legacy',                    'torch numpy pandas safetensors') for o in ('sparse','prune','distill','regularize'))]
 
 def rule(path): return next(((ours.split(), others.split()) for pat,ours,others in RULES if fnmatch.fnmatch(path, pat)), None)
 

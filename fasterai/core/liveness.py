@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import nn,Tensor
 from torch.utils._pytree import tree_leaves,tree_map
-from .graph import ChannelGraph,_Trace,_PRODUCTS,_naming,_varying,call_with,untouched
+from .graph import _SLIPS, ChannelGraph,_Trace,_PRODUCTS,_naming,_varying,call_with,untouched
 
 # %% ../../nbs/core/08_liveness.ipynb #9f5263ab
 def _exact(t): return t.is_floating_point() or t.is_complex()
@@ -289,7 +289,7 @@ def _observe(model, graph):
     why = ''
     try:
         with untouched(model), _naming(model, tr.stack), tr: _call(model, inputs)
-    except Exception as e: why = f'{type(e).__name__}: {e}'  # any error may come of a nan
+    except _SLIPS as e: why = f'{type(e).__name__}: {e}'  # any error may come of a nan
     why = why or tr.depends
     if not why and not _same_numbers(graph, tr): why = 'it runs otherwise than on the example inputs'
     if not why: return tr
