@@ -541,7 +541,7 @@ class Sparsifier:
     def report(self):
         "Zeros of each layer, as a DataFrame"
         import pandas as pd
-        rows = [dict(layer=o.name, type=type(p.mod).__name__, shape=tuple(p.w.shape), weights=p.w.numel(), zeros=int((p.w==0).sum())) for o in self.layers for p in o.parts]
+        rows = [dict(layer=o.name if len(o.parts)==1 else p.name.removesuffix('.weight'), type=type(p.mod).__name__, shape=tuple(p.w.shape), weights=p.w.numel(), zeros=int((p.w==0).sum())) for o in self.layers for p in o.parts]
         df = pd.DataFrame(rows)
         df['sparsity'] = 100*df.zeros/df.weights
         return df
