@@ -15,7 +15,7 @@ from torch import nn,Tensor
 from torch.utils._pytree import tree_map
 from safetensors import SafetensorError,safe_open
 from safetensors.torch import save_file
-from ..core.context import context_needs,context_of,local
+from ..core.context import shares,context_of,local
 from ..core.criteria import criteria_of,large_final,needs
 from ..core.granularity import did_you_mean
 from ..core.graph import ChannelGraph,_tensors,call_with,layer_of,untouched
@@ -356,15 +356,8 @@ class Pruner:
         sizes = {o:g.n for o,g in by.items()}
         if targets is not None: return {(o,):n_of(sizes[o], r) for o,r in targets.items() if o in sizes}
         if not sizes: return {}
-        known,asked = dict(sparsity=self.pruning_ratio, sizes=sizes, room={o:n-1 for o,n in sizes.items()}, gone=dict.fromkeys(sizes, 0)),context_needs(self.context)
-        if 'shapes' in asked: known['shapes'] = {o:tuple(self.model.get_parameter(g.slices[0].name).shape) for o,g in by.items()}
-        if 'scores' in asked: known['scores'] = {o:g.scores for o,g in by.items()}
-        ks = {o if isinstance(o, tuple) else (o,):int(k) for o,k in self.context(**{o:known[o] for o in asked}).items()}
-        for names,k in ks.items():
-            if wrong := [o for o in names if o not in sizes]: raise ValueError(f'context {self.context.__name__!r} names {wrong[0]!r}: {did_you_mean(wrong[0], sizes)}')
-            n = sum(sizes[o] for o in names)
-            if not 0<=k<=n: raise ValueError(f'context {self.context.__name__!r} takes {k} of the {n} channels of {", ".join(names)}')
-        return ks
+        return shares(self.context, sizes, sparsity=self.pruning_ratio, room={o:n-1 for o,n in sizes.items()}, gone=dict.fromkeys(sizes, 0),
+            shapes=lambda: {o:tuple(self.model.get_parameter(g.slices[0].name).shape) for o,g in by.items()}, scores=lambda: {o:g.scores for o,g in by.items()})
 
 def _cut_like(t, dims):
     for d,keep in dims.items(): t = t.index_select(d, torch.tensor(keep, device=t.device))

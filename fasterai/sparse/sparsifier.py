@@ -14,7 +14,7 @@ import torch
 from torch import nn, Tensor
 from ..core.granularity import Blocks, axes_of, available, blocks, did_you_mean, granularities, granularity_of, head_parts, layer_axes, n_heads, pattern
 from ..core.criteria import criteria_of, large_final, needs
-from ..core.context import context_needs, context_of, local
+from ..core.context import context_of, local, shares
 from ..core.selection import CHUNK, Scores, Source, n_of, select
 from ..core.graph import ChannelGraph, untouched
 from ..legacy import old_prune, old_sparsifier
@@ -454,20 +454,9 @@ class Sparsifier:
         "How many blocks are gone at `sparsity`, by the layers that compete for it"
         sizes = {o.name:o.n for o in self.layers}
         if isinstance(sparsity, dict): return {(o,): n_of(n, 100*sparsity[o]/self.own) for o,n in sizes.items()}
-        known = dict(sparsity=100*sparsity/self.own, sizes=sizes, room={o: n-self._protect for o,n in sizes.items()})
-        asked = context_needs(self.context)
-        if 'gone' in asked: known['gone'] = {o: self._n_gone((o,)) for o in sizes}
-        if 'shapes' in asked: known['shapes'] = {o.name: _shape(o.parts[0]) for o in self.layers}
-        if 'scores' in asked: known['scores'] = {o.name: o.scores(0, o.n) for o in self.layers}
-        ks = {o if isinstance(o, tuple) else (o,): int(k) for o,k in self.context(**{o:known[o] for o in asked}).items()}
-        for names,k in ks.items():
-            if wrong := [o for o in names if o not in sizes]: raise ValueError(f'context {self._context_name!r} names a layer {wrong[0]!r}: {did_you_mean(wrong[0], sizes)}')
-            n = sum(sizes[o] for o in names)
-            if not 0<=k<=n: raise ValueError(f'context {self._context_name!r} takes {k} of the {n} blocks of {", ".join(names)}')
-        return ks
-
-    @property
-    def _context_name(self): return getattr(self.context, '__name__', repr(self.context))
+        return shares(self.context, sizes, sparsity=100*sparsity/self.own, room={o: n-self._protect for o,n in sizes.items()},
+            gone=lambda: {o: self._n_gone((o,)) for o in sizes}, shapes=lambda: {o.name: _shape(o.parts[0]) for o in self.layers},
+            scores=lambda: {o.name: o.scores(0, o.n) for o in self.layers})
 
     @property
     def _protect(self): return not (isinstance(self.granularity, pattern) or self.granularity is granularities['layer'])  # a pattern leaves something in each group; to drop layers is the point of `layer`
