@@ -397,6 +397,14 @@ class Sparsifier:
         return found[0].parts[0].mod
     prune_layer = sparsify_layer
 
+    def sparsify_below(self, threshold): # Number that scores of blocks are compared with
+        "Zero the blocks that score below `threshold`, as a penalty has left them, but not the best of a layer, and return the model"
+        if not isinstance(threshold, Real) or math.isnan(threshold): raise ValueError(f'a threshold is a number, not {threshold!r}')
+        self._learn(self.layers)
+        def counts(): return {(n,): int(((s<threshold) | (self._by_name[n].keep==0)).sum()) for n,s in self._scores(self.layers).items()}
+        self._renew(lambda: self._rounded(counts()), self.layers)
+        return self.model
+
     def _learn(self, layers):
         if self.data is not None and {'grad','act'} & set(needs(self.criteria)): learn_from(self.data, self.model, layers, self.loss_func)
 
