@@ -94,7 +94,7 @@ def _code_below(coder, bits, context, ones, all_):
     all_ += np.bincount(context, minlength=len(all_))
     return bits
 
-# %% ../../nbs/quantize/04_compressed_file.ipynb #9642c177
+# %% ../../nbs/quantize/04_compressed_file.ipynb #14e1ee40
 def _lag(m):
     "Distance of the rows of `m` that are most alike, as those of an image's pixels one above the other are; 0 if none are"
     m = m[:,::1+m.size//2**20]
@@ -105,7 +105,7 @@ def _lag(m):
 
 def _matrix(signs, shape, axis):
     "Rows in the order of writing: input weights (`axis` 1) or output units (`axis` 0)"
-    m = signs.reshape((shape[0],-1) if len(shape)>1 else (1,-1))
+    m = signs.reshape(shape[0] if shape else 1, -1)
     return np.ascontiguousarray(m.T if axis else m)
 
 def _write_signs(signs, shape, signed):
@@ -158,21 +158,21 @@ def _read_plane(data, n, k=256):
     _code_symbols(_Reader(data), symbols, k)
     return symbols
 
-# %% ../../nbs/quantize/04_compressed_file.ipynb #75140a35
+# %% ../../nbs/quantize/04_compressed_file.ipynb #8605eaa8
 _BOOK = 1<<16
 
 def _book_of(words):
     "The different values of `words` in ascending order and the place of each word among them; `None` if they are too many to pay"
     book,most = np.unique(words[::1+len(words)//_BOOK]),min(_BOOK, len(words)//2)
+    for i in range(0, len(words), _BOOK):
+        if len(book)>most: return
+        part = words[i:i+_BOOK]
+        new = part[book[np.searchsorted(book, part).clip(max=len(book)-1)]!=part]
+        if len(new): book = np.union1d(book, new)
+    if len(book)>most: return
     at = np.empty(len(words), np.uint16)
-    while len(book)<=most:
-        for i in range(0, len(words), _BOOK):
-            part = words[i:i+_BOOK]
-            at[i:i+_BOOK] = np.searchsorted(book, part).clip(max=len(book)-1)
-            new = part[book[at[i:i+_BOOK]]!=part]
-            if len(new): break
-        else: return book,at
-        book = np.union1d(book, new)
+    for i in range(0, len(words), _BOOK): at[i:i+_BOOK] = np.searchsorted(book, words[i:i+_BOOK])
+    return book,at
 
 def _at_planes(k): return (max(k, 2),) if k<=256 else (256,256)
 
@@ -238,7 +238,7 @@ def _read_tensor(take, dtype, shape, positions, *values):
     if dtype is torch.bool and words.max(initial=0)>1: raise CompressedFileError('a bool is neither 0 nor 1')
     return torch.from_numpy(words.view(f'i{words.itemsize}')).view(dtype).reshape(shape)
 
-# %% ../../nbs/quantize/04_compressed_file.ipynb #a20a42bd
+# %% ../../nbs/quantize/04_compressed_file.ipynb #b590fa46
 _MAGIC,_VERSION,_RATIO = b'\x89fasterai\r\n\x1a\n',1,32
 _TAIL = struct.Struct('<I8s')
 
@@ -292,7 +292,7 @@ def save_compressed(
     """Write the parameters and buffers of `model` to one small file, bit for bit: the third stage of Deep Compression (arXiv 1510.00149, section 4), with an arithmetic coder in place of Huffman's. Tied ones
     are written once. `ValueError` for what is no plain tensor (`get_extra_state`, lazy, sparse or meta tensors)"""
     state,path = _state(model),Path(os.path.realpath(path))
-    new = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    new = path.with_name(f'.{path.name}.{os.urandom(4).hex()}.part')
     try:
         with open(new, 'xb') as f: _write(f, state)
         os.replace(new, path)
