@@ -207,6 +207,7 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     save_compressed(net, tmp_path/'link')
     assert (tmp_path/'link').is_symlink() and (tmp_path/'m').read_bytes()!=old
     with pytest.raises(OSError): save_compressed(net, tmp_path/'nowhere'/'m')
+    with pytest.raises(IsADirectoryError, match='a file is asked for'): save_compressed(net, tmp_path)
 
 # --- damaged files
 

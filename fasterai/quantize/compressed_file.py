@@ -245,7 +245,7 @@ _TAIL = struct.Struct('<I8s')
 def _state(model):
     "Parameters and buffers of `model` by name"
     model = getattr(model, '_orig_mod', model)
-    if not isinstance(model, nn.Module): raise TypeError(f'a model is asked for, not {model!r}')
+    if not isinstance(model, nn.Module): raise TypeError(f'a model is asked for, not {model!r}: save_compressed takes (model, path), load_compressed (path, model)')
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     state = model.state_dict(keep_vars=True)
     for k,v in state.items():
@@ -292,6 +292,7 @@ def save_compressed(
     """Write the parameters and buffers of `model` to one small file, bit for bit: the third stage of Deep Compression (arXiv 1510.00149, section 4), with an arithmetic coder in place of Huffman's. Tied ones
     are written once. `ValueError` for what is no plain tensor (`get_extra_state`, lazy, sparse or meta tensors)"""
     state,path = _state(model),Path(os.path.realpath(path))
+    if path.is_dir(): raise IsADirectoryError(f'{path} is a directory: a file is asked for')
     new = path.with_name(f'.{path.name}.{os.urandom(4).hex()}.part')
     try:
         with open(new, 'xb') as f: _write(f, state)
