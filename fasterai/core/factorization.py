@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RIDGE', 'LowRank', 'swap', 'replaceable', 'allot', 'Choice', 'finished', 'with_weight', 'chosen', 'Decomposer']
 
-# %% ../../nbs/core/09_factorization.ipynb #a7b44349
+# %% ../../nbs/core/09_factorization.ipynb #e8165cc3
 import math,warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from .graph import ChannelGraph,_tensors,call_with,example_inputs_for,untouched
 from .selection import n_of
 from .surgery import copy_of
 
-# %% ../../nbs/core/09_factorization.ipynb #a81da4c5
+# %% ../../nbs/core/09_factorization.ipynb #1ad3a69a
 RIDGE = 1e-6  # how much an input that never occurred counts beside one of mean power
 
 class LowRank:
@@ -76,7 +76,7 @@ def _wide(t):
     "`t` in double precision, on the CPU where the device has none"
     return t.detach().to('cpu' if t.device.type=='mps' else t.device, torch.float64)
 
-# %% ../../nbs/core/09_factorization.ipynb #716beb15
+# %% ../../nbs/core/09_factorization.ipynb #ce5b7f47
 class _StandIn(nn.Module):
     "Does what `layer` does, and notes who asks it for more than its output"
     def __init__(self, name, layer, inside):
@@ -152,7 +152,7 @@ def replaceable(
     finally: swap(shell, {o:o.layer for o in stand.values()})
     return {n:c for n,c in calls.items() if n not in left},left
 
-# %% ../../nbs/core/09_factorization.ipynb #58ed657b
+# %% ../../nbs/core/09_factorization.ipynb #d3ca13da
 def allot(
     costs, # What each option of a layer costs, a tensor of whole numbers by layer
     losses, # What each option loses, likewise
@@ -184,7 +184,7 @@ def _at_price(costs, losses, budget, total):
         else: lo = mid
     return pick(hi)
 
-# %% ../../nbs/core/09_factorization.ipynb #81bc8dff
+# %% ../../nbs/core/09_factorization.ipynb #f0b28ddb
 class Choice:
     "Ranks that a layer may have: option `k` has rank `ranks[k]`, `weights[k]` weights and `macs[k]` multiply-accumulates for the whole batch"
     def __init__(self, layer, full_macs, ranks, weights, macs):
@@ -234,7 +234,7 @@ def with_weight(
     layer.weight = nn.Parameter(w.to(like.weight).contiguous(), like.weight.requires_grad)
     return layer
 
-# %% ../../nbs/core/09_factorization.ipynb #13dfe9f0
+# %% ../../nbs/core/09_factorization.ipynb #5c93f4be
 def chosen(
     model:nn.Module, # Left as it is
     names, # Layers that there are to choose from
@@ -326,7 +326,9 @@ class Decomposer:
     def _options(self, model, choices, how, batch, inputs):
         "Number of the option of each layer, or why it stays"
         kind,v = how
-        if kind=='percent_removed': return {n:c.at(v[n] if isinstance(v, Mapping) else v) for n,c in choices.items()}
+        if kind=='percent_removed':
+            v = v if isinstance(v, Mapping) else dict.fromkeys(choices, v)
+            return {n:c.at(v[n]) if v[n] else 'nothing of it is to go' for n,c in choices.items()}
         if kind=='energy_threshold': return {n:'no rank keeps so much' if (k:=c.keeping(v)) is None else k for n,c in choices.items()}
         now = sum(p.numel() for p in model.parameters()) if kind=='params' else sum(ChannelGraph(model, inputs).macs().values())
         full = {n:c.full[0] if kind=='params' else c.full[1]//batch for n,c in choices.items()}
