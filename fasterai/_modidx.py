@@ -103,6 +103,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'fasterai/core/factorization.py'),
                                              'fasterai.core.factorization.LowRank.shift': ( 'core/factorization.html#lowrank.shift',
                                                                                             'fasterai/core/factorization.py'),
+                                             'fasterai.core.factorization.LowRank.values': ( 'core/factorization.html#lowrank.values',
+                                                                                             'fasterai/core/factorization.py'),
                                              'fasterai.core.factorization._StandIn': ( 'core/factorization.html#_standin',
                                                                                        'fasterai/core/factorization.py'),
                                              'fasterai.core.factorization._StandIn.__getattr__': ( 'core/factorization.html#_standin.__getattr__',

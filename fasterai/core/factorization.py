@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RIDGE', 'LowRank', 'swap', 'replaceable', 'allot', 'Choice', 'finished', 'with_weight', 'chosen', 'Decomposer']
 
-# %% ../../nbs/core/09_factorization.ipynb #e8165cc3
+# %% ../../nbs/core/09_factorization.ipynb #a7b44349
 import math,warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from .graph import ChannelGraph,_tensors,call_with,example_inputs_for,untouched
 from .selection import n_of
 from .surgery import copy_of
 
-# %% ../../nbs/core/09_factorization.ipynb #1ad3a69a
+# %% ../../nbs/core/09_factorization.ipynb #6db49943
 RIDGE = 1e-6  # how much an input that never occurred counts beside one of mean power
 
 class LowRank:
@@ -53,6 +53,10 @@ class LowRank:
             self._solved = bool(centered),e.flip(-1).clamp(min=0),u.flip(-1)
         return self._solved[1:]
 
+    def values(self, centered=False):
+        "Singular values [..., n_ranks] of the matrices or, after `learn`, of their outputs: root mean square"
+        return self._solve(centered)[0].sqrt()
+
     def losses(self, centered=False):
         "Share of the energy that is lost at each rank from 1 to `n_ranks`, over all matrices"
         e = self._solve(centered)[0].flatten(0, -2).sum(0) if self.r.dim()>2 else self._solve(centered)[0]
@@ -76,7 +80,7 @@ def _wide(t):
     "`t` in double precision, on the CPU where the device has none"
     return t.detach().to('cpu' if t.device.type=='mps' else t.device, torch.float64)
 
-# %% ../../nbs/core/09_factorization.ipynb #ce5b7f47
+# %% ../../nbs/core/09_factorization.ipynb #716beb15
 class _StandIn(nn.Module):
     "Does what `layer` does, and notes who asks it for more than its output"
     def __init__(self, name, layer, inside):
@@ -152,7 +156,7 @@ def replaceable(
     finally: swap(shell, {o:o.layer for o in stand.values()})
     return {n:c for n,c in calls.items() if n not in left},left
 
-# %% ../../nbs/core/09_factorization.ipynb #d3ca13da
+# %% ../../nbs/core/09_factorization.ipynb #58ed657b
 def allot(
     costs, # What each option of a layer costs, a tensor of whole numbers by layer
     losses, # What each option loses, likewise
@@ -184,7 +188,7 @@ def _at_price(costs, losses, budget, total):
         else: lo = mid
     return pick(hi)
 
-# %% ../../nbs/core/09_factorization.ipynb #f0b28ddb
+# %% ../../nbs/core/09_factorization.ipynb #81bc8dff
 class Choice:
     "Ranks that a layer may have: option `k` has rank `ranks[k]`, `weights[k]` weights and `macs[k]` multiply-accumulates for the whole batch"
     def __init__(self, layer, full_macs, ranks, weights, macs):
@@ -234,7 +238,7 @@ def with_weight(
     layer.weight = nn.Parameter(w.to(like.weight).contiguous(), like.weight.requires_grad)
     return layer
 
-# %% ../../nbs/core/09_factorization.ipynb #5c93f4be
+# %% ../../nbs/core/09_factorization.ipynb #e12a58d9
 def chosen(
     model:nn.Module, # Left as it is
     names, # Layers that there are to choose from

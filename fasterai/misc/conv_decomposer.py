@@ -107,7 +107,7 @@ class _Tucker(_Conv):
         if 0 in us: parts.append((us[0].reshape(self.o, ro, *one),()))
         return [_conv(m, w, axes, 1) for w,axes in parts]
 
-# %% ../../nbs/misc/03_conv_decomposer.ipynb #7b1fe93b
+# %% ../../nbs/misc/03_conv_decomposer.ipynb #d2feea82
 class _CP(_Conv):
     def options(self): return torch.arange(1, math.prod(self.k)*min(self.i,self.o)+1)
     def cost(self, r):
@@ -116,7 +116,7 @@ class _CP(_Conv):
     @cached_property
     def low(self): return LowRank(self.layer.weight.flatten(2).movedim(2, 0))
     def _order(self):
-        e = self.low._solve()[0].flatten()
+        e = self.low.values().square().flatten()
         return e,e.argsort(descending=True, stable=True)
     def losses(self):
         e,order = self._order()
