@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RIDGE', 'LowRank', 'Decomposer']
 
-# %% ../../nbs/core/09_factorization.ipynb #e8165cc3
+# %% ../../nbs/core/09_factorization.ipynb #a7b44349
 import math,warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from .graph import ChannelGraph,_tensors,call_with,example_inputs_for,untouched
 from .selection import n_of
 from .surgery import copy_of
 
-# %% ../../nbs/core/09_factorization.ipynb #f5bf5a23
+# %% ../../nbs/core/09_factorization.ipynb #6db49943
 RIDGE = 1e-6  # how much an input that never occurred counts beside one of mean power
 
 class LowRank:
@@ -80,7 +80,7 @@ def _wide(t):
     "`t` in double precision, on the CPU where the device has none"
     return t.detach().to('cpu' if t.device.type=='mps' else t.device, torch.float64)
 
-# %% ../../nbs/core/09_factorization.ipynb #ebf825de
+# %% ../../nbs/core/09_factorization.ipynb #f8d49228
 class _StandIn(nn.Module):
     "Does what `layer` does, and notes who asks it for more than its output"
     def __init__(self, name, layer, inside):
@@ -156,7 +156,7 @@ def replaceable(
     finally: swap(shell, {o:o.layer for o in stand.values()})
     return {n:c for n,c in calls.items() if n not in left},left
 
-# %% ../../nbs/core/09_factorization.ipynb #77d8764d
+# %% ../../nbs/core/09_factorization.ipynb #48e40b3f
 def allot(
     costs, # What each option of a layer costs, a tensor of whole numbers by layer
     losses, # What each option loses, likewise
@@ -188,7 +188,7 @@ def _at_price(costs, losses, budget, total):
         else: lo = mid
     return pick(hi)
 
-# %% ../../nbs/core/09_factorization.ipynb #513cf941
+# %% ../../nbs/core/09_factorization.ipynb #66d4ae4d
 class Choice:
     "Ranks that a layer may have: option `k` has rank `ranks[k]`, `weights[k]` weights and `macs[k]` multiply-accumulates for the whole batch"
     def __init__(self, layer, full_macs, ranks, weights, macs):
@@ -238,7 +238,7 @@ def with_weight(
     layer.weight = nn.Parameter(w.to(like.weight).contiguous(), like.weight.requires_grad)
     return layer
 
-# %% ../../nbs/core/09_factorization.ipynb #23d136e6
+# %% ../../nbs/core/09_factorization.ipynb #62a6fc30
 def chosen(
     model:nn.Module, # Left as it is
     names, # Layers that there are to choose from
@@ -266,7 +266,7 @@ def _whole(v, what):
     if isinstance(v, bool) or not isinstance(v, int) or v<=0: raise ValueError(f'{what} is a whole number above 0, for the whole network, not {v!r}')
     return v
 
-# %% ../../nbs/core/09_factorization.ipynb #b27cc063
+# %% ../../nbs/core/09_factorization.ipynb #443b45f7
 class Decomposer:
     "What all decompositions share; `types` are the layers that they replace"
     types = ()
@@ -320,7 +320,9 @@ class Decomposer:
                 if o not in names: raise ValueError(f'percent_removed: no layer {o!r} to decompose: {did_you_mean(o, names)[:400]}')
             layers = list(how[1])
         not_these = chosen(model, names, exclude, 'exclude') if exclude is not None else []
-        return [n for n in chosen(model, names, layers, 'layers') if n not in not_these]
+        wanted = [n for n in chosen(model, names, layers, 'layers') if n not in not_these]
+        if not wanted: raise ValueError(f'`exclude` {exclude!r} leaves no layer to decompose')
+        return wanted
 
     def _insist(self, left, layers, percent):
         "A layer that was asked for by its name is not left out in silence"
@@ -349,7 +351,7 @@ class Decomposer:
         if found is None: raise ValueError(f'{kind} can be {rest+sum(int(c.min()) for c in costs.values()):,} at least, from {now:,} now; {v:,} were asked for')
         return {n:int(numbers[n][k-1]) if k else 'within the budget as it is' for n,k in found.items()}
 
-# %% ../../nbs/core/09_factorization.ipynb #d1249c5a
+# %% ../../nbs/core/09_factorization.ipynb #6c55628b
 def _how(percent_removed, energy_threshold, params, macs):
     "What was asked for, checked"
     given = {k:v for k,v in dict(percent_removed=percent_removed, energy_threshold=energy_threshold, params=params, macs=macs).items() if v is not None}
