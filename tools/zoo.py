@@ -50,7 +50,8 @@ def one(name):
     import torch,torchvision
     from torch import nn
     from fasterai.core.graph import ChannelGraph,_tensors,call_with,untouched
-    from fasterai.prune.pruner import Pruner,difference,random_like
+    from fasterai.core.proof import difference,random_like
+    from fasterai.prune.pruner import Pruner
     torch.set_num_threads(1)
     torch.manual_seed(0)
     make = lambda: torchvision.models.get_model(name, weights=None, **(dict(aux_logits=False) if name in ('googlenet','inception_v3') else {})).eval()
