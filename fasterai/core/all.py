@@ -7,3 +7,4 @@ from .graph import *
 from .liveness import *
 from .surgery import *
 from .proof import *
+from .flow import *
