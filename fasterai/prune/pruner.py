@@ -59,6 +59,7 @@ def save_pruned(
     path, # File to write
 ):
     "Write the parameters and buffers of `model` and how it was cut, as safetensors"
+    if getattr(model, '_folded', False): raise ValueError('norms of this model were folded, and a fresh one has them: save it before, and fold what `load_pruned` gives')
     state,tensors,tied,seen = model.state_dict(),{},{},{}
     for k,v in state.items():
         if not isinstance(v, Tensor): raise ValueError(f'{k} of the state_dict is a {type(v).__name__}: only tensors can be saved')
