@@ -1,5 +1,6 @@
 "What may be folded, and that nothing else is"
-import copy,warnings
+import copy
+from collections import Counter
 import pytest,torch
 import torch.nn.functional as F
 import torchvision
@@ -49,6 +50,40 @@ class Net(nn.Module):
         self.f = f
         for k,v in layers.items(): setattr(self, k, v)
     def forward(self, *args, **kwargs): return self.f(self, *args, **kwargs)
+
+# the zoo
+
+def could_go(model):
+    """Names of the norms that can go, as the traced code tells, without the library: walk from each norm to a layer, against the flow while nobody else reads and with it for all readers,
+    over what commutes with any positive scale and any shift. Unlike the library this knows modules only, and no numbers"""
+    traced = fx.Tracer().trace(model)
+    mods = dict(model.named_modules())
+    def kind(n):
+        m = mods.get(n.target) if n.op=='call_module' else None
+        if isinstance(m, BN): return 'norm'
+        if isinstance(m, (nn.modules.conv._ConvNd,nn.Linear)): return 'layer'
+        if isinstance(m, (nn.MaxPool2d,nn.AdaptiveAvgPool2d,nn.Dropout,nn.Identity,nn.Flatten)): return 'passes'
+    uses = Counter(n.target for n in traced.nodes if n.op=='call_module')
+    def up(n): return len(n.users)==1 and (kind(n)=='layer' and uses[n.target]==1 or kind(n) in ('passes','norm') and up(n.args[0]))
+    def takes(n):
+        if kind(n)=='layer': return uses[n.target]==1 and not any(getattr(mods[n.target], 'padding', ()))
+        return kind(n)=='passes' and down(n)
+    def down(n): return len(n.users)>0 and all(takes(o) for o in n.users)
+    return {n.target for n in traced.nodes if kind(n)=='norm' and uses[n.target]==1 and (up(n.args[0]) or down(n))}
+
+FAMILIES = '''vgg11_bn resnet18 resnext50_32x4d densenet121 googlenet inception_v3 mnasnet0_5 mobilenet_v2 mobilenet_v3_small efficientnet_b0 regnet_y_400mf shufflenet_v2_x0_5 maxvit_t'''.split()
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+@pytest.mark.parametrize('name', FAMILIES)
+def test_nothing_remains_that_could_go(name):
+    "Counted by another road: the traced code of the model, with its names and its paddings"
+    with torch.device('meta'): code = torchvision.models.get_model(name, weights=None, **(dict(aux_logits=False) if name in ('googlenet','inception_v3') else {})).eval()
+    want = could_go(code)
+    m = torchvision.models.get_model(name, weights=None, **(dict(aux_logits=False) if name in ('googlenet','inception_v3') else {})).eval()
+    folder = BN_Folder(verify=False)
+    new = folder.fold(m)
+    assert set(folder.into)==want, (want^set(folder.into))
+    assert set(folder.into)|set(folder.left)==set(norms(m)) and len(norms(new))==len(folder.left)
 
 # figures
 

@@ -1,2 +1,1 @@
-from ..core.all import *
 from .bn_folding import *
