@@ -498,6 +498,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fasterai/misc/bn_folding.py'),
                                           'fasterai.misc.bn_folding._Plan.passed': ( 'misc/bn_folding.html#_plan.passed',
                                                                                      'fasterai/misc/bn_folding.py'),
+                                          'fasterai.misc.bn_folding._Plan.root': ( 'misc/bn_folding.html#_plan.root',
+                                                                                   'fasterai/misc/bn_folding.py'),
                                           'fasterai.misc.bn_folding._Plan.up': ( 'misc/bn_folding.html#_plan.up',
                                                                                  'fasterai/misc/bn_folding.py'),
                                           'fasterai.misc.bn_folding._added': ('misc/bn_folding.html#_added', 'fasterai/misc/bn_folding.py'),

@@ -77,13 +77,17 @@ FAMILIES = '''vgg11_bn resnet18 resnext50_32x4d densenet121 googlenet inception_
 @pytest.mark.parametrize('name', FAMILIES)
 def test_nothing_remains_that_could_go(name):
     "Counted by another road: the traced code of the model, with its names and its paddings"
-    with torch.device('meta'): code = torchvision.models.get_model(name, weights=None, **(dict(aux_logits=False) if name in ('googlenet','inception_v3') else {})).eval()
-    want = could_go(code)
-    m = torchvision.models.get_model(name, weights=None, **(dict(aux_logits=False) if name in ('googlenet','inception_v3') else {})).eval()
+    m = torchvision.models.get_model(name, weights=None, **(dict(aux_logits=False) if name in ('googlenet','inception_v3') else {}))
+    want = could_go(randomized(m, positive=True))
     folder = BN_Folder(verify=False)
     new = folder.fold(m)
     assert set(folder.into)==want, (want^set(folder.into))
     assert set(folder.into)|set(folder.left)==set(norms(m)) and len(norms(new))==len(folder.left)
+
+def test_fresh_norms_shift_nothing():
+    "Just initialized, a norm passes a rectifier and a padded convolution as well"
+    m = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3, padding=1)).double()
+    fold(m)
 
 # figures
 
@@ -263,7 +267,8 @@ def test_flows_into_a_norm(f, stays):
     (lambda m, x: m.a(m.a(m.norm(x))), True),
     (lambda m, x: m.a(m.norm2(m.norm(x.sin()))), False),
     (lambda m, x: m.norm2(y:=m.norm(x.sin())).relu() + m.norm3(y).relu(), None),
-    (lambda m, x: F.conv2d(x, m.norm(m.a.weight)), False),
+    (lambda m, x: F.conv2d(x, m.norm(m.a.weight)), True),
+    (lambda m, x: F.conv2d(x, m.norm(m.a.weight.flatten().view(3, 3, 1, 1)).relu_()), True),
     (lambda m, x: m.l(m.norm(x).permute(0, 2, 3, 1)), False),
     (lambda m, x: m.l2(m.norm(x).permute(0, 2, 3, 1)), False),
     (lambda m, x: m.l2(m.norm(x).transpose(1, 3)[:, 0]) + 1, False),
@@ -281,6 +286,16 @@ def test_flows_out_of_a_norm(f, stays):
     if stays is None: left = ['norm2','norm3']
     else: left = (['norm'] if stays else []) + (['norm3'] if twos else [])
     fold(m, left=left)
+
+def test_a_size_that_shows_nothing():
+    "At a single place a sum is an average, and a padding of nothing is none: other sizes would differ"
+    m = randomized(Net(lambda m, x: m.norm(m.c(x).sum((2,3))), c=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm1d(4)))
+    fold(m, torch.randn(2, 3, 1, 1).double(), left=['norm'])
+    same = lambda m, x: m.c(F.pad(m.norm(x), (0,x.shape[3]%2,0,x.shape[2]%2)))
+    m = randomized(Net(same, c=nn.Conv2d(3, 4, 2, stride=2), norm=nn.BatchNorm2d(3)))
+    for x in (X, X[...,:11,:11]): fold(m, x, left=['norm'])
+    m = randomized(nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(2, ceil_mode=True, divisor_override=4), nn.BatchNorm2d(4)))
+    fold(m, left=['2'])
 
 # what is left alone
 

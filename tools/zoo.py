@@ -45,14 +45,14 @@ def takes(model, x):
     except (RuntimeError,AssertionError,ValueError): return False
     return True
 
-def folded(model, inputs):
-    "The columns of a table that are about folding"
+def folded(model, inputs, larger):
+    "The columns of a table that are about folding; `larger` inputs are tried as well, if any"
     from fasterai.core.proof import difference,random_like
     from fasterai.misc.bn_folding import BN_Folder
     folder,start = BN_Folder(),time.time()
     new = folder.fold(model, inputs)
     row = dict(fold_seconds=time.time()-start, folded=len(folder.into), norms=len(folder.into)+len(folder.left))
-    return {**row, 'fold_difference':difference(model, new, random_like(inputs, 3))[0]}
+    return {**row, 'fold_difference':max(difference(model, new, o)[0] for o in (random_like(inputs, 3),*larger))}
 
 def one(name):
     "A row of the table for model `name`"
@@ -77,11 +77,12 @@ def one(name):
     row |= dict(seconds=time.time()-start, before=size(model), after=size(slim))
     row['difference'],dtype = difference(model, slim, random_like(graph.example_inputs, 3))
     larger = torch.randn(1, 3, graph.example_inputs[0].shape[-2]+32, graph.example_inputs[0].shape[-1]+64).to(graph.example_inputs[0])
-    if takes(model, larger): row['difference'] = max(row['difference'], difference(model, slim, larger)[0])
+    larger = [larger] if takes(model, larger) else []
+    row['difference'] = max([row['difference'], *(difference(model, slim, o)[0] for o in larger)])
     row['dtype'] = str(dtype).removeprefix('torch.')
     row['untouched'] = all(torch.equal(v, was[k]) for k,v in model.state_dict().items())
     del slim
-    row |= folded(model, graph.example_inputs)
+    row |= folded(model, graph.example_inputs, larger)
     row['untouched'] &= all(torch.equal(v, was[k]) for k,v in model.state_dict().items())
     del was,model
     model = make()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BN_Folder', 'bn_folding_model']
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #c941da51
+# %% ../../nbs/misc/01_bn_folding.ipynb #1e1d2790
 import math,re,warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from ..core.proof import check_same
 from ..core.surgery import _add_bias,copy_of
 from ..legacy import old_function
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #bd01c0d9
+# %% ../../nbs/misc/01_bn_folding.ipynb #d0a8159a
 def _stands(m):
     "Why norm `m` has no fixed scale and shift, or ''"
     if type(m).forward not in (nn.modules.batchnorm._BatchNorm.forward,nn.SyncBatchNorm.forward) and not _frozen(m): return f'a {type(m).__name__} has a forward of its own'
@@ -36,7 +36,7 @@ def _scale_shift(m):
     s = (var+m.eps).rsqrt()*(1. if w is None else w)
     return s,(0. if b is None else b)-mean*s
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #bfa76434
+# %% ../../nbs/misc/01_bn_folding.ipynb #bb9270d1
 class _No(Exception): "Why a scale and a shift cannot go this way"
 
 _passes = {}
@@ -65,7 +65,7 @@ def _moved(c, v, s, t, up):
         return _shrink(x.view(c.x.shape))
     return [(c.x,back(s, 1.),back(t, 0.))]
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #4282e3ba
+# %% ../../nbs/misc/01_bn_folding.ipynb #e7a36371
 def _not_negative(c, s):
     if (s<0).any(): raise _No(f'{c.why} does not commute with a negative scale')
 def _no_shift(c, t):
@@ -93,6 +93,7 @@ def _pooled(c, s, t, up, check):
 def _averaged(c, v, s, t, up):
     def check(dims):
         if c.a.get('value'): raise _No(f'{c.why} puts in other numbers')
+        if c.name in ('sum','constant_pad_nd') or c.a.get('divisor_override'): return _no_shift(c, t)  # whatever they do at this size
         ones = c.redo(torch.ones([n if d in dims else 1 for d,n in enumerate(c.x.shape)], dtype=torch.float64))
         if not torch.allclose(ones, torch.ones_like(ones), rtol=0, atol=1e-12): _no_shift(c, t)
     return _pooled(c, s, t, up, check)
@@ -107,7 +108,7 @@ def _rectified(c, v, s, t, up):
     _no_shift(c, t)
     return [(c.x if up else c.outs[0],s,t)]
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #c5c50fc4
+# %% ../../nbs/misc/01_bn_folding.ipynb #6e5c1a9f
 @_pass('add', 'sub', 'mul', 'div', 'rsub', 'neg')
 def _shifted(c, v, s, t, up):
     if len(c.tensors)>1: return _added(c, v, s, t, up)
@@ -153,7 +154,7 @@ def _joined(c, v, s, t, up):
         at += o.shape[d]
     return back
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #2ae6c0b4
+# %% ../../nbs/misc/01_bn_folding.ipynb #ab0f6bb7
 @dataclass
 class _Layer:
     "A convolution or a product with a weight, as it ran"
@@ -206,7 +207,7 @@ def _vector(l, n, dim, why):
 
 def _idle(s, t): return bool((s==1).all() and (t==0).all())
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #10c47d64
+# %% ../../nbs/misc/01_bn_folding.ipynb #65f62e15
 class _Plan:
     "Where each norm of a model can go; nothing is changed"
     def __init__(self, model, flow, left):
@@ -239,16 +240,22 @@ class _Plan:
         "Edits that make up for call `c` of a norm"
         s,t = (l.view(1, -1, *[1]*(len(c.x.shape)-2)) for l in (s,t))
         if c.outs[0].dtype!=c.x.dtype: raise _No('it changes the type')
+        if self.root(c.x).name: raise _No('it normalizes a parameter')
         try: return self.up(c.x, s, t, c)
         except _No as e: before = e
         try: return self.down(c.outs[0], s, t, not self.alone(c.x))
         except _No as e: raise _No(f'before it, {before}; after it, {e}') from e
 
+    def root(self, v):
+        "The value whose memory `v` may share"
+        c = v.maker
+        return self.root(c.x) if isinstance(c, Whole) or c and _passes.get(c.name) is _moved else v
+
     def alone(self, v):
         "May the memory of `v` be written to?"
         c = v.maker
         if c is None or v.kept or len(v.readers)>1 or c.inplace: return False
-        return self.alone(c.x) if isinstance(c, Whole) else _passes.get(c.name) is not _moved
+        return self.alone(c.x) if isinstance(c, Whole) else self.root(v) is v
 
     def up(self, y, s, t, by):
         "Edits that make value `y`, which `by` reads, `s*y+t`"
@@ -343,7 +350,7 @@ class _Plan:
         for f in self.edits.get(name, []): w,b = f(w, b)
         return {name:w, **({bias:b} if bias else {})}
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #a1c867ad
+# %% ../../nbs/misc/01_bn_folding.ipynb #16605802
 def _rounded(x, dtype):
     "`x` as `dtype`, without subnormal numbers"
     return x.where(x.abs()>=torch.finfo(dtype).tiny, 0.).to(dtype)
@@ -391,7 +398,7 @@ def _remove(plan, model, dissolve):
             else: parent._modules[k] = nn.Identity().train(m.training)
         if chain and all(k.isdigit() for k in parent._modules): parent._modules = dict(zip(map(str, range(len(parent._modules))), parent._modules.values()))
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #a31440e2
+# %% ../../nbs/misc/01_bn_folding.ipynb #53bf8376
 class BN_Folder:
     """`BN_Folder().fold(model)` gives a copy without the BatchNorms that a neighbouring layer can stand in for, with the same outputs in eval mode. Afterwards `into` says where
     each went, `left` why others stayed, by their names in `model`"""
@@ -433,7 +440,7 @@ def _planned(model, flow, left, bare):
     _write(plan, numbers[0], bare)
     return plan
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #12d6f92e
+# %% ../../nbs/misc/01_bn_folding.ipynb #087c23b5
 @old_function('bn_folding_model(model)', 'BN_Folder().fold(model)')
 def bn_folding_model(
     model:nn.Module, # Left as it is
