@@ -259,7 +259,7 @@ class _Plan:
 
     def up(self, y, s, t, by):
         "Edits that make value `y`, which `by` reads, `s*y+t`"
-        c,(*others,) = y.maker,y.readers
+        c,others = y.maker,list(y.readers)
         others.remove(by)
         if not (c or y.name): raise _No('an input of the model')
         what = y.name or c.why
