@@ -1,0 +1,2 @@
+from ..core.all import *
+from .losses import *
