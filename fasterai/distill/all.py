@@ -1,2 +1,3 @@
 from ..core.all import *
 from .losses import *
+from .distiller import *

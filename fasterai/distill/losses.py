@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['kd_losses', 'LOSS_NEEDS', 'SoftTarget', 'Logits', 'Mutual', 'DecoupledKD', 'NormalizedDecoupledKD', 'NormalizedKD',
            'DIST', 'meet', 'any_shape', 'Attention', 'FitNet', 'ActivationBoundaries', 'Similarity', 'RKD',
-           'loss_needs', 'loss_name', 'loss_of']
+           'loss_needs', 'compares_any_shape', 'loss_name', 'loss_of']
 
-# %% ../../nbs/distill/01_losses.ipynb #9f7ee419
+# %% ../../nbs/distill/01_losses.ipynb #7feb7d5a
 import inspect
 from contextlib import nullcontext
 from functools import wraps, partial
@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from ..core.granularity import did_you_mean, named
 
-# %% ../../nbs/distill/01_losses.ipynb #f09d57ae
+# %% ../../nbs/distill/01_losses.ipynb #c5b23ed1
 def _whole(o): return [_whole(v) for v in o] if isinstance(o, (list,tuple)) else o.float() if isinstance(o, Tensor) and o.dtype in (torch.bfloat16, torch.float16) else o
 
 def _flat(o): return [o] if isinstance(o, Tensor) else list(o)
@@ -41,7 +41,7 @@ def _full(f):
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext(): return f(**known)
     return _f
 
-# %% ../../nbs/distill/01_losses.ipynb #8515cdb1
+# %% ../../nbs/distill/01_losses.ipynb #62adc64f
 @_full
 def SoftTarget(
     pred:Tensor, # Logits of the student
@@ -62,7 +62,7 @@ def Mutual(pred:Tensor, teacher_pred:Tensor, axis:int=1)->Tensor:
     "`KL(teacher ‖ student)` at temperature 1 (Zhang et al., Deep mutual learning, arXiv 1706.00384, eq. 4)"
     return SoftTarget(pred, teacher_pred, T=1., axis=axis)
 
-# %% ../../nbs/distill/01_losses.ipynb #9c2905ca
+# %% ../../nbs/distill/01_losses.ipynb #609d8366
 def _split(name, pred, teacher_pred, target, axis):
     "Logits of both as rows [n, classes], and the mask of each row's target"
     if pred.shape[axis]<2: raise ValueError(f'{name} tells a target from the other classes: at least 2 classes are needed, axis {axis} has {pred.shape[axis]}')
@@ -85,7 +85,7 @@ def _decoupled(s, t, hit, alpha, beta, T):
     nckd = (t_rest.exp()*(t_rest-s_rest)).sum(1)  # at the target: 1·(0-0)
     return T*T*(alpha*tckd+beta*nckd).mean()
 
-# %% ../../nbs/distill/01_losses.ipynb #ad8be9a8
+# %% ../../nbs/distill/01_losses.ipynb #3456dd7b
 @_full
 def DecoupledKD(
     pred:Tensor, # Logits of the student
@@ -114,7 +114,7 @@ def NormalizedKD(pred:Tensor, teacher_pred:Tensor, target:Tensor, gamma:float=1.
     rest = _two_parts(t/T, hit)[1].exp().masked_fill(hit, 0.)*_two_parts(s/T, hit)[1]
     return -(F.softmax(t, 1)[hit]*F.log_softmax(s, 1)[hit]).mean()-gamma*T*T*rest.sum(1).mean()
 
-# %% ../../nbs/distill/01_losses.ipynb #4c4b8dea
+# %% ../../nbs/distill/01_losses.ipynb #d5c9dcb7
 @_full
 def DIST(
     pred:Tensor, # Logits of the student
@@ -129,7 +129,7 @@ def DIST(
     def apart(d): return (1-F.cosine_similarity(s-s.mean(d, keepdim=True), t-t.mean(d, keepdim=True), d)).mean()
     return T*T*(beta*apart(1)+gamma*apart(0))
 
-# %% ../../nbs/distill/01_losses.ipynb #4b79a18e
+# %% ../../nbs/distill/01_losses.ipynb #b35a13f6
 def meet(s:Tensor, t:Tensor): # Feature maps [n, channels, …], channels may differ
     "Both, averaged down to the smaller size along each axis after the second"
     size = tuple(map(min, s.shape[2:], t.shape[2:]))
@@ -146,7 +146,7 @@ def _alike(name, fm_s, fm_t):
     for s,t in zip(fm_s, fm_t):
         if s.shape!=t.shape: raise ValueError(f'{name} compares feature maps value by value: {tuple(s.shape)} of the student, {tuple(t.shape)} of the teacher')
 
-# %% ../../nbs/distill/01_losses.ipynb #39a03d1d
+# %% ../../nbs/distill/01_losses.ipynb #2dfe8df3
 @any_shape
 @_full
 def Attention(
@@ -186,7 +186,7 @@ def Similarity(fm_s, fm_t)->Tensor:
     gram = lambda o: F.normalize(o.flatten(1) @ o.flatten(1).T)
     return sum((gram(s)-gram(t)).square().mean() for s,t in zip(fm_s, fm_t))
 
-# %% ../../nbs/distill/01_losses.ipynb #0d27ee8b
+# %% ../../nbs/distill/01_losses.ipynb #ec10fab1
 def _relations(x):
     "Distances [n, n] in units of their mean, and cosines [n, n, n] of the angle at the first of three"
     x = x.flatten(1)
@@ -200,7 +200,7 @@ def _relations(x):
     angle = inner*(apart/torch.where(apart, d, 1.))[:,:,None]*(apart/torch.where(apart, d, 1.))[:,None]
     return d*apart.sum()/d.sum().clamp_min(torch.finfo(x.dtype).tiny), angle
 
-# %% ../../nbs/distill/01_losses.ipynb #cea7e3ff
+# %% ../../nbs/distill/01_losses.ipynb #0e1d1b6e
 @any_shape
 @_full
 def RKD(
@@ -216,7 +216,7 @@ def RKD(
         res = res+distance*F.huber_loss(ds, dt)+angle*F.huber_loss(cs, ct)
     return res
 
-# %% ../../nbs/distill/01_losses.ipynb #a5bfeb4e
+# %% ../../nbs/distill/01_losses.ipynb #cf028ddb
 kd_losses = {f.__name__:f for f in (SoftTarget, Logits, Mutual, DecoupledKD, NormalizedDecoupledKD, NormalizedKD, DIST, Attention, ActivationBoundaries, FitNet, Similarity, RKD)}
 
 LOSS_NEEDS = 'pred','teacher_pred','fm_s','fm_t','target'
@@ -235,6 +235,8 @@ def loss_needs(f): # Loss
 def _bare_loss(f):
     while isinstance(f, partial): f = f.func
     return f
+
+def compares_any_shape(f): "Does the loss `f` compare feature maps of different shapes as they are?"; return getattr(_bare_loss(f), 'any_shape', False)
 
 def loss_name(f): "Name of the loss `f` to show"; return getattr(_bare_loss(f), '__name__', type(f).__name__)
 
