@@ -28,16 +28,17 @@ def _full(f):
     def _f(*args, **kwargs):
         known = {k:_whole(v) for k,v in sig.bind(*args, **kwargs).arguments.items()}
         if 'fm_s' in known: known |= {k:_flat(known[k]) for k in ('fm_s','fm_t')}
-        s,t = (known[k] for k in (('fm_s','fm_t') if 'fm_s' in known else ('pred','teacher_pred')))
-        for o in (*_flat(s), *_flat(t)):
+        maps = 'fm_s' in known
+        s,t = (known[k] for k in (('fm_s','fm_t') if maps else ('pred','teacher_pred')))
+        for o in (*s,*t) if maps else (s,t):
             if not isinstance(o, Tensor): raise TypeError(f'{f.__name__} compares tensors, not {type(o).__name__}: pick the tensor out of the output in a loss of your own')
-        if isinstance(s, list):
+        if maps:
             if len(s)!=len(t): raise ValueError(f'{f.__name__} compares feature maps in pairs: {len(s)} of the student, {len(t)} of the teacher')
             if not s: raise ValueError(f'{f.__name__} compares feature maps: name the layers of both networks')
             for a,b in zip(s, t):
                 if len(a)!=len(b): raise ValueError(f'{f.__name__} compares feature maps of the same samples: {len(a)} of the student, {len(b)} of the teacher')
         elif s.shape!=t.shape: raise ValueError(f'{f.__name__} compares outputs of the same shape: {tuple(s.shape)} of the student, {tuple(t.shape)} of the teacher')
-        kind = _flat(s)[0].device.type
+        kind = (s[0] if maps else s).device.type
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext(): return f(**known)
     return _f
 
