@@ -240,12 +240,12 @@ def _keys(xb):
 
 # %% ../../nbs/distill/02_distiller.ipynb #cdd9958e
 def _stages(model, inputs):
-    "The last layer, outermost first, that gives maps of each size: for tokens [n, length, channels] the length, for images height and width"
+    "The last of the outermost layers that give maps of each size: for tokens [n, length, channels] the length, for images height and width"
     last = {}
     def note(name, m, args, out):
-        if isinstance(out, Tensor) and out.ndim>2:
-            last.pop(size := tuple(out.shape[2:] if out.ndim>3 else out.shape[1:2]), None)
-            last[size] = name
+        if not isinstance(out, Tensor) or out.ndim<3: return
+        size = tuple(out.shape[2:] if out.ndim>3 else out.shape[1:2])
+        if size not in last or name.count('.')<=last[size].count('.'): last[size] = name  # not the first layers of the next stage's first block
     handles = [m.register_forward_hook(partial(note, n)) for n,m in model.named_modules() if n]
     try:
         with untouched(model): call_with(model, inputs)
@@ -259,7 +259,7 @@ def match_feature_layers(
     teacher, # A module, or anything with a `.model`
     example_inputs=None, # Inputs that both run with: a tensor or a tuple; by default a size that the student runs with is found
 )->tuple[list,list]: # Names of the student's layers and of the teacher's, in the same order
-    "Propose pairs of layers: for each size of feature maps that both networks have, the last layer that gives it"
+    "Propose pairs of layers: for each size of feature maps that both networks have, the last of the outermost layers that give it"
     teacher = teacher if isinstance(teacher, nn.Module) else teacher.model
     x = example_inputs_for(_bare(student)) if example_inputs is None else example_inputs
     s,t = (_stages(_bare(o), x) for o in (student,teacher))
