@@ -26,16 +26,18 @@ def sides(n_steps, how):
     return lambda i: ours.one_batch(i, batch), lambda i: base.one_batch(i, batch), lambda i: teach()
 
 def timed(n_steps, name):
-    fs,times = sides(n_steps, HOW[name]),([],[],[])
+    fs,wall,cpu = sides(n_steps, HOW[name]),([],[],[]),([],[],[])
     for i in range(n_steps):
-        for f,ts in zip(fs, times):
-            start = time.perf_counter()
+        for f,ws,cs in zip(fs, wall, cpu):
+            start = time.perf_counter(),time.process_time()
             f(i)
-            ts.append(time.perf_counter()-start)
-    ours,step,teach = (sorted(o[2:]) for o in times)  # two steps to warm up
-    mean,median = (lambda o: 1e3*sum(o)/len(o)),(lambda o: 1e3*o[len(o)//2])
-    print(f'{name:8} {n_steps} steps: {mean(ours):.1f} ms beside {mean(step):.1f} (student) + {mean(teach):.1f} (teacher) ms'
-          f' = ×{mean(ours)/(mean(step)+mean(teach)):.3f} (of medians ×{median(ours)/(median(step)+median(teach)):.3f}); ×{mean(ours)/mean(step):.2f} of the student\'s step', flush=True)
+            ws.append(time.perf_counter()-start[0])
+            cs.append(time.process_time()-start[1])
+    for what,times in dict(wall=wall, cpu=cpu).items():  # processor time hardly depends on what else the machine does
+        ours,step,teach = (sorted(o[2:]) for o in times)  # two steps to warm up
+        mean,median = (lambda o: 1e3*sum(o)/len(o)),(lambda o: 1e3*o[len(o)//2])
+        print(f'{name:8} {what:4} {n_steps} steps: {mean(ours):.1f} ms beside {mean(step):.1f} (student) + {mean(teach):.1f} (teacher) ms'
+              f' = ×{mean(ours)/(mean(step)+mean(teach)):.3f} (of medians ×{median(ours)/(median(step)+median(teach)):.3f}); ×{mean(ours)/mean(step):.2f} of the student\'s step', flush=True)
 
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
 
