@@ -5,7 +5,7 @@ Memory: each side in a process of its own, how far its peak of resident memory r
 
     python benchmarks/distillation.py [steps]      default: 20
 """
-import json, resource, subprocess, sys, time, warnings
+import json, subprocess, sys, time, warnings
 warnings.filterwarnings('ignore', category=FutureWarning)
 import torch
 from torchvision.models import resnet18, resnet34
@@ -39,11 +39,12 @@ def timed(n_steps, name):
         print(f'{name:8} {what:4} {n_steps} steps: {mean(ours):.1f} ms beside {mean(step):.1f} (student) + {mean(teach):.1f} (teacher) ms'
               f' = ×{mean(ours)/(mean(step)+mean(teach)):.3f} (of medians ×{median(ours)/(median(step)+median(teach)):.3f}); ×{mean(ours)/mean(step):.2f} of the student\'s step', flush=True)
 
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+def peak(which='VmHWM'): return next(int(o.split()[1]) for o in open('/proc/self/status') if o.startswith(which))/1024
 
 def memory(side, name):
     ours,step,teach = sides(4, HOW[name])
-    at_rest = peak()
+    at_rest = peak('VmRSS')
+    open('/proc/self/clear_refs', 'w').write('5')  # the peak from here on
     for i in range(4):
         if side=='ours': ours(i)
         else:
