@@ -1,0 +1,4 @@
+from ..core.all import *
+from .kmeans import *
+from .weight_sharing import *
+from .kmeans_callback import *
