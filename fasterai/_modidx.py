@@ -582,6 +582,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'fasterai.quantize.kmeans._Sorted.value': ( 'quantize/kmeans.html#_sorted.value',
                                                                                       'fasterai/quantize/kmeans.py'),
                                           'fasterai.quantize.kmeans._cells': ('quantize/kmeans.html#_cells', 'fasterai/quantize/kmeans.py'),
+                                          'fasterai.quantize.kmeans._codes': ('quantize/kmeans.html#_codes', 'fasterai/quantize/kmeans.py'),
                                           'fasterai.quantize.kmeans._cut': ('quantize/kmeans.html#_cut', 'fasterai/quantize/kmeans.py'),
                                           'fasterai.quantize.kmeans._distinct': ( 'quantize/kmeans.html#_distinct',
                                                                                   'fasterai/quantize/kmeans.py'),

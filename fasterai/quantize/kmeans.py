@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['inits', 'Clusters', 'optimal', 'linear', 'density', 'kmeans_pp', 'kmeans']
 
-# %% ../../nbs/quantize/01_kmeans.ipynb #d6d05657
+# %% ../../nbs/quantize/01_kmeans.ipynb #52a769d3
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from ..core.granularity import named
 
-# %% ../../nbs/quantize/01_kmeans.ipynb #fce2749f
+# %% ../../nbs/quantize/01_kmeans.ipynb #db904916
 class Clusters(NamedTuple):
     "Values that are shared, and which of them each element has"
     values:Tensor # [k], or [rows, k]: ascending; where there are fewer, the last repeats. With zeros kept apart [1+k]: a zero in front
@@ -21,18 +21,21 @@ class Clusters(NamedTuple):
     @property
     def shared(self): "The data, each element replaced by its value"; return self.values[self.codes] if self.values.dim()==1 else self.values.gather(1, self.codes.long())
 
-# %% ../../nbs/quantize/01_kmeans.ipynb #61306a4c
+# %% ../../nbs/quantize/01_kmeans.ipynb #a2aba98d
 class _Sorted:
     "Rows of data in order, and their prefix sums; what is left `out` comes last, as inf, and is not counted"
     def __init__(self, x, out): # [rows, n], mask or None
         if out is not None: x = x.masked_fill(out, torch.inf)
         v = (torch.from_numpy(np.sort(x.numpy())) if x.device.type=='cpu' else x.sort(1).values).double()
         self.n = torch.full_like(v[:,:1], x.shape[1], dtype=torch.long) if out is None else x.shape[1]-out.sum(1, keepdim=True)
-        self.counted = v if out is None else v.masked_fill(v==torch.inf, 0)
-        top = torch.maximum(self.counted.amax(1, keepdim=True), -self.counted.amin(1, keepdim=True))
-        self.scale = torch.where(top>0, top/(2*top.frexp().mantissa), 1.)
-        self.v,self.counted = v.div_(self.scale),v if out is None else self.counted.div_(self.scale)
-        self.S = pad(self.counted.cumsum(1), (1,0))
+        self.v,self.counted = v,v if out is None else v.masked_fill(v==torch.inf, 0)
+        ends = torch.stack([self.counted[:,:1], v.gather(1, (self.n-1).clamp(min=0)).where(self.n>0, 0)])
+        self.finite,top = bool(ends.isfinite().all()),ends.abs().amax(0)
+        self.scale = torch.where(top>0, top/(2*top.frexp().mantissa), 1.) if x.dtype==torch.float64 else torch.ones_like(top)
+        if x.dtype==torch.float64: self.v,self.counted = v/self.scale,self.counted/self.scale
+        self.S = torch.empty_like(v[:,:1]).expand(-1, 1+v.shape[1]).contiguous()
+        torch.cumsum(self.counted, 1, out=self.S[:,1:])
+        self.S[:,0] = 0
     def sums(self, t): "Sum of each interval between the places `t`"; return self.S.gather(1, t).diff(dim=1)
     def below(self, c, right=False): "How many elements are less than each of `c` (with `right`, not more)"; return torch.searchsorted(self.v, c.contiguous(), right=right).minimum(self.n)
     def value(self, i): "The `i`-th lowest values"; return self.counted.gather(1, i.clamp(0, self.v.shape[1]-1))
@@ -41,7 +44,7 @@ def _gain(S, a, b): # Sums before the places a and b, the places
     s,n = S[1]-S[0], b-a
     return (s*s/n.clamp(min=1)).masked_fill_(n<0, -torch.inf)
 
-# %% ../../nbs/quantize/01_kmeans.ipynb #4199e2a4
+# %% ../../nbs/quantize/01_kmeans.ipynb #511ccd49
 def _path(gains): # For each interval, gains [rows, to, from] of where it may end and begin; the first begins at the first place, the last ends at the last
     "Which place each cut takes: [rows, cuts]"
     best,back = gains[0][:,:,0],[]
@@ -85,7 +88,7 @@ def optimal(data, k, seed):
         for i in range(max(1, int(t.diff(dim=1).max()).bit_length()-2)): t = _move(data, t, 2**i)
     return t
 
-# %% ../../nbs/quantize/01_kmeans.ipynb #2148e3d7
+# %% ../../nbs/quantize/01_kmeans.ipynb #919328d5
 def _nearest(data, c): # Centroids [rows, k], ascending
     "Cuts that send each element to the nearest of `c`"
     lo,hi = c[:,:-1],c[:,1:]
@@ -114,7 +117,7 @@ def kmeans_pp(data, k, seed):
 
 inits = {'optimal':optimal, 'linear':linear, 'density':density, 'k-means++':kmeans_pp}
 
-# %% ../../nbs/quantize/01_kmeans.ipynb #05ac93f7
+# %% ../../nbs/quantize/01_kmeans.ipynb #669ba51e
 def _means(data, t):
     "Mean of each interval, ascending; instead of empty ones, the last repeats"
     t = torch.cat([t[:,:1], torch.where(t.diff(dim=1)==0, data.n, t[:,1:]).sort(1).values], 1)
@@ -134,9 +137,23 @@ def _lloyd(data, t, max_iter):
 
 def _distinct(data, t, k):
     "`t`, but where a row has no more than `k` distinct values, the cuts between these"
+    if (data.value((torch.linspace(0, 1, 16*k, dtype=torch.double, device=t.device)*(data.n-1)).long()).diff(dim=1)!=0).sum(1).min()>=k: return t  # some of them are enough to see it
     rank = pad((data.counted.diff(dim=1)!=0).cumsum(1), (1,0))
     few = rank.gather(1, (data.n-1).clamp(min=0))<k
     return torch.where(few, torch.searchsorted(rank, torch.arange(k+1, device=t.device).expand(len(t), -1).contiguous()).minimum(data.n), t)
+
+def _codes(last, x): # Highest element of each cluster but the last [rows, k-1], data [rows, n]
+    "Cluster of each element. Among many floats, the highest 16 bits leave little to search for"
+    if len(x)==1 and x.dtype==torch.float32 and x.numel()>2**17 and last.numel():
+        half = torch.arange(2**16, dtype=torch.int32, device=x.device)<<16
+        ends = torch.stack([half, half+0xffff]).view(torch.float32)
+        lo,hi = torch.searchsorted(last[0], ends, out_int32=True).aminmax(dim=0)
+        if (more := int((hi-lo)[ends.isfinite().all(0)].max()))<=4:
+            last = pad(last[0], (0,1), value=torch.inf)
+            codes = lo.index_select(0, (x[0].contiguous().view(torch.int32)>>16)&0xffff)
+            for _ in range(more): codes += x[0]>last.index_select(0, codes)
+            return codes[None]
+    return torch.searchsorted(last, x.contiguous(), out_int32=True)
 
 def kmeans(
     x:Tensor, # Data: [n], or [rows, n], of which each row is clustered by itself
@@ -150,17 +167,17 @@ def kmeans(
     if not isinstance(k, int) or k<1: raise ValueError(f'k is a whole number of clusters, at least 1, not {k!r}')
     if x.dim() not in (1,2) or not x.is_floating_point(): raise ValueError(f'k-means takes floating-point data [n] or [rows, n], not {x.dtype} of shape {tuple(x.shape)}')
     init = named('init', inits, init)
-    rows = x.detach().reshape(-1, x.shape[-1])
+    rows = x.detach()[None] if x.dim()==1 else x.detach()
     rows = rows if rows.dtype==torch.float64 else rows.float()
-    if not rows.isfinite().all(): raise ValueError(f'{int((~rows.isfinite()).sum())} of {rows.numel()} values are nan or inf')
     out = rows==0 if keep_zeros else None
     if rows.numel():
         data = _Sorted(rows, out)
+        if not data.finite: raise ValueError(f'{int((~rows.isfinite()).sum())} of {rows.numel()} values are nan or inf')
         t = _distinct(data, _lloyd(data, init(data, k, seed), max_iter), k)
         values = (_means(data, t)*data.scale).to(x.dtype)
         cuts = _nearest(data, values.double()/data.scale)[:,1:-1]
         last = (data.value(cuts-1)*data.scale).masked_fill(cuts==0, -torch.inf)  # the highest of each cluster
-        codes = torch.searchsorted(last.to(rows.dtype), rows, out_int32=True)
+        codes = _codes(last.to(rows.dtype), rows)
     else: values,codes = x.new_zeros(len(rows), k),rows.int()
     if keep_zeros: values,codes = pad(values, (1,0)),(codes+1).masked_fill_(out, 0)
     return Clusters(values if x.dim()==2 else values[0], codes.view(x.shape))

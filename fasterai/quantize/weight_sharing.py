@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Quantizer', 'is_weight', 'check_bits', 'bits_by_name', 'SharedWeight', 'SharedWeights', 'KMeansQuantizer']
 
-# %% ../../nbs/quantize/02_weight_sharing.ipynb #a4ccdd71
+# %% ../../nbs/quantize/02_weight_sharing.ipynb #db01ed1b
 import torch
 from torch import nn, Tensor
 from ..core.granularity import axes_of, did_you_mean, named
 from .kmeans import inits, kmeans
 from ..legacy import old_options
 
-# %% ../../nbs/quantize/02_weight_sharing.ipynb #13a9aab0
+# %% ../../nbs/quantize/02_weight_sharing.ipynb #2a4f4b94
 _norms = nn.LayerNorm,nn.RMSNorm,nn.GroupNorm,nn.modules.batchnorm._NormBase
 
 def is_weight(m:nn.Module, attr:str, p:Tensor): # Module, name of its parameter there, the parameter
@@ -38,7 +38,7 @@ def bits_by_name(
         res,layers = {},[n for n,ps in held.items() if n and any(ps.values())]
         for n,b in bits.items():
             names = [n] if n in aliases else [a for a,w in held.get(n, {}).items() if w]
-            if not names: raise ValueError(f'no layer or parameter {n!r}: {did_you_mean(n, layers+list(aliases) if n in aliases or "." in str(n) and str(n).endswith(("weight","bias")) else layers)}')
+            if not names: raise ValueError(f'no layer or parameter {n!r}: {did_you_mean(n, layers+list(aliases))}')
             for o in names:
                 if b is not None: res[aliases[o]] = check_bits(b, o)
     else: res = {aliases[a]:bits for ps in held.values() for a,w in ps.items() if w} if check_bits(bits) else {}
@@ -48,7 +48,7 @@ def bits_by_name(
         if not params[n].isfinite().all(): raise ValueError(f'{n} has values that are nan or inf')
     return res
 
-# %% ../../nbs/quantize/02_weight_sharing.ipynb #a7c8d752
+# %% ../../nbs/quantize/02_weight_sharing.ipynb #07348b9c
 class SharedWeight:
     "A parameter whose elements share values, and which of them share"
     def __init__(self,
@@ -92,7 +92,7 @@ class SharedWeights(list):
         "After it"
         for o in self: o.snap()
 
-# %% ../../nbs/quantize/02_weight_sharing.ipynb #4f5e749d
+# %% ../../nbs/quantize/02_weight_sharing.ipynb #3718590f
 class KMeansQuantizer:
     "Let the weights of each layer share `2**bits` values, and zero"
     def __init__(self,
@@ -137,5 +137,5 @@ def _out_axis(m, p):
     try: return axes_of(m).index('o')
     except TypeError: return 0  # of a layer that has no known axes, the first
 
-# %% ../../nbs/quantize/02_weight_sharing.ipynb #1157c388
+# %% ../../nbs/quantize/02_weight_sharing.ipynb #53c4a511
 Quantizer = old_options('Quantizer', 'KMeansQuantizer({name: bits})', KMeansQuantizer)
