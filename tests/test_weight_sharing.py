@@ -176,7 +176,7 @@ def test_per_channel_is_nearer():
     a.weight.data *= torch.arange(1,33)[:,None]
     b,q,r = copy.deepcopy(a),KMeansQuantizer(2),KMeansQuantizer(2, per_channel=True)
     q.quantize(a), r.quantize(b)
-    assert r.report().error[0]<.7*q.report().error[0]
+    assert r.report().error[0]<.8*q.report().error[0]
 
 @pytest.mark.parametrize('bits,says', [(0,'from 1 to 8'), (9,'from 1 to 8'), (2.,'from 1 to 8'), (True,'from 1 to 8'), ({'0':0},'from 1 to 8'), ({'00':2},"did you mean '0'"), ({'0.weigth':2},"did you mean '0.weight'"),
     ({'2':2},'no layer'), ({},'none was named'), (lambda n,p: 9,'0.weight'), (lambda n,p: None,'none was named')])
