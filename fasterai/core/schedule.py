@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['one_shot', 'iterative', 'agp', 'gradual', 'one_cycle', 'cos', 'lin', 'dsd', 'schedules', 'sched_one_shot',
            'sched_iterative', 'sched_agp', 'sched_one_cycle', 'sched_cos', 'sched_lin', 'sched_dsd', 'Schedule',
-           'schedule_of']
+           'schedule_of', 'due']
 
 # %% ../../nbs/core/03_schedule.ipynb #c1822978
 import inspect, math
@@ -63,3 +63,9 @@ def schedule_of(given): # Name of one of `schedules`, `Schedule`, or function f(
     "The `Schedule` behind a name, a bare function as a schedule over all of training, or the value itself"
     s = named('schedule', schedules, given)
     return s if isinstance(s, Schedule) else Schedule(s)
+
+# %% ../../nbs/core/03_schedule.ipynb #7c6a42e9
+def due(k:int, n:int, n_updates:int, last:int|None=None): # Step from 1 to n, number of steps, most updates in a fit, last step that was asked for
+    "Is one of `n_updates`, equally spaced and the last at `n`, to be made after step `k`?"
+    m = min(n, n_updates)
+    return k*m//n>(k-1 if last is None else last)*m//n
