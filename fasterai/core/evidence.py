@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Weight', 'weight_of', 'ActNorms', 'act_norms', 'check_trained', 'evidence']
 
-# %% ../../nbs/core/09_evidence.ipynb #9555e1af
+# %% ../../nbs/core/09_evidence.ipynb #5b6bd6c6
 from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
 from .granularity import axes_of, has_axes
-from .graph import untouched
+from .graph import call_with, untouched
 
-# %% ../../nbs/core/09_evidence.ipynb #29c6e875
+# %% ../../nbs/core/09_evidence.ipynb #a3b0fb28
 @dataclass(eq=False)
 class Weight:
     "A weight of a model"
@@ -33,7 +33,7 @@ def weight_of(
     axes = axes_of(mod) if has_axes(mod) else ''
     return Weight(mod, attr, name, axes if len(axes)==getattr(mod, attr).dim() else '')
 
-# %% ../../nbs/core/09_evidence.ipynb #1987bb33
+# %% ../../nbs/core/09_evidence.ipynb #c4f27e77
 def _wide(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 def _act_like(act, p):
@@ -64,14 +64,14 @@ class ActNorms:
 
 def act_norms(
     model:nn.Module, # Left as it is
-    inputs, # Arguments of `model`
+    inputs, # A tensor, a tuple of arguments or a dict of keyword arguments
     weights:list[Weight], # Whose inputs count
 ):
     "Norms of the activations for one batch of `inputs`, by name of the weight, from a forward pass of its own that leaves nothing behind"
-    with untouched(model), ActNorms(weights) as acts: model(*inputs)
+    with untouched(model), ActNorms(weights) as acts: call_with(model, inputs)
     return acts.norms()
 
-# %% ../../nbs/core/09_evidence.ipynb #3bd393c0
+# %% ../../nbs/core/09_evidence.ipynb #5f9a2556
 def _batches(data):
     "The batches of `data`: itself, if it is a tensor, a tuple of them or a list of them with one first dimension"
     one = isinstance(data, (Tensor, tuple)) or isinstance(data, list) and data and all(isinstance(o, Tensor) for o in data) and len({len(o) for o in data})==1

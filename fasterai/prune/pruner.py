@@ -20,7 +20,7 @@ from ..core.criteria import criteria_of,large_final,needs
 from ..core.granularity import did_you_mean
 from ..core.graph import ChannelGraph,_tensors,call_with,layer_of,untouched
 from ..core.liveness import Liveness,spare_last
-from ..core.evidence import _wide,check_trained,evidence,weight_of
+from ..core.evidence import _wide,act_norms,check_trained,evidence,weight_of
 from ..core.selection import Scores,Source,n_of,rounded_gone,select
 from ..core.surgery import _pick,_sub,apply_plan,check_plan,follow_cut,legal,reshaped,without
 
@@ -315,8 +315,15 @@ class Pruner:
         self.graph = ChannelGraph(self.model, example_inputs)
         self.groups = self._groups()
         self._targets(self.pruning_ratio)
+        was = pruned_plan(self.model)['sizes'] if widths else {}
+        self.shapes = {g.name:tuple(was.get(o:=g.slices[0].name, self.model.get_parameter(o).shape)) for g in self.groups}
+        if 'act' in needs(self.criteria):
+            seen = act_norms(self.model, self.graph.example_inputs, self.weights)
+            for o in self.weights:
+                if o.name not in seen: raise ValueError(f'criteria {self.criteria.__name__!r} needs the activations that {o.name} reads: it is not the weight of a layer of a known type that is called by itself')
         self.widths = {g.name:widths.get(g.name, g.n) for g in self.groups}
         for g in self.groups: g.widen(self.widths[g.name])
+        if self.round_to and all(g.n<self.round_to for g in self.groups): raise ValueError(f'round_to={self.round_to}: no group has so many channels to keep, the largest has {max(self.widths.values())}')
 
     @property
     def weights(self): "What makes the channels that may be removed"; return [weight_of(self.model, o) for o in dict.fromkeys(s.name for g in self.groups for s in g.slices)]
@@ -375,8 +382,7 @@ class Pruner:
         p,res = self.model.get_parameter(name),{}
         for o in needs(self.criteria):
             x = p if o=='w' else self.past[o][name] if o in self.past else self.given[o].get(name) if o in self.given else p.grad if o=='grad' else None
-            if x is None: raise ValueError(f'criteria {self.criteria.__name__!r} needs '+(f'gradients, and {name} has none: pass `data`, or call `backward` first' if o=='grad' else
-                f'the activations that {name} reads, and there are none' + ('' if o in self.given else ': pass `data`')))
+            if x is None: raise ValueError(f'criteria {self.criteria.__name__!r} needs '+(f'gradients, and {name} has none: pass `data`, or call `backward` first' if o=='grad' else 'activations: pass `data`'))
             res[o] = _wide(x.detach()).expand(p.shape)
         return res
 
@@ -407,4 +413,4 @@ class Pruner:
         if targets is not None: return {(o,):n_of(sizes[o], r) for o,r in targets.items() if o in sizes}
         if not sizes: return {}
         return shares(self.context, sizes, sparsity=ratio, room={o:n-1 for o,n in sizes.items()}, gone={o:g.gone for o,g in by.items()},
-            shapes=lambda: {o:tuple(self.model.get_parameter(g.slices[0].name).shape) for o,g in by.items()}, scores=lambda: {o:self._score(g) for o,g in by.items()})
+            shapes=lambda: {o:self.shapes[o] for o in by}, scores=lambda: {o:self._score(g) for o,g in by.items()})
