@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['two_of', 'ScheduledCallback']
 
-# %% ../nbs/98_callback.ipynb #8ff10d72
+# %% ../nbs/98_callback.ipynb #b674df18
 import torch
 from fastai.callback.core import Callback
-from .core.schedule import due, schedule_of
+from .core.schedule import due, n_due, schedule_of
 
-# %% ../nbs/98_callback.ipynb #67488c51
+# %% ../nbs/98_callback.ipynb #45ef345a
 def two_of(xb): "Two samples are enough to follow channels with"; return tuple(o[:2] if isinstance(o, torch.Tensor) else o for o in xb)
 
 class ScheduledCallback(Callback):
@@ -18,10 +18,10 @@ class ScheduledCallback(Callback):
     run_valid,order,column = False,55,None  # after the Recorder, whose table gets a column, and before what shows it
     def __init__(self,
         schedule, # A `Schedule`, a function f(start, end, pos), or a name of `schedules`
-        n_updates:int, # Most updates in a fit
+        n_updates:int|None=None, # Most updates in a fit, by default one a step
         example_inputs=None, # Inputs to follow channels with
     ):
-        if not isinstance(n_updates, int) or isinstance(n_updates, bool) or n_updates<1: raise ValueError(f'n_updates is a whole number, at least 1, not {n_updates!r}')
+        if n_updates is not None and (not isinstance(n_updates, int) or isinstance(n_updates, bool) or n_updates<1): raise ValueError(f'n_updates is a whole number, at least 1, not {n_updates!r}')
         self.schedule,self.n_updates,self.inputs = schedule_of(schedule),n_updates,example_inputs
         self.next = None  # what is in use when training begins: `validate` comes to `before_fit` and `after_fit` too
         self.last = 0
@@ -50,8 +50,11 @@ class ScheduledCallback(Callback):
         names = self.recorder.metric_names if hasattr(self.learn, 'recorder') else []
         if names: names.insert(len(names)-(names[-1]=='time'), self.column)
 
+    def most(self, n): "Most updates in `n` steps"; return self.n_updates or n
+
     def after_step(self):
-        if due(*self.step, self.n_updates, self.last): self._update()
+        k,n = self.step
+        if due(k, n, n_due(n, self.n_epoch, self.most(n)), self.last): self._update()
         else: self.hold()
 
     def after_train(self):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['one_shot', 'iterative', 'agp', 'gradual', 'one_cycle', 'cos', 'lin', 'dsd', 'schedules', 'sched_one_shot',
            'sched_iterative', 'sched_agp', 'sched_one_cycle', 'sched_cos', 'sched_lin', 'sched_dsd', 'Schedule',
-           'schedule_of', 'check_rises', 'due']
+           'schedule_of', 'check_rises', 'n_due', 'due']
 
 # %% ../../nbs/core/03_schedule.ipynb #c1822978
 import inspect, math
@@ -71,7 +71,11 @@ def check_rises(schedule, target): # A `Schedule`, what is reached at the end, i
     if any(b<a-1e-9 for a,b in zip(levels, levels[1:])): raise ValueError(f'the schedule {schedule} falls, from {max(levels):g} to {levels[-1]:g} percent: what was removed does not come back')
 
 # %% ../../nbs/core/03_schedule.ipynb #1ec84f78
-def due(k:int, n:int, n_updates:int, last:int|None=None): # Step from 1 to n, number of steps, most updates in a fit, last step that was asked for
-    "Is one of `n_updates`, equally spaced and the last at `n`, to be made after step `k`?"
-    m = min(n, n_updates)
+def n_due(n:int, n_epoch:int, most:int): # Steps in a fit, epochs in it, most updates
+    "How many updates there are in a fit: a multiple of the number of epochs, unless there are more epochs than that"
+    m = min(n, most)
+    return m-m%n_epoch if m>n_epoch else m
+
+def due(k:int, n:int, m:int, last:int|None=None): # Step from 1 to n, number of steps, number of updates, last step that was asked for
+    "Is one of `m` updates, equally spaced and the last at `n`, to be made after step `k`?"
     return k*m//n>(k-1 if last is None else last)*m//n

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PruneCallback']
 
-# %% ../../nbs/prune/02_prune_callback.ipynb #656030b1
+# %% ../../nbs/prune/02_prune_callback.ipynb #0d2acfc4
 import math
 from collections.abc import Mapping
 import numpy as np
@@ -17,7 +17,7 @@ from ..core.evidence import act_norms, check_trained
 from ..core.schedule import agp, check_rises
 from .pruner import Pruner, check_ratio, pruned_plan
 
-# %% ../../nbs/prune/02_prune_callback.ipynb #c5bd0804
+# %% ../../nbs/prune/02_prune_callback.ipynb #15bdde2f
 class PruneCallback(ScheduledCallback):
     "Remove channels while training: `schedule` says how many, a `Pruner` says which"
     column = 'pruned'
