@@ -441,6 +441,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fasterai.core.selection._rank_all': ( 'core/selection.html#_rank_all',
                                                                                 'fasterai/core/selection.py'),
                                          'fasterai.core.selection._scan': ('core/selection.html#_scan', 'fasterai/core/selection.py'),
+                                         'fasterai.core.selection.check_percent': ( 'core/selection.html#check_percent',
+                                                                                    'fasterai/core/selection.py'),
                                          'fasterai.core.selection.lowest': ('core/selection.html#lowest', 'fasterai/core/selection.py'),
                                          'fasterai.core.selection.n_of': ('core/selection.html#n_of', 'fasterai/core/selection.py'),
                                          'fasterai.core.selection.rounded_gone': ( 'core/selection.html#rounded_gone',

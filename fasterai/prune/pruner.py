@@ -9,7 +9,6 @@ __all__ = ['TOLERANCE', 'difference', 'random_like', 'check_same', 'pruned_plan'
 # %% ../../nbs/prune/01_pruner.ipynb #d3138369
 import json,math,warnings
 from collections.abc import Mapping
-from numbers import Real
 import torch
 from torch import nn,Tensor
 from torch.utils._pytree import tree_map
@@ -21,7 +20,7 @@ from ..core.granularity import did_you_mean
 from ..core.graph import ChannelGraph,_tensors,call_with,layer_of,untouched
 from ..core.liveness import Liveness,spare_last
 from ..core.evidence import _wide,act_norms,check_trained,evidence,weight_of
-from ..core.selection import Scores,Source,n_of,rounded_gone,select
+from ..core.selection import Scores,Source,check_percent,n_of,rounded_gone,select
 from ..core.surgery import _pick,_sub,apply_plan,check_plan,follow_cut,legal,reshaped,without
 
 # %% ../../nbs/prune/01_pruner.ipynb #9e6f779f
@@ -236,8 +235,7 @@ def check_ratio(
     ratio, # Percentage
 ):
     "`ratio` if it is a percentage; `ValueError` otherwise, and a warning for what looks like a fraction"
-    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0<=ratio<=100:
-        raise ValueError(f'pruning_ratio is in percent, from 0 to 100, not {ratio!r}')
+    check_percent('pruning_ratio', ratio)
     if 0<ratio<1: warnings.warn(f'pruning_ratio {ratio} is in percent: did you mean {100*ratio:g}?', stacklevel=4)
     return ratio
 
@@ -266,7 +264,7 @@ class Pruner:
         self.example_inputs,self.round_to,self.verify,self.data,self.loss_func = example_inputs,round_to,verify,data,loss_func
         self.pruning_ratio = None if pruning_ratio is None else self._checked(pruning_ratio)
         self.ignored = [self._name(o) for o in ([ignored_layers] if isinstance(ignored_layers, (str,nn.Module)) else ignored_layers)]
-        self.past,self.given = {},{}
+        self.past,self.given,self.graph = {},{},None
         if self.model is not None and pruning_ratio is not None: self.remember()
 
     def remember(self):
@@ -312,7 +310,7 @@ class Pruner:
 
     def start(self, example_inputs=None, widths={}): # Inputs that run the model; by name of a group how many channels it has had, if more than now
         "Follow the channels of the model: what `update` removes is counted from the widths of now, or from `widths`"
-        self.graph = ChannelGraph(self.model, example_inputs)
+        self.graph = ChannelGraph(self.model, self.example_inputs if example_inputs is None else example_inputs)
         self.groups = self._groups()
         self._targets(self.pruning_ratio)
         was = pruned_plan(self.model)['sizes'] if widths else {}
@@ -332,6 +330,8 @@ class Pruner:
 
     def update(self, ratio, optimizer=None): # Percentage, or a dict of them by layer; whose state is cut as well
         "Have `ratio` percent of the channels gone that there were at the `start`, the least important of those that are left; what is gone stays so. How many went now"
+        for r in ratio.values() if isinstance(ratio, Mapping) else [ratio]: check_percent('pruning_ratio', r)
+        if self.graph is None: self.start()
         before,targets = [g for g in self.groups if g.barred],self._targets(ratio)
         for g in self.groups: g.values = None
         while True:
@@ -363,7 +363,7 @@ class Pruner:
 
     def _targets(self, ratio):
         "The ratio of each group by its name, if `ratio` is a dict by layer"
-        if not isinstance(ratio, dict): return
+        if not isinstance(ratio, Mapping): return
         targets = {}
         for layer,r in ratio.items():
             found = [g for g in self.groups if layer in g.layers]

@@ -9,13 +9,12 @@ __all__ = ['check_level', 'check_sparsity', 'Sparsifier', 'hold_zeros']
 import math, warnings
 from dataclasses import dataclass
 from collections.abc import Iterable
-from numbers import Real
 import torch
 from torch import nn, Tensor
 from ..core.granularity import Blocks, axes_of, available, blocks, did_you_mean, granularities, granularity_of, has_axes, head_parts, layer_axes, n_heads, pattern
 from ..core.criteria import criteria_of, large_final, needs
 from ..core.context import context_of, local, shares
-from ..core.selection import CHUNK, Scores, Source, n_of, rounded_gone, select
+from ..core.selection import CHUNK, Scores, Source, check_percent, n_of, rounded_gone, select
 from ..core.graph import ChannelGraph
 from ..core.evidence import Weight, _wide, check_trained, evidence, weight_of
 from ..legacy import old_prune, old_sparsifier
@@ -261,7 +260,7 @@ def couple(model, layers, criteria, example_inputs=None):
 # %% ../../nbs/sparse/01_sparsifier.ipynb #b0451259
 def check_level(sparsity): # Percentage
     "`ValueError` if `sparsity` is no percentage"
-    if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not -1e-9<=sparsity<=100+1e-9: raise ValueError(f'sparsity is in percent, from 0 to 100, not {sparsity!r}')
+    check_percent('sparsity', sparsity)
 
 def check_sparsity(sparsity): # Percentage
     "`sparsity` if it is a percentage; `ValueError` otherwise, and a warning for what looks like a fraction"
