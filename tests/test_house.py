@@ -22,7 +22,7 @@ RULES = [  # module                  ours                              others
     ('lightning/*',                 'core sparse prune distill regularize quantize legacy', 'torch numpy lightning pytorch_lightning safetensors'),
     ('export/*',                    'core',                           'torch numpy onnx onnxruntime onnxscript'),
     ('misc/*',                      'core legacy',                    'torch numpy tensorly'),
-    ('quantize/*',                  'core legacy',                    'torch numpy pandas torchao safetensors'),
+    ('quantize/*',                  'core legacy',                    'torch numpy pandas torchao safetensors constriction'),
     *((f'{o}/*',                    'core legacy',                    'torch numpy pandas safetensors') for o in ('sparse','prune','distill','regularize'))]
 
 def rule(path): return next(((ours.split(), others.split()) for pat,ours,others in RULES if fnmatch.fnmatch(path, pat)), None)
