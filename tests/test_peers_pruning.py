@@ -11,7 +11,7 @@ from fasterai.prune.pruner import Pruner, difference
 from fasterai.sparse.all import SparsifyCallback, Sparsifier, large_final, one_cycle
 from fastai.optimizer import Adam, SGD
 from functools import partial
-from tiny import X, At, fit, learner, net
+from tiny import X, fit, learner
 
 ELSEWHERE = {
     'zeroed filters removed, outputs unchanged, every family of torchvision (torch-simplify: resnet18 and resnet50 only; errors for densenet, efficientnet, convnext, swin; mobilenet_v2 grows)': 'test_zoo.test_family',
@@ -76,7 +76,7 @@ def test_normalization_of_a_zeroed_filter_after_training(opt):
     small = Pruner().prune_model(m, X[:2])
     assert [small[i].out_channels for i in (0,3)]==[4,4] and difference(m, small, X)[0]<1e-5
 
-@pytest.mark.parametrize('name,times', [('resnet18',3.74),('resnet50',3.86),('mobilenet_v2',3.58)])
+@pytest.mark.parametrize('name,times', [('resnet18',3.74),('resnet50',3.86)])
 def test_half_of_the_channels(name, times):
     "Half of the channels with `round_to=8` at 224 px: MACs fall by no less than torch-pruning has them fall"
     torch.manual_seed(0)
