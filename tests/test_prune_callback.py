@@ -1,5 +1,5 @@
 """`PruneCallback` beside all that a fit may have: counts at every step, the optimizer's state, other callbacks, precisions, compiled and frozen models, interrupts, a second fit."""
-import copy, math, pickle, warnings
+import copy, pickle
 from functools import partial
 import numpy as np, pytest, torch
 from fastai.callback.core import *
