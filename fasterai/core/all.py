@@ -7,3 +7,4 @@ from .graph import *
 from .liveness import *
 from .surgery import *
 from .evidence import *
+from .factorization import *
