@@ -155,62 +155,6 @@ def give(layers, found): # Layers; what was found, by what it is and name of the
         for o in layers: o.given[k] = [xs.get(p.name) for p in o.parts]
 
 def parts_of(layers): return [p for o in layers for p in o.parts]
-def _act_like(act, p):
-    "`act`, one value an input channel, shaped to broadcast over the weight of `p`"
-    w,i = p.w,p.axes.index('i')
-    if i==0: act = act[:,None]
-    elif w.shape[1]==len(act): act = act[None]
-    else: act = act.view(-1, w.shape[1]).repeat_interleave(w.shape[0]*w.shape[1]//len(act), 0)  # grouped: a filter sees the inputs of its group
-    return act.view(*act.shape, *[1]*(w.dim()-2))
-
-class ActNorms:
-    "The l2 norms of the input activations of `layers`, by input channel, over what runs between entering and leaving"
-    def __init__(self, layers:list[Layer]): self.layers,self.sums,self.hooks = layers,{},[]
-    def __enter__(self):
-        self.hooks = [p.mod.register_forward_pre_hook(self._hook(p), with_kwargs=True) for o in self.layers for p in o.parts]
-        return self
-    def __exit__(self, *exc):
-        for h in self.hooks: h.remove()
-        self.hooks = []
-    def _hook(self, p):
-        def f(m, xs, kwargs):
-            x = _wide((xs[0] if xs else next(iter(kwargs.values()))).detach())
-            c = x.dim()-1-max(len(p.axes)-2, 0)
-            s = x.square().sum([o for o in range(x.dim()) if o!=c])
-            self.sums[p.name] = s if p.name not in self.sums else self.sums[p.name]+s
-        return f
-    def give(self):
-        "Let the layers know the norms"
-        for o in self.layers: o.given['act'] = [_act_like(self.sums[p.name].sqrt(), p) if p.name in self.sums and p.axes else None for p in o.parts]
-
-def _default_loss(pred, y): return nn.functional.mse_loss(pred, y) if y.is_floating_point() else nn.functional.cross_entropy(pred, y)
-
-def _gradients(model, batch, ps, loss_func):
-    if len(batch)<2: raise ValueError('gradients need batches with a target: (x, y)')
-    return torch.autograd.grad(loss_func(model(*batch[:-1]), batch[-1]), [p.w for p in ps], allow_unused=True, materialize_grads=True)
-
-def norms_from(batch, model, layers):
-    "Let `layers` know the norms of their activations for the inputs `batch`, from a forward pass of its own that leaves nothing behind"
-    with untouched(model), ActNorms(layers) as acts: model(*batch)
-    acts.give()
-
-def learn_from(data, model, layers, loss_func=None): # Batches (x, y): one, a list or a loader. Loss, by default cross-entropy or, for a float target, mean squared error
-    "Let `layers` know what their criteria asks for: gradients, averaged over the batches of `data`, and norms of activations; in eval mode"
-    asked,loss_func,grads,n = needs(layers[0].criteria),loss_func or _default_loss,None,0
-    ps = [p for o in layers for p in o.parts]
-    frozen = [p.name for p in ps if not p.w.requires_grad]
-    if 'grad' in asked and frozen: raise ValueError(f'criteria {layers[0].criteria.__name__!r} needs gradients, and {frozen[0]} is frozen')
-    with untouched(model), ActNorms(layers if 'act' in asked else []) as acts, torch.set_grad_enabled('grad' in asked):
-        for n,b in enumerate(batches_of(data), 1):
-            b = [o.to(ps[0].w.device) if isinstance(o, Tensor) else o for o in (b if isinstance(b, (tuple, list)) else [b])]
-            if 'grad' in asked:
-                g = _gradients(model, b, ps, loss_func)
-                grads = g if grads is None else torch._foreach_add(grads, g)
-            else: model(*(b[:-1] or b))
-    if not n: raise ValueError('data has no batch')
-    if 'act' in asked: acts.give()
-    it = iter(grads or [])
-    if grads: [o.given.update(grad=[next(it)/n for _ in o.parts]) for o in layers]
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #bc05f734
 class Side:
