@@ -16,7 +16,7 @@ RULES = [  # module                  ours                              others
     ('*/all.py',                    'core legacy',                    ''),
     ('legacy.py',                   'core',                           'torch'),
     ('core/*',                      '',                               'torch numpy'),
-    ('*callback*.py',               'core legacy',                    'torch numpy fastai fastcore safetensors'),
+    ('*callback*.py',               'core legacy callback',           'torch numpy fastai fastcore safetensors'),
     ('report/*',                    'core analyze',                   'torch numpy pandas matplotlib'),
     ('analyze/*',                   'core',                           'torch numpy pandas fastprogress'),
     ('lightning/*',                 'core sparse prune distill regularize quantize legacy', 'torch numpy lightning pytorch_lightning safetensors'),

@@ -959,8 +959,10 @@ class ChannelGraph:
         self.reshapes,self.views = tr.reshapes,tr.views
         batch = next((o.shape[0] for o in _tensors(self.example_inputs) if o.dim()), 1)
         self._macs = {k:n//batch for k,n in tr.macs.items()}
-        self._followers = [(s.name,self._alone(s)) for s in self.slices if s.role=='affine' and s.kind in ('bias','scale','shift')]
+        self._follow()
         self._solve(tr)
+
+    def _follow(self): self._followers = [(s.name,self._alone(s)) for s in self.slices if s.role=='affine' and s.kind in ('bias','scale','shift')]
 
     def _solve(self, tr):
         "Classes from ties; then what is pinned"
