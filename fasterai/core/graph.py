@@ -106,6 +106,8 @@ def layer_of(name):
     return name.split('.parametrizations.')[0] if '.parametrizations.' in name else name.rpartition('.')[0]
 
 # %% ../../nbs/core/06_graph.ipynb #b3f7b86f
+_COUNTS = {'nonzero','masked_select','_unique2','unique_dim','unique_consecutive','repeat_interleave','nms'}  # the size of the result is a value
+
 class _Call:
     "One operation as it was called: arguments by name, outputs, and the shadows of the tensors among them"
     def __init__(self, func, args, kwargs, shadow, where):
@@ -120,6 +122,7 @@ class _Call:
         first = self.a.get(self.first)
         self.strides = first.stride() if isinstance(first, torch.Tensor) and first.layout==torch.strided else ()
         self.tensors = {k:shadow(o) for k,o in self.a.items() if isinstance(o, torch.Tensor)}
+        self.counts = self.name in _COUNTS or self.name=='index' and any(o is not None and o.dtype in (torch.bool,torch.uint8) for o in self.a['indices'])
         self.lists = {k:[shadow(o) for o in v if isinstance(o, torch.Tensor)] for k,v in self.a.items() if isinstance(v, (list,tuple))}
     @property
     def shadows(self): return [*self.tensors.values(), *(o for v in self.lists.values() for o in v)]
@@ -154,8 +157,10 @@ class _Facts:
         self.n = 1 # the next channel number
         self.pairs,self.pins,self.splits,self.fixes = [],[],[],[]  # ties; (ids, why); layers; (layer, dims, why)
         self.uses,self.bound,self.issued,self.linears,self.splits_at = [],{},{},[],{}
-        self.merges,self.mixes,self.sized,self.reshapes,self.views,self.unknown = [],[],[],[],[],Counter()
-        self.order,self.macs,self.seen = {},Counter(),set()
+        self.merges,self.mixes,self.sized,self.reshapes,self.views,self.pieces,self.unknown = [],[],[],[],[],[],Counter()
+        self.order,self.macs,self.seen,self.counts = {},Counter(),set(),''
+    @property
+    def idle(self): "Parameters that nothing has used"; return [n for n,p in self.params.items() if n not in self.seen and isinstance(p, nn.Parameter)]
 
     def tie(self, a, b, why):
         "Channels `a` and `b` (broadcast) go together"
@@ -337,6 +342,7 @@ class _Trace(TorchDispatchMode, _Shared):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         call = _Call(func, args, kwargs or {}, self.shadow, self.stack[-1] if self.stack else '')
         call.out = self.compute(call, func, args, kwargs or {})
+        if call.counts or type(call.out) in (int,float): self.counts = self.counts or call.why
         if any(o.ids or o.par for o in call.shadows): self.follow(call)
         return call.out
 
@@ -464,6 +470,7 @@ def _pieces(tr, c):
     def piece(l, start, n):
         l = _shrink(l.narrow(d, start, n)) if l.shape[d]>1 else l
         return l.squeeze(d) if 'unbind' in c.name else l
+    tr.pieces += [(l,l.narrow(d, 0, sizes[0]),c.where) for l in c.x.along(d)]
     for i,o in enumerate(c.out): tr.put(o, c.x.each(lambda l: piece(l, sum(sizes[:i]), sizes[i]), o.shape))
 
 @_rule('as_strided')
@@ -551,7 +558,7 @@ def _keeps_zero(tr, c):
     return tr.zeros[key]
 
 @_rule('hardswish', '_prelu_kernel', 'copy', 'log_sigmoid_forward', 'masked_fill', 'rsub', 'floor_divide', 'fill', 'zero',
-       'zeros_like', 'ones_like', 'empty_like', 'full_like', 'rand_like', 'randn_like')
+       'zeros_like', 'ones_like', 'empty_like', 'full_like', 'rand_like', 'randn_like', 'bernoulli', 'native_dropout')
 def _pointwise(tr, c):
     "Channels that meet become the same"
     if any(o.ids or o.par for v in c.lists.values() for o in v): raise _Unknown
@@ -897,6 +904,18 @@ def _tensors(o):
     return [t for v in o for t in _tensors(v)]
 
 @contextmanager
+def _training(model):
+    "Run `model` as in training, but for what is random or keeps statistics: dropout and normalizations of torch"
+    import random
+    import numpy as np
+    states = random.getstate(),np.random.get_state()
+    for m in model.modules(): m.training = not (type(m).__module__.startswith('torch.nn.') or isinstance(m, (nn.modules.batchnorm._NormBase,nn.modules.dropout._DropoutNd)))
+    try: yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+@contextmanager
 def _naming(model, stack):
     "Keep the name of the module that is running on top of `stack`"
     names = {m:n for n,m in model.named_modules()}
@@ -932,20 +951,35 @@ class ChannelGraph:
         if lazy: raise ValueError(f'{", ".join(lazy)} have no shape yet: run the model once, then build its graph')
         self.example_inputs = example_inputs_for(model) if example_inputs is None else example_inputs
         tr = _Trace(model)
-        with untouched(model), _naming(model, tr.stack), tr: out = call_with(model, self.example_inputs)
+        with untouched(model): self._run(model, tr)
+        self.n_eval,self.counts,self.idle = tr.n,tr.counts,tr.idle  # how many numbers; what asked for values; what did not run
+        if self.idle: self._train(model, tr)
+        self.slices,self.merges,self.order,self._names = _slices(tr.uses),tr.merges,list(tr.order),tr.names
+        self.sized,self.unknown,self.unused = tr.sized,dict(tr.unknown),[n for n in tr.params if n not in tr.seen]
+        self.mixes = [(l[l>0].unique(),why) for l,why in tr.mixes]
+        self.reshapes,self.views,self.pieces = tr.reshapes,[*tr.views,*tr.pieces],tr.pieces
+        batch = next((o.shape[0] for o in _tensors(self.example_inputs) if o.dim()), 1)
+        self._macs = {k:n//batch for k,n in tr.macs.items()}
+        self._followers = [(s.name,self._alone(s)) for s in self.slices if s.role=='affine' and s.kind in ('bias','scale','shift')]
+        self._solve(tr)
+
+    def _run(self, model, tr):
+        "Trace a forward, and pin what leaves the model"
+        with _naming(model, tr.stack), tr: out = call_with(model, self.example_inputs)
         for o in map(tr.shadow, _tensors(out)):
             for l in o.ids: tr.pin(l, 'output of the model')
             tr.hold(o.par, 'output of the model')
         for ids,where in tr.unread.values():
             for l in ids: tr.pin(l, f'leaves {where or "the model"} for nothing the graph can see')
-        self.slices,self.merges,self.order,self._names = _slices(tr.uses),tr.merges,list(tr.order),tr.names
-        self.sized,self.unknown,self.unused = tr.sized,dict(tr.unknown),[n for n in tr.params if n not in tr.seen]
-        self.mixes = [(l[l>0].unique(),why) for l,why in tr.mixes]
-        self.reshapes,self.views = tr.reshapes,tr.views
-        batch = next((o.shape[0] for o in _tensors(self.example_inputs) if o.dim()), 1)
-        self._macs = {k:n//batch for k,n in tr.macs.items()}
-        self._followers = [(s.name,self._alone(s)) for s in self.slices if s.role=='affine' and s.kind in ('bias','scale','shift')]
-        self._solve(tr)
+        tr.unread.clear()
+
+    def _train(self, model, tr):
+        "Layers that have not run may run in training, as auxiliary heads do: trace that as well if it needs nothing else than the inputs"
+        macs = tr.macs.copy()
+        try:
+            with untouched(model), _training(model): self._run(model, tr)
+        except _SLIPS: tr.unread.clear()
+        tr.macs = macs
 
     def _solve(self, tr):
         "Classes from ties; then what is pinned"
