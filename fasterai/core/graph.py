@@ -71,13 +71,14 @@ class _Shadow:
     shape: tuple # The tensor's
     ids: list = field(default_factory=list) # Layers of channel numbers, 0 for none
     par: dict = field(default_factory=dict) # (name, dim) of a parameter -> layer of indices into that dim
-    kind: str = '' # What a parameter does: 'bias', 'scale', …; 'normed' if its entries depend on each other
+    kind: str = '' # What a parameter does: 'bias', 'scale', …
     direct: bool = True # The parameter's own values, moved at most
+    mixed: frozenset = frozenset() # (name, dim) of parameters along which its entries depend on each other
     key: int = 0 # To tell which tensors are never read
 
     def each(self, f, shape):
         "_Shadow of the given `shape` with `f` applied to every layer"
-        return _Shadow(tuple(shape), [f(o) for o in self.ids], {k:f(o) for k,o in self.par.items()}, self.kind, self.direct)
+        return _Shadow(tuple(shape), [f(o) for o in self.ids], {k:f(o) for k,o in self.par.items()}, self.kind, self.direct, self.mixed)
     def lift(self, n): return self.each(lambda l: _lift(l, n), (1,)*(n-len(self.shape)) + tuple(self.shape))
     def along(self, d): return [l for l in self.ids if l.shape[d]>1]
     def beside(self, d): return [l for l in self.ids if l.shape[d]==1]
@@ -158,7 +159,7 @@ class _Facts:
         self.pairs,self.pins,self.splits,self.fixes = [],[],[],[]  # ties; (ids, why); layers; (layer, dims, why)
         self.uses,self.bound,self.issued,self.linears,self.splits_at = [],{},{},[],{}
         self.merges,self.mixes,self.sized,self.reshapes,self.views,self.pieces,self.unknown = [],[],[],[],[],[],Counter()
-        self.order,self.macs,self.seen,self.counts = {},Counter(),set(),''
+        self.order,self.macs,self.seen,self.counts,self.settled = {},Counter(),set(),'',[]
     @property
     def idle(self): "Parameters that nothing has used"; return [n for n,p in self.params.items() if n not in self.seen and isinstance(p, nn.Parameter)]
 
@@ -258,7 +259,7 @@ class _Shared(_Facts):
             v = _varying(j)
             if len(v)==1 and v[0] in table:
                 ids,*role = table[v[0]]
-                if o.kind=='normed': self.mixes.append((ids,why))
+                if (name,dim) in o.mixed: self.mixes.append((ids,why))
                 self.use(name, dim, j.flatten(), ids, why, *role)
                 found.add(v[0])
             else:
@@ -342,7 +343,7 @@ class _Trace(TorchDispatchMode, _Shared):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         call = _Call(func, args, kwargs or {}, self.shadow, self.stack[-1] if self.stack else '')
         call.out = self.compute(call, func, args, kwargs or {})
-        if call.counts or type(call.out) in (int,float): self.counts = self.counts or call.why
+        if not self.counts and (call.counts or type(call.out) in (int,float)): self.counts,self.settled = call.why,list(self.order)
         if any(o.ids or o.par for o in call.shadows): self.follow(call)
         return call.out
 
@@ -352,7 +353,7 @@ class _Trace(TorchDispatchMode, _Shared):
 
     def follow(self, call):
         "Apply the rule for `call`; without one, or where it does not fit, pin all that `call` touches"
-        rule,self.writing = self.rules.get(call.name) if call.func.namespace=='aten' else None,call.func._schema.is_mutable
+        rule,self.writing = self.rules.get(call.name) if call.func.namespace in ('aten','torchvision') else None,call.func._schema.is_mutable
         if rule is None and call.func.namespace=='aten' and torch.Tag.pointwise in call.func.tags: rule = _pointwise
         try:
             if rule is None: raise _Unknown
@@ -396,11 +397,11 @@ class _Trace(TorchDispatchMode, _Shared):
         if not (shadow.ids or shadow.par): return self.shadows.pop(t, None)
         self.shadows[t],self.keys = shadow,self.keys+1
         shadow.key = self.keys
-        if not (self.writing and t._is_view()): self.unread[shadow.key] = (shadow.ids,self.stack[-1] if self.stack else '')
+        if not (self.writing and t._is_view()) and t.is_floating_point(): self.unread[shadow.key] = (shadow.ids,self.stack[-1] if self.stack else '')
 
     def unexpanded(self, o, t):
         "_Shadow `o` of tensor `t` with size 1 where `t` is expanded: like any broadcast, it follows the size of what it meets"
-        return _Shadow(tuple(1 if st==0 else n for n,st in zip(o.shape, t.stride())), o.ids, o.par, o.kind, o.direct)
+        return _Shadow(tuple(1 if st==0 else n for n,st in zip(o.shape, t.stride())), o.ids, o.par, o.kind, o.direct, o.mixed)
     def put_ids(self, t, ids): self.put(t, _Shadow(tuple(t.shape), ids))
     def count(self, call, n, o=None):
         "`n` multiply-accumulates, of the layer whose weight is `o`"
@@ -507,6 +508,53 @@ def _indexed(tr, c):
     full = lambda l: l.expand([c.x.shape[d] if d in acts else n for d,n in enumerate(l.shape)])
     tr.put(c.y, c.x.each(lambda l: _shrink(c.redo(full(l))), c.y.shape))
 
+@_rule('gather')
+def _gathered(tr, c):
+    "Like an index, where the index does not follow the size of what it meets"
+    d, = c.dims()
+    at = c.a['index']
+    for l in c.x.ids: tr.fix(l, [e for e in _varying(l) if e==d or at.stride(e)], c.why)
+    tr.hold(c.x.par, c.why)
+    tr.put_ids(c.y, [l for l in c.x.ids if all(e!=d and c.x.shape[e]==c.y.shape[e] for e in _varying(l))])
+
+@_rule('index_add', 'index_copy')
+def _added_at(tr, c):
+    "Rows are added to rows: channels along other dimensions meet"
+    d, = c.dims()
+    parts = [c.x,c.get('source')]
+    if any(o.along(d) or o.par for o in parts): raise _Unknown
+    tr.put_ids(c.y, tr.meet([_Shadow((*o.shape[:d],1,*o.shape[d+1:]), o.ids) for o in parts], c.why, kind='cat'))
+
+@_rule('_cdist_forward', '_euclidean_dist')
+def _distances(tr, c):
+    "Channels that are summed over end here, in pairs"
+    ends = [_Shadow((*[1]*(len(o.shape)-1),o.shape[-1]), [tr.squash(l, [len(o.shape)-1], c.why).reshape(*[1]*(len(o.shape)-1), -1) for l in o.along(-1)], o.par)
+        for o in (c.get('x1'),c.get('x2'))]
+    if any(o.beside(-1) for o in (c.get('x1'),c.get('x2'))): raise _Unknown
+    for l in tr.meet(ends, c.why): tr.mixes.append((l,c.why))
+
+@_rule('roi_align')
+def _aligned(tr, c):
+    "Each channel by itself, along the last two dimensions"
+    x = c.get('input')
+    for l in x.ids: tr.fix(l, [0,2,3], c.why)
+    for o in (c.get('rois'),):
+        for l in o.ids: tr.pin(l, c.why)
+    tr.put_ids(c.y, [l for l in x.ids if _varying(l)==[1]])
+
+@_rule('mkldnn_rnn_layer')
+def _recurrent(tr, c):
+    "Only what comes in can be cut: the state keeps its size"
+    x,w = c.get('input'),c.get('weight0')
+    if w.ids or not w.par: raise _Unknown
+    for k,o in c.tensors.items():
+        if k in ('input','weight0'): continue
+        tr.hold(o.par, c.why)
+        for l in o.ids: tr.pin(l, c.why)
+    ins = tr.take(x, -1, c.why)
+    for l in x.beside(-1): tr.pin(l, c.why)
+    tr.weigh(w, {1: (ins,'in','weight'), 0: (torch.zeros(w.shape[0], dtype=torch.long, device='cpu'),'out','weight')}, c.why)
+
 @_rule('constant_pad_nd')
 def _padded(tr, c):
     "Padding along the channels adds fixed ones"
@@ -580,14 +628,18 @@ def _combined(tr, c, parts):
             fixed = any(not o.par and o.shape[d]>1 for o in parts for d in _varying(j))
             if fixed or k in par and not torch.equal(par[k], j): tr.hold({k:par.pop(k, j)}, c.why)
             else: par[k] = j
-    tr.put(c.y, _Shadow(tuple(c.y.shape), par=par, kind='normed' if any(p.kind=='normed' for p in parts) else '', direct=False))
+    tr.put(c.y, _Shadow(tuple(c.y.shape), par=par, direct=False, mixed=frozenset().union(*(p.mixed for p in parts))))
+
+def _mixing(o, dims):
+    "Parameters of shadow `o`, each entry of which now depends on all others along `dims`"
+    return _Shadow(o.shape, par=o.par, direct=False, mixed=o.mixed | {k for k,j in o.par.items() if set(dims)&set(_varying(j))})
 
 @_rule('_weight_norm_interface')
 def _weight_normed(tr, c):
     "The size of a filter is a parameter: its norm over the inputs is part of each weight"
     if any(o.ids for o in c.shadows): raise _Unknown
-    _combined(tr, c, [o.lift(c.y.dim()) for o in c.tensors.values()])
-    if (o := tr.shadow(c.y)).par: tr.put(c.y, _Shadow(o.shape, par=o.par, kind='normed', direct=False))
+    v,n = c.get('v'),c.y.dim()
+    _combined(tr, c, [_mixing(v, set(range(n))-{c.a['dim']%n}), c.get('g').lift(n)])
 
 @_rule('_softmax', 'softmax', '_log_softmax', 'log_softmax', '_safe_softmax')
 def _softmaxed(tr, c):
@@ -623,7 +675,8 @@ def _reduced(tr, c):
         tr.fix(l, set(_varying(l))-set(dims), c.why)
         if c.name!='sum': tr.mixes.append((l,c.why))
     stays = lambda l: not set(dims)&set(_varying(l))
-    left = _Shadow(c.x.shape, list(filter(stays, c.x.ids)), {k:j for k,j in c.x.par.items() if stays(j)}, 'normed', False)
+    left = _Shadow(c.x.shape, list(filter(stays, c.x.ids)), {k:j for k,j in c.x.par.items() if stays(j)}, '', False,
+        c.x.mixed | {k for k,j in c.x.par.items() if not stays(j)})
     if c.name in ('logsumexp', 'all', 'any'): left.ids = [tr.fresh(l, [l], 'map', c.why) for l in left.ids]
     f = (lambda l: l) if keep else (lambda l: l.squeeze(dims))
     for o in outs: tr.put(o, left.each(f, o.shape))
@@ -688,7 +741,7 @@ def _convolved(tr, c):
     o,i = (1,0) if back else (0,1)
     n,pointwise = len(x.shape),all(k==1 for k in w.shape[2:])
     ins = tr.take(x, 1, c.why).view(G, -1)
-    outs = (tr.issue(w, 1, G) if back and w.shape[1]>1 else tr.issue(w, 0)).view(G, -1)
+    outs = (tr.issue(w, 1, G) if back and (w.shape[1]>1 or G==1) else tr.issue(w, 0)).view(G, -1)
     tr.count(c, (math.prod(x.shape) if back else c.y.numel())*math.prod(w.shape[1:]), w)
     depthwise = G>1 and ins.shape[1]==1
     if depthwise: tr.tie(ins, outs, c.why)  # a channel goes with its group
@@ -801,7 +854,11 @@ def _normalized(tr, c, dims):
 
 @_rule('batch_norm', 'native_batch_norm', '_native_batch_norm_legit', '_native_batch_norm_legit_no_training', '_batch_norm_no_update',
        '_batch_norm_with_update', '_batch_norm_with_update_functional', 'cudnn_batch_norm', 'miopen_batch_norm')
-def _batch_normed(tr, c): _normalized(tr, c, [1])
+def _batch_normed(tr, c):
+    if c.x.ids: return _normalized(tr, c, [1])
+    n = len(c.x.shape)
+    like = lambda o: o.each(lambda l: l.reshape([-1 if d==1 else 1 for d in range(n)]), [o.shape[0] if d==1 else 1 for d in range(n)])
+    _combined(tr, c, [_mixing(c.x, set(range(n))-{1}), *(like(c.get(k)) for k in ('weight','bias','running_mean','running_var') if c.get(k))])  # a standardized weight
 
 @_rule('layer_norm', 'native_layer_norm', 'rms_norm', '_fused_rms_norm')
 def _layer_normed(tr, c):
@@ -952,7 +1009,8 @@ class ChannelGraph:
         self.example_inputs = example_inputs_for(model) if example_inputs is None else example_inputs
         tr = _Trace(model)
         with untouched(model): self._run(model, tr)
-        self.n_eval,self.counts,self.idle = tr.n,tr.counts,tr.idle  # how many numbers; what asked for values; what did not run
+        self.n_eval,self.idle = tr.n,tr.idle  # how many numbers; what did not run
+        self.counts,self.settled = tr.counts,tr.settled  # where values decided on sizes for the first time, and the layers before
         if self.idle: self._train(model, tr)
         self.slices,self.merges,self.order,self._names = _slices(tr.uses),tr.merges,list(tr.order),tr.names
         self.sized,self.unknown,self.unused = tr.sized,dict(tr.unknown),[n for n in tr.params if n not in tr.seen]

@@ -95,6 +95,11 @@ def _norm(c):
     y.copy_(torch.where(w==0, torch.zeros_like(w) if b is None else b, y))
     return out
 
+@_valued('roi_align')
+def _align(c):
+    zero = (c.a['input']==0).all(-1).all(-1).all(0)
+    return _plain(c).fill_(torch.nan).masked_fill_(zero[:,None,None], 0)
+
 @_valued('embedding')
 def _embed(c):
     w = c.a['weight']
@@ -160,7 +165,7 @@ where masked_fill _to_copy diagonal tril triu upsample_nearest1d upsample_neares
 upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d'''.split())
 _EACH = {'hardswish','_prelu_kernel','log_sigmoid_forward','rsub','floor_divide'}  # pointwise, and not tagged so
 _GARBAGE = {'empty','new_empty','empty_like','empty_strided','new_empty_strided'}
-_UNMOVED = {'embedding','mul','div','glu'} | {o for o in _values if 'attention' in o}  # what they leave known does not depend on indices or masks
+_UNMOVED = {'embedding','mul','div','glu','roi_align'} | {o for o in _values if 'attention' in o}  # what they leave known does not depend on indices or masks
 
 # %% ../../nbs/core/07_liveness.ipynb #d7129014
 @dataclass
@@ -182,6 +187,7 @@ def _grouped(c, table):
         w,x,G,back = c.a['weight'].detach(),c.a['input'],c.a['groups'],c.a['transposed']
         w = w.reshape(G, -1, *w.shape[1:]) if not back else w.reshape(G, -1, *w.shape[1:]).transpose(1, 2)
         x = x.movedim(1, 0)
+    elif c.name=='mkldnn_rnn_layer': G,w,x = 1,c.a['weight0'].detach()[None],c.a['input'].movedim(-1, 0)
     else:
         G,(k,l,_) = 1,_PRODUCTS[c.name]
         a,b = c.a[k],c.a[l]
@@ -260,7 +266,7 @@ class _Reading(_Trace):
     def rule_of(self, c, floats):
         "How to compute `c`, and whether all of its result is unknown"
         inplace = c.name!=c.op
-        if c.func.namespace!='aten': return _plain, c.unknown
+        if c.func.namespace!='aten' and not (c.func.namespace=='torchvision' and c.name in _values): return _plain, c.unknown
         if c.name in _GARBAGE: return _plain, True
         if floats and c.name in _values and not (inplace and c.name not in ('mul','div')): return _values[c.name], c.tainted and c.name not in _UNMOVED
         if c.name in _MOVES or not c.unknown: return _plain, c.tainted
