@@ -184,13 +184,13 @@ def _grouped(c, table):
     "Ids of inputs and outputs of weight and convolution or product `c`, its weight [groups, outputs, inputs, …], and the input's values [groups, inputs, …]"
     made,read = (next((v for v in table.values() if v[1]==role), None) for role in ('out','in'))
     if c.name in ('convolution','_convolution'):
-        w,x,G,back = c.a['weight'].detach(),c.a['input'],c.a['groups'],c.a['transposed']
+        w,x,G,back = c.known['weight'].detach(),c.known['input'],c.a['groups'],c.a['transposed']
         w = w.reshape(G, -1, *w.shape[1:]) if not back else w.reshape(G, -1, *w.shape[1:]).transpose(1, 2)
         x = x.movedim(1, 0)
-    elif c.name=='mkldnn_rnn_layer': G,w,x = 1,c.a['weight0'].detach()[None],c.a['input'].movedim(-1, 0)
+    elif c.name=='mkldnn_rnn_layer': G,w,x = 1,c.known['weight0'].detach()[None],c.known['input'].movedim(-1, 0)
     else:
         G,(k,l,_) = 1,_PRODUCTS[c.name]
-        a,b = c.a[k],c.a[l]
+        a,b = c.known[k],c.known[l]
         left = not c.get(l).par
         w,x = (a,b.movedim(-2, 0)) if left else (b,a.movedim(-1, 0))
         w = (w if left or c.name=='linear' else w.transpose(-1, -2)).detach()
@@ -211,11 +211,12 @@ class _Reading(_Trace):
     def taint(self, t): self.tainted[t.untyped_storage().data_ptr()] = t
 
     def compute(self, c, func, args, kwargs):
+        c.known = c.a
         if self.twins is None: return self.guess(c, func, args, kwargs)
         seen,twin = c.a,lambda o: self.twins.get(o, o) if isinstance(o, Tensor) else o
         made = not _tensors_in((args,kwargs))  # of nothing: a twin from the start, in case it is written to
         hidden_args,hidden_kwargs = tree_map(twin, (args,kwargs))
-        c.a = {k:tree_map(twin, v) for k,v in seen.items()}
+        c.a = c.known = {k:tree_map(twin, v) for k,v in seen.items()}
         try: hidden = self.guess(c, func, hidden_args, hidden_kwargs)
         except _SLIPS: hidden,c.unknown = None,True  # nan where no rule expects it
         c.a = seen
