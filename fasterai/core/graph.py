@@ -329,7 +329,7 @@ class _Shared(_Facts):
         self.splits.append((l,c.why))
 
 # %% ../../nbs/core/06_graph.ipynb #99b83c4a
-_SLIPS = RuntimeError,ValueError,TypeError,IndexError,KeyError,AttributeError,AssertionError,NotImplementedError,ZeroDivisionError  # what code that does not fit its input raises
+_SLIPS = RuntimeError,ValueError,TypeError,IndexError,KeyError,AttributeError,AssertionError,NotImplementedError,ArithmeticError,NameError  # what code that does not fit its input raises
 
 class _Trace(TorchDispatchMode, _Shared):
     "Runs along with a model and has each operation say what it does to the channels"
@@ -1008,7 +1008,7 @@ class ChannelGraph:
         if lazy: raise ValueError(f'{", ".join(lazy)} have no shape yet: run the model once, then build its graph')
         self.example_inputs = example_inputs_for(model) if example_inputs is None else example_inputs
         tr = _Trace(model)
-        with untouched(model): self._run(model, tr)
+        with untouched(model): self._run(model, tr, self.example_inputs)
         self.n_eval,self.idle = tr.n,tr.idle  # how many numbers; what did not run
         self.counts,self.settled = tr.counts,tr.settled  # where values decided on sizes for the first time, and the layers before
         if self.idle: self._train(model, tr)
@@ -1021,9 +1021,9 @@ class ChannelGraph:
         self._followers = [(s.name,self._alone(s)) for s in self.slices if s.role=='affine' and s.kind in ('bias','scale','shift')]
         self._solve(tr)
 
-    def _run(self, model, tr):
+    def _run(self, model, tr, inputs):
         "Trace a forward, and pin what leaves the model"
-        with _naming(model, tr.stack), tr: out = call_with(model, self.example_inputs)
+        with _naming(model, tr.stack), tr: out = call_with(model, inputs)
         for o in map(tr.shadow, _tensors(out)):
             for l in o.ids: tr.pin(l, 'output of the model')
             tr.hold(o.par, 'output of the model')
@@ -1034,9 +1034,12 @@ class ChannelGraph:
     def _train(self, model, tr):
         "Layers that have not run may run in training, as auxiliary heads do: trace that as well if it needs nothing else than the inputs"
         macs = tr.macs.copy()
-        try:
-            with untouched(model), _training(model): self._run(model, tr)
-        except _SLIPS: tr.unread.clear()
+        for k in (1,2,4):  # what is small enough to be quick may be too small for an auxiliary head
+            larger = lambda o: o.repeat(1, 1, *[k]*(o.dim()-2)) if isinstance(o, torch.Tensor) and o.is_floating_point() and o.dim()>2 and k>1 else o
+            try:
+                with untouched(model), _training(model): self._run(model, tr, tree_map(larger, self.example_inputs))
+                break
+            except _SLIPS: tr.unread.clear()
         tr.macs = macs
 
     def _solve(self, tr):
