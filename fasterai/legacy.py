@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['annealing_cos', 'annealing_linear', 'annealing_gradual', 'annealing_no', 'warn_once', 'old_arguments',
-           'old_sparsifier', 'old_prune']
+           'old_sparsifier', 'old_prune', 'renamed']
 
 # %% ../nbs/99_legacy.ipynb #c6d3b306
 import inspect, warnings
@@ -68,3 +68,11 @@ def old_prune(self, model, sparsity): # `Sparsifier` made without a model
 
 # %% ../nbs/99_legacy.ipynb #ad2c6c3b
 annealing_cos,annealing_linear,annealing_gradual,annealing_no = sched_cos,sched_lin,sched_agp,sched_one_shot
+
+# %% ../nbs/99_legacy.ipynb #938bc313
+def renamed(old, cls): # Published name, class
+    "`cls` under its `old` name"
+    def __init__(self, *args, **kwargs):
+        warn_once(old, cls.__name__)
+        cls.__init__(self, *args, **kwargs)
+    return type(old, (cls,), dict(__init__=__init__, __doc__=f'Old spelling of `{cls.__name__}`', __module__=cls.__module__))

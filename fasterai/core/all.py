@@ -6,3 +6,4 @@ from .context import *
 from .graph import *
 from .liveness import *
 from .surgery import *
+from .factorization import *

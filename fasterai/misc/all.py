@@ -1,0 +1,2 @@
+from .fc_decomposer import *
+from .conv_decomposer import *
