@@ -210,19 +210,19 @@ def copy_of(
     memo = {id(o):o.detach().clone() for m in model.modules() for o in vars(m).values() if isinstance(o, Tensor) and not o.is_leaf}
     return copy.deepcopy(model, memo)
 
-def _failure(model, inputs, shapes):
-    "Name of the module that does not run and the error, or `None` if outputs have `shapes`"
+def _failure(model, graph, shapes):
+    "Name of the module that does not run and the error, or `None` if outputs have `shapes`; where values decide on sizes, as many dimensions"
     names,stack = {m:n for n,m in model.named_modules()},[]
     enter = nn.modules.module.register_module_forward_pre_hook(lambda m,a: stack.append(names.get(m, stack[-1] if stack else '')))
     leave = nn.modules.module.register_module_forward_hook(lambda m,a,o: (stack.pop(),None)[1])  # what raises does not leave
     try:
-        with untouched(model): out = call_with(model, inputs)
+        with untouched(model): out = call_with(model, graph.example_inputs)
     except (RuntimeError,ValueError,IndexError,AssertionError,TypeError,ZeroDivisionError) as e: return stack[-1] if stack else '',e
     finally:
         enter.remove()
         leave.remove()
     now = [tuple(o.shape) for o in _tensors(out)]
-    if now!=shapes: return '',ValueError(f'outputs of shapes {now} instead of {shapes}')
+    if now!=shapes and not (graph.counts and list(map(len, now))==list(map(len, shapes))): return '',ValueError(f'outputs of shapes {now} instead of {shapes}')
 
 def _spared(graph, removed, where):
     "Classes of `removed` but for those that `where` reshapes; or else makes or reads; or else any module reshapes"
@@ -235,6 +235,20 @@ def _spared(graph, removed, where):
     gone[keep] = False
     return gone.nonzero().flatten()
 
+def _halved(graph, base, spared, fits):
+    "As many of the classes `spared` as can go with those of `base`, layer by layer: halves of what does not fit are tried"
+    gone,parts = _flags(graph, spared),[]
+    for s in [s for s in graph.slices if s.role=='out']:
+        c = graph.classes(s.ids).unique()
+        parts.append(c[gone[c]])
+        gone[c] = False
+    def grown(base, parts):
+        new = torch.cat([base,*parts])
+        if fits(new): return new
+        return base if len(parts)==1 else grown(grown(base, parts[:len(parts)//2]), parts[len(parts)//2:])
+    parts = [o for o in parts if len(o)]
+    return grown(base, parts).sort().values if parts else base
+
 def _kept_along(graph, gone, l):
     "What is left along each dimension of layer `l` once `gone` is"
     keep = ~gone[graph.classes(l)]
@@ -244,11 +258,13 @@ def _misread(graph, removed, new):
     """Classes that a reshape of the smaller model `new` takes for others: two groups of two, say, where one group of four is left. It runs, and computes something
     else"""
     gone = _flags(graph, removed)
-    touched = [gone[graph.classes(l)].any() for _,l,_ in graph.reshapes]
+    was = [*graph.reshapes,*graph.pieces]
+    touched = [gone[graph.classes(l)].any() for _,l,_ in was]
     if not any(touched): return removed[:0]
-    now = ChannelGraph(new, graph.example_inputs).reshapes
-    if len(now)!=len(graph.reshapes): return removed[:0]
-    wrong = [l.flatten() for (_,l,_),(_,m,_),t in zip(graph.reshapes, now, touched) if t and list(m.shape)!=[int(k.sum()) for k in _kept_along(graph, gone, l)]]
+    now = ChannelGraph(new, graph.example_inputs)
+    now = [*now.reshapes,*now.pieces]
+    if len(now)!=len(was): return removed[:0]
+    wrong = [l.flatten() for (_,l,_),(_,m,_),t in zip(was, now, touched) if t and list(m.shape)!=[int(k.sum()) for k in _kept_along(graph, gone, l)]]
     ids = graph.classes(torch.cat(wrong)) if wrong else removed[:0]
     return ids[gone[ids]].unique()
 
@@ -271,12 +287,14 @@ def legal(
     "A cut copy of `model` that runs, its plan, and the classes that could be removed: `removed` but for those that its code insists on"
     with untouched(model): shapes = [tuple(o.shape) for o in _tensors(call_with(model, graph.example_inputs))]
     also = set()
-    while True:
+    def runs(removed):
         new,add = copy_of(model),biases(removed)
         plan = plan_of(model, graph, removed, add, also)
         add_constants(new, add)
         apply_plan(new, {**plan, 'biases':[]})
-        failed = _failure(new, graph.example_inputs, shapes)
+        return _failure(new, graph, shapes),new,plan
+    while True:
+        failed,new,plan = runs(removed)
         if failed is None:
             wrong = _misread(graph, removed, new)
             if not len(wrong): return new,plan,removed
@@ -286,8 +304,12 @@ def legal(
             also.add(failed[0])
             continue
         fewer = _spared(graph, removed, failed[0])
-        if len(fewer)==len(removed): raise ValueError(f'the model does not run without these channels, and no reshape tells why: {failed[0]}: {failed[1]}') from failed[1]
-        removed = fewer
+        spared = without(graph, removed, fewer) if len(fewer)<len(removed) else removed
+        def fits(removed):
+            failed,new,_ = runs(removed)
+            return failed is None and not len(_misread(graph, removed, new))
+        if len(spared)==len(removed) or runs(fewer)[0] is None: removed = _halved(graph, without(graph, removed, spared), spared, fits)
+        else: removed = fewer
 
 @torch.no_grad()
 def add_constants(model, constants):
@@ -326,5 +348,5 @@ def follow_cut(
         k = left(m.ids)
         m.parts,m.ids = [o[k] for o in m.parts],m.ids[k]
     graph.mixes = [(ids[left(ids)],why) for ids,why in graph.mixes]
-    graph.reshapes,graph.views = ([(smaller(a),smaller(b),where) for a,b,where in l] for l in (graph.reshapes,graph.views))
+    graph.reshapes,graph.views,graph.pieces = ([(smaller(a),smaller(b),where) for a,b,where in l] for l in (graph.reshapes,graph.views,graph.pieces))
     graph._follow()
