@@ -7,7 +7,8 @@ import pytest, torch
 import torchvision
 from torch import nn
 from fasterai.core.graph import ChannelGraph
-from fasterai.prune.pruner import Pruner, difference
+from fasterai.core.proof import difference
+from fasterai.prune.pruner import Pruner
 from fasterai.sparse.all import SparsifyCallback, Sparsifier, large_final, one_cycle
 from fastai.optimizer import Adam, SGD
 from functools import partial

@@ -8,6 +8,7 @@ from fastai.learner import load_learner
 from fastai.optimizer import SGD
 from functools import partial
 from torch import nn
+from fasterai import legacy
 from fasterai.prune.pruner import Pruner
 from fasterai.regularize.all import *
 from fasterai.regularize.penalties import penalties
@@ -136,7 +137,8 @@ def test_paper_listing_11():
     fit(learn, 1, reg_cb)
     assert learn.recorder.values[0][2]==pytest.approx(sum(m.weight.abs().mean((1,2,3)).sum().item() for m in convs(learn.model)), rel=1e-5)
 
-def test_old_spelling():
+def test_old_spelling(monkeypatch):
+    monkeypatch.setattr(legacy, '_said', set())
     with pytest.warns(FutureWarning, match='weights'): cb = RegularizationCallback('weights')
     assert cb.how['granularity']=='weight'
 
