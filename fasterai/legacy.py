@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['annealing_cos', 'annealing_linear', 'annealing_gradual', 'annealing_no', 'warn_once', 'old_arguments',
-           'old_sparsifier', 'old_prune']
+           'old_sparsifier', 'old_prune', 'old_function']
 
 # %% ../nbs/99_legacy.ipynb #c6d3b306
 import inspect, warnings
@@ -68,3 +68,14 @@ def old_prune(self, model, sparsity): # `Sparsifier` made without a model
 
 # %% ../nbs/99_legacy.ipynb #ad2c6c3b
 annealing_cos,annealing_linear,annealing_gradual,annealing_no = sched_cos,sched_lin,sched_agp,sched_one_shot
+
+# %% ../nbs/99_legacy.ipynb #fc12b3cc
+def old_function(old, new): # What was written, what to write instead
+    "The decorated function is an old spelling, which warns once"
+    def wrapped(f):
+        @wraps(f)
+        def _f(*args, **kwargs):
+            warn_once(old, new)
+            return f(*args, **kwargs)
+        return _f
+    return wrapped

@@ -131,14 +131,27 @@ def test_gradients_and_activations_that_are_there(criteria, n_updates):
 @pytest.mark.parametrize('n_updates', [1,2,5,7,200])
 @pytest.mark.parametrize('epochs', [1,3])
 def test_number_of_updates(n_updates, epochs, monkeypatch):
-    "Masks are renewed `n_updates` times at most, in equal distances, the last time at the end"
+    "Masks are renewed `n_updates` times at most, in equal distances, at the end of each epoch if there are enough"
     steps,real = [],Sparsifier.update
     learn = learner(n=32)
     monkeypatch.setattr(Sparsifier, 'update', lambda self, s: (steps.append(learn.train_iter+1), real(self, s))[1])
     fit(learn, epochs, SparsifyCallback(50, schedule=lin, n_updates=n_updates))
     n = 4*epochs
-    want = list(range(1, n+1)) if n<=n_updates else [math.ceil(i*n/n_updates) for i in range(1, n_updates+1)]
+    m = min(n, n_updates)
+    m -= m%epochs if m>epochs else 0
+    want = [math.ceil(i*n/m) for i in range(1, m+1)]
     assert steps==want and zeros(learn.model)==HALF
+
+def test_number_of_updates_of_many_weights(monkeypatch):
+    "More than a million weights are ranked in one step of eight, and at the end of each epoch; between two rankings the masks hold"
+    steps,real = [],Sparsifier.update
+    model = nn.Sequential(nn.Flatten(), nn.Linear(108,1024), nn.Linear(1024,1024), nn.Linear(1024,4))
+    learn = learner(model, n=20, bs=1)
+    monkeypatch.setattr(Sparsifier, 'update', lambda self, s: (steps.append(learn.train_iter+1), real(self, s))[1])
+    cb = SparsifyCallback(50, schedule=lin, layer_type=nn.Linear)
+    fit(learn, 2, [cb, w := Watch(cb)])
+    assert steps==[10,20,30,40] and cb.sparsifier.n_weights>2**20
+    assert w.seen==pytest.approx([100*sum(exact(m.weight.numel(), 50*(k//10)/4) for m in model[1:])/cb.sparsifier.n_weights for k in range(1, 41)])
 
 def test_export(tmp_path):
     learn = learner(path=tmp_path)

@@ -36,16 +36,12 @@ class Source:
     "`n` blocks, which of them are kept, and their scores when asked for"
     safe = None  # position of a block that must stay
     left = None  # how many are kept, where that is known
-    told = False  # was every block that went last time told by `drop`?
     def __init__(self, keep): self.keep,self.n = keep,len(keep)
     def scores(self, i, j, step=1): # First block, end, every how many
         "Scores of blocks [i:j:step]: a tensor that may be written to"
         raise NotImplementedError(f'{type(self).__name__} has no scores')
     @property
     def gone(self): "How many are gone"; return self.n-int(self.keep.count_nonzero())
-    def drop(self, i, at): # First block of a piece, places in the piece as a numpy array
-        "Blocks `i+at` go"
-        self.keep[i:].numpy()[at] = 0
 
 class Scores(Source):
     "Scores that are there already"
@@ -72,7 +68,7 @@ def _rank_all(sources, k, gone_first, protect):
     dev = sources[0].keep.device
     s = torch.cat([_ordered(o, gone_first, protect).to(dev) for o in sources])
     for o,gone in zip(sources, lowest(s, k).split([o.n for o in sources])): o.keep.copy_(gone.to(o.keep.device).to(torch.int8).sub_(1))
-    for o in sources: o.left,o.told = None,False
+    for o in sources: o.left = None
 
 # %% ../../nbs/core/04_selection.ipynb #bc23189c
 CHUNK = 2**17  # blocks in a piece: half a MiB of float32
@@ -115,7 +111,7 @@ def _scan(sources, outs, lo, hi):
 def _lowest(s, k):
     "`lowest` for a numpy array that may be written to"
     if not 0<k<len(s): return np.full(len(s), k>0)
-    np.nan_to_num(s, copy=False, nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    s[np.isnan(s)] = math.inf
     t = np.partition(s, k-1)[k-1]
     m = s<t
     m[np.flatnonzero(s==t)[:k-np.count_nonzero(m)]] = True
@@ -147,9 +143,9 @@ def _drop_bracketed(sources, gone, k, protect):
         bare = [o for o in sources if protect and not left[o]]
         if not bare:
             for o,out in zip(sources, outs):
-                o.left,o.told = left[o],lo==-math.inf
+                o.left = left[o]
                 if not inplace: o.keep.copy_(out)
-            for (o,i),at in zip(pieces, picked): o.drop(i, at)
+            for (o,i),at in zip(pieces, picked): o.keep[i:].numpy()[at] = 0
             return True
     if not gone: [o.keep.fill_(-1) for o in sources]
     if not hit: return False

@@ -55,7 +55,7 @@ class Layer(Source):
         w,b = parts[0].w,parts[0].blocks
         super().__init__(torch.full((b.n,), -1, dtype=torch.int8, device=w.device))
         self.name,self.parts,self.criteria = name,parts,criteria
-        self.past,self.given,self.ready,self.whole,self.flat,self.bits,self.masks = {},{},None,None,None,None,None
+        self.past,self.given,self.ready,self.whole,self.flat,self.masks = {},{},None,None,None,None
         self.needs,one = needs(criteria),torch.tensor([[-1.]], device='cpu')
         self.by_piece = len(parts)==1 and b.zeros is None and b.single and criteria.pointwise and 'act' not in self.needs and bool(criteria.reducer(one)==-1)
 
@@ -69,23 +69,17 @@ class Layer(Source):
             res[o] = x.detach()
         return res
 
-    def drop(self, i, at):
-        super().drop(i, at)
-        if self.flat is not None: self.bits[i:].numpy()[at] = 0
-
     @property
     def streams(self): "Are scores computed piece by piece, from the weights as they lie in memory?"; return self.by_piece and all(x.is_contiguous() for x in self.known(0).values())
 
     def open(self):
         "Make `scores` ready to be asked, until `close`; a criteria that fails does so here"
         if not self.streams: return self.prepare()
-        self.flat,w = {o: x.view(-1) for o,x in self.known(0).items()},self.parts[0].w.detach()
-        self.bits = w.view(_ints[w.element_size()]).view(-1)
-    def close(self): self.ready = self.whole = self.flat = self.bits = None
+        self.flat = {o: x.view(-1) for o,x in self.known(0).items()}
+    def close(self): self.ready = self.whole = self.flat = None
 
     def scores(self, i, j, step=1):
         if self.flat is None: return self.ready[i:j:step].clone()
-        if step==1 and self.masks: self.bits[i:j].bitwise_and_(self.keep[i:j].to(self.bits.dtype))  # while the piece is in the processor's cache
         s = self.criteria.f(**{o: _wide(x[i:j:step]) for o,x in self.flat.items()})
         return s.clone() if s._is_view() else s
 
@@ -113,8 +107,7 @@ class Layer(Source):
 
     def apply(self):
         "Zero what is masked"
-        if not self.told: [zero_(p.w, m) for p,m in zip(self.parts, self.masks or [])]
-        self.told = False  # the next optimizer step changes the weights
+        for p,m in zip(self.parts, self.masks or []): zero_(p.w, m)
 
     def follow_device(self):
         "Move with the weight, if it was moved"
@@ -377,6 +370,7 @@ class Sparsifier:
             if granularity not in ('filter','o'): raise ValueError(f'coupled filters go with the granularity filter, not {granularity!r}')
             self.layers,self._sides = couple(self.model, self.layers, self.criteria, example_inputs)
         self._by_name = {o.name:o for o in self.layers}
+        self.n_weights = sum(p.w.numel() for o in self.layers for p in o.parts)
         self.remember()
 
     prune = old_prune
@@ -456,7 +450,12 @@ class Sparsifier:
         if isinstance(sparsity, dict): return {(o,): n_of(n, 100*sparsity[o]/self.own) for o,n in sizes.items()}
         return shares(self.context, sizes, sparsity=100*sparsity/self.own, room={o: n-self._protect for o,n in sizes.items()},
             gone=lambda: {o: self._n_gone((o,)) for o in sizes}, shapes=lambda: {o.name: _shape(o.parts[0]) for o in self.layers},
-            scores=lambda: {o.name: o.scores(0, o.n) for o in self.layers})
+            scores=lambda: self._scores(self.layers))
+
+    def _scores(self, layers):
+        "Scores of all blocks by layer; what is gone scores as a zero, not as what the optimizer made of it"
+        for o in layers: o.apply()
+        return {o.name: o.scores(0, o.n) for o in layers}
 
     @property
     def _protect(self): return not (isinstance(self.granularity, pattern) or self.granularity is granularities['layer'])  # a pattern leaves something in each group; to drop layers is the point of `layer`
@@ -468,7 +467,7 @@ class Sparsifier:
         for names,k in ks.items():
             layers = [self._by_name[o] for o in names]
             if len(names)>1:  # see first how they would share it
-                trial = [Scores(o.scores(0, o.n), o.keep.clone()) for o in layers]
+                trial = [Scores(s, o.keep.clone()) for s,o in zip(self._scores(layers).values(), layers)]
                 select(trial, self._n_gone(names), k, self._protect)
                 k = [o.gone for o in trial]
             res |= {(o.name,): _round(o.n, min(n, o.n-self._protect), self.round_to) for o,n in zip(layers, k if len(names)>1 else [k])}
