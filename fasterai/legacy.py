@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['annealing_cos', 'annealing_linear', 'annealing_gradual', 'annealing_no', 'warn_once', 'old_arguments',
-           'old_sparsifier', 'old_prune', 'old_function']
+           'old_sparsifier', 'old_prune', 'old_function', 'renamed']
 
 # %% ../nbs/99_legacy.ipynb #c6d3b306
 import inspect, warnings
@@ -79,3 +79,11 @@ def old_function(old, new): # What was written, what to write instead
             return f(*args, **kwargs)
         return _f
     return wrapped
+
+# %% ../nbs/99_legacy.ipynb #938bc313
+def renamed(old, cls): # Published name, class
+    "`cls` under its `old` name"
+    def __init__(self, *args, **kwargs):
+        warn_once(old, cls.__name__)
+        cls.__init__(self, *args, **kwargs)
+    return type(old, (cls,), dict(__init__=__init__, __doc__=f'Old spelling of `{cls.__name__}`', __module__=cls.__module__))

@@ -8,3 +8,4 @@ from .liveness import *
 from .surgery import *
 from .proof import *
 from .flow import *
+from .factorization import *
