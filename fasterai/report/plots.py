@@ -18,6 +18,7 @@ from ..core.criteria import criteria_of, criterias, needs, score
 from ..core.granularity import blocks, granularities, granularity_of, numbered_by
 from ..core.schedule import schedule_of
 from ..core.selection import lowest
+from .tables import _unit
 
 # %% ../../nbs/report/01_plots.ipynb #2ff4137b
 GONE,KEPT,GRAY,INK = '#e8622c','#3b7dbf','#dcdcdc','#666666'
@@ -205,7 +206,7 @@ def show_report(
     a.barh(at, rep.nonzero, height=.66, color=KEPT)
     b.barh(at, rep.macs, height=.66, color=KEPT)
     _said_beside(a, rep.params, [f'{o:,}' for o in rep.params])
-    _said_beside(b, rep.macs, [f'÷{o:.2f}' if i else f'{rep.macs.iloc[0]:.3g}' for i,o in enumerate(rep.macs_ratio)])
+    _said_beside(b, rep.macs, [f'÷{o:.2f}' if i else _unit(rep.macs.iloc[0]) for i,o in enumerate(rep.macs_ratio)])
     a.set_title('parameters', fontsize=9)
     b.set_title('MACs', fontsize=9)
     for ax,k in zip(rest, layouts):

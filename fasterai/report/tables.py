@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['Table', 'summary', 'report']
 
-# %% ../../nbs/report/02_tables.ipynb #a37c77df
+# %% ../../nbs/report/02_tables.ipynb #6d54f688
 import html,itertools,re
 from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from ..analyze.counts import (batches_of,check_models,effective_parameters,latency,median_interval,most_likely,n_bytes,n_params,place_of,placed,
+from ..analyze.counts import (batches_of,check_models,effective_parameters,latency,most_likely,n_bytes,n_params,place_of,placed,
                                      running,sign_test,speedup,told_right,wilson)
-from ..core.graph import ChannelGraph,_tensors,call_with,example_inputs_for,layer_of
+from ..core.graph import ChannelGraph,_tensors,call_with,example_inputs_for,untouched
 from ..core.liveness import Liveness
 
-# %% ../../nbs/report/02_tables.ipynb #020a2d17
+# %% ../../nbs/report/02_tables.ipynb #f88a31dd
 class Table(pd.DataFrame):
     "A data frame of numbers that is shown as `shown` puts them, with `notes` below"
     @property
@@ -37,7 +37,7 @@ class Table(pd.DataFrame):
         lines = [self.shown().to_string(), *filter(None, [self.attrs.get('about')]), *(f'- {o}' for o in self.notes)]
         return '\n'.join(lines)
 
-# %% ../../nbs/report/02_tables.ipynb #06334dda
+# %% ../../nbs/report/02_tables.ipynb #9240da71
 def _said(o):
     "A number or a shape as people read it"
     if isinstance(o, (int,np.integer)): return f'{o:,}'
@@ -50,7 +50,7 @@ def _unit(o, units=('','k','M','G','T')):
         o /= 1000
     return f'{o:.4g} {units[-1]}'
 
-# %% ../../nbs/report/02_tables.ipynb #971dbe3d
+# %% ../../nbs/report/02_tables.ipynb #94e7cd44
 def _observed(model, inputs):
     "Shape of what each module that runs returns first"
     shapes,names = {},{m:n for n,m in model.named_modules()}
@@ -58,11 +58,11 @@ def _observed(model, inputs):
         if m in names and (ts := _tensors(out)): shapes.setdefault(names[m], tuple(ts[0].shape))
     hook = nn.modules.module.register_module_forward_hook(see)
     try:
-        with running(model): call_with(model, inputs)
+        with untouched(model): call_with(model, inputs)  # without fused attention, which would hide what is inside
     finally: hook.remove()
     return shapes
 
-# %% ../../nbs/report/02_tables.ipynb #5760ead0
+# %% ../../nbs/report/02_tables.ipynb #b38cf8e4
 def summary(
     model:nn.Module, # Left as it is
     example_inputs=None, # A tensor, a tuple of arguments or a dict of keyword arguments; looked for if not given
@@ -82,7 +82,7 @@ def summary(
     rows.append(dict(layer='total', type=type(model).__name__, shape='', **{k:sum(o[k] for o in rows) for k in ('params','nonzero','macs')}, output=shapes.get('', '')))
     return Table(pd.DataFrame(rows).set_index('layer'))
 
-# %% ../../nbs/report/02_tables.ipynb #2aca80e5
+# %% ../../nbs/report/02_tables.ipynb #6e4cb1b6
 _CONVS = nn.modules.conv._ConvNd
 
 def _overheads(model, macs, batch, ms, layouts):
@@ -136,7 +136,7 @@ def _accuracy_note(a, b):
     what = f'{b["stage"]}: {abs(lost-won):,} {"fewer" if lost>won else "more"} right than {a["stage"]}'
     return [f'{what}, {"within the noise" if p>.05 else "more than chance"}: of {lost+won:,} that only one of the two tells right, the split is {lost:,} to {won:,} (p = {p:.2g})']
 
-# %% ../../nbs/report/02_tables.ipynb #bddc1ee3
+# %% ../../nbs/report/02_tables.ipynb #3404a870
 class Report(Table):
     "What `report` returns"
     def shown(self):
@@ -194,7 +194,7 @@ def _check_alike(stages, inputs):
             if place_of(m)[0]!=place_of(first)[0]: raise ValueError(f'{a} is on {place_of(first)[0]} and {b} on {place_of(m)[0]}: their times do not compare')
             if (now := out(m))!=shapes: raise ValueError(f'{b} returns {now} where {a} returns {shapes}: they do not do the same')
 
-# %% ../../nbs/report/02_tables.ipynb #ca4e7c9b
+# %% ../../nbs/report/02_tables.ipynb #71046aa1
 def report(
     *models, # Models, or a dict of them by name, each compared with the first; then, if any, the data
     data=None, # Batches (x, y), a fastai DataLoaders (its `valid` is taken), or two tensors: accuracy is measured on it
@@ -229,10 +229,10 @@ def report(
     if unknown: notes.append(f'operations whose MACs are not counted, if they have some: {", ".join(sorted(unknown))}')
     res = Report(pd.DataFrame(rows).set_index('stage'))
     size = ' and '.join('×'.join(map(str, o)) for o in shapes)
-    res.attrs = dict(notes=notes, about=f'{size} on {place_of(ms[0])[0]}, {threads or torch.get_num_threads()} threads; ms: median of {repeats} turns and quartiles; faster: median over the turns, 95 %; right: 95 %')
+    res.attrs = dict(notes=notes, about=f'{size} on {place_of(ms[0])[0]}, threads: {threads or torch.get_num_threads()}; ms: median of {repeats} turns and quartiles; faster: median over the turns, 95 %; right: 95 %')
     return res
 
-# %% ../../nbs/report/02_tables.ipynb #84db8a1d
+# %% ../../nbs/report/02_tables.ipynb #a098efb4
 def _timed(times, i):
     "Columns of latency of stage `i`"
     res = {}
