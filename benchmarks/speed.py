@@ -8,11 +8,11 @@ import torch, torchvision
 from fasterai.prune.all import Pruner
 from fasterai.report.all import report
 
-def measure(name, x):
+def measure(name, x, threads=2, repeats=15):
     torch.manual_seed(0)
     before = torchvision.models.get_model(name, num_classes=1000).eval()
     after = Pruner(deepcopy(before), 50, round_to=8, example_inputs=x).prune_model()
-    return report(before, after, example_inputs=x, channels_last=True, threads=2, repeats=15, progress=False)
+    return report(before, after, example_inputs=x, channels_last=True, threads=threads, repeats=repeats, progress=False)
 
 if __name__=='__main__':
     x = torch.randn(1, 3, 224, 224)

@@ -61,7 +61,7 @@ def vgg16_road(x): # An image, [1, 3, 224, 224]
     for p in small.parameters(): nn.init.normal_(p, std=.01)
     return {**stages, 'decomposed':small}
 
-def main(path='walkthrough.png', n=12_000, epochs=3, vgg=True): # Picture to write, training images, epochs of each training, also vgg16_bn?
+def main(path='walkthrough.png', n=6_000, epochs=2, vgg=True): # Picture to write, training images, epochs of each training, also vgg16_bn?
     import matplotlib
     matplotlib.use('agg')
     start = time.time()

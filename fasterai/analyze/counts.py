@@ -7,7 +7,7 @@ __all__ = ['Ratio', 'check_models', 'n_params', 'effective_parameters', 'n_nonze
            'placed', 'with_bar', 'latency', 'median_interval', 'speedup', 'batches_of', 'most_likely', 'told_right',
            'wilson', 'sign_test']
 
-# %% ../../nbs/analyze/01_counts.ipynb #83637728
+# %% ../../nbs/analyze/01_counts.ipynb #1e0b7c12
 import math,os,sys,tempfile
 from collections import namedtuple
 from contextlib import ExitStack,contextmanager
@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves,tree_map
 from ..core.graph import ChannelGraph,call_with,example_inputs_for,untouched
 
-# %% ../../nbs/analyze/01_counts.ipynb #4ed54031
+# %% ../../nbs/analyze/01_counts.ipynb #a5d92b76
 def check_models(
     models, # Whatever was given where models are expected
 ):
@@ -35,7 +35,7 @@ def check_models(
         if lazy: raise ValueError(f'{", ".join(lazy)} have no shape yet: run the model once')
     return models
 
-# %% ../../nbs/analyze/01_counts.ipynb #255f3273
+# %% ../../nbs/analyze/01_counts.ipynb #644027a3
 def n_params(
     model:nn.Module, # Left as it is
 ):
@@ -43,7 +43,7 @@ def n_params(
     check_models([model])
     return sum(p.numel() for p in model.parameters())
 
-# %% ../../nbs/analyze/01_counts.ipynb #d2d67c7a
+# %% ../../nbs/analyze/01_counts.ipynb #7830f9a4
 def effective_parameters(
     model:nn.Module, # Left as it is
 ):
@@ -52,7 +52,7 @@ def effective_parameters(
     seen,res = set(),[]
     with untouched(model):
         for layer,m in model.named_modules():
-            if layer.split('.')[-1]=='parametrizations' or '.parametrizations.' in f'.{layer}.': continue
+            if '.parametrizations.' in f'.{layer}.': continue
             own = [(k,p,p) for k,p in m._parameters.items() if p is not None]
             for k,ps in m.parametrizations.items() if is_parametrized(m) else ():
                 originals = list(ps.parameters())
@@ -71,7 +71,7 @@ def n_nonzero(
     "Parameters of `model` that are not zero"
     return sum(int(w.count_nonzero()) for _,_,w in effective_parameters(model))
 
-# %% ../../nbs/analyze/01_counts.ipynb #e2e540be
+# %% ../../nbs/analyze/01_counts.ipynb #ecf0afb9
 def n_bytes(
     model:nn.Module, # Left as it is
 ):
@@ -82,7 +82,7 @@ def n_bytes(
         torch.save(model.state_dict(), path)
         return os.path.getsize(path)
 
-# %% ../../nbs/analyze/01_counts.ipynb #4752da24
+# %% ../../nbs/analyze/01_counts.ipynb #5ce934b4
 def n_macs(
     model:nn.Module, # Left as it is
     example_inputs=None, # A tensor, a tuple of arguments or a dict of keyword arguments; looked for if not given
@@ -91,7 +91,7 @@ def n_macs(
     check_models([model])
     return sum(ChannelGraph(model, example_inputs).macs().values())
 
-# %% ../../nbs/analyze/01_counts.ipynb #7bc4bff7
+# %% ../../nbs/analyze/01_counts.ipynb #185604b3
 @contextmanager
 def running(
     *models, # Left as they were, also after an error
@@ -132,7 +132,7 @@ def with_bar(
     "`it` with a bar that shows how far it has come, and goes away"
     return progress_bar(it, leave=False) if show and (progress_bar is NBProgressBar or sys.stdout.isatty()) else it
 
-# %% ../../nbs/analyze/01_counts.ipynb #56fc065a
+# %% ../../nbs/analyze/01_counts.ipynb #58e696a4
 _LEAST = 10 # milliseconds of a measurement
 
 def _clocked(f, wait, calls=1):
@@ -159,7 +159,7 @@ def _call(model, inputs):
     args,kwargs = ((),inputs) if isinstance(inputs, dict) else (tuple(inputs) if isinstance(inputs, (tuple,list)) else (inputs,),{})
     return lambda: model(*args, **kwargs), module.synchronize if device.type in ('cpu','mps') else lambda: module.synchronize(device)
 
-# %% ../../nbs/analyze/01_counts.ipynb #d4de6e19
+# %% ../../nbs/analyze/01_counts.ipynb #9e600739
 def latency(
     *models, # Left as they are
     example_inputs=None, # A tensor, a tuple of arguments or a dict of keyword arguments, the same for all; looked for if not given
@@ -186,7 +186,7 @@ def latency(
             for i in ((turn+k)%n for k in range(n)): ms[i,turn] = _clocked(*calls[i], often[i])
     return ms
 
-# %% ../../nbs/analyze/01_counts.ipynb #c0d38769
+# %% ../../nbs/analyze/01_counts.ipynb #f3851a6a
 Ratio = namedtuple('Ratio', 'median low high')
 
 def median_interval(
@@ -207,7 +207,7 @@ def speedup(
     "How many times faster: the median over the turns, and the interval where it is with 95 % confidence"
     return median_interval(np.asarray(before)/np.asarray(after))
 
-# %% ../../nbs/analyze/01_counts.ipynb #d8ad8d44
+# %% ../../nbs/analyze/01_counts.ipynb #ff3e08e1
 def batches_of(
     data, # Batches (x, y), what has some as its `valid`, or the tensors themselves
 ):
@@ -249,7 +249,7 @@ def told_right(
     if not res[0]: raise ValueError('data has no batches')
     return torch.stack([torch.cat(r) for r in res])
 
-# %% ../../nbs/analyze/01_counts.ipynb #05efa77c
+# %% ../../nbs/analyze/01_counts.ipynb #07e584c2
 def wilson(
     k:int, # Right
     n:int, # Of so many
@@ -259,9 +259,9 @@ def wilson(
     if not 0<=k<=n or n<1: raise ValueError(f'{k} of {n} is no share')
     z = NormalDist().inv_cdf((1+confidence)/2)
     mid,off = (k+z*z/2)/(n+z*z), z/(n+z*z)*math.sqrt(k*(n-k)/n+z*z/4)
-    return max(mid-off, 0.),min(mid+off, 1.)
+    return mid-off if k else 0., mid+off if k<n else 1.
 
-# %% ../../nbs/analyze/01_counts.ipynb #a6caa8fb
+# %% ../../nbs/analyze/01_counts.ipynb #fe1471ce
 def sign_test(
     a:int, # Samples that only the one tells right
     b:int, # Samples that only the other tells right
