@@ -870,6 +870,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fasterai.report.tables._rightness': ('report/tables.html#_rightness', 'fasterai/report/tables.py'),
                                         'fasterai.report.tables._said': ('report/tables.html#_said', 'fasterai/report/tables.py'),
                                         'fasterai.report.tables._sample': ('report/tables.html#_sample', 'fasterai/report/tables.py'),
+                                        'fasterai.report.tables._sizes': ('report/tables.html#_sizes', 'fasterai/report/tables.py'),
                                         'fasterai.report.tables._speed_note': ( 'report/tables.html#_speed_note',
                                                                                 'fasterai/report/tables.py'),
                                         'fasterai.report.tables._stages': ('report/tables.html#_stages', 'fasterai/report/tables.py'),

@@ -35,6 +35,7 @@ class Paced(nn.Module):
     def __init__(self, clock, name, ms):
         super().__init__()
         self.clock,self.name,self.ms,self.w = clock,name,ms,nn.Parameter(torch.ones(1))
+        self.register_parameter(name, nn.Parameter(torch.ones(ord(name)-96)))  # no two are alike
     def forward(self, x):
         assert not self.training and not torch.is_grad_enabled()
         self.clock.now += self.ms()/1000
@@ -47,17 +48,24 @@ def paced(monkeypatch, *ms):
     return clock,[Paced(clock, 'abc'[i], o) for i,o in enumerate(ms)]
 
 def test_latency_in_turn(monkeypatch):
-    "Warm-up first, then every model once a turn, another one first each time"
-    clock,models = paced(monkeypatch, lambda: 20, lambda: 30, lambda: 40)
-    ms = latency(*models, example_inputs=torch.ones(1), repeats=4, warmup=2)
-    assert ''.join(clock.log)=='aaabbbccc'+'abc'+'bca'+'cab'+'abc'
-    assert np.allclose(ms, [[20]*4,[30]*4,[40]*4])
+    "Warm-up first, then every model once a turn, in an order that changes, the same each time it is asked"
+    logs = []
+    for _ in range(2):
+        clock,models = paced(monkeypatch, lambda: 20, lambda: 30, lambda: 40)
+        ms = latency(*models, example_inputs=torch.ones(1), repeats=30, warmup=2)
+        log = ''.join(clock.log)
+        turns = [log[i:i+3] for i in range(9, len(log), 3)]
+        logs.append(log)
+        assert log[:9]=='aaabbbccc' and len(turns)==30 and {''.join(sorted(o)) for o in turns}=={'abc'} and len(set(turns))==6
+        assert np.allclose(ms, [[20]*30,[30]*30,[40]*30])
+    assert logs[0]==logs[1]
 
 def test_latency_of_small_models_repeats_calls(monkeypatch):
     "A measurement takes 10 ms at least, and tells the time of one call"
     clock,models = paced(monkeypatch, lambda: 4, lambda: 25)
     ms = latency(*models, example_inputs=torch.ones(1), repeats=2, warmup=0)
-    assert ''.join(clock.log)=='ab'+'aaab'+'baaa' and np.allclose(ms, [[4,4],[25,25]])
+    log = ''.join(clock.log)
+    assert log[:2]=='ab' and log.count('a')==7 and log[2:].replace('aaa','A') in ('AbAb','AbbA','bAAb','bAbA') and np.allclose(ms, [[4,4],[25,25]])
 
 def test_drift_does_not_show_in_the_ratio(monkeypatch):
     "A machine that gets slower and slower: medians of times wander, ratios of a turn do not"
@@ -81,6 +89,13 @@ def test_faster_without_fewer_macs(monkeypatch):
     clock,models = paced(monkeypatch, lambda: 40, lambda: 20)
     rep = report(*models, example_inputs=torch.ones(1))
     assert np.isclose(rep.speedup['after'], 2) and any('faster by ×2.00' in o for o in rep.notes)
+
+def test_what_computes_the_same_is_not_faster(monkeypatch):
+    "A difference of the clock between models of one make is of the machine"
+    clock,models = paced(monkeypatch, lambda: 40, lambda: 20)
+    twin = Paced(clock, 'a', lambda: 20)
+    rep = report(models[0], twin, example_inputs=torch.ones(1))
+    assert np.isclose(rep.speedup['after'], 2) and rep.notes==['after: computes what before does, with other numbers: ×2.00 (×2.00 to ×2.00) in time is the noise of this machine, and so may be differences like it']
 
 def test_waits_for_the_device_and_needs_no_cuda(monkeypatch):
     "The clock is read after the device of the model is done; nothing of CUDA is asked where the model is on the CPU"

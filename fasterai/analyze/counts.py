@@ -7,7 +7,7 @@ __all__ = ['Ratio', 'check_models', 'n_params', 'effective_parameters', 'n_nonze
            'placed', 'with_bar', 'latency', 'median_interval', 'speedup', 'batches_of', 'most_likely', 'told_right',
            'wilson', 'sign_test']
 
-# %% ../../nbs/analyze/01_counts.ipynb #1e0b7c12
+# %% ../../nbs/analyze/01_counts.ipynb #83637728
 import math,os,sys,tempfile
 from collections import namedtuple
 from contextlib import ExitStack,contextmanager
@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves,tree_map
 from ..core.graph import ChannelGraph,call_with,example_inputs_for,untouched
 
-# %% ../../nbs/analyze/01_counts.ipynb #a5d92b76
+# %% ../../nbs/analyze/01_counts.ipynb #4ed54031
 def check_models(
     models, # Whatever was given where models are expected
 ):
@@ -35,7 +35,7 @@ def check_models(
         if lazy: raise ValueError(f'{", ".join(lazy)} have no shape yet: run the model once')
     return models
 
-# %% ../../nbs/analyze/01_counts.ipynb #644027a3
+# %% ../../nbs/analyze/01_counts.ipynb #255f3273
 def n_params(
     model:nn.Module, # Left as it is
 ):
@@ -43,7 +43,7 @@ def n_params(
     check_models([model])
     return sum(p.numel() for p in model.parameters())
 
-# %% ../../nbs/analyze/01_counts.ipynb #7830f9a4
+# %% ../../nbs/analyze/01_counts.ipynb #754f4e1e
 def effective_parameters(
     model:nn.Module, # Left as it is
 ):
@@ -71,7 +71,7 @@ def n_nonzero(
     "Parameters of `model` that are not zero"
     return sum(int(w.count_nonzero()) for _,_,w in effective_parameters(model))
 
-# %% ../../nbs/analyze/01_counts.ipynb #ecf0afb9
+# %% ../../nbs/analyze/01_counts.ipynb #e2e540be
 def n_bytes(
     model:nn.Module, # Left as it is
 ):
@@ -82,7 +82,7 @@ def n_bytes(
         torch.save(model.state_dict(), path)
         return os.path.getsize(path)
 
-# %% ../../nbs/analyze/01_counts.ipynb #5ce934b4
+# %% ../../nbs/analyze/01_counts.ipynb #4752da24
 def n_macs(
     model:nn.Module, # Left as it is
     example_inputs=None, # A tensor, a tuple of arguments or a dict of keyword arguments; looked for if not given
@@ -91,7 +91,7 @@ def n_macs(
     check_models([model])
     return sum(ChannelGraph(model, example_inputs).macs().values())
 
-# %% ../../nbs/analyze/01_counts.ipynb #185604b3
+# %% ../../nbs/analyze/01_counts.ipynb #7bc4bff7
 @contextmanager
 def running(
     *models, # Left as they were, also after an error
@@ -132,7 +132,7 @@ def with_bar(
     "`it` with a bar that shows how far it has come, and goes away"
     return progress_bar(it, leave=False) if show and (progress_bar is NBProgressBar or sys.stdout.isatty()) else it
 
-# %% ../../nbs/analyze/01_counts.ipynb #58e696a4
+# %% ../../nbs/analyze/01_counts.ipynb #56fc065a
 _LEAST = 10 # milliseconds of a measurement
 
 def _clocked(f, wait, calls=1):
@@ -159,7 +159,7 @@ def _call(model, inputs):
     args,kwargs = ((),inputs) if isinstance(inputs, dict) else (tuple(inputs) if isinstance(inputs, (tuple,list)) else (inputs,),{})
     return lambda: model(*args, **kwargs), module.synchronize if device.type in ('cpu','mps') else lambda: module.synchronize(device)
 
-# %% ../../nbs/analyze/01_counts.ipynb #9e600739
+# %% ../../nbs/analyze/01_counts.ipynb #2a5f4bcd
 def latency(
     *models, # Left as they are
     example_inputs=None, # A tensor, a tuple of arguments or a dict of keyword arguments, the same for all; looked for if not given
@@ -177,16 +177,16 @@ def latency(
         raise ValueError('channels_last is for weights and images of 4 dimensions, and these models have none')
     inputs = example_inputs_for(models[0]) if example_inputs is None else example_inputs
     if channels_last: models,inputs = [_in_channels_last(m) for m in models],_in_channels_last(inputs)
-    ms,n = np.empty((len(models), repeats)),len(models)
+    ms,order = np.empty((len(models), repeats)),np.random.default_rng(0)  # of its own: nobody else's state
     with running(*models, threads=threads):
         calls = [_call(m, inputs) for m in models]
         first = [[_clocked(*c) for _ in range(warmup+1)][-1] for c in calls]
         often = [max(1, math.ceil(_LEAST/max(o, 1e-3))) for o in first]
         for turn in with_bar(range(repeats), progress):
-            for i in ((turn+k)%n for k in range(n)): ms[i,turn] = _clocked(*calls[i], often[i])
+            for i in order.permutation(len(models)): ms[i,turn] = _clocked(*calls[i], often[i])
     return ms
 
-# %% ../../nbs/analyze/01_counts.ipynb #f3851a6a
+# %% ../../nbs/analyze/01_counts.ipynb #c0d38769
 Ratio = namedtuple('Ratio', 'median low high')
 
 def median_interval(
@@ -207,7 +207,7 @@ def speedup(
     "How many times faster: the median over the turns, and the interval where it is with 95 % confidence"
     return median_interval(np.asarray(before)/np.asarray(after))
 
-# %% ../../nbs/analyze/01_counts.ipynb #ff3e08e1
+# %% ../../nbs/analyze/01_counts.ipynb #d8ad8d44
 def batches_of(
     data, # Batches (x, y), what has some as its `valid`, or the tensors themselves
 ):
@@ -249,7 +249,7 @@ def told_right(
     if not res[0]: raise ValueError('data has no batches')
     return torch.stack([torch.cat(r) for r in res])
 
-# %% ../../nbs/analyze/01_counts.ipynb #07e584c2
+# %% ../../nbs/analyze/01_counts.ipynb #f64ada46
 def wilson(
     k:int, # Right
     n:int, # Of so many
@@ -261,7 +261,7 @@ def wilson(
     mid,off = (k+z*z/2)/(n+z*z), z/(n+z*z)*math.sqrt(k*(n-k)/n+z*z/4)
     return mid-off if k else 0., mid+off if k<n else 1.
 
-# %% ../../nbs/analyze/01_counts.ipynb #fe1471ce
+# %% ../../nbs/analyze/01_counts.ipynb #a6caa8fb
 def sign_test(
     a:int, # Samples that only the one tells right
     b:int, # Samples that only the other tells right
