@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['show_blocks', 'show_granularities', 'show_criterion', 'show_criteria', 'show_schedules', 'show_sparsity',
-           'show_channels']
+           'show_report', 'show_channels']
 
 # %% ../../nbs/report/01_plots.ipynb #4469d76f
 import re
@@ -18,6 +18,7 @@ from ..core.criteria import criteria_of, criterias, needs, score
 from ..core.granularity import axes_of, blocks, granularities, granularity_of, has_axes, numbered_by
 from ..core.schedule import schedule_of
 from ..core.selection import lowest
+from .tables import _unit
 
 # %% ../../nbs/report/01_plots.ipynb #2ff4137b
 GONE,KEPT,GRAY,INK = '#e8622c','#3b7dbf','#dcdcdc','#666666'
@@ -196,6 +197,45 @@ def show_sparsity(
     ax.set(xlim=(0, most*1.3))
     ax.set_title(f'{100*df.zeros.sum()/df.weights.sum():.1f} % of {df.weights.sum():,} weights are zero', fontsize=9, loc='left')
     return ax
+
+# %% ../../nbs/report/01_plots.ipynb #d06de87e
+def show_report(
+    rep, # What `report` returned
+    axs=None, # Axes to draw on, new if none: three of them, four if the report has accuracy, one more for channels-last
+):
+    "Parameters, multiply-accumulates, latency and accuracy of each stage"
+    layouts = [k for k in ('','cl_') if f'{k}ms' in rep]
+    axs = _panels(2+len(layouts)+('right' in rep), 3 if len(layouts)==1 and 'right' not in rep else 4 if len(layouts)+('right' in rep)==2 else 5, (2.7,.7+.34*len(rep)), axs, layout='constrained')
+    at,(a,b,*rest) = np.arange(len(rep)),axs
+    a.barh(at, rep.params, height=.66, color=GONE)
+    a.barh(at, rep.nonzero, height=.66, color=KEPT)
+    b.barh(at, rep.macs, height=.66, color=KEPT)
+    _said_beside(a, rep.params, [f'{o:,}' for o in rep.params])
+    _said_beside(b, rep.macs, [f'÷{o:.2f}' if i else _unit(rep.macs.iloc[0]) for i,o in enumerate(rep.macs_ratio)])
+    a.set_title('parameters', fontsize=9)
+    b.set_title('MACs', fontsize=9)
+    for ax,k in zip(rest, layouts):
+        mid,lo,hi = (rep[f'{k}{o}'] for o in ('ms','ms_low','ms_high'))
+        ax.barh(at, mid, height=.66, color=KEPT, xerr=(mid-lo,hi-mid), error_kw=dict(ecolor=INK, lw=1, capsize=2))
+        _said_beside(ax, hi, [f'÷{s:.2f}' if i else f'{mid.iloc[0]:.3g}' for i,s in enumerate(rep[f'{k}speedup'])])
+        ax.set_title('ms, channels-last' if k else 'ms', fontsize=9)
+    if 'right' in rep:
+        ax,mid = rest[-1],rep.accuracy
+        ax.errorbar(mid, at, xerr=(mid-rep.accuracy_low,rep.accuracy_high-mid), fmt='o', ms=4, color=KEPT, ecolor=INK, lw=1, capsize=2)
+        ax.set_title(f'% right of {rep.of.iloc[0]:,}', fontsize=9)
+        ax.spines['bottom'].set_color(GRAY)
+    for ax in axs:
+        ax.set(ylim=(len(rep)-.5,-.5), yticks=at, yticklabels=rep.index if ax is axs[0] else [])
+        ax.tick_params(labelsize=8, length=0)
+        ax.spines[['top','right','left']].set_visible(False)
+    return axs
+
+def _said_beside(ax, values, texts):
+    "Each of `texts` right of a bar as long as its value"
+    most = max(values)
+    for i,(v,t) in enumerate(zip(values, texts)): ax.text(v+most*.02, i, t, va='center', fontsize=8, color=INK)
+    ax.set(xlim=(0, most*1.5), xticks=[])
+    ax.spines['bottom'].set_visible(False)
 
 # %% ../../nbs/report/01_plots.ipynb #5ad434ee
 def _widths(model):
