@@ -296,8 +296,8 @@ def test_walkthrough_runs(tmp_path, capsys, monkeypatch):
     data = importlib.import_module('data')
     monkeypatch.setattr(data, 'FASHION', tmp_path/'missing')
     rep = mod.main(tmp_path/'w.png', n=256, epochs=1, vgg=False)
-    assert rep.index.tolist()==['baseline','sparse','pruned','folded','decomposed','tuned'] and (tmp_path/'w.png').stat().st_size>5000
-    assert rep.params.is_monotonic_decreasing and rep.right['sparse']==rep.right['pruned']==rep.right['folded'] and rep.macs['pruned']<.6*rep.macs['sparse']
+    assert rep.index.tolist()==['baseline','sparse','pruned','folded','decomposed','tuned','distilled'] and (tmp_path/'w.png').stat().st_size>5000
+    assert rep.params.is_monotonic_decreasing and rep.params['tuned']==rep.params['distilled'] and rep.right['sparse']==rep.right['pruned']==rep.right['folded'] and rep.macs['pruned']<.6*rep.macs['sparse']
     assert 'digits' in capsys.readouterr().out
 
 def test_speed_benchmark_runs():
