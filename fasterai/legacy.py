@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['annealing_cos', 'annealing_linear', 'annealing_gradual', 'annealing_no', 'warn_once', 'old_arguments',
-           'old_sparsifier', 'old_prune', 'old_function', 'renamed']
+           'old_sparsifier', 'old_prune', 'old_function', 'old_distillation', 'renamed', 'old_options',
+           'OldLevelPruner']
 
 # %% ../nbs/99_legacy.ipynb #c6d3b306
 import inspect, warnings
 from functools import wraps
 from torch import nn
+from .core.granularity import layer_axes
 from .core.schedule import sched_agp, sched_cos, sched_lin, sched_one_shot
 
 # %% ../nbs/99_legacy.ipynb #81bc9aff
@@ -80,6 +82,27 @@ def old_function(old, new): # What was written, what to write instead
         return _f
     return wrapped
 
+# %% ../nbs/99_legacy.ipynb #d787b28b
+_listing_10 = 'tch','L_l','L_f','layers_std','layers_tch','alpha','beta'
+
+def old_distillation(f): # `KnowledgeDistillationCallback.__init__`
+    "Let `f` take `(tch, L_l, L_f, layers_std, layers_tch, alpha, beta)`; `alpha` counts where both losses are given"
+    @wraps(f)
+    def _f(self, *args, **kwargs):
+        by_place = len(args)>2 and callable(args[2]) and not isinstance(args[2], nn.Module) or len(args)>4 and not isinstance(args[4], (int,float))
+        if not by_place and not {*_listing_10}-{'alpha'} & {*kwargs}: return f(self, *args, **kwargs)
+        warn_once('KnowledgeDistillationCallback(tch, L_l, L_f, layers_std, layers_tch, alpha, beta)',
+                  'KnowledgeDistillationCallback(teacher, [loss, loss], activations_student, activations_teacher, weight, alpha=…)')
+        if len(args)>len(_listing_10): raise TypeError(f'takes {", ".join(_listing_10)}: {len(args)} arguments were given')
+        old = dict(zip(_listing_10, args))
+        if twice := set(old) & set(kwargs): raise TypeError(f'{min(twice)} is given twice')
+        old |= kwargs
+        losses = [o for o in (old.pop('L_l', None), old.pop('L_f', None)) if o is not None]
+        alpha = old.pop('alpha', None)
+        new = dict(tch='teacher', layers_std='activations_student', layers_tch='activations_teacher', beta='weight')
+        return f(self, **{new.get(k, k):v for k,v in old.items()}, loss=losses, **(dict(alpha=alpha) if len(losses)==2 else {}))
+    return _f
+
 # %% ../nbs/99_legacy.ipynb #938bc313
 def renamed(old, cls): # Published name, class
     "`cls` under its `old` name"
@@ -87,3 +110,32 @@ def renamed(old, cls): # Published name, class
         warn_once(old, cls.__name__)
         cls.__init__(self, *args, **kwargs)
     return type(old, (cls,), dict(__init__=__init__, __doc__=f'Old spelling of `{cls.__name__}`', __module__=cls.__module__))
+
+# %% ../nbs/99_legacy.ipynb #be0a8579
+def _pairs(options):
+    res = dict(options)
+    if len(res)!=len(options): raise ValueError(f'options name a layer twice: {", ".join(str(n) for n,_ in options)}')
+    return res
+
+def old_options(old, new, make): # What was called, what to write instead, what takes a dict
+    "Let `old` take `options`, pairs of a name and a number, where `make` takes a dict"
+    def f(options): # Pairs (name, number)
+        warn_once(f'{old}(options)', new)
+        return make(_pairs(options))
+    f.__name__ = f.__qualname__ = old
+    f.__doc__ = f'What is now `{new}`'
+    return f
+
+class OldLevelPruner:
+    "Zero the smallest weights of each layer to its level; `prune` again holds them"
+    def __init__(self, make, options): # `Sparsifier`, pairs (name, fraction)
+        self.make,self.levels,self.sparsifier = make,{n:100*s for n,s in _pairs(options).items()},None
+        if any(not 0<=s<=100 for s in self.levels.values()): raise ValueError(f'levels are fractions from 0 to 1, not {dict(options)}')
+        warn_once('LevelPruner(options)', 'Sparsifier(model, …).sparsify_model({name: percent})')
+
+    def prune(self, model, update_masks=False): # Model, in place; choose anew which weights are zero?
+        "Zero what is masked; the first time, and with `update_masks`, choose what that is"
+        if self.sparsifier is not None and self.sparsifier.model is model and not update_masks: return self.sparsifier.apply_masks()
+        types = {type(m) for m in model.modules() if any(t in layer_axes or t.__name__ in layer_axes for t in type(m).__mro__)}
+        self.sparsifier = self.make(model, 'weight', layer_type=tuple(types))
+        self.sparsifier.sparsify_model(self.levels)

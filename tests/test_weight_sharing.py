@@ -1,0 +1,207 @@
+"""Shared weights in training: clusters and zeros stay as they are, to the last bit, beside all that a fit may have"""
+import copy, pickle
+import pytest, torch
+from fastai.callback.core import *
+from fastai.callback.schedule import *
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.callback.fp16 import MixedPrecision
+from fastai.learner import load_learner
+from fastai.optimizer import *
+from functools import partial
+from torch import nn
+from fasterai.quantize.all import *
+from fasterai.sparse.all import KeepSparsity, Sparsifier, SparsifyCallback
+from tiny import At, fit, learner, net, raises, same, state
+
+def partition(w): "Number of the cluster of each element"; return w.detach().unique(return_inverse=True)[1]
+def weights(model): return [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+
+class Watch(Callback):
+    "After every step, the clusters are those of the first, as a whole"
+    order = 90
+    def __init__(self): self.first,self.seen = None,0
+    def after_step(self):
+        codes = [o.codes for o in self.learn.k_means.shared]
+        if self.first is None: self.first = [c.clone() for c in codes]
+        self.seen += 1
+        for o,c in zip(self.learn.k_means.shared, self.first):
+            v = o.p.detach().flatten()
+            assert torch.equal(o.codes, c) and torch.equal(v, v[o.first][c]) and not v[torch.isin(c, o.zero)].any()
+
+class OnCPU(MixedPrecision):
+    def before_fit(self):
+        super().before_fit()
+        self.autocast = torch.autocast('cpu', dtype=torch.bfloat16)
+
+def half_zero():
+    model = net()
+    Sparsifier(model, layer_type=(nn.Conv2d, nn.Linear)).sparsify_model(50)
+    return model
+
+opts = dict(adam=Adam, sgd=partial(SGD, mom=.9), l2=partial(Adam, decouple_wd=False), rms=RMSProp, ranger=ranger, lamb=partial(Lamb), torch=partial(OptimWrapper, opt=torch.optim.AdamW))
+
+@pytest.mark.parametrize('opt', opts)
+@pytest.mark.parametrize('per_channel', [False,True])
+def test_optimizers(opt, per_channel):
+    model = half_zero()
+    zeros,before = [w==0 for w in weights(model)],state(model)
+    learn = learner(model, opt_func=opts[opt])
+    fit(learn, 3, [KMeansCallback(2, per_channel=per_channel), w := Watch()], wd=.1)
+    assert w.seen==12 and all(torch.equal(w==0, z) for w,z in zip(weights(model), zeros))
+    if not per_channel: assert all(len(w.unique())<=5 for w in weights(model))
+    assert all(not torch.equal(before[k], v) for k,v in state(model).items() if k.endswith('weight'))
+
+@pytest.mark.parametrize('cbs', [[], [KeepSparsity], [GradientClip], [partial(GradientAccumulation, 16)], [partial(OnCPU, amp_mode='bf16')], [partial(OnCPU, amp_mode='fp16')]], ids=str)
+def test_beside_other_callbacks(cbs):
+    learn = learner(half_zero())
+    fit(learn, 2, [KMeansCallback(3), w := Watch(), *(o() for o in cbs)])
+    assert w.seen and all(len(w.unique())<=9 for w in weights(learn.model))
+
+def test_centroids_follow_their_gradients():
+    "A step of SGD moves a value by the sum of its weights' gradients, also when these were accumulated"
+    learn = learner(half_zero(), opt_func=SGD)
+    got = []
+    def look(o): got.append([(s.p.detach().clone(), s.p.grad.clone(), s) for s in o.learn.k_means.shared])
+    fit(learn, 1, [KMeansCallback(2), GradientAccumulation(16), At('before_step', look, order=53)], lr=.1, wd=0.)
+    after = [[s.p.detach() for *_,s in got[-1]]]
+    for i,now in enumerate(got):
+        for j,(w,g,s) in enumerate(now):
+            new = (got[i+1][j][0] if i+1<len(got) else after[0][j]).flatten()
+            for c in s.codes.unique():
+                m = s.codes==c
+                want = w.flatten()[m]-.1*g.flatten()[m].sum() if c%5 else torch.zeros(int(m.sum()))
+                assert torch.allclose(new[m], want, atol=1e-6)
+
+def test_momentum_of_an_earlier_fit():
+    learn = learner(half_zero(), opt_func=partial(SGD, mom=.9))
+    fit(learn, 1, KeepSparsity())
+    fit(learn, 1, [KMeansCallback(2), w := Watch()])
+    assert w.seen==4
+
+def test_second_fit_goes_on():
+    "A second fit finds the clusters of the first; without the callback they part"
+    learn = learner(half_zero())
+    learn.add_cb(KMeansCallback(2))
+    fit(learn)
+    first = [partition(w) for w in weights(learn.model)]
+    fit(learn)
+    assert all(torch.equal(partition(w), c) for w,c in zip(weights(learn.model), first)) and learn.k_means.shared is None
+    learn.remove_cb(learn.k_means)
+    fit(learn)
+    assert len(weights(learn.model)[0].unique())>9
+
+@pytest.mark.parametrize('ex', [KeyboardInterrupt,CancelFitException,CancelEpochException,CancelBatchException])
+@pytest.mark.parametrize('event', ['after_pred','before_step','after_step','after_batch'])
+def test_interrupted(ex, event):
+    learn = learner(half_zero())
+    learn.add_cb(KMeansCallback(2))
+    try: fit(learn, 1, At(event, raises(ex), n=2))
+    except ex: pass
+    assert all(len(w.unique())<=5 for w in weights(learn.model))
+    fit(learn)
+    assert all(len(w.unique())<=5 for w in weights(learn.model)) and learn.k_means.shared is None
+
+def test_lr_find_and_validate_change_nothing(tmp_path):
+    learn = learner(path=tmp_path)
+    learn.add_cb(KMeansCallback(2))
+    before = state(learn.model)
+    with learn.no_bar(), learn.no_logging():
+        learn.lr_find(show_plot=False, num_it=6)
+        learn.validate(), learn.get_preds()
+    assert same(before, state(learn.model))
+    fit(learn)
+    assert len(weights(learn.model)[0].unique())<=4
+
+def test_export(tmp_path):
+    learn = learner(half_zero(), path=tmp_path)
+    learn.add_cb(KMeansCallback(2))
+    fit(learn)
+    learn.export('a.pkl')
+    loaded = load_learner(tmp_path/'a.pkl')
+    assert same(state(loaded.model), state(learn.model))
+    loaded.dls = learn.dls
+    assert len(weights(fit(loaded).model)[0].unique())<=5
+
+def test_frozen_layers_share_and_stay():
+    learn = learner(half_zero(), splitter=lambda m: [list(m[:3].parameters()), list(m[3:].parameters())])
+    learn.freeze()
+    fit(learn, 1, [KMeansCallback(2), Watch()])
+    assert [len(w.unique()) for w in weights(learn.model)]==[5]*3
+
+@pytest.mark.parametrize('backend', ['eager'])
+def test_compiled(backend):
+    model = half_zero()
+    fit(learner(torch.compile(model, backend=backend)), 1, KMeansCallback({'0':2}))
+    assert len(model[0].weight.unique())==5 and len(model[8].weight.unique())>5
+
+# --- the quantizer
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb,self.head = nn.Embedding(20, 8),nn.Linear(8, 20)
+        self.head.weight = self.emb.weight
+    def forward(self, x): return self.head(self.emb(x))
+
+def test_tied_weights_once():
+    for bits in 2, {'head':2}, {'head.weight':2}, {'emb':2}:
+        q,m = KMeansQuantizer(bits),Tied()
+        q.quantize(m)
+        assert len(q.report())==1 and m.head.weight is m.emb.weight and len(m.emb.weight.unique())==4
+
+def test_default_leaves_biases_norms_and_tables():
+    m = nn.ModuleDict(dict(c=nn.Conv2d(3,8,3), n=nn.LayerNorm([8,4,4]), a=nn.MultiheadAttention(8,2), t=nn.ConvTranspose2d(8,3,3), r=nn.LSTM(4,4), g=nn.BatchNorm2d(8)))
+    m.pos = nn.Parameter(torch.randn(1,5,8))
+    for p in m.parameters(): nn.init.normal_(p)
+    before = state(m)
+    q = KMeansQuantizer(1)
+    q.quantize(m)
+    changed = {k for k,v in state(m).items() if not torch.equal(v, before[k])}
+    assert changed=={'c.weight','a.in_proj_weight','a.out_proj.weight','t.weight','r.weight_ih_l0','r.weight_hh_l0'} and len(q.report())==6
+
+@pytest.mark.parametrize('dtype', [torch.float16,torch.bfloat16,torch.float64])
+@pytest.mark.parametrize('per_channel', [False,True])
+def test_dtypes_layouts_and_repetition(dtype, per_channel):
+    m = nn.Sequential(nn.Conv2d(8,16,3), nn.ConvTranspose2d(16,4,3)).to(dtype).to(memory_format=torch.channels_last)
+    KMeansQuantizer(3, per_channel=per_channel).quantize(m)
+    slices = [*m[0].weight, *m[1].weight.transpose(0,1)] if per_channel else [m[0].weight, m[1].weight]
+    assert all(len(o.unique())<=8 for o in slices) and m[0].weight.is_contiguous(memory_format=torch.channels_last)
+    before = state(m)
+    for b in (3,5): KMeansQuantizer(b, per_channel=per_channel).quantize(m)
+    assert same(before, state(m))
+
+def test_per_channel_is_nearer():
+    torch.manual_seed(0)
+    a = nn.Linear(64,32)
+    a.weight.data *= torch.arange(1,33)[:,None]
+    b,q,r = copy.deepcopy(a),KMeansQuantizer(2),KMeansQuantizer(2, per_channel=True)
+    q.quantize(a), r.quantize(b)
+    assert r.report().error[0]<.8*q.report().error[0]
+
+@pytest.mark.parametrize('bits,says', [(0,'from 1 to 8'), (9,'from 1 to 8'), (2.,'from 1 to 8'), (True,'from 1 to 8'), ({'0':0},'from 1 to 8'), ({'00':2},"did you mean '0'"), ({'0.weigth':2},"did you mean '0.weight'"),
+    ({'2':2},'no layer'), ({},'none was named'), (lambda n,p: 9,'0.weight'), (lambda n,p: None,'none was named')])
+def test_refused_before_anything_changes(bits, says):
+    m = net()
+    before = state(m)
+    with pytest.raises(ValueError, match=says): KMeansQuantizer(bits).quantize(m)
+    assert same(before, state(m))
+
+def test_nan_is_refused_before_anything_changes():
+    m = net()
+    m[8].weight.data[0,0] = float('nan')
+    before = {k:v.nan_to_num(7.) for k,v in state(m).items()}
+    with pytest.raises(ValueError, match='8.weight'): KMeansQuantizer(2).quantize(m)
+    assert same(before, {k:v.nan_to_num(7.) for k,v in state(m).items()})
+
+def test_names_of_the_callback_are_refused_before_training():
+    learn = learner()
+    before = state(learn.model)
+    with pytest.raises(ValueError, match="did you mean '0'"): fit(learn, 1, KMeansCallback({'00':2}))
+    assert same(before, state(learn.model))
+
+def test_report():
+    m = half_zero()
+    q = KMeansQuantizer({'0':2, '8.bias':1})
+    df = (q.quantize(m), q.report())[1]
+    assert list(df.layer)==['0','8.bias'] and list(df.weights)==[216,4] and list(df.zeros)==[108,0] and list(df['values'])==[4,2] and (df.error>0).all()
+    assert pickle.loads(pickle.dumps(q)).report().equals(df)
