@@ -614,6 +614,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fasterai.core.selection._rank_all': ( 'core/selection.html#_rank_all',
                                                                                 'fasterai/core/selection.py'),
                                          'fasterai.core.selection._scan': ('core/selection.html#_scan', 'fasterai/core/selection.py'),
+                                         'fasterai.core.selection._stride': ('core/selection.html#_stride', 'fasterai/core/selection.py'),
                                          'fasterai.core.selection.check_percent': ( 'core/selection.html#check_percent',
                                                                                     'fasterai/core/selection.py'),
                                          'fasterai.core.selection.lowest': ('core/selection.html#lowest', 'fasterai/core/selection.py'),

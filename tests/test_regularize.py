@@ -1,5 +1,5 @@
 "Penalties and their callbacks: what they add, to what, and what they leave alone"
-import copy
+import copy, itertools
 import pytest, torch
 from fastai.callback.core import CancelFitException
 from fastai.callback.fp16 import MixedPrecision
@@ -87,6 +87,21 @@ def test_with_sparsify_and_one_schedule(first):
     seen,learn = [],learner()
     fit(learn, 4, [*(cbs if first else cbs[::-1]), At('after_loss', lambda o: seen.append(cbs[1].now), order=99)])
     assert zeros(learn.model)==[108,288] and seen[:3]==[0,0,0] and seen[-1]==.1 and seen==sorted(seen)
+
+@pytest.mark.parametrize('order', list(itertools.permutations(range(3))), ids=str)
+def test_all_three_and_one_schedule(order):
+    "Sparsify, distill and regularize in one fit, in any order, with one schedule object: the same weights come out, and each does what it does alone"
+    from fasterai.distill.all import KnowledgeDistillationCallback
+    sched = Schedule(sched_agp, .25)
+    def trained(order):
+        torch.manual_seed(0)
+        cbs = [SparsifyCallback(50, 'filter', schedule=sched), KnowledgeDistillationCallback(net(1), 'SoftTarget', weight=.5, schedule=sched), RegularizeCallback('group_lasso', 'filter', .1, schedule=sched)]
+        learn = learner()
+        fit(learn, 3, [cbs[i] for i in order])
+        return learn
+    learn = trained(order)
+    assert zeros(learn.model)==[108,288] and {'sparsity','penalty','SoftTarget'}<=set(learn.recorder.metric_names) and len(learn.recorder.metric_names)==len(learn.recorder.values[-1])+2
+    for p,q in zip(learn.model.parameters(), trained((0,1,2)).model.parameters()): assert torch.allclose(p, q, atol=1e-5)
 
 def test_nothing_stays(tmp_path):
     "A second fit, an interrupt, an export, mixed precision, a deep copy"

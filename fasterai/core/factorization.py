@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from .granularity import did_you_mean
 from .graph import ChannelGraph,_tensors,call_with,example_inputs_for,untouched
-from .selection import n_of
 from .surgery import copy_of
 
 # %% ../../nbs/core/09_factorization.ipynb #f5bf5a23
@@ -166,12 +165,12 @@ def allot(
     costs = {n:c.double() for n,c in costs.items()}
     total = lambda ks: sum(int(costs[n][k]) for n,k in ks.items())
     if sum(int(c.min()) for c in costs.values())>budget: return None
-    best = None
+    best,least = None,math.inf
     while True:
         open_ = losses if best is None else {n:l.where(costs[n]<=costs[n][best[n]]+budget-total(best), math.inf) for n,l in losses.items()}
         ks = _at_price(costs, open_, budget, total)
         lost = sum(float(losses[n][k]) for n,k in ks.items())
-        if best is not None and not lost<least: return best
+        if not lost<least: return best
         best,least = ks,lost
 
 def _at_price(costs, losses, budget, total):

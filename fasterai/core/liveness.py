@@ -13,7 +13,7 @@ import torch
 from torch import nn,Tensor
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
-from .graph import _SLIPS,ChannelGraph,_Trace,_PRODUCTS,_naming,_varying,call_with,untouched
+from .graph import _SLIPS,ChannelGraph,_Trace,_PRODUCTS,_naming,_varying,untouched
 
 # %% ../../nbs/core/07_liveness.ipynb #9f5263ab
 def _exact(t): return t.is_floating_point() or t.is_complex()

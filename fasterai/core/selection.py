@@ -83,9 +83,13 @@ def _rank_all(sources, k, gone_first, protect):
 CHUNK = 2**17  # blocks in a piece: half a MiB of float32
 SAMPLE,STRIDE = 2**12,2**9  # a bracket is estimated from so many scores, or from one in so many if that is more
 
+def _stride(n):
+    "The largest number up to `n` that has no small factor: steps of it do not follow an axis of a weight, whose sizes have many"
+    return next((o for o in range(n, 1, -1) if math.gcd(o, 2*3*5*7*11*13)==1), 1)
+
 def _bracket(sources, alive, k):
     "Two values between which the `k`-th lowest of the kept scores lies, almost surely"
-    step = max(1, min(sum(o.n for o in sources)//SAMPLE, STRIDE))
+    step = _stride(min(sum(o.n for o in sources)//SAMPLE, STRIDE))
     s = torch.cat([o.scores(0, o.n, step).masked_fill_(o.keep[::step]==0, math.inf) for o in sources])
     m = int((s<math.inf).sum())
     at = m*k/alive

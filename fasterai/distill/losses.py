@@ -12,7 +12,7 @@ import inspect
 from contextlib import nullcontext
 from functools import wraps, partial
 import torch
-from torch import nn, Tensor
+from torch import Tensor
 from torch.nn import functional as F
 from ..core.granularity import did_you_mean, named
 

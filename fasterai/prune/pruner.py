@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from ..core.context import shares,context_of,local
 from ..core.criteria import criteria_of,large_final,needs
 from ..core.granularity import did_you_mean
-from ..core.graph import ChannelGraph,layer_of
+from ..core.graph import ChannelGraph,call_with,layer_of,untouched
 from ..core.liveness import Liveness,spare_last
 from ..core.evidence import _wide,act_norms,check_trained,evidence,weight_of
-from ..core.proof import check_same
+from ..core.proof import TOLERANCE,check_same,random_like
 from ..core.selection import Scores,Source,check_percent,n_of,rounded_gone,select
 from ..core.surgery import _pick,_sub,apply_plan,check_plan,follow_cut,legal,reshaped,without
 

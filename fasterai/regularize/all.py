@@ -1,3 +1,3 @@
-from fasterai.core.all import *
+from ..core.all import *
 from .penalties import *
 from .regularize_callback import *

@@ -19,7 +19,7 @@ from ..legacy import old_arguments
 # %% ../../nbs/regularize/02_regularize_callback.ipynb #e7f6898f
 class RegularizeCallback(Callback):
     "Add `weight` times a penalty on the weights to the training loss"
-    run_valid,order = False,55  # after the Recorder, whose table gets a column
+    run_valid,order = False,56  # after the Recorder, whose table gets a column, and after distillation, which takes a share of the task's loss
     @old_arguments
     def __init__(self,
         criteria='group_l1', # `group_l1`, `group_lasso`, `slimming`, or a criteria that needs `w` alone: see `Penalty`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['show_blocks', 'show_granularities', 'show_criterion', 'show_criteria', 'show_schedules', 'show_sparsity',
-           'show_report', 'show_channels']
+           'show_channels', 'show_report']
 
 # %% ../../nbs/report/01_plots.ipynb #4469d76f
 import re
@@ -198,6 +198,29 @@ def show_sparsity(
     ax.set_title(f'{100*df.zeros.sum()/df.weights.sum():.1f} % of {df.weights.sum():,} weights are zero', fontsize=9, loc='left')
     return ax
 
+# %% ../../nbs/report/01_plots.ipynb #5ad434ee
+def _widths(model):
+    "Channels that each layer makes, by name, in the order of registration"
+    return {n:getattr(m, 'out_channels', None) or m.weight.shape[axes_of(m).index('o')] for n,m in model.named_modules() if has_axes(m) and not isinstance(m, nn.MultiheadAttention)}
+
+def show_channels(
+    before:nn.Module, # Model
+    after:nn.Module, # The same model with fewer channels, as a `Pruner` leaves it
+    ax=None, # Axes to draw on, new if none
+):
+    "Channels of each layer before and after pruning"
+    was,now = _widths(before),_widths(after)
+    if was.keys()!=now.keys(): raise ValueError(f'these are two architectures: {", ".join(sorted(was.keys()^now.keys())[:3])} is in only one of them')
+    ax = _panels(1, 1, (6,.6+.22*len(was)), ax)[0]
+    at,most = np.arange(len(was)),max(was.values())
+    ax.barh(at, was.values(), height=.7, color=GONE)
+    ax.barh(at, now.values(), height=.7, color=KEPT)
+    for i,(n,k) in enumerate(zip(was.values(), now.values())): ax.text(n+most*.01, i, f'{k:,} of {n:,}', va='center', fontsize=8, color=INK)
+    _layers(ax, was)
+    ax.set(xlim=(0, most*1.25))
+    ax.set_title(f'{sum(now.values()):,} of {sum(was.values()):,} channels are left', fontsize=9, loc='left')
+    return ax
+
 # %% ../../nbs/report/01_plots.ipynb #d06de87e
 def show_report(
     rep, # What `report` returned
@@ -236,26 +259,3 @@ def _said_beside(ax, values, texts):
     for i,(v,t) in enumerate(zip(values, texts)): ax.text(v+most*.02, i, t, va='center', fontsize=8, color=INK)
     ax.set(xlim=(0, most*1.5), xticks=[])
     ax.spines['bottom'].set_visible(False)
-
-# %% ../../nbs/report/01_plots.ipynb #5ad434ee
-def _widths(model):
-    "Channels that each layer makes, by name, in the order of registration"
-    return {n:getattr(m, 'out_channels', None) or m.weight.shape[axes_of(m).index('o')] for n,m in model.named_modules() if has_axes(m) and not isinstance(m, nn.MultiheadAttention)}
-
-def show_channels(
-    before:nn.Module, # Model
-    after:nn.Module, # The same model with fewer channels, as a `Pruner` leaves it
-    ax=None, # Axes to draw on, new if none
-):
-    "Channels of each layer before and after pruning"
-    was,now = _widths(before),_widths(after)
-    if was.keys()!=now.keys(): raise ValueError(f'these are two architectures: {", ".join(sorted(was.keys()^now.keys())[:3])} is in only one of them')
-    ax = _panels(1, 1, (6,.6+.22*len(was)), ax)[0]
-    at,most = np.arange(len(was)),max(was.values())
-    ax.barh(at, was.values(), height=.7, color=GONE)
-    ax.barh(at, now.values(), height=.7, color=KEPT)
-    for i,(n,k) in enumerate(zip(was.values(), now.values())): ax.text(n+most*.01, i, f'{k:,} of {n:,}', va='center', fontsize=8, color=INK)
-    _layers(ax, was)
-    ax.set(xlim=(0, most*1.25))
-    ax.set_title(f'{sum(now.values()):,} of {sum(was.values()):,} channels are left', fontsize=9, loc='left')
-    return ax

@@ -129,7 +129,7 @@ def _speed_note(a, b, prev, layouts):
     elif verdict: res.append(f'{verdict}, for ×{macs:.2f} fewer MACs{why}')
     elif macs>s.high: res.append(f'×{macs:.2f} fewer MACs are worth {_ratio(s)} in time{why}')
     elif macs<s.low: res.append(f'faster by {_ratio(s)} for ×{macs:.2f} fewer MACs: what went took time that MACs do not count')
-    if prev is not a and (t := speedup(prev['ms'], b['ms'])).low<=1<=t.high: res.append(f'no faster than {prev["stage"]}: {_ratio(t)} is within the noise')
+    if prev is not a and (t := speedup(prev['ms'], b['ms'])).low<=1: res.append(f'{"no faster" if t.high>=1 else "slower"} than {prev["stage"]}: {_ratio(t)}{" is within the noise" if t.high>=1 else ""}')
     return [f'{b["stage"]}: {o}' for o in res]
 
 def _accuracy_note(a, b, prev):
@@ -138,7 +138,7 @@ def _accuracy_note(a, b, prev):
     if lost==won: return []
     p = sign_test(lost, won)
     what = f'{b["stage"]}: {abs(lost-won):,} {"fewer" if lost>won else "more"} right than {a["stage"]}'
-    return [f'{what}, {"within the noise" if p>.05 else "more than chance"}: of {lost+won:,} that only one of the two tells right, the split is {lost:,} to {won:,} (p = {p:.2g})']
+    return [f'{what}, {"within the noise" if p>.05 else "more than chance"}: of {lost+won:,} that only one of the two tells right, the split is {lost:,} to {won:,} (p {"<" if p<1e-9 else "="} {max(p, 1e-9):.2g})']
 
 # %% ../../nbs/report/02_tables.ipynb #bddc1ee3
 class Report(Table):
