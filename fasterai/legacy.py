@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['annealing_cos', 'annealing_linear', 'annealing_gradual', 'annealing_no', 'warn_once', 'old_arguments',
-           'old_sparsifier', 'old_prune', 'old_options', 'OldLevelPruner']
+           'old_sparsifier', 'old_prune', 'old_options', 'OldLevelPruner', 'old_function', 'renamed']
 
 # %% ../nbs/99_legacy.ipynb #c6d3b306
 import inspect, warnings
@@ -98,3 +98,22 @@ class OldLevelPruner:
         types = {type(m) for m in model.modules() if any(t in layer_axes or t.__name__ in layer_axes for t in type(m).__mro__)}
         self.sparsifier = self.make(model, 'weight', layer_type=tuple(types))
         self.sparsifier.sparsify_model(self.levels)
+
+# %% ../nbs/99_legacy.ipynb #fc12b3cc
+def old_function(old, new): # What was written, what to write instead
+    "The decorated function is an old spelling, which warns once"
+    def wrapped(f):
+        @wraps(f)
+        def _f(*args, **kwargs):
+            warn_once(old, new)
+            return f(*args, **kwargs)
+        return _f
+    return wrapped
+
+# %% ../nbs/99_legacy.ipynb #938bc313
+def renamed(old, cls): # Published name, class
+    "`cls` under its `old` name"
+    def __init__(self, *args, **kwargs):
+        warn_once(old, cls.__name__)
+        cls.__init__(self, *args, **kwargs)
+    return type(old, (cls,), dict(__init__=__init__, __doc__=f'Old spelling of `{cls.__name__}`', __module__=cls.__module__))

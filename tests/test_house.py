@@ -49,10 +49,10 @@ def test_rules_notice_a_breach():
     assert rule('attic/x.py') is None and 'fastai' not in rule('sparse/sparsifier.py')[1] and 'matplotlib' not in rule('sparse/sparsify_callback.py')[1] and rule('core/graph.py')[0]==[]
     assert list(imported('core/x.py', ast.parse('from .y import z\nfrom ..sparse.w import v\ndef f(): import fastai.basics')))==['fasterai.core.y','fasterai.sparse.w','fastai.basics']
 
-@pytest.mark.parametrize('module', ['fasterai.core.all','fasterai.sparse.sparsifier','fasterai.legacy'])
+@pytest.mark.parametrize('module', ['fasterai.core.all','fasterai.sparse.sparsifier','fasterai.misc.all','fasterai.legacy'])
 def test_import_is_light(module):
     "In a fresh process, no framework and no plotting comes along"
-    code = f'import sys, {module}; print(*sorted({{o.split(".")[0] for o in sys.modules}} & {{"fastai","fastcore","matplotlib","pandas","torchvision","lightning","safetensors"}}))'
+    code = f'import sys, {module}; print(*sorted({{o.split(".")[0] for o in sys.modules}} & {{"fastai","fastcore","matplotlib","pandas","torchvision","lightning","safetensors","tensorly"}}))'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()==''
 
 STARS = [f'fasterai.{p.parent.name}.all' for p in sorted(LIB.glob('*/all.py'))]

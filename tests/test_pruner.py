@@ -8,7 +8,8 @@ from torch.nn.utils import prune
 from fasterai.core.criteria import Criteria,large_final
 from fasterai.core.graph import call_with
 from fasterai.core.liveness import Liveness
-from fasterai.prune.pruner import Pruner,difference,load_pruned,pruned_plan,random_like,save_pruned
+from fasterai.core.proof import difference,random_like
+from fasterai.prune.pruner import Pruner,load_pruned,pruned_plan,save_pruned
 from fasterai.sparse.sparsifier import Sparsifier
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))

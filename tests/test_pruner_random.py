@@ -3,7 +3,8 @@ import random
 import pytest,torch
 import torch.nn.functional as F
 from torch import nn
-from fasterai.prune.pruner import Pruner,difference
+from fasterai.core.proof import difference
+from fasterai.prune.pruner import Pruner
 
 class Block(nn.Module):
     "A `forward` given as a function of the block and its input, and layers by name"

@@ -1,4 +1,4 @@
-"One model of each family of torchvision, pruned without loss and by ratio; `make zoo` tries all of them"
+"One model of each family of torchvision, pruned without loss and by ratio, and folded; `make zoo` tries all of them"
 import importlib.util
 from pathlib import Path
 import pytest

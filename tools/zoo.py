@@ -1,7 +1,7 @@
-"""Prune the classification models of torchvision and compare outputs: `python tools/zoo.py [NAME...]` (default: all that fit), or `make zoo NAMES="resnet18 vit_b_32"`
+"""Prune and fold the classification models of torchvision and compare outputs: `python tools/zoo.py [NAME...]` (default: all that fit), or `make zoo NAMES="resnet18 vit_b_32"`
 
-Random weights and random statistics of the normalizations; 40 % of the channels are zeroed, tied ones together, and removed without loss; then 30 % are removed by ratio. A process
-for each model, so that one that fails or does not fit in memory does not end the run."""
+Random weights and random statistics of the normalizations; 40 % of the channels are zeroed, tied ones together, and removed without loss; then 30 % are removed by ratio; and the
+norms of the original are folded. A process for each model, so that one that fails or does not fit in memory does not end the run."""
 import argparse,json,subprocess,sys,time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -45,12 +45,22 @@ def takes(model, x):
     except (RuntimeError,AssertionError,ValueError): return False
     return True
 
+def folded(model, inputs, larger):
+    "The columns of a table that are about folding; `larger` inputs are tried as well, if any"
+    from fasterai.core.proof import difference,random_like
+    from fasterai.misc.bn_folding import BN_Folder
+    folder,start = BN_Folder(),time.time()
+    new = folder.fold(model, inputs)
+    row = dict(fold_seconds=time.time()-start, folded=len(folder.into), norms=len(folder.into)+len(folder.left))
+    return {**row, 'fold_difference':max(difference(model, new, o)[0] for o in (random_like(inputs, 3),*larger))}
+
 def one(name):
     "A row of the table for model `name`"
     import torch,torchvision
     from torch import nn
     from fasterai.core.graph import ChannelGraph,_tensors,call_with,untouched
-    from fasterai.prune.pruner import Pruner,difference,random_like
+    from fasterai.core.proof import difference,random_like
+    from fasterai.prune.pruner import Pruner
     torch.set_num_threads(1)
     torch.manual_seed(0)
     make = lambda: torchvision.models.get_model(name, weights=None, **(dict(aux_logits=False) if name in ('googlenet','inception_v3') else {})).eval()
@@ -67,17 +77,21 @@ def one(name):
     row |= dict(seconds=time.time()-start, before=size(model), after=size(slim))
     row['difference'],dtype = difference(model, slim, random_like(graph.example_inputs, 3))
     larger = torch.randn(1, 3, graph.example_inputs[0].shape[-2]+32, graph.example_inputs[0].shape[-1]+64).to(graph.example_inputs[0])
-    if takes(model, larger): row['difference'] = max(row['difference'], difference(model, slim, larger)[0])
+    larger = [larger] if takes(model, larger) else []
+    row['difference'] = max([row['difference'], *(difference(model, slim, o)[0] for o in larger)])
     row['dtype'] = str(dtype).removeprefix('torch.')
     row['untouched'] = all(torch.equal(v, was[k]) for k,v in model.state_dict().items())
-    del slim,was,model
+    del slim
+    row |= folded(model, graph.example_inputs, larger)
+    row['untouched'] &= all(torch.equal(v, was[k]) for k,v in model.state_dict().items())
+    del was,model
     model = make()
     start = time.time()
     inputs = tuple(o.float() if o.is_floating_point() else o for o in graph.example_inputs)
     Pruner(model, 30, 'local', example_inputs=inputs).prune_model()
     with untouched(model): out = call_with(model, inputs)
     row |= dict(ratio_seconds=time.time()-start, ratio_after=size(model), outputs=all(o.shape[-1]==1000 for o in _tensors(out)))
-    row['ok'] = row['difference']<=(1e-4 if dtype==torch.float64 else 1e-3) and row['untouched'] and row['outputs'] and row['after']<row['before'] and row['ratio_after']<row['before']
+    row['ok'] = row['difference']<=(1e-4 if dtype==torch.float64 else 1e-3) and row['fold_difference']<=(1e-10 if dtype==torch.float64 else 1e-3) and row['untouched'] and row['outputs'] and row['after']<row['before'] and row['ratio_after']<row['before']
     return row
 
 def run(name, seconds):
@@ -91,7 +105,7 @@ def run(name, seconds):
 def show(r):
     if 'error' in r: return f"{r['model']:24} FAIL {r['error']}"
     return (f"{r['model']:24} {r['before']:>11,} {r['after']:>11,} {r['difference']:>8.0e} {r['dtype']:8} {r['seconds']:>6.1f} s | {r['ratio_after']:>11,} {r['ratio_seconds']:>6.1f} s "
-            f"{'outputs same' if r['outputs'] else 'OUTPUTS CHANGED'} {'ok' if r['ok'] else 'FAIL'}")
+            f"| {r['folded']:>3} of {r['norms']:>3} {r['fold_difference']:>8.0e} {r['fold_seconds']:>6.1f} s {'outputs same' if r['outputs'] else 'OUTPUTS CHANGED'} {'ok' if r['ok'] else 'FAIL'}")
 
 def names():
     "All that fit, as told by their weights' metadata"
@@ -105,7 +119,7 @@ if __name__=='__main__':
     a = a.parse_args()
     if a.one: print(json.dumps(one(a.names[0])))
     else:
-        print(f"{'model':24} {'before':>11} {'after':>11} {'differ':>8} {'':8} {'time':>6}   | {'30 % less':>11} {'time':>6}")
+        print(f"{'model':24} {'before':>11} {'after':>11} {'differ':>8} {'':8} {'time':>6}   | {'30 % less':>11} {'time':>6}   | {'folded':>10} {'differ':>8} {'time':>6}")
         rows = []
         with ThreadPoolExecutor(a.workers) as ex:
             for r in ex.map(lambda n: run(n, a.timeout), a.names or names()): rows.append(r); print(show(r), flush=True)

@@ -6,3 +6,6 @@ from .context import *
 from .graph import *
 from .liveness import *
 from .surgery import *
+from .proof import *
+from .flow import *
+from .factorization import *

@@ -173,7 +173,7 @@ def _mend(m, attrs):
         setattr(m, k, type(was)(v) if type(was) in (tuple,list,torch.Size) else v)
 
 def _add_bias(m, optimizer):
-    m.bias = nn.Parameter(m.weight.detach().new_zeros(m.weight.shape[1] if getattr(m, 'transposed', False) else m.weight.shape[0]), m.weight.requires_grad)
+    m.bias = nn.Parameter(m.weight.detach().new_zeros(m.weight.shape[1]*m.groups if getattr(m, 'transposed', False) else m.weight.shape[0]), m.weight.requires_grad)
     for g in getattr(optimizer, 'param_groups', []):
         if any(p is m.weight for p in g['params']): g['params'].append(m.bias)
 

@@ -1,1 +1,2 @@
 from .plots import *
+from .tables import *

@@ -17,7 +17,7 @@ from ..core.granularity import Blocks, axes_of, available, blocks, did_you_mean,
 from ..core.criteria import criteria_of, large_final, needs
 from ..core.context import context_of, local, shares
 from ..core.selection import CHUNK, Scores, Source, n_of, select
-from ..core.graph import ChannelGraph, untouched
+from ..core.graph import ChannelGraph, batches_of, untouched
 from ..legacy import OldLevelPruner, old_prune, old_sparsifier
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #0ee83cb5
@@ -188,11 +188,6 @@ class ActNorms:
         "Let the layers know the norms"
         for o in self.layers: o.given['act'] = [_act_like(self.sums[p.name].sqrt(), p) if p.name in self.sums and p.axes else None for p in o.parts]
 
-def _batches(data):
-    "The batches of `data`: itself, if it is a tensor, a tuple of them or a list of them with one first dimension"
-    one = isinstance(data, (Tensor, tuple)) or isinstance(data, list) and data and all(isinstance(o, Tensor) for o in data) and len({len(o) for o in data})==1
-    return [data] if one else data
-
 def _default_loss(pred, y): return nn.functional.mse_loss(pred, y) if y.is_floating_point() else nn.functional.cross_entropy(pred, y)
 
 def _gradients(model, batch, ps, loss_func):
@@ -211,7 +206,7 @@ def learn_from(data, model, layers, loss_func=None): # Batches (x, y): one, a li
     frozen = [p.name for p in ps if not p.w.requires_grad]
     if 'grad' in asked and frozen: raise ValueError(f'criteria {layers[0].criteria.__name__!r} needs gradients, and {frozen[0]} is frozen')
     with untouched(model), ActNorms(layers if 'act' in asked else []) as acts, torch.set_grad_enabled('grad' in asked):
-        for n,b in enumerate(_batches(data), 1):
+        for n,b in enumerate(batches_of(data), 1):
             b = [o.to(ps[0].w.device) if isinstance(o, Tensor) else o for o in (b if isinstance(b, (tuple, list)) else [b])]
             if 'grad' in asked:
                 g = _gradients(model, b, ps, loss_func)
