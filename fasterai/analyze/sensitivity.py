@@ -6,7 +6,7 @@
 __all__ = ['kinds', 'sensitivities_to_png', 'Sensitivity', 'sensitivity', 'perform_sensitivity_analysis', 'perform_bits_analysis',
            'sensitivity_to_png', 'sensitivities_to_csv']
 
-# %% ../../nbs/analyze/02_sensitivity.ipynb #65e2913e
+# %% ../../nbs/analyze/02_sensitivity.ipynb #91f26d12
 import csv,inspect,math,os,zlib
 from collections.abc import Iterable,Mapping
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ from ..prune.pruner import Pruner,_rounded,check_ratio,group_scores
 from ..quantize.weight_sharing import KMeansQuantizer,bits_by_name,check_bits
 from ..sparse.sparsifier import Sparsifier,find_sides,learn_from
 
-# %% ../../nbs/analyze/02_sensitivity.ipynb #1ce60634
+# %% ../../nbs/analyze/02_sensitivity.ipynb #b9158b2f
 def _known_types(model): return tuple({type(m) for m in model.modules() if any(t in layer_axes or t.__name__ in layer_axes for t in type(m).__mro__)})
 
 def _check_now(criteria):
@@ -100,7 +100,7 @@ def _put_back(tensors):
     try: yield again
     finally: again()
 
-# %% ../../nbs/analyze/02_sensitivity.ipynb #f7cfa751
+# %% ../../nbs/analyze/02_sensitivity.ipynb #d1e62a4a
 class _Pruning:
     "Channels that are tied, zeroed at a time"
     budgets,ascending = ('params','macs','latency','bytes'),True
@@ -166,7 +166,7 @@ def _tensors_of(model):
     kept = set(model.state_dict())
     return {k:t for k,t in (*model.named_parameters(), *model.named_buffers()) if k in kept}
 
-# %% ../../nbs/analyze/02_sensitivity.ipynb #d5a65324
+# %% ../../nbs/analyze/02_sensitivity.ipynb #8b679d81
 class _Sizes:
     "Lengths of the axes of tensors for allocations of levels to sets of channels"
     def __init__(self, how, choices, round_to=None):
@@ -191,7 +191,7 @@ class _Sizes:
             return np.rint(res)
         return f
 
-# %% ../../nbs/analyze/02_sensitivity.ipynb #0534e373
+# %% ../../nbs/analyze/02_sensitivity.ipynb #b418086c
 _layers = nn.modules.conv._ConvNd,nn.Linear
 
 def _seen_inputs(model, inputs):
@@ -243,7 +243,7 @@ class _Clock:
         return res
     def cost(self, at): return self.rest+self.layers(self.size.kept(at))
 
-# %% ../../nbs/analyze/02_sensitivity.ipynb #1e2ddfea
+# %% ../../nbs/analyze/02_sensitivity.ipynb #ab7ae903
 class _Bits:
     "The weights of one layer share values"
     budgets,ascending = ('bytes',),False
@@ -271,7 +271,7 @@ def _holders(model): return [model.get_submodule(layer_of(n)) for n in bits_by_n
 
 kinds = {'sparsity':_Sparsity, 'pruning':_Pruning, 'bits':_Bits}
 
-# %% ../../nbs/analyze/02_sensitivity.ipynb #cf8bcfca
+# %% ../../nbs/analyze/02_sensitivity.ipynb #a25c0160
 def _checksum(model):
     "CRC-32 of all that is stored of `model`"
     crc = 0
@@ -355,7 +355,7 @@ class Sensitivity:
         if k not in self._costs: self._costs[k] = self.how.cost(what, self._choices(), self.inputs if inputs is None else inputs),inputs
         return self._costs[k][0]
 
-# %% ../../nbs/analyze/02_sensitivity.ipynb #2192a2bc
+# %% ../../nbs/analyze/02_sensitivity.ipynb #7a646be9
 _HEAD = ['setting','layer','level','metric']
 
 def _read(path, setting):
@@ -453,7 +453,7 @@ def _log(res, resume):
             if not f.tell(): csv.writer(f).writerow(_HEAD)
             yield note
 
-# %% ../../nbs/analyze/02_sensitivity.ipynb #b5e09ef7
+# %% ../../nbs/analyze/02_sensitivity.ipynb #6f94b83a
 def _as_published(kind, model, data, levels, validate, criterion):
     def evaluate(m):
         v = validate(m, data, criterion)
