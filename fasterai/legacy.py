@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['annealing_cos', 'annealing_linear', 'annealing_gradual', 'annealing_no', 'warn_once', 'old_arguments',
-           'old_sparsifier', 'old_prune', 'old_options', 'OldLevelPruner', 'old_function', 'renamed']
+           'old_sparsifier', 'old_prune', 'old_options', 'OldLevelPruner', 'old_function', 'old_distillation',
+           'renamed']
 
 # %% ../nbs/99_legacy.ipynb #c6d3b306
 import inspect, warnings
@@ -109,6 +110,27 @@ def old_function(old, new): # What was written, what to write instead
             return f(*args, **kwargs)
         return _f
     return wrapped
+
+# %% ../nbs/99_legacy.ipynb #d787b28b
+_listing_10 = 'tch','L_l','L_f','layers_std','layers_tch','alpha','beta'
+
+def old_distillation(f): # `KnowledgeDistillationCallback.__init__`
+    "Let `f` take `(tch, L_l, L_f, layers_std, layers_tch, alpha, beta)`; `alpha` counts where both losses are given"
+    @wraps(f)
+    def _f(self, *args, **kwargs):
+        by_place = len(args)>2 and callable(args[2]) and not isinstance(args[2], nn.Module) or len(args)>4 and not isinstance(args[4], (int,float))
+        if not by_place and not {*_listing_10}-{'alpha'} & {*kwargs}: return f(self, *args, **kwargs)
+        warn_once('KnowledgeDistillationCallback(tch, L_l, L_f, layers_std, layers_tch, alpha, beta)',
+                  'KnowledgeDistillationCallback(teacher, [loss, loss], activations_student, activations_teacher, weight, alpha=…)')
+        if len(args)>len(_listing_10): raise TypeError(f'takes {", ".join(_listing_10)}: {len(args)} arguments were given')
+        old = dict(zip(_listing_10, args))
+        if twice := set(old) & set(kwargs): raise TypeError(f'{min(twice)} is given twice')
+        old |= kwargs
+        losses = [o for o in (old.pop('L_l', None), old.pop('L_f', None)) if o is not None]
+        alpha = old.pop('alpha', None)
+        new = dict(tch='teacher', layers_std='activations_student', layers_tch='activations_teacher', beta='weight')
+        return f(self, **{new.get(k, k):v for k,v in old.items()}, loss=losses, **(dict(alpha=alpha) if len(losses)==2 else {}))
+    return _f
 
 # %% ../nbs/99_legacy.ipynb #938bc313
 def renamed(old, cls): # Published name, class

@@ -239,6 +239,21 @@ def test_transformer_layer_in_eval_mode(batch_first):
     with torch.no_grad(): assert new(x).shape==net(x).shape
     assert ('layers.0.linear1' in d.ranks)==(not batch_first)
 
+def test_without_a_bias_nobody_reads_it():
+    "An operation with no bias is no stranger to a layer without one"
+    net = nn.Sequential(nn.Conv2d(16, 16, 3, bias=False), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 16, bias=False))
+    d,x = Conv_Decomposer(),torch.randn(1, 16, 9, 9)
+    d.decompose(net, .6, example_inputs=x)
+    assert list(d.ranks)==['0','1','2'] and not d.left
+    d.decompose(net, .6, 'svd', layers='0', example_inputs=x)
+    assert list(d.ranks)==['0']
+    assert list(FC_Decomposer().decompose(net, .6, example_inputs=x)[5][0].weight.shape)==[6,16]
+
+def test_a_budget_where_nothing_can_go():
+    net = nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 8)))
+    with pytest.raises(ValueError, match='80 at least, from 80 now'): FC_Decomposer().decompose(net, params=79)
+    assert count(FC_Decomposer().decompose(net, params=80))==80
+
 def test_a_layer_used_twice_is_one_layer():
     fc = nn.Linear(32, 32)
     new = FC_Decomposer().decompose(nn.Sequential(fc, nn.ReLU(), fc), .75)

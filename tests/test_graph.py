@@ -65,7 +65,7 @@ def zeroed(m, g, dead):
     m = copy.deepcopy(m)
     for s in g.slices:
         k = torch.isin(g.classes(s.ids), dead)
-        if k.any() and s.kind!='stat' and not s.name.endswith('original0'): entries(m)[s.name].data.index_fill_(s.dim, k.nonzero().flatten(), 0)
+        if k.any() and s.kind!='stat' and not (s.name.endswith('original1') and s.dim==0): entries(m)[s.name].data.index_fill_(s.dim, k.nonzero().flatten(), 0)
     return m
 
 def run(m, g):
@@ -99,7 +99,7 @@ def check_all(m, g, share):
     return sum(p.numel() for p in small.parameters())
 
 # --- torchvision
-FREE = dict(resnet18=2880, vgg11_bn=10944, densenet121=10240, googlenet=7280, inception_v3=17216, squeezenet1_1=2944)  # no ties but the residual ones
+FREE = dict(resnet18=2880, vgg11_bn=10944, densenet121=10240, googlenet=9584, inception_v3=18112, squeezenet1_1=2944)  # no ties but the residual ones
 
 @pytest.mark.parametrize('name', ZOO)
 def test_zoo(name, recwarn):
@@ -109,11 +109,11 @@ def test_zoo(name, recwarn):
     outs = torch.cat([s.ids for s in g.slices if s.role=='out'])
     last = [s for s in g.slices if s.role=='out'][-1]
     assert len(last.ids)==10 and (g.classes(last.ids)==0).all() and g.why(last.ids)==['output of the model']
-    assert (g.classes(outs)==0).sum()==10 if name!='swin_v2_t' else True  # nothing but the outputs is pinned; swin_v2's heads are
+    assert (g.classes(outs)==0).sum()==10*len([n for n,_ in m.named_modules() if n in ('fc','aux1','aux2','AuxLogits')] or [0]) if name!='swin_v2_t' else True  # nothing but the outputs is pinned; swin_v2's heads are
     if name in FREE: assert len(g.classes(outs).unique())-1==FREE[name]
     n = sum(p.numel() for p in m.parameters())
     assert check_all(m, g, .3)<.85*n
-    assert set(g.unused)=={n for n,_ in entries(m).items() if n.startswith(('aux','AuxLogits')) and 'num_batches' not in n}
+    assert not g.unused  # auxiliary heads, which run in training, among what is known
     if n<2.4e7: check_groups(m.double(), ChannelGraph(m), 2)
 
 def test_resnet18():

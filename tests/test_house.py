@@ -16,7 +16,7 @@ RULES = [  # module                  ours                              others
     ('*/all.py',                    'core legacy',                    ''),
     ('legacy.py',                   'core',                           'torch'),
     ('core/*',                      '',                               'torch numpy'),
-    ('*callback*.py',               'core legacy',                    'torch numpy fastai fastcore safetensors'),
+    ('*callback*.py',               'core legacy callback',           'torch numpy fastai fastcore safetensors'),
     ('report/*',                    'core analyze',                   'torch numpy pandas matplotlib'),
     ('analyze/*',                   'core sparse prune quantize report legacy', 'torch numpy pandas fastprogress'),
     ('lightning/*',                 'core sparse prune distill regularize quantize legacy', 'torch numpy lightning pytorch_lightning safetensors'),
@@ -49,7 +49,7 @@ def test_rules_notice_a_breach():
     assert rule('attic/x.py') is None and 'fastai' not in rule('sparse/sparsifier.py')[1] and 'matplotlib' not in rule('sparse/sparsify_callback.py')[1] and rule('core/graph.py')[0]==[]
     assert list(imported('core/x.py', ast.parse('from .y import z\nfrom ..sparse.w import v\ndef f(): import fastai.basics')))==['fasterai.core.y','fasterai.sparse.w','fastai.basics']
 
-@pytest.mark.parametrize('module', ['fasterai.core.all','fasterai.sparse.sparsifier','fasterai.misc.all','fasterai.legacy'])
+@pytest.mark.parametrize('module', ['fasterai.core.all','fasterai.sparse.sparsifier','fasterai.distill.distiller','fasterai.misc.all','fasterai.legacy'])
 def test_import_is_light(module):
     "In a fresh process, no framework and no plotting comes along"
     code = f'import sys, {module}; print(*sorted({{o.split(".")[0] for o in sys.modules}} & {{"fastai","fastcore","matplotlib","pandas","torchvision","lightning","safetensors","tensorly"}}))'

@@ -1,4 +1,4 @@
-"Images for the demo, from what is on the machine: no network"
+"Images for the demo and the walkthrough, from what is on the machine: no network"
 import gzip
 from pathlib import Path
 import numpy as np
@@ -29,3 +29,11 @@ def best_there_is(n=None): # Training images of Fashion-MNIST, by default all
     "What the data are, and `fashion_mnist` where it is installed, else `digits`"
     if FASHION.exists(): return 'Fashion-MNIST', *fashion_mnist(n)
     return "scikit-learn's digits", *digits()
+
+def loaders(train, valid, bs=64): # (images, labels), twice; images of a batch
+    "fastai's DataLoaders of gray images"
+    import torch
+    from fastai.data.core import DataLoaders
+    from fastai.data.load import DataLoader
+    items = [list(zip(torch.from_numpy(x)[:,None], torch.from_numpy(y))) for x,y in (train,valid)]
+    return DataLoaders(DataLoader(items[0], bs=bs, shuffle=True, drop_last=True), DataLoader(items[1], bs=500))

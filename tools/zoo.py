@@ -1,6 +1,6 @@
 """Prune and fold the classification models of torchvision and compare outputs: `python tools/zoo.py [NAME...]` (default: all that fit), or `make zoo NAMES="resnet18 vit_b_32"`
 
-Random weights and random statistics of the normalizations; 40 % of the channels are zeroed, tied ones together, and removed without loss; then 30 % are removed by ratio; and the
+Random weights and random statistics of the normalizations; 40 % of the filters are zeroed, tied ones together, and removed without loss; then 30 % are removed by ratio; and the
 norms of the original are folded. A process for each model, so that one that fails or does not fit in memory does not end the run."""
 import argparse,json,subprocess,sys,time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,21 +21,6 @@ def randomize(model, seed=0):
             if 'Norm' in type(m).__name__ and getattr(m, 'weight', None) is not None:
                 m.weight.copy_(torch.rand(m.weight.shape, generator=gen)+.5)
                 if getattr(m, 'bias', None) is not None: m.bias.copy_(torch.randn(m.bias.shape, generator=gen)*.1)
-
-def zero_tied(model, graph, pct, types):
-    "Zero `pct` percent of the channels of each tied group whose makers are `types`, with all parameters that have an entry for each; how many classes"
-    import torch
-    from fasterai.core.selection import n_of
-    from fasterai.prune.pruner import tied_groups
-    gen,modules,state = torch.Generator().manual_seed(1),dict(model.named_modules()),dict(model.named_parameters())
-    dead = torch.zeros(len(graph._root), dtype=torch.bool)
-    for g in tied_groups(model, graph):
-        if all(isinstance(modules[o], types) for o in g.layers): dead[g.classes[torch.randperm(g.n, generator=gen)[:n_of(g.n, pct)]]] = True
-    with torch.no_grad():
-        for s in graph.slices:
-            at = dead[graph.classes(s.ids)].nonzero().flatten()
-            if s.name in state and s.role in ('out','affine'): state[s.name].index_fill_(s.dim, at, 0)
-    return int(dead.sum())
 
 def takes(model, x):
     "Does `model` run on images of another size as well?"
@@ -58,9 +43,10 @@ def one(name):
     "A row of the table for model `name`"
     import torch,torchvision
     from torch import nn
-    from fasterai.core.graph import ChannelGraph,_tensors,call_with,untouched
+    from fasterai.core.graph import _tensors,call_with,example_inputs_for,untouched
     from fasterai.core.proof import difference,random_like
     from fasterai.prune.pruner import Pruner
+    from fasterai.sparse.sparsifier import Sparsifier
     torch.set_num_threads(1)
     torch.manual_seed(0)
     make = lambda: torchvision.models.get_model(name, weights=None, **(dict(aux_logits=False) if name in ('googlenet','inception_v3') else {})).eval()
@@ -69,25 +55,25 @@ def one(name):
     randomize(model)
     small = 4*size(model)<250e6
     if small: model = model.double()
-    graph = ChannelGraph(model)
-    zero_tied(model, graph, 40, (nn.modules.conv._ConvNd,nn.Linear,nn.MultiheadAttention))
+    inputs = example_inputs_for(model)
+    Sparsifier(model, 'filter', 'local', layer_type=(nn.Conv2d,nn.Conv3d,nn.Linear,nn.MultiheadAttention), coupled=True, example_inputs=inputs).sparsify_model(40)
     was = {k:v.clone() for k,v in model.state_dict().items()}
     start = time.time()
-    slim = Pruner().prune_model(model, graph.example_inputs)
+    slim = Pruner().prune_model(model, inputs)
     row |= dict(seconds=time.time()-start, before=size(model), after=size(slim))
-    row['difference'],dtype = difference(model, slim, random_like(graph.example_inputs, 3))
-    larger = torch.randn(1, 3, graph.example_inputs[0].shape[-2]+32, graph.example_inputs[0].shape[-1]+64).to(graph.example_inputs[0])
+    row['difference'],dtype = difference(model, slim, random_like(inputs, 3))
+    larger = torch.randn(1, 3, inputs[0].shape[-2]+32, inputs[0].shape[-1]+64).to(inputs[0])
     larger = [larger] if takes(model, larger) else []
     row['difference'] = max([row['difference'], *(difference(model, slim, o)[0] for o in larger)])
     row['dtype'] = str(dtype).removeprefix('torch.')
     row['untouched'] = all(torch.equal(v, was[k]) for k,v in model.state_dict().items())
     del slim
-    row |= folded(model, graph.example_inputs, larger)
+    row |= folded(model, inputs, larger)
     row['untouched'] &= all(torch.equal(v, was[k]) for k,v in model.state_dict().items())
     del was,model
     model = make()
     start = time.time()
-    inputs = tuple(o.float() if o.is_floating_point() else o for o in graph.example_inputs)
+    inputs = tuple(o.float() for o in inputs)
     Pruner(model, 30, 'local', example_inputs=inputs).prune_model()
     with untouched(model): out = call_with(model, inputs)
     row |= dict(ratio_seconds=time.time()-start, ratio_after=size(model), outputs=all(o.shape[-1]==1000 for o in _tensors(out)))

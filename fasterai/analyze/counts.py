@@ -43,7 +43,7 @@ def n_params(
     check_models([model])
     return sum(p.numel() for p in model.parameters())
 
-# %% ../../nbs/analyze/01_counts.ipynb #d2d67c7a
+# %% ../../nbs/analyze/01_counts.ipynb #754f4e1e
 def effective_parameters(
     model:nn.Module, # Left as it is
 ):
@@ -52,7 +52,7 @@ def effective_parameters(
     seen,res = set(),[]
     with untouched(model):
         for layer,m in model.named_modules():
-            if layer.split('.')[-1]=='parametrizations' or '.parametrizations.' in f'.{layer}.': continue
+            if '.parametrizations.' in f'.{layer}.': continue
             own = [(k,p,p) for k,p in m._parameters.items() if p is not None]
             for k,ps in m.parametrizations.items() if is_parametrized(m) else ():
                 originals = list(ps.parameters())
@@ -159,7 +159,7 @@ def _call(model, inputs):
     args,kwargs = ((),inputs) if isinstance(inputs, dict) else (tuple(inputs) if isinstance(inputs, (tuple,list)) else (inputs,),{})
     return lambda: model(*args, **kwargs), module.synchronize if device.type in ('cpu','mps') else lambda: module.synchronize(device)
 
-# %% ../../nbs/analyze/01_counts.ipynb #d4de6e19
+# %% ../../nbs/analyze/01_counts.ipynb #2a5f4bcd
 def latency(
     *models, # Left as they are
     example_inputs=None, # A tensor, a tuple of arguments or a dict of keyword arguments, the same for all; looked for if not given
@@ -177,13 +177,13 @@ def latency(
         raise ValueError('channels_last is for weights and images of 4 dimensions, and these models have none')
     inputs = example_inputs_for(models[0]) if example_inputs is None else example_inputs
     if channels_last: models,inputs = [_in_channels_last(m) for m in models],_in_channels_last(inputs)
-    ms,n = np.empty((len(models), repeats)),len(models)
+    ms,order = np.empty((len(models), repeats)),np.random.default_rng(0)  # of its own: nobody else's state
     with running(*models, threads=threads):
         calls = [_call(m, inputs) for m in models]
         first = [[_clocked(*c) for _ in range(warmup+1)][-1] for c in calls]
         often = [max(1, math.ceil(_LEAST/max(o, 1e-3))) for o in first]
         for turn in with_bar(range(repeats), progress):
-            for i in ((turn+k)%n for k in range(n)): ms[i,turn] = _clocked(*calls[i], often[i])
+            for i in order.permutation(len(models)): ms[i,turn] = _clocked(*calls[i], often[i])
     return ms
 
 # %% ../../nbs/analyze/01_counts.ipynb #c0d38769
@@ -249,7 +249,7 @@ def told_right(
     if not res[0]: raise ValueError('data has no batches')
     return torch.stack([torch.cat(r) for r in res])
 
-# %% ../../nbs/analyze/01_counts.ipynb #05efa77c
+# %% ../../nbs/analyze/01_counts.ipynb #f64ada46
 def wilson(
     k:int, # Right
     n:int, # Of so many
@@ -259,7 +259,7 @@ def wilson(
     if not 0<=k<=n or n<1: raise ValueError(f'{k} of {n} is no share')
     z = NormalDist().inv_cdf((1+confidence)/2)
     mid,off = (k+z*z/2)/(n+z*z), z/(n+z*z)*math.sqrt(k*(n-k)/n+z*z/4)
-    return max(mid-off, 0.),min(mid+off, 1.)
+    return mid-off if k else 0., mid+off if k<n else 1.
 
 # %% ../../nbs/analyze/01_counts.ipynb #a6caa8fb
 def sign_test(

@@ -6,7 +6,7 @@
 __all__ = ['kinds', 'sensitivities_to_png', 'Sensitivity', 'sensitivity', 'perform_sensitivity_analysis', 'perform_bits_analysis',
            'sensitivity_to_png', 'sensitivities_to_csv']
 
-# %% ../../nbs/analyze/02_sensitivity.ipynb #91f26d12
+# %% ../../nbs/analyze/02_sensitivity.ipynb #56a95b40
 import csv,inspect,math,os,zlib
 from collections.abc import Iterable,Mapping
 from contextlib import contextmanager
@@ -18,18 +18,19 @@ from torch import nn
 from .budget import allocate,isotonic
 from .counts import check_models,latency,n_nonzero,running,with_bar
 from ..core.criteria import criteria_of,large_final,needs
-from ..core.granularity import did_you_mean,layer_axes,named
+from ..core.granularity import did_you_mean,has_axes,named
 from ..core.graph import ChannelGraph,call_with,layer_of
 from ..core.liveness import spare_last
-from ..core.selection import Scores,n_of,select
+from ..core.evidence import check_trained,evidence
+from ..core.selection import Scores,n_of,rounded_gone,select
 from ..core.surgery import _mend,_told_by_weight,copy_of,legal,plan_of
 from ..legacy import old_function
-from ..prune.pruner import Pruner,_rounded,check_ratio,group_scores
+from ..prune.pruner import Pruner,check_ratio,group_scores
 from ..quantize.weight_sharing import KMeansQuantizer,bits_by_name,check_bits
-from ..sparse.sparsifier import Sparsifier,find_sides,learn_from
+from ..sparse.sparsifier import Sparsifier,find_sides,give,parts_of
 
-# %% ../../nbs/analyze/02_sensitivity.ipynb #b9158b2f
-def _known_types(model): return tuple({type(m) for m in model.modules() if any(t in layer_axes or t.__name__ in layer_axes for t in type(m).__mro__)})
+# %% ../../nbs/analyze/02_sensitivity.ipynb #98c38f04
+def _known_types(model): return tuple({type(m) for m in model.modules() if has_axes(m)})
 
 def _check_now(criteria):
     past = {'w0','w_prev'} & set(needs(criteria))
@@ -44,9 +45,10 @@ class _Sparsity:
         self.layer_type = layer_type or _known_types(model)
         self.sp = Sparsifier(model, granularity, criteria=criteria, layer_type=self.layer_type, example_inputs=example_inputs)
         for o in levels: self.sp.targets(o)
-        self.model,self.inputs,self.data,self.loss_func,asks = self.sp.model,example_inputs,data,loss_func,bool({'grad','act'} & set(needs(criteria)))
-        if data is not None and not asks: raise ValueError(f'criteria {criteria.__name__!r} needs no data')
+        self.model,self.data,self.loss_func,self.asks = self.sp.model,data,loss_func,{'grad','act'} & set(needs(criteria))
+        if data is not None and not self.asks: raise ValueError(f'criteria {criteria.__name__!r} needs no data')
         if data is None: [o.known(i) for o in self.sp.layers for i in range(len(o.parts))]
+        elif 'grad' in self.asks: check_trained(criteria, parts_of(self.sp.layers))
         self.sp._sides = find_sides(self.model, self.sp.layers, example_inputs)
         self.layers = {o.name:o for o in self.sp.layers}
         self.said = f'{granularity} {criteria.__name__}'
@@ -59,7 +61,7 @@ class _Sparsity:
         "Have the masks of one layer, as long as it is looked at"
         o = self.layers[name]
         try:
-            if self.data is not None: learn_from(self.data, self.model, [o], self.loss_func)
+            if self.data is not None: give([o], evidence(self.asks, self.data, self.model, o.parts, self.loss_func))
             yield
         finally:
             o.keep.fill_(-1)
@@ -100,30 +102,37 @@ def _put_back(tensors):
     try: yield again
     finally: again()
 
-# %% ../../nbs/analyze/02_sensitivity.ipynb #d1e62a4a
+# %% ../../nbs/analyze/02_sensitivity.ipynb #20a7437b
 class _Pruning:
     "Channels that are tied, zeroed at a time"
     budgets,ascending = ('params','macs','latency','bytes'),True
-    def __init__(self, model, levels, criteria=large_final, layer_type=None, example_inputs=None):
+    def __init__(self, model, levels, criteria=large_final, layer_type=None, example_inputs=None, data=None, loss_func=None):
         self.criteria = _check_now(criteria_of(criteria))
+        asks = {'grad','act'} & set(needs(self.criteria))
+        if data is not None and not asks: raise ValueError(f'criteria {self.criteria.__name__!r} needs no data')
         for o in levels: check_ratio(o)
         self.pruner = Pruner(model, 50, criteria=self.criteria, example_inputs=example_inputs, layer_type=layer_type)
         self.model,self.levels,self.layer_type = self.pruner.model,levels,layer_type
-        self.graph = ChannelGraph(self.model, example_inputs)
-        self.sets,self.plans = {},{}
-        for g in self.pruner._groups(self.graph)[0]:  # those that share a layer have one ratio
+        self.pruner.start()
+        if data is not None:
+            if 'grad' in asks: check_trained(self.criteria, self.pruner.weights)
+            self.pruner.given = evidence(asks, data, self.model, self.pruner.weights, loss_func)
+        self.graph,self.sets,self.plans = self.pruner.graph,{},{}
+        for g in self.pruner.groups:  # those that share a layer have one ratio
             meets = [n for n,gs in self.sets.items() if any(set(o.layers) & set(g.layers) for o in gs)]
             joined = [o for n in meets for o in self.sets.pop(n)]+[g]
             self.sets[joined[0].layers[0]] = joined
         for gs in self.sets.values():
-            for g in gs: g.scores = group_scores(g, self.criteria, self.pruner._known)
+            for g in gs: g.values = group_scores(g, self.graph, self.criteria, self.pruner._known)
+        self.pruner.given = {}
         self.layers,self.said = self.sets,f'channels {self.criteria.__name__}'
     def classes(self, name, level, round_to=None):
         "Classes of channels that go at `level`"
         gone = []
         for g in self.sets[name]:
-            source = Scores(g.scores)
-            select([source], 0, _rounded(g.n, min(n_of(g.n, level), g.n-1), round_to), True)
+            source = Scores(g.values)
+            k = min(n_of(g.n, level), g.n-1)
+            select([source], 0, rounded_gone(g.n, k, round_to) if round_to else k, True)
             gone.append(g.classes[source.keep==0])
         return spare_last(self.graph, torch.cat(gone))
     def plan(self, name, level, round_to=None):
@@ -166,7 +175,7 @@ def _tensors_of(model):
     kept = set(model.state_dict())
     return {k:t for k,t in (*model.named_parameters(), *model.named_buffers()) if k in kept}
 
-# %% ../../nbs/analyze/02_sensitivity.ipynb #8b679d81
+# %% ../../nbs/analyze/02_sensitivity.ipynb #d5a65324
 class _Sizes:
     "Lengths of the axes of tensors for allocations of levels to sets of channels"
     def __init__(self, how, choices, round_to=None):
@@ -191,7 +200,7 @@ class _Sizes:
             return np.rint(res)
         return f
 
-# %% ../../nbs/analyze/02_sensitivity.ipynb #b418086c
+# %% ../../nbs/analyze/02_sensitivity.ipynb #0534e373
 _layers = nn.modules.conv._ConvNd,nn.Linear
 
 def _seen_inputs(model, inputs):
@@ -243,7 +252,7 @@ class _Clock:
         return res
     def cost(self, at): return self.rest+self.layers(self.size.kept(at))
 
-# %% ../../nbs/analyze/02_sensitivity.ipynb #ab7ae903
+# %% ../../nbs/analyze/02_sensitivity.ipynb #1e2ddfea
 class _Bits:
     "The weights of one layer share values"
     budgets,ascending = ('bytes',),False
@@ -271,7 +280,7 @@ def _holders(model): return [model.get_submodule(layer_of(n)) for n in bits_by_n
 
 kinds = {'sparsity':_Sparsity, 'pruning':_Pruning, 'bits':_Bits}
 
-# %% ../../nbs/analyze/02_sensitivity.ipynb #a25c0160
+# %% ../../nbs/analyze/02_sensitivity.ipynb #cf8bcfca
 def _checksum(model):
     "CRC-32 of all that is stored of `model`"
     crc = 0
@@ -355,7 +364,7 @@ class Sensitivity:
         if k not in self._costs: self._costs[k] = self.how.cost(what, self._choices(), self.inputs if inputs is None else inputs),inputs
         return self._costs[k][0]
 
-# %% ../../nbs/analyze/02_sensitivity.ipynb #7a646be9
+# %% ../../nbs/analyze/02_sensitivity.ipynb #1db39d1c
 _HEAD = ['setting','layer','level','metric']
 
 def _read(path, setting):
@@ -397,7 +406,7 @@ def sensitivity(
     kind:str='sparsity', # 'sparsity' zeroes blocks, 'pruning' takes channels, tied ones together, 'bits' shares weights
     higher_is_better:bool=True, # Is a higher number better, as of an accuracy? `False` for a loss
     example_inputs=None, # Inputs that run the model, to follow channels; looked for if not given
-    data=None, # For zeros: batches for a criteria that needs `grad` or `act`
+    data=None, # Batches for a criteria that needs `grad` or `act`
     loss_func=None, # Loss for these
     resume=None, # File to write each measurement to and to go on with, or an earlier result to add to
     progress:bool=True, # Show a bar
@@ -453,7 +462,7 @@ def _log(res, resume):
             if not f.tell(): csv.writer(f).writerow(_HEAD)
             yield note
 
-# %% ../../nbs/analyze/02_sensitivity.ipynb #6f94b83a
+# %% ../../nbs/analyze/02_sensitivity.ipynb #b5e09ef7
 def _as_published(kind, model, data, levels, validate, criterion):
     def evaluate(m):
         v = validate(m, data, criterion)

@@ -8,4 +8,5 @@ from .liveness import *
 from .surgery import *
 from .proof import *
 from .flow import *
+from .evidence import *
 from .factorization import *

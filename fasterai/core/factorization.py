@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RIDGE', 'LowRank', 'Decomposer']
 
-# %% ../../nbs/core/09_factorization.ipynb #a7b44349
+# %% ../../nbs/core/09_factorization.ipynb #e8165cc3
 import math,warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -16,10 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from .granularity import did_you_mean
 from .graph import ChannelGraph,_tensors,call_with,example_inputs_for,untouched
-from .selection import n_of
 from .surgery import copy_of
 
-# %% ../../nbs/core/09_factorization.ipynb #6db49943
+# %% ../../nbs/core/09_factorization.ipynb #f5bf5a23
 RIDGE = 1e-6  # how much an input that never occurred counts beside one of mean power
 
 class LowRank:
@@ -80,7 +79,7 @@ def _wide(t):
     "`t` in double precision, on the CPU where the device has none"
     return t.detach().to('cpu' if t.device.type=='mps' else t.device, torch.float64)
 
-# %% ../../nbs/core/09_factorization.ipynb #f8d49228
+# %% ../../nbs/core/09_factorization.ipynb #35f269b5
 class _StandIn(nn.Module):
     "Does what `layer` does, and notes who asks it for more than its output"
     def __init__(self, name, layer, inside):
@@ -145,7 +144,7 @@ def replaceable(
     try:
         for fused in {False,torch.backends.mha.get_fastpath_enabled()}:
             for o in stand.values(): o.calls.clear()
-            with untouched(shell), _Watch({id(p):n for n,o in stand.items() for p in o.layer._parameters.values()}, inside) as watch:
+            with untouched(shell), _Watch({id(p):n for n,o in stand.items() for p in o.layer._parameters.values() if p is not None}, inside) as watch:
                 torch.backends.mha.set_fastpath_enabled(fused)
                 call_with(shell[0], inputs)
             for n,o in stand.items():
@@ -156,7 +155,7 @@ def replaceable(
     finally: swap(shell, {o:o.layer for o in stand.values()})
     return {n:c for n,c in calls.items() if n not in left},left
 
-# %% ../../nbs/core/09_factorization.ipynb #48e40b3f
+# %% ../../nbs/core/09_factorization.ipynb #c3da97df
 def allot(
     costs, # What each option of a layer costs, a tensor of whole numbers by layer
     losses, # What each option loses, likewise
@@ -166,17 +165,17 @@ def allot(
     costs = {n:c.double() for n,c in costs.items()}
     total = lambda ks: sum(int(costs[n][k]) for n,k in ks.items())
     if sum(int(c.min()) for c in costs.values())>budget: return None
-    best = None
+    best,least = None,math.inf
     while True:
         open_ = losses if best is None else {n:l.where(costs[n]<=costs[n][best[n]]+budget-total(best), math.inf) for n,l in losses.items()}
         ks = _at_price(costs, open_, budget, total)
         lost = sum(float(losses[n][k]) for n,k in ks.items())
-        if best is not None and not lost<least: return best
+        if not lost<least: return best
         best,least = ks,lost
 
 def _at_price(costs, losses, budget, total):
     "The cheapest price that meets the budget, and what is chosen at it"
-    most = max(float(c.max()) for c in costs.values())
+    most = max((float(c.max()) for c in costs.values()), default=1.)
     scaled = {n:c/most for n,c in costs.items()}
     def pick(price): return {n:int((losses[n]+price*c).argmin()) for n,c in scaled.items()}
     if total(ks:=pick(0.))<=budget: return ks
@@ -188,7 +187,7 @@ def _at_price(costs, losses, budget, total):
         else: lo = mid
     return pick(hi)
 
-# %% ../../nbs/core/09_factorization.ipynb #66d4ae4d
+# %% ../../nbs/core/09_factorization.ipynb #513cf941
 class Choice:
     "Ranks that a layer may have: option `k` has rank `ranks[k]`, `weights[k]` weights and `macs[k]` multiply-accumulates for the whole batch"
     def __init__(self, layer, full_macs, ranks, weights, macs):
@@ -238,7 +237,7 @@ def with_weight(
     layer.weight = nn.Parameter(w.to(like.weight).contiguous(), like.weight.requires_grad)
     return layer
 
-# %% ../../nbs/core/09_factorization.ipynb #62a6fc30
+# %% ../../nbs/core/09_factorization.ipynb #23d136e6
 def chosen(
     model:nn.Module, # Left as it is
     names, # Layers that there are to choose from
@@ -266,7 +265,7 @@ def _whole(v, what):
     if isinstance(v, bool) or not isinstance(v, int) or v<=0: raise ValueError(f'{what} is a whole number above 0, for the whole network, not {v!r}')
     return v
 
-# %% ../../nbs/core/09_factorization.ipynb #443b45f7
+# %% ../../nbs/core/09_factorization.ipynb #495e1a80
 class Decomposer:
     "What all decompositions share; `types` are the layers that they replace"
     types = ()
@@ -351,7 +350,7 @@ class Decomposer:
         if found is None: raise ValueError(f'{kind} can be {rest+sum(int(c.min()) for c in costs.values()):,} at least, from {now:,} now; {v:,} were asked for')
         return {n:int(numbers[n][k-1]) if k else 'within the budget as it is' for n,k in found.items()}
 
-# %% ../../nbs/core/09_factorization.ipynb #6c55628b
+# %% ../../nbs/core/09_factorization.ipynb #d1249c5a
 def _how(percent_removed, energy_threshold, params, macs):
     "What was asked for, checked"
     given = {k:v for k,v in dict(percent_removed=percent_removed, energy_threshold=energy_threshold, params=params, macs=macs).items() if v is not None}

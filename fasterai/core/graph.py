@@ -72,13 +72,14 @@ class _Shadow:
     shape: tuple # The tensor's
     ids: list = field(default_factory=list) # Layers of channel numbers, 0 for none
     par: dict = field(default_factory=dict) # (name, dim) of a parameter -> layer of indices into that dim
-    kind: str = '' # What a parameter does: 'bias', 'scale', …; 'normed' if its entries depend on each other
+    kind: str = '' # What a parameter does: 'bias', 'scale', …
     direct: bool = True # The parameter's own values, moved at most
+    mixed: frozenset = frozenset() # (name, dim) of parameters along which its entries depend on each other
     key: int = 0 # To tell which tensors are never read
 
     def each(self, f, shape):
         "_Shadow of the given `shape` with `f` applied to every layer"
-        return _Shadow(tuple(shape), [f(o) for o in self.ids], {k:f(o) for k,o in self.par.items()}, self.kind, self.direct)
+        return _Shadow(tuple(shape), [f(o) for o in self.ids], {k:f(o) for k,o in self.par.items()}, self.kind, self.direct, self.mixed)
     def lift(self, n): return self.each(lambda l: _lift(l, n), (1,)*(n-len(self.shape)) + tuple(self.shape))
     def along(self, d): return [l for l in self.ids if l.shape[d]>1]
     def beside(self, d): return [l for l in self.ids if l.shape[d]==1]
@@ -107,6 +108,8 @@ def layer_of(name):
     return name.split('.parametrizations.')[0] if '.parametrizations.' in name else name.rpartition('.')[0]
 
 # %% ../../nbs/core/06_graph.ipynb #b3f7b86f
+_COUNTS = {'nonzero','masked_select','_unique2','unique_dim','unique_consecutive','repeat_interleave','nms'}  # the size of the result is a value
+
 class _Call:
     "One operation as it was called: arguments by name, outputs, and the shadows of the tensors among them"
     def __init__(self, func, args, kwargs, shadow, where):
@@ -121,6 +124,7 @@ class _Call:
         first = self.a.get(self.first)
         self.strides = first.stride() if isinstance(first, torch.Tensor) and first.layout==torch.strided else ()
         self.tensors = {k:shadow(o) for k,o in self.a.items() if isinstance(o, torch.Tensor)}
+        self.counts = self.name in _COUNTS or self.name=='index' and any(o is not None and o.dtype in (torch.bool,torch.uint8) for o in self.a['indices'])
         self.lists = {k:[shadow(o) for o in v if isinstance(o, torch.Tensor)] for k,v in self.a.items() if isinstance(v, (list,tuple))}
     @property
     def shadows(self): return [*self.tensors.values(), *(o for v in self.lists.values() for o in v)]
@@ -155,8 +159,10 @@ class _Facts:
         self.n = 1 # the next channel number
         self.pairs,self.pins,self.splits,self.fixes = [],[],[],[]  # ties; (ids, why); layers; (layer, dims, why)
         self.uses,self.bound,self.issued,self.linears,self.splits_at = [],{},{},[],{}
-        self.merges,self.mixes,self.sized,self.reshapes,self.views,self.unknown = [],[],[],[],[],Counter()
-        self.order,self.macs,self.seen = {},Counter(),set()
+        self.merges,self.mixes,self.sized,self.reshapes,self.views,self.pieces,self.unknown = [],[],[],[],[],[],Counter()
+        self.order,self.macs,self.seen,self.counts,self.settled = {},Counter(),set(),'',[]
+    @property
+    def idle(self): "Parameters that nothing has used"; return [n for n,p in self.params.items() if n not in self.seen and isinstance(p, nn.Parameter)]
 
     def tie(self, a, b, why):
         "Channels `a` and `b` (broadcast) go together"
@@ -254,7 +260,7 @@ class _Shared(_Facts):
             v = _varying(j)
             if len(v)==1 and v[0] in table:
                 ids,*role = table[v[0]]
-                if o.kind=='normed': self.mixes.append((ids,why))
+                if (name,dim) in o.mixed: self.mixes.append((ids,why))
                 self.use(name, dim, j.flatten(), ids, why, *role)
                 found.add(v[0])
             else:
@@ -324,7 +330,7 @@ class _Shared(_Facts):
         self.splits.append((l,c.why))
 
 # %% ../../nbs/core/06_graph.ipynb #99b83c4a
-_SLIPS = RuntimeError,ValueError,TypeError,IndexError,KeyError,AttributeError,AssertionError,NotImplementedError,ZeroDivisionError  # what code that does not fit its input raises
+_SLIPS = RuntimeError,ValueError,TypeError,IndexError,KeyError,AttributeError,AssertionError,NotImplementedError,ArithmeticError,NameError  # what code that does not fit its input raises
 
 class _Trace(TorchDispatchMode, _Shared):
     "Runs along with a model and has each operation say what it does to the channels"
@@ -338,6 +344,7 @@ class _Trace(TorchDispatchMode, _Shared):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         call = _Call(func, args, kwargs or {}, self.shadow, self.stack[-1] if self.stack else '')
         call.out = self.compute(call, func, args, kwargs or {})
+        if not self.counts and (call.counts or type(call.out) in (int,float)): self.counts,self.settled = call.why,list(self.order)
         if any(o.ids or o.par for o in call.shadows): self.follow(call)
         return call.out
 
@@ -347,7 +354,7 @@ class _Trace(TorchDispatchMode, _Shared):
 
     def follow(self, call):
         "Apply the rule for `call`; without one, or where it does not fit, pin all that `call` touches"
-        rule,self.writing = self.rules.get(call.name) if call.func.namespace=='aten' else None,call.func._schema.is_mutable
+        rule,self.writing = self.rules.get(call.name) if call.func.namespace in ('aten','torchvision') else None,call.func._schema.is_mutable
         if rule is None and call.func.namespace=='aten' and torch.Tag.pointwise in call.func.tags: rule = _pointwise
         try:
             if rule is None: raise _Unknown
@@ -391,11 +398,11 @@ class _Trace(TorchDispatchMode, _Shared):
         if not (shadow.ids or shadow.par): return self.shadows.pop(t, None)
         self.shadows[t],self.keys = shadow,self.keys+1
         shadow.key = self.keys
-        if not (self.writing and t._is_view()): self.unread[shadow.key] = (shadow.ids,self.stack[-1] if self.stack else '')
+        if not (self.writing and t._is_view()) and t.is_floating_point(): self.unread[shadow.key] = (shadow.ids,self.stack[-1] if self.stack else '')
 
     def unexpanded(self, o, t):
         "_Shadow `o` of tensor `t` with size 1 where `t` is expanded: like any broadcast, it follows the size of what it meets"
-        return _Shadow(tuple(1 if st==0 else n for n,st in zip(o.shape, t.stride())), o.ids, o.par, o.kind, o.direct)
+        return _Shadow(tuple(1 if st==0 else n for n,st in zip(o.shape, t.stride())), o.ids, o.par, o.kind, o.direct, o.mixed)
     def put_ids(self, t, ids): self.put(t, _Shadow(tuple(t.shape), ids))
     def count(self, call, n, o=None):
         "`n` multiply-accumulates, of the layer whose weight is `o`"
@@ -465,6 +472,7 @@ def _pieces(tr, c):
     def piece(l, start, n):
         l = _shrink(l.narrow(d, start, n)) if l.shape[d]>1 else l
         return l.squeeze(d) if 'unbind' in c.name else l
+    tr.pieces += [(l,l.narrow(d, 0, sizes[0]),c.where) for l in c.x.along(d)]
     for i,o in enumerate(c.out): tr.put(o, c.x.each(lambda l: piece(l, sum(sizes[:i]), sizes[i]), o.shape))
 
 @_rule('as_strided')
@@ -500,6 +508,53 @@ def _indexed(tr, c):
         for l in o.ids: tr.pin(l, c.why)
     full = lambda l: l.expand([c.x.shape[d] if d in acts else n for d,n in enumerate(l.shape)])
     tr.put(c.y, c.x.each(lambda l: _shrink(c.redo(full(l))), c.y.shape))
+
+@_rule('gather')
+def _gathered(tr, c):
+    "Like an index, where the index does not follow the size of what it meets"
+    d, = c.dims()
+    at = c.a['index']
+    for l in c.x.ids: tr.fix(l, [e for e in _varying(l) if e==d or at.stride(e)], c.why)
+    tr.hold(c.x.par, c.why)
+    tr.put_ids(c.y, [l for l in c.x.ids if all(e!=d and c.x.shape[e]==c.y.shape[e] for e in _varying(l))])
+
+@_rule('index_add', 'index_copy')
+def _added_at(tr, c):
+    "Rows are added to rows: channels along other dimensions meet"
+    d, = c.dims()
+    parts = [c.x,c.get('source')]
+    if any(o.along(d) or o.par for o in parts): raise _Unknown
+    tr.put_ids(c.y, tr.meet([_Shadow((*o.shape[:d],1,*o.shape[d+1:]), o.ids) for o in parts], c.why, kind='cat'))
+
+@_rule('_cdist_forward', '_euclidean_dist')
+def _distances(tr, c):
+    "Channels that are summed over end here, in pairs"
+    ends = [_Shadow((*[1]*(len(o.shape)-1),o.shape[-1]), [tr.squash(l, [len(o.shape)-1], c.why).reshape(*[1]*(len(o.shape)-1), -1) for l in o.along(-1)], o.par)
+        for o in (c.get('x1'),c.get('x2'))]
+    if any(o.beside(-1) for o in (c.get('x1'),c.get('x2'))): raise _Unknown
+    for l in tr.meet(ends, c.why): tr.mixes.append((l,c.why))
+
+@_rule('roi_align')
+def _aligned(tr, c):
+    "Each channel by itself, along the last two dimensions"
+    x = c.get('input')
+    for l in x.ids: tr.fix(l, [0,2,3], c.why)
+    for o in (c.get('rois'),):
+        for l in o.ids: tr.pin(l, c.why)
+    tr.put_ids(c.y, [l for l in x.ids if _varying(l)==[1]])
+
+@_rule('mkldnn_rnn_layer')
+def _recurrent(tr, c):
+    "Only what comes in can be cut: the state keeps its size"
+    x,w = c.get('input'),c.get('weight0')
+    if w.ids or not w.par: raise _Unknown
+    for k,o in c.tensors.items():
+        if k in ('input','weight0'): continue
+        tr.hold(o.par, c.why)
+        for l in o.ids: tr.pin(l, c.why)
+    ins = tr.take(x, -1, c.why)
+    for l in x.beside(-1): tr.pin(l, c.why)
+    tr.weigh(w, {1: (ins,'in','weight'), 0: (torch.zeros(w.shape[0], dtype=torch.long, device='cpu'),'out','weight')}, c.why)
 
 @_rule('constant_pad_nd')
 def _padded(tr, c):
@@ -552,7 +607,7 @@ def _keeps_zero(tr, c):
     return tr.zeros[key]
 
 @_rule('hardswish', '_prelu_kernel', 'copy', 'log_sigmoid_forward', 'masked_fill', 'rsub', 'floor_divide', 'fill', 'zero',
-       'zeros_like', 'ones_like', 'empty_like', 'full_like', 'rand_like', 'randn_like')
+       'zeros_like', 'ones_like', 'empty_like', 'full_like', 'rand_like', 'randn_like', 'bernoulli', 'native_dropout')
 def _pointwise(tr, c):
     "Channels that meet become the same"
     if any(o.ids or o.par for v in c.lists.values() for o in v): raise _Unknown
@@ -574,14 +629,18 @@ def _combined(tr, c, parts):
             fixed = any(not o.par and o.shape[d]>1 for o in parts for d in _varying(j))
             if fixed or k in par and not torch.equal(par[k], j): tr.hold({k:par.pop(k, j)}, c.why)
             else: par[k] = j
-    tr.put(c.y, _Shadow(tuple(c.y.shape), par=par, kind='normed' if any(p.kind=='normed' for p in parts) else '', direct=False))
+    tr.put(c.y, _Shadow(tuple(c.y.shape), par=par, direct=False, mixed=frozenset().union(*(p.mixed for p in parts))))
+
+def _mixing(o, dims):
+    "Parameters of shadow `o`, each entry of which now depends on all others along `dims`"
+    return _Shadow(o.shape, par=o.par, direct=False, mixed=o.mixed | {k for k,j in o.par.items() if set(dims)&set(_varying(j))})
 
 @_rule('_weight_norm_interface')
 def _weight_normed(tr, c):
     "The size of a filter is a parameter: its norm over the inputs is part of each weight"
     if any(o.ids for o in c.shadows): raise _Unknown
-    _combined(tr, c, [o.lift(c.y.dim()) for o in c.tensors.values()])
-    if (o := tr.shadow(c.y)).par: tr.put(c.y, _Shadow(o.shape, par=o.par, kind='normed', direct=False))
+    v,n = c.get('v'),c.y.dim()
+    _combined(tr, c, [_mixing(v, set(range(n))-{c.a['dim']%n}), c.get('g').lift(n)])
 
 @_rule('_softmax', 'softmax', '_log_softmax', 'log_softmax', '_safe_softmax')
 def _softmaxed(tr, c):
@@ -617,7 +676,8 @@ def _reduced(tr, c):
         tr.fix(l, set(_varying(l))-set(dims), c.why)
         if c.name!='sum': tr.mixes.append((l,c.why))
     stays = lambda l: not set(dims)&set(_varying(l))
-    left = _Shadow(c.x.shape, list(filter(stays, c.x.ids)), {k:j for k,j in c.x.par.items() if stays(j)}, 'normed', False)
+    left = _Shadow(c.x.shape, list(filter(stays, c.x.ids)), {k:j for k,j in c.x.par.items() if stays(j)}, '', False,
+        c.x.mixed | {k for k,j in c.x.par.items() if not stays(j)})
     if c.name in ('logsumexp', 'all', 'any'): left.ids = [tr.fresh(l, [l], 'map', c.why) for l in left.ids]
     f = (lambda l: l) if keep else (lambda l: l.squeeze(dims))
     for o in outs: tr.put(o, left.each(f, o.shape))
@@ -682,7 +742,7 @@ def _convolved(tr, c):
     o,i = (1,0) if back else (0,1)
     n,pointwise = len(x.shape),all(k==1 for k in w.shape[2:])
     ins = tr.take(x, 1, c.why).view(G, -1)
-    outs = (tr.issue(w, 1, G) if back and w.shape[1]>1 else tr.issue(w, 0)).view(G, -1)
+    outs = (tr.issue(w, 1, G) if back and (w.shape[1]>1 or G==1) else tr.issue(w, 0)).view(G, -1)
     tr.count(c, (math.prod(x.shape) if back else c.y.numel())*math.prod(w.shape[1:]), w)
     depthwise = G>1 and ins.shape[1]==1
     if depthwise: tr.tie(ins, outs, c.why)  # a channel goes with its group
@@ -795,7 +855,11 @@ def _normalized(tr, c, dims):
 
 @_rule('batch_norm', 'native_batch_norm', '_native_batch_norm_legit', '_native_batch_norm_legit_no_training', '_batch_norm_no_update',
        '_batch_norm_with_update', '_batch_norm_with_update_functional', 'cudnn_batch_norm', 'miopen_batch_norm')
-def _batch_normed(tr, c): _normalized(tr, c, [1])
+def _batch_normed(tr, c):
+    if c.x.ids: return _normalized(tr, c, [1])
+    n = len(c.x.shape)
+    like = lambda o: o.each(lambda l: l.reshape([-1 if d==1 else 1 for d in range(n)]), [o.shape[0] if d==1 else 1 for d in range(n)])
+    _combined(tr, c, [_mixing(c.x, set(range(n))-{1}), *(like(c.get(k)) for k in ('weight','bias','running_mean','running_var') if c.get(k))])  # a standardized weight
 
 @_rule('layer_norm', 'native_layer_norm', 'rms_norm', '_fused_rms_norm')
 def _layer_normed(tr, c):
@@ -913,6 +977,18 @@ def _tensors(o):
     return [t for v in o for t in _tensors(v)]
 
 @contextmanager
+def _training(model):
+    "Run `model` as in training, but for what is random or keeps statistics: dropout and normalizations of torch"
+    import random
+    import numpy as np
+    states = random.getstate(),np.random.get_state()
+    for m in model.modules(): m.training = not (type(m).__module__.startswith('torch.nn.') or isinstance(m, (nn.modules.batchnorm._NormBase,nn.modules.dropout._DropoutNd)))
+    try: yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+@contextmanager
 def _naming(model, stack):
     "Keep the name of the module that is running on top of `stack`"
     names = {m:n for n,m in model.named_modules()}
@@ -947,20 +1023,41 @@ class ChannelGraph:
         check_shapes(model)
         self.example_inputs = example_inputs_for(model) if example_inputs is None else example_inputs
         tr = _Trace(model)
-        with untouched(model), _naming(model, tr.stack), tr: out = call_with(model, self.example_inputs)
+        with untouched(model): self._run(model, tr, self.example_inputs)
+        self.n_eval,self.idle = tr.n,tr.idle  # how many numbers; what did not run
+        self.counts,self.settled = tr.counts,tr.settled  # where values decided on sizes for the first time, and the layers before
+        if self.idle: self._train(model, tr)
+        self.slices,self.merges,self.order,self._names = _slices(tr.uses),tr.merges,list(tr.order),tr.names
+        self.sized,self.unknown,self.unused = tr.sized,dict(tr.unknown),[n for n in tr.params if n not in tr.seen]
+        self.mixes = [(l[l>0].unique(),why) for l,why in tr.mixes]
+        self.reshapes,self.views,self.pieces = tr.reshapes,[*tr.views,*tr.pieces],tr.pieces
+        batch = next((o.shape[0] for o in _tensors(self.example_inputs) if o.dim()), 1)
+        self._macs = {k:n//batch for k,n in tr.macs.items()}
+        self._follow()
+        self._solve(tr)
+
+    def _follow(self): self._followers = [(s.name,self._alone(s)) for s in self.slices if s.role=='affine' and s.kind in ('bias','scale','shift')]
+
+    def _run(self, model, tr, inputs):
+        "Trace a forward, and pin what leaves the model"
+        with _naming(model, tr.stack), tr: out = call_with(model, inputs)
         for o in map(tr.shadow, _tensors(out)):
             for l in o.ids: tr.pin(l, 'output of the model')
             tr.hold(o.par, 'output of the model')
         for ids,where in tr.unread.values():
             for l in ids: tr.pin(l, f'leaves {where or "the model"} for nothing the graph can see')
-        self.slices,self.merges,self.order,self._names = _slices(tr.uses),tr.merges,list(tr.order),tr.names
-        self.sized,self.unknown,self.unused = tr.sized,dict(tr.unknown),[n for n in tr.params if n not in tr.seen]
-        self.mixes = [(l[l>0].unique(),why) for l,why in tr.mixes]
-        self.reshapes,self.views = tr.reshapes,tr.views
-        batch = next((o.shape[0] for o in _tensors(self.example_inputs) if o.dim()), 1)
-        self._macs = {k:n//batch for k,n in tr.macs.items()}
-        self._followers = [(s.name,self._alone(s)) for s in self.slices if s.role=='affine' and s.kind in ('bias','scale','shift')]
-        self._solve(tr)
+        tr.unread.clear()
+
+    def _train(self, model, tr):
+        "Layers that have not run may run in training, as auxiliary heads do: trace that as well if it needs nothing else than the inputs"
+        macs = tr.macs.copy()
+        for k in (1,2,4):  # what is small enough to be quick may be too small for an auxiliary head
+            larger = lambda o: o.repeat(1, 1, *[k]*(o.dim()-2)) if isinstance(o, torch.Tensor) and o.is_floating_point() and o.dim()>2 and k>1 else o
+            try:
+                with untouched(model), _training(model): self._run(model, tr, tree_map(larger, self.example_inputs))
+                break
+            except _SLIPS: tr.unread.clear()
+        tr.macs = macs
 
     def _solve(self, tr):
         "Classes from ties; then what is pinned"

@@ -12,7 +12,8 @@ from math import prod
 import torch
 from torch import nn,Tensor
 from torch.utils._pytree import tree_leaves,tree_map
-from .graph import _SLIPS, ChannelGraph,_Trace,_PRODUCTS,_naming,_varying,call_with,untouched
+from torch.utils.weak import WeakTensorKeyDictionary
+from .graph import _SLIPS,ChannelGraph,_Trace,_PRODUCTS,_naming,_varying,untouched
 
 # %% ../../nbs/core/07_liveness.ipynb #9f5263ab
 def _exact(t): return t.is_floating_point() or t.is_complex()
@@ -94,6 +95,11 @@ def _norm(c):
     y.copy_(torch.where(w==0, torch.zeros_like(w) if b is None else b, y))
     return out
 
+@_valued('roi_align')
+def _align(c):
+    zero = (c.a['input']==0).all(-1).all(-1).all(0)
+    return _plain(c).fill_(torch.nan).masked_fill_(zero[:,None,None], 0)
+
 @_valued('embedding')
 def _embed(c):
     w = c.a['weight']
@@ -159,13 +165,13 @@ where masked_fill _to_copy diagonal tril triu upsample_nearest1d upsample_neares
 upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d'''.split())
 _EACH = {'hardswish','_prelu_kernel','log_sigmoid_forward','rsub','floor_divide'}  # pointwise, and not tagged so
 _GARBAGE = {'empty','new_empty','empty_like','empty_strided','new_empty_strided'}
-_UNMOVED = {'embedding','mul','div','glu'} | {o for o in _values if 'attention' in o}  # what they leave known does not depend on indices or masks
-_COUNTS = {'nonzero','masked_select','_unique2','unique_dim','unique_consecutive','repeat_interleave'}  # the size of the result is a value
+_UNMOVED = {'embedding','mul','div','glu','roi_align'} | {o for o in _values if 'attention' in o}  # what they leave known does not depend on indices or masks
 
 # %% ../../nbs/core/07_liveness.ipynb #d7129014
 @dataclass
 class Read:
     "One use of a weight: what it knows of the channels that it reads"
+    of: frozenset # Names of the parameters that the weight is made of
     layer: str # Name of the module whose own weight it is and that is running, or ''
     ins: Tensor # Channel numbers, [groups, inputs of a group]
     outs: Tensor # Channel numbers, [groups, outputs of a group]
@@ -178,12 +184,13 @@ def _grouped(c, table):
     "Ids of inputs and outputs of weight and convolution or product `c`, its weight [groups, outputs, inputs, …], and the input's values [groups, inputs, …]"
     made,read = (next((v for v in table.values() if v[1]==role), None) for role in ('out','in'))
     if c.name in ('convolution','_convolution'):
-        w,x,G,back = c.a['weight'].detach(),c.a['input'],c.a['groups'],c.a['transposed']
+        w,x,G,back = c.known['weight'].detach(),c.known['input'],c.a['groups'],c.a['transposed']
         w = w.reshape(G, -1, *w.shape[1:]) if not back else w.reshape(G, -1, *w.shape[1:]).transpose(1, 2)
         x = x.movedim(1, 0)
+    elif c.name=='mkldnn_rnn_layer': G,w,x = 1,c.known['weight0'].detach()[None],c.known['input'].movedim(-1, 0)
     else:
         G,(k,l,_) = 1,_PRODUCTS[c.name]
-        a,b = c.a[k],c.a[l]
+        a,b = c.known[k],c.known[l]
         left = not c.get(l).par
         w,x = (a,b.movedim(-2, 0)) if left else (b,a.movedim(-1, 0))
         w = (w if left or c.name=='linear' else w.transpose(-1, -2)).detach()
@@ -192,18 +199,61 @@ def _grouped(c, table):
     return ids(read),ids(made),w,x.reshape(G, -1, prod(x.shape[1:]))
 
 class _Reading(_Trace):
-    "A `_Trace` that runs on unknown inputs and remembers what each weight reads; `blind` if it cannot: then all that is read is unknown"
-    def __init__(self, model, blind=False):
+    """A `_Trace` that runs on unknown inputs and remembers what each weight reads. With `forced`, a list of what the model is told when it asks for the truth of a value, it runs
+    on known inputs, and a twin of each tensor tells what is unknown of it; with `None`, such a question ends all knowledge (`close`)"""
+    def __init__(self, model, twins=False, forced=()):
         super().__init__(model)
-        self.model,self.blind,self.tables,self.reads,self.sums,self.depends,self.stuck = model,blind,[],[],[],'',False
+        self.model,self.tables,self.reads,self.sums,self.depends,self.refused = model,[],[],[],'',False
         self.tainted = {}  # where numbers that are no floats lie that depend on the input
+        self.twins,self.forced,self.told,self.closed,self.seen_after = WeakTensorKeyDictionary() if twins else None,forced,[],False,[]
 
     def is_tainted(self, t): return not _exact(t) and t.untyped_storage().data_ptr() in self.tainted
     def taint(self, t): self.tainted[t.untyped_storage().data_ptr()] = t
 
     def compute(self, c, func, args, kwargs):
+        c.known = c.a
+        if self.twins is None: return self.guess(c, func, args, kwargs)
+        seen,twin = c.a,lambda o: self.twins.get(o, o) if isinstance(o, Tensor) else o
+        made = not _tensors_in((args,kwargs))  # of nothing: a twin from the start, in case it is written to
+        hidden_args,hidden_kwargs = tree_map(twin, (args,kwargs))
+        c.a = c.known = {k:tree_map(twin, v) for k,v in seen.items()}
+        try: hidden = self.guess(c, func, hidden_args, hidden_kwargs)
+        except _SLIPS: hidden,c.unknown = None,True  # nan where no rule expects it
+        c.a = seen
+        try: out = func(*args, **kwargs)
+        except _SLIPS:
+            self.refused = True  # not the model's code that refuses, but an operation
+            raise
+        hidden = tree_leaves(hidden)
+        for i,o in enumerate(tree_leaves(out)):
+            if not isinstance(o, Tensor): continue
+            h = hidden[i] if i<len(hidden) and isinstance(hidden[i], Tensor) and hidden[i].shape==o.shape else None
+            if not _exact(o):
+                if c.unknown or c.tainted or h is not None and self.is_tainted(h): self.taint(o)
+            elif o in self.twins or id(o) in self.names: # written in place
+                if h is None and o in self.twins: self.twins[o].fill_(torch.nan)
+            elif h is None: self.twins[o] = torch.full_like(o, torch.nan)
+            elif made or any(t in self.twins for t in _tensors_in((args,kwargs))) or c.unknown: self.twins[o] = h.clone() if h is o or made else h
+        return self.asked(c, out)
+
+    def asked(self, c, out):
+        "What the model is told of unknown values, if it asks"
+        if self.closed or not c.unknown: return out
+        if isinstance(out, bool) and self.forced is not None:
+            out = self.forced[len(self.told)] if len(self.told)<len(self.forced) else out
+            self.told.append(out)
+        elif c.counts or any(o is not None and not isinstance(o, Tensor) for o in tree_leaves(out)): self.close()
+        return out
+
+    def close(self):
+        "From here on the model may do something else: what it still holds may be read otherwise, and all that comes is unknown"
+        self.closed,self.n_closed = True,self.n
+        held = [l.flatten() for o in self.shadows.values() for l in o.ids]
+        self.held = torch.cat(held or [torch.zeros(0, dtype=torch.long)]).unique()
+
+    def guess(self, c, func, args, kwargs):
+        "The operation where inputs may be unknown"
         c.args,c.kwargs,c.is_tainted = args,kwargs,self.is_tainted
-        if self.blind: return func(*args, **kwargs)
         ins,shadow = _tensors_in((args,kwargs)),c.get(c.first)
         c.tainted = any(map(self.is_tainted, ins)) or torch.Tag.nondeterministic_seeded in func.tags
         c.unknown = c.tainted or any(o.isnan().any() for o in ins if _exact(o))
@@ -217,7 +267,7 @@ class _Reading(_Trace):
     def rule_of(self, c, floats):
         "How to compute `c`, and whether all of its result is unknown"
         inplace = c.name!=c.op
-        if c.func.namespace!='aten': return _plain, c.unknown
+        if c.func.namespace!='aten' and not (c.func.namespace=='torchvision' and c.name in _values): return _plain, c.unknown
         if c.name in _GARBAGE: return _plain, True
         if floats and c.name in _values and not (inplace and c.name not in ('mul','div')): return _values[c.name], c.tainted and c.name not in _UNMOVED
         if c.name in _MOVES or not c.unknown: return _plain, c.tainted
@@ -232,7 +282,7 @@ class _Reading(_Trace):
             elif not _exact(o):
                 if tainted or c.unknown: self.taint(o)
             elif tainted: o.fill_(torch.nan)
-        if c.unknown and c.name in _COUNTS: self.depends = self.depends or c.why
+        if c.unknown and c.counts: self.depends = self.depends or c.why
 
     def summed(self, c):
         "Channels that are summed over, and are not zero"
@@ -249,7 +299,7 @@ class _Reading(_Trace):
 
     def follow(self, call):
         super().follow(call)
-        if not self.blind: self.sums += call.summed
+        if not self.closed: self.sums += call.summed
         elif call.name in ('sum','nansum'): self.sums += [l for l in call.x.ids if set(call.dims()) & set(_varying(l))]
         table = next((t for t in self.tables if {v[1] for v in t.values()}=={'in','out'}), None)
         self.tables = []
@@ -258,13 +308,13 @@ class _Reading(_Trace):
     def remember(self, c, table):
         ins,outs,w,x = _grouped(c, table)
         nonzero = (w!=0).flatten(3).any(-1) if w.dim()>3 else w!=0
-        if self.blind: zero,const = torch.zeros_like(ins, dtype=torch.bool),torch.full(ins.shape, torch.nan)
+        if self.closed: zero,const = torch.zeros_like(ins, dtype=torch.bool),torch.full(ins.shape, torch.nan)
         else:
             lo,hi = x.amin(-1),x.amax(-1)
             zero,const = ((lo==0)&(hi==0)).cpu(),torch.where(_level(lo, hi), hi, torch.nan).cpu()
         layer = self.own_layer(c)
         if not layer or (c.a.get('transposed') or any(c.a.get('padding', ()))): const = torch.full_like(const, torch.nan)
-        self.reads.append(Read(layer, ins, outs, w, nonzero.cpu(), zero, const))
+        self.reads.append(Read(frozenset(n for o in c.tensors.values() for n,_ in o.par), layer, ins, outs, w, nonzero.cpu(), zero, const))
 
     def own_layer(self, c):
         "The layer that is running, if the weight is its own and its bias can take a constant"
@@ -278,28 +328,64 @@ class _Reading(_Trace):
 # %% ../../nbs/core/07_liveness.ipynb #5c55af0b
 def _same_numbers(graph, tr):
     "Did `tr` see what `graph` saw?"
-    return tr.n==len(graph._root) and list(tr.order)==graph.order[:len(tr.order)]
+    return tr.n==graph.n_eval and list(tr.order)==graph.order[:len(tr.order)]
 
 def _observe(model, graph):
-    "The reads of `model`, by a run on unknown inputs; a run on known ones if it does not get through"
+    "The reads of `model`, by a run on unknown inputs; or, where it asks what their values are, by runs that tell it"
     hide = lambda o: torch.full_like(o, torch.nan) if _exact(o) else o.clone()
-    inputs,tr = tree_map(lambda o: hide(o) if isinstance(o, Tensor) else o, graph.example_inputs),_Reading(model)
+    tr = _Reading(model)
+    why = _run(model, tr, tree_map(lambda o: hide(o) if isinstance(o, Tensor) else o, graph.example_inputs)) or tr.depends
+    if not why and _same_numbers(graph, tr): return tr
+    tr = _both_ways(model, graph) or _one_way(model, graph)
+    if tr.closed: warnings.warn(f'the model cannot be run on unknown inputs ({why or "it runs otherwise than on the example inputs"}): of what it still holds when it asks for '
+        'their values, only channels that nothing reads count as dead' + (f', and none at all if made later, as {graph.idle[0]} did not run and may run on other inputs' if graph.idle else ''))
+    return tr
+
+def _run(model, tr, inputs):
+    "Run `model` under `tr`; what went wrong"
     for o in _tensors_in(inputs):
-        if not _exact(o): tr.taint(o)
-    why = ''
+        if tr.twins is not None and _exact(o): tr.twins[o] = torch.full_like(o, torch.nan)
+        elif not _exact(o): tr.taint(o)
     try:
         with untouched(model), _naming(model, tr.stack), tr: _call(model, inputs)
-    except _SLIPS as e: why = f'{type(e).__name__}: {e}'  # any error may come of a nan
-    why = why or tr.depends
-    if not why and not _same_numbers(graph, tr): why = 'it runs otherwise than on the example inputs'
-    if not why: return tr
-    stuck = bool(tr.depends and graph.unused)  # what has not run may run another time
-    warnings.warn(f'the model cannot be run on unknown inputs ({why}): only channels that nothing reads count as dead'
-        + (f', and none at all, as {graph.unused[0]} did not run and may run on other inputs' if stuck else ''))
-    tr = _Reading(model, blind=True)
-    with untouched(model), _naming(model, tr.stack), tr: call_with(model, graph.example_inputs)
-    tr.stuck = stuck
+    except _SLIPS as e: return f'{type(e).__name__}: {e}'  # any error may come of a nan
+
+def _one_way(model, graph):
+    "A run on the example inputs, which knows nothing after the first question for a value"
+    tr = _Reading(model, True, None)
+    why = _run(model, tr, _copied(graph.example_inputs))
+    if why or not _same_numbers(graph, tr): raise ValueError(f'the model runs otherwise each time ({why or "other operations"}): nothing can be told about its channels')
     return tr
+
+def _copied(inputs): return tree_map(lambda o: o.clone() if isinstance(o, Tensor) else o, inputs)
+
+_MOST_RUNS = 16
+
+def _both_ways(model, graph):
+    "Runs with all answers to the questions whether something is true, if they read the same: what is known in all of them; else `None`"
+    first,todo,runs = None,[[]],0
+    while todo:
+        if (runs := runs+1)>_MOST_RUNS: return None
+        tr = _Reading(model, True, todo.pop())
+        why = _run(model, tr, _copied(graph.example_inputs))
+        if not tr.told and tr.closed and first is None: return None  # nothing to answer
+        todo += [[*tr.told[:i],not tr.told[i]] for i in range(len(tr.forced), len(tr.told))]
+        if why and first is not None and not tr.refused and why.startswith(('ValueError','AssertionError','NotImplementedError')): continue  # such inputs are refused
+        if why or first is None and not _same_numbers(graph, tr) or first is not None and not _agree(first, tr): return None
+        first = first or tr
+    return first
+
+def _agree(first, tr):
+    "Did two runs read the same weights in the same order? Then `first` knows no more than both"
+    if first.closed or tr.closed or [(o.of,o.ins.shape,o.outs.shape) for o in first.reads]!=[(o.of,o.ins.shape,o.outs.shape) for o in tr.reads]: return False
+    theirs = torch.zeros(tr.n, dtype=torch.long)  # `first`'s number of each of `tr`'s channels
+    for a,b in zip(first.reads, tr.reads):
+        theirs[b.ins],theirs[b.outs] = a.ins,a.outs
+        a.const = torch.where((a.zero==b.zero)&((a.const==b.const)|a.zero), a.const, torch.nan)
+        a.zero,a.nonzero = a.zero&b.zero,a.nonzero|b.nonzero
+    summed = torch.cat([o.flatten() for o in tr.sums] or [torch.zeros(0, dtype=torch.long)])
+    first.sums.append(theirs[summed])
+    return bool(((summed==0)|(theirs[summed]>0)).all())
 
 def _call(model, inputs):
     if isinstance(inputs, dict): return model(**inputs)
@@ -318,9 +404,20 @@ class Liveness:
         self._agree()
         self.live = torch.zeros(len(graph._root), dtype=torch.bool)
         self.live[0] = True  # what has to stay is class 0
-        if tr.stuck: self.live[:] = True
+        if tr.closed: self._reopen(tr)
         for ids in [*(l for l,_ in graph.mixes),*tr.sums]: self.live[graph.classes(ids.flatten())] = True
         self._spread()
+
+    def _reopen(self, tr):
+        "What the model held when it asked for a value may not be what it was; and what did not run may read it, or what comes later"
+        held = torch.zeros_like(self.live)
+        held[self.graph.classes(tr.held)] = True
+        for r in self.reads:
+            at = held[self.graph.classes(r.ins)]
+            r.zero,r.const = r.zero&~at,r.const.masked_fill(at, torch.nan)
+        if self.graph.idle:
+            later = torch.arange(tr.n_closed, len(self.live))
+            self.live[self.graph.classes(torch.cat([tr.held,later]))] = True
 
     def _agree(self):
         "A constant counts if all uses of its weight see the same"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['one_shot', 'iterative', 'agp', 'gradual', 'one_cycle', 'cos', 'lin', 'dsd', 'schedules', 'sched_one_shot',
            'sched_iterative', 'sched_agp', 'sched_one_cycle', 'sched_cos', 'sched_lin', 'sched_dsd', 'Schedule',
-           'schedule_of']
+           'schedule_of', 'check_rises', 'n_due', 'due']
 
 # %% ../../nbs/core/03_schedule.ipynb #c1822978
 import inspect, math
@@ -63,3 +63,19 @@ def schedule_of(given): # Name of one of `schedules`, `Schedule`, or function f(
     "The `Schedule` behind a name, a bare function as a schedule over all of training, or the value itself"
     s = named('schedule', schedules, given)
     return s if isinstance(s, Schedule) else Schedule(s)
+
+# %% ../../nbs/core/03_schedule.ipynb #84e53aeb
+def check_rises(schedule, target): # A `Schedule`, what is reached at the end, in percent
+    "`ValueError` if `schedule` falls anywhere on its way to `target`"
+    levels = [schedule(o/1000, target) for o in range(1001)]
+    if any(b<a-1e-9 for a,b in zip(levels, levels[1:])): raise ValueError(f'the schedule {schedule} falls, from {max(levels):g} to {levels[-1]:g} percent: what was removed does not come back')
+
+# %% ../../nbs/core/03_schedule.ipynb #1ec84f78
+def n_due(n:int, n_epoch:int, most:int): # Steps in a fit, epochs in it, most updates
+    "How many updates there are in a fit: a multiple of the number of epochs, unless there are more epochs than that"
+    m = min(n, most)
+    return m-m%n_epoch if m>n_epoch else m
+
+def due(k:int, n:int, m:int, last:int|None=None): # Step from 1 to n, number of steps, number of updates, last step that was asked for
+    "Is one of `m` updates, equally spaced and the last at `n`, to be made after step `k`?"
+    return k*m//n>(k-1 if last is None else last)*m//n

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BN_Folder', 'bn_folding_model']
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #1e1d2790
+# %% ../../nbs/misc/01_bn_folding.ipynb #c941da51
 import math,re,warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from ..core.proof import check_same
 from ..core.surgery import _add_bias,copy_of
 from ..legacy import old_function
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #d0a8159a
+# %% ../../nbs/misc/01_bn_folding.ipynb #bd01c0d9
 def _stands(m):
     "Why norm `m` has no fixed scale and shift, or ''"
     if type(m).forward not in (nn.modules.batchnorm._BatchNorm.forward,nn.SyncBatchNorm.forward) and not _frozen(m): return f'a {type(m).__name__} has a forward of its own'
@@ -36,7 +36,7 @@ def _scale_shift(m):
     s = (var+m.eps).rsqrt()*(1. if w is None else w)
     return s,(0. if b is None else b)-mean*s
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #bb9270d1
+# %% ../../nbs/misc/01_bn_folding.ipynb #bfa76434
 class _No(Exception): "Why a scale and a shift cannot go this way"
 
 _passes = {}
@@ -65,7 +65,7 @@ def _moved(c, v, s, t, up):
         return _shrink(x.view(c.x.shape))
     return [(c.x,back(s, 1.),back(t, 0.))]
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #e7a36371
+# %% ../../nbs/misc/01_bn_folding.ipynb #2bb463c3
 def _not_negative(c, s):
     if (s<0).any(): raise _No(f'{c.why} does not commute with a negative scale')
 def _no_shift(c, t):
@@ -108,7 +108,7 @@ def _rectified(c, v, s, t, up):
     _no_shift(c, t)
     return [(c.x if up else c.outs[0],s,t)]
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #6e5c1a9f
+# %% ../../nbs/misc/01_bn_folding.ipynb #c5c50fc4
 @_pass('add', 'sub', 'mul', 'div', 'rsub', 'neg')
 def _shifted(c, v, s, t, up):
     if len(c.tensors)>1: return _added(c, v, s, t, up)
@@ -154,7 +154,7 @@ def _joined(c, v, s, t, up):
         at += o.shape[d]
     return back
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #ab0f6bb7
+# %% ../../nbs/misc/01_bn_folding.ipynb #2ae6c0b4
 @dataclass
 class _Layer:
     "A convolution or a product with a weight, as it ran"
@@ -207,7 +207,7 @@ def _vector(l, n, dim, why):
 
 def _idle(s, t): return bool((s==1).all() and (t==0).all())
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #65f62e15
+# %% ../../nbs/misc/01_bn_folding.ipynb #9d3e751b
 class _Plan:
     "Where each norm of a model can go; nothing is changed"
     def __init__(self, model, flow, left):
@@ -259,13 +259,13 @@ class _Plan:
 
     def up(self, y, s, t, by):
         "Edits that make value `y`, which `by` reads, `s*y+t`"
-        c,(*others,) = y.maker,y.readers
+        c,others = y.maker,list(y.readers)
         others.remove(by)
-        what = y.name or (c.why if c else 'an input of the model')
+        if not (c or y.name): raise _No('an input of the model')
+        what = y.name or c.why
         if y.kept: raise _No(f'{what} is {y.kept}')
         if not all(self.missed(o, y, s, t) for o in others): raise _No(f'{what} is read elsewhere as well')
         if y.name: return self.by_parameter(y, s, t)
-        if c is None: raise _No(f'{what} is as it is')
         if isinstance(c, Whole): return self.up(c.x, s, t, c) if c.where in self.into else self.by_norm(c, s, t, True)
         if l := self.layer(c): return self.by_layer(l, s, t)
         return [e for v,*st in self.passed(c, y, s, t, True) for e in self.up(v, *st, c)]
@@ -350,7 +350,7 @@ class _Plan:
         for f in self.edits.get(name, []): w,b = f(w, b)
         return {name:w, **({bias:b} if bias else {})}
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #16605802
+# %% ../../nbs/misc/01_bn_folding.ipynb #a1c867ad
 def _rounded(x, dtype):
     "`x` as `dtype`, without subnormal numbers"
     return x.where(x.abs()>=torch.finfo(dtype).tiny, 0.).to(dtype)
@@ -398,7 +398,7 @@ def _remove(plan, model, dissolve):
             else: parent._modules[k] = nn.Identity().train(m.training)
         if chain and all(k.isdigit() for k in parent._modules): parent._modules = dict(zip(map(str, range(len(parent._modules))), parent._modules.values()))
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #53bf8376
+# %% ../../nbs/misc/01_bn_folding.ipynb #a31440e2
 class BN_Folder:
     """`BN_Folder().fold(model)` gives a copy without the BatchNorms that a neighbouring layer can stand in for, with the same outputs in eval mode. Afterwards `into` says where
     each went, `left` why others stayed, by their names in `model`"""
@@ -440,7 +440,7 @@ def _planned(model, flow, left, bare):
     _write(plan, numbers[0], bare)
     return plan
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #087c23b5
+# %% ../../nbs/misc/01_bn_folding.ipynb #12d6f92e
 @old_function('bn_folding_model(model)', 'BN_Folder().fold(model)')
 def bn_folding_model(
     model:nn.Module, # Left as it is

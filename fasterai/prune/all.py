@@ -1,2 +1,3 @@
 from ..core.all import *
 from .pruner import *
+from .prune_callback import *

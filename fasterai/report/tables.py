@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['Table', 'summary', 'report']
 
-# %% ../../nbs/report/02_tables.ipynb #a37c77df
+# %% ../../nbs/report/02_tables.ipynb #1ac2a4a1
 import html,itertools,re
 from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from ..analyze.counts import (batches_of,check_models,effective_parameters,latency,median_interval,most_likely,n_bytes,n_params,place_of,placed,
+from ..analyze.counts import (batches_of,check_models,effective_parameters,latency,most_likely,n_bytes,n_params,place_of,placed,
                                      running,sign_test,speedup,told_right,wilson)
-from ..core.graph import ChannelGraph,_tensors,call_with,example_inputs_for,layer_of
+from ..core.graph import ChannelGraph,_tensors,call_with,example_inputs_for,untouched
 from ..core.liveness import Liveness
 
 # %% ../../nbs/report/02_tables.ipynb #020a2d17
@@ -50,7 +50,7 @@ def _unit(o, units=('','k','M','G','T')):
         o /= 1000
     return f'{o:.4g} {units[-1]}'
 
-# %% ../../nbs/report/02_tables.ipynb #971dbe3d
+# %% ../../nbs/report/02_tables.ipynb #485452cb
 def _observed(model, inputs):
     "Shape of what each module that runs returns first"
     shapes,names = {},{m:n for n,m in model.named_modules()}
@@ -58,7 +58,7 @@ def _observed(model, inputs):
         if m in names and (ts := _tensors(out)): shapes.setdefault(names[m], tuple(ts[0].shape))
     hook = nn.modules.module.register_module_forward_hook(see)
     try:
-        with running(model): call_with(model, inputs)
+        with untouched(model): call_with(model, inputs)  # without fused attention, which would hide what is inside
     finally: hook.remove()
     return shapes
 
@@ -82,7 +82,7 @@ def summary(
     rows.append(dict(layer='total', type=type(model).__name__, shape='', **{k:sum(o[k] for o in rows) for k in ('params','nonzero','macs')}, output=shapes.get('', '')))
     return Table(pd.DataFrame(rows).set_index('layer'))
 
-# %% ../../nbs/report/02_tables.ipynb #2aca80e5
+# %% ../../nbs/report/02_tables.ipynb #c3e635a1
 _CONVS = nn.modules.conv._ConvNd
 
 def _overheads(model, macs, batch, ms, layouts):
@@ -111,6 +111,7 @@ def _zeros_note(o):
     return [f'{o["stage"]}: {gone:,} zeros take as much time and room as other numbers, and no channel can go for them: they are scattered (a granularity below `filter`) '
             'or tied to channels that are not zero (`coupled=True` zeroes these together)']
 
+def _sizes(model): return [(n,type(m),[tuple(p.shape) for p in m.parameters(recurse=False)]) for n,m in model.named_modules()]
 def _ratio(o): return f'×{o.median:.2f} (×{o.low:.2f} to ×{o.high:.2f})'
 
 def _speed_note(a, b, prev, layouts):
@@ -121,6 +122,9 @@ def _speed_note(a, b, prev, layouts):
     if s.low<=1<=s.high: verdict = f'no faster than {a["stage"]}: {_ratio(s)} is within the noise'
     elif s.high<1: verdict = f'slower than {a["stage"]}: {_ratio(s)}'
     else: verdict = ''
+    if _sizes(a['model'])==_sizes(b['model']):
+        same = 'within the noise' if s.low<=1<=s.high else 'the noise of this machine, and so may be differences like it'
+        return [f'{b["stage"]}: computes what {a["stage"]} does, with other numbers: {_ratio(s)} in time is {same}']
     if verdict and macs<1.02: res.append(f'{verdict}, and it computes as much')
     elif verdict: res.append(f'{verdict}, for ×{macs:.2f} fewer MACs{why}')
     elif macs>s.high: res.append(f'×{macs:.2f} fewer MACs are worth {_ratio(s)} in time{why}')
@@ -128,8 +132,8 @@ def _speed_note(a, b, prev, layouts):
     if prev is not a and (t := speedup(prev['ms'], b['ms'])).low<=1<=t.high: res.append(f'no faster than {prev["stage"]}: {_ratio(t)} is within the noise')
     return [f'{b["stage"]}: {o}' for o in res]
 
-def _accuracy_note(a, b):
-    if a['right'] is None: return []
+def _accuracy_note(a, b, prev):
+    if a['right'] is None or prev is not a and torch.equal(prev['right'], b['right']): return []
     lost,won = int((a['right']&~b['right']).sum()),int((b['right']&~a['right']).sum())
     if lost==won: return []
     p = sign_test(lost, won)
@@ -194,7 +198,7 @@ def _check_alike(stages, inputs):
             if place_of(m)[0]!=place_of(first)[0]: raise ValueError(f'{a} is on {place_of(first)[0]} and {b} on {place_of(m)[0]}: their times do not compare')
             if (now := out(m))!=shapes: raise ValueError(f'{b} returns {now} where {a} returns {shapes}: they do not do the same')
 
-# %% ../../nbs/report/02_tables.ipynb #ca4e7c9b
+# %% ../../nbs/report/02_tables.ipynb #518768dc
 def report(
     *models, # Models, or a dict of them by name, each compared with the first; then, if any, the data
     data=None, # Batches (x, y), a fastai DataLoaders (its `valid` is taken), or two tensors: accuracy is measured on it
@@ -224,12 +228,12 @@ def report(
         seen.append(dict(counts, model=m, graph=graph, batch=batch, right=right[i], ms=times[''][i]))
         rows.append({**counts, 'macs_ratio':seen[0]['macs']/max(counts['macs'], 1), **_timed(times, i), **_rightness(right[i])})
     notes = [o for b in seen for o in _zeros_note(b)]
-    for prev,b in zip(seen, seen[1:]): notes += _speed_note(seen[0], b, prev, channels_last) + _accuracy_note(seen[0], b)
+    for prev,b in zip(seen, seen[1:]): notes += _speed_note(seen[0], b, prev, channels_last) + _accuracy_note(seen[0], b, prev)
     unknown = {op for o in seen for op in o['graph'].unknown}
     if unknown: notes.append(f'operations whose MACs are not counted, if they have some: {", ".join(sorted(unknown))}')
     res = Report(pd.DataFrame(rows).set_index('stage'))
     size = ' and '.join('×'.join(map(str, o)) for o in shapes)
-    res.attrs = dict(notes=notes, about=f'{size} on {place_of(ms[0])[0]}, {threads or torch.get_num_threads()} threads; ms: median of {repeats} turns and quartiles; faster: median over the turns, 95 %; right: 95 %')
+    res.attrs = dict(notes=notes, about=f'{size} on {place_of(ms[0])[0]}, threads: {threads or torch.get_num_threads()}; ms: median of {repeats} turns and quartiles; faster: median over the turns, 95 %; right: 95 %')
     return res
 
 # %% ../../nbs/report/02_tables.ipynb #84db8a1d

@@ -13,11 +13,12 @@ from functools import partial
 from numbers import Real
 import torch
 from torch import nn, Tensor
-from ..core.granularity import Blocks, axes_of, available, blocks, did_you_mean, granularities, granularity_of, head_parts, layer_axes, n_heads, pattern
+from ..core.granularity import Blocks, axes_of, available, blocks, did_you_mean, granularities, granularity_of, has_axes, head_parts, layer_axes, n_heads, pattern
 from ..core.criteria import criteria_of, large_final, needs
 from ..core.context import context_of, local, shares
-from ..core.selection import CHUNK, Scores, Source, n_of, select
-from ..core.graph import ChannelGraph, batches_of, untouched
+from ..core.selection import CHUNK, Scores, Source, check_percent, n_of, rounded_gone, select
+from ..core.graph import ChannelGraph
+from ..core.evidence import Weight, _wide, check_trained, evidence, weight_of
 from ..legacy import OldLevelPruner, old_prune, old_sparsifier
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #0ee83cb5
@@ -37,17 +38,9 @@ def zero_(w:Tensor, keep:Tensor): # Weight, int8 mask that broadcasts over it: -
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #1ed60df7
 @dataclass(eq=False)
-class Part:
+class Part(Weight):
     "A weight, and the blocks that it splits into"
-    mod:nn.Module # Module that holds the weight
-    attr:str # Its attribute there
-    name:str # Name of the parameter in the model
-    axes:str # Names of the weight's axes, or ''
     blocks:Blocks # How it splits
-    @property
-    def w(self): return getattr(self.mod, self.attr)
-
-def _wide(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #6a3d3fce
 class Layer(Source):
@@ -136,8 +129,6 @@ def _types(layer_type):
         if not isinstance(t, type): raise TypeError(f'layer_type is a class of layers or a tuple of them, not {t!r}: {did_you_mean(t, [o.__name__ for o in layer_axes if isinstance(o, type)])}')
     return ts
 
-def _has_axes(m): return any(t in layer_axes or t.__name__ in layer_axes for t in type(m).__mro__)
-
 def find_layers(model, granularity, layer_type, criteria):
     "Each layer of `layer_type` (each attention layer, for `head`) as a `Layer`; a weight that is shared comes once"
     if not isinstance(model, nn.Module): raise TypeError(f'a model is an nn.Module, not {model!r}')
@@ -156,66 +147,16 @@ def find_layers(model, granularity, layer_type, criteria):
             seen.update(p.name for p in parts)
     if res: return res
     if head: raise ValueError('the model has no attention layer of a known form (nn.MultiheadAttention, a fused qkv, or separate projections)')
-    there = sorted({type(m).__name__ for m in model.modules() if _has_axes(m)})
+    there = sorted({type(m).__name__ for m in model.modules() if has_axes(m)})
     raise ValueError(f'the model has no layer of type {", ".join(t.__name__ for t in types)}; it has {", ".join(there) or "none that can be sparsified"}')
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #778d11c7
-def _act_like(act, p):
-    "`act`, one value an input channel, shaped to broadcast over the weight of `p`"
-    w,i = p.w,p.axes.index('i')
-    if i==0: act = act[:,None]
-    elif w.shape[1]==len(act): act = act[None]
-    else: act = act.view(-1, w.shape[1]).repeat_interleave(w.shape[0]*w.shape[1]//len(act), 0)  # grouped: a filter sees the inputs of its group
-    return act.view(*act.shape, *[1]*(w.dim()-2))
+def give(layers, found): # Layers; what was found, by what it is and name of the weight
+    "Let `layers` know what was found for their criteria"
+    for k,xs in found.items():
+        for o in layers: o.given[k] = [xs.get(p.name) for p in o.parts]
 
-class ActNorms:
-    "The l2 norms of the input activations of `layers`, by input channel, over what runs between entering and leaving"
-    def __init__(self, layers:list[Layer]): self.layers,self.sums,self.hooks = layers,{},[]
-    def __enter__(self):
-        self.hooks = [p.mod.register_forward_pre_hook(self._hook(p), with_kwargs=True) for o in self.layers for p in o.parts]
-        return self
-    def __exit__(self, *exc):
-        for h in self.hooks: h.remove()
-        self.hooks = []
-    def _hook(self, p):
-        def f(m, xs, kwargs):
-            x = _wide((xs[0] if xs else next(iter(kwargs.values()))).detach())
-            c = x.dim()-1-max(len(p.axes)-2, 0)
-            s = x.square().sum([o for o in range(x.dim()) if o!=c])
-            self.sums[p.name] = s if p.name not in self.sums else self.sums[p.name]+s
-        return f
-    def give(self):
-        "Let the layers know the norms"
-        for o in self.layers: o.given['act'] = [_act_like(self.sums[p.name].sqrt(), p) if p.name in self.sums and p.axes else None for p in o.parts]
-
-def _default_loss(pred, y): return nn.functional.mse_loss(pred, y) if y.is_floating_point() else nn.functional.cross_entropy(pred, y)
-
-def _gradients(model, batch, ps, loss_func):
-    if len(batch)<2: raise ValueError('gradients need batches with a target: (x, y)')
-    return torch.autograd.grad(loss_func(model(*batch[:-1]), batch[-1]), [p.w for p in ps], allow_unused=True, materialize_grads=True)
-
-def norms_from(batch, model, layers):
-    "Let `layers` know the norms of their activations for the inputs `batch`, from a forward pass of its own that leaves nothing behind"
-    with untouched(model), ActNorms(layers) as acts: model(*batch)
-    acts.give()
-
-def learn_from(data, model, layers, loss_func=None): # Batches (x, y): one, a list or a loader. Loss, by default cross-entropy or, for a float target, mean squared error
-    "Let `layers` know what their criteria asks for: gradients, averaged over the batches of `data`, and norms of activations; in eval mode"
-    asked,loss_func,grads,n = needs(layers[0].criteria),loss_func or _default_loss,None,0
-    ps = [p for o in layers for p in o.parts]
-    frozen = [p.name for p in ps if not p.w.requires_grad]
-    if 'grad' in asked and frozen: raise ValueError(f'criteria {layers[0].criteria.__name__!r} needs gradients, and {frozen[0]} is frozen')
-    with untouched(model), ActNorms(layers if 'act' in asked else []) as acts, torch.set_grad_enabled('grad' in asked):
-        for n,b in enumerate(batches_of(data), 1):
-            b = [o.to(ps[0].w.device) if isinstance(o, Tensor) else o for o in (b if isinstance(b, (tuple, list)) else [b])]
-            if 'grad' in asked:
-                g = _gradients(model, b, ps, loss_func)
-                grads = g if grads is None else torch._foreach_add(grads, g)
-            else: model(*(b[:-1] or b))
-    if not n: raise ValueError('data has no batch')
-    if 'act' in asked: acts.give()
-    it = iter(grads or [])
-    if grads: [o.given.update(grad=[next(it)/n for _ in o.parts]) for o in layers]
+def parts_of(layers): return [p for o in layers for p in o.parts]
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #bc05f734
 class Side:
@@ -293,8 +234,8 @@ def _components(classes): # Class of each filter, by weight
     return [names for names,c in groups if c]
 
 def _tied_part(model, p, name, dim, number, n):
-    mod,attr = _owner(model, name)
-    return Part(mod, attr, name, axes_of(mod) if _has_axes(mod) else '', _Tied(p.shape, dim, number, n))
+    w = weight_of(model, name)
+    return Part(w.mod, w.attr, name, w.axes, _Tied(p.shape, dim, number, n))
 
 def couple(model, layers, criteria, example_inputs=None):
     "`layers` regrouped so that filters that are tied are one block, with all else that makes these channels; and their side parameters"
@@ -321,7 +262,7 @@ def couple(model, layers, criteria, example_inputs=None):
 # %% ../../nbs/sparse/01_sparsifier.ipynb #b0451259
 def check_level(sparsity): # Percentage
     "`ValueError` if `sparsity` is no percentage"
-    if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not -1e-9<=sparsity<=100+1e-9: raise ValueError(f'sparsity is in percent, from 0 to 100, not {sparsity!r}')
+    check_percent('sparsity', sparsity)
 
 def check_sparsity(sparsity): # Percentage
     "`sparsity` if it is a percentage; `ValueError` otherwise, and a warning for what looks like a fraction"
@@ -393,8 +334,19 @@ class Sparsifier:
         return found[0].parts[0].mod
     prune_layer = sparsify_layer
 
+    def sparsify_below(self, threshold): # Number that scores of blocks are compared with
+        "Zero the blocks that score below `threshold`, as a penalty has left them, but not the best of a layer, and return the model"
+        if not isinstance(threshold, Real) or math.isnan(threshold): raise ValueError(f'a threshold is a number, not {threshold!r}')
+        self._learn(self.layers)
+        def counts(): return {(n,): int(((s<threshold) | (self._by_name[n].keep==0)).sum()) for n,s in self._scores(self.layers).items()}
+        self._renew(lambda: self._rounded(counts()), self.layers)
+        return self.model
+
     def _learn(self, layers):
-        if self.data is not None and {'grad','act'} & set(needs(self.criteria)): learn_from(self.data, self.model, layers, self.loss_func)
+        asked,parts = {'grad','act'} & set(needs(self.criteria)),parts_of(layers)
+        if self.data is None or not asked: return
+        if 'grad' in asked: check_trained(self.criteria, parts)
+        give(layers, evidence(asked, self.data, self.model, parts, self.loss_func))
 
     @property
     def own(self): "Percent of zeros that the granularity can reach: 100, or a pattern's own"; return self.granularity.sparsity if isinstance(self.granularity, pattern) else 100
@@ -466,7 +418,7 @@ class Sparsifier:
                 trial = [Scores(s, o.keep.clone()) for s,o in zip(self._scores(layers).values(), layers)]
                 select(trial, self._n_gone(names), k, self._protect)
                 k = [o.gone for o in trial]
-            res |= {(o.name,): _round(o.n, min(n, o.n-self._protect), self.round_to) for o,n in zip(layers, k if len(names)>1 else [k])}
+            res |= {(o.name,): rounded_gone(o.n, min(n, o.n-self._protect), self.round_to) for o,n in zip(layers, k if len(names)>1 else [k])}
         return res
 
     def _n_gone(self, names):
@@ -538,16 +490,11 @@ class Sparsifier:
 
 def _shape(p): "Shape of a part's weight, outputs first and inputs second"; return tuple(p.w.shape[p.axes.index(o)] for o in sorted(p.axes, key='oidhw'.index)) if p.axes else tuple(p.w.shape)
 
-def _round(n, gone, to):
-    "How many of `n` are gone so that a multiple of `to` is left: rather more than too few, but no more than there are"
-    up = -(-(n-gone)//to)*to
-    return 0 if not gone or n<to else n-(up if up<=n else n//to*to)
-
 # %% ../../nbs/sparse/01_sparsifier.ipynb #051d58d5
 def hold_zeros(model:nn.Module, example_inputs=None): # Model, inputs that run it
     "A `Sparsifier` whose masks are the zeros of `model`: its `apply_masks` holds them"
     model = getattr(model, '_orig_mod', model)
-    types = tuple({type(m) for m in model.modules() if _has_axes(m)})
+    types = tuple({type(m) for m in model.modules() if has_axes(m)})
     if not types: raise ValueError('the model has no layer whose zeros could be held')
     sp = Sparsifier(model, 'weight', layer_type=types, example_inputs=example_inputs)
     filters = []

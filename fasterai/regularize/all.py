@@ -1,0 +1,3 @@
+from ..core.all import *
+from .penalties import *
+from .regularize_callback import *

@@ -1,0 +1,212 @@
+"Patterns met in networks that nobody here developed on"
+import copy,warnings
+import pytest,torch
+import torch.nn.functional as F
+from torch import nn
+from fasterai.core.graph import ChannelGraph,call_with
+from fasterai.core.proof import difference
+from fasterai.prune.pruner import Pruner,load_pruned,pruned_plan,save_pruned
+from test_pruner import Net,X,conv,head,kept,n_params,pruned,randomized,zero
+
+XD = X.double()
+
+# the model asks for values
+
+def masked(m, x, mask):
+    y = F.relu(m.a(x))
+    if not mask.all(): y = y*mask[...,None]
+    return m.b(y)
+
+def test_both_answers_to_a_question_agree():
+    m = randomized(Net(masked, a=nn.Linear(5,6), b=nn.Linear(6,2)))
+    zero([1,4], m.a.weight, m.a.bias)
+    x,mask = torch.randn(2, 7, 5, dtype=torch.float64),torch.ones(2, 7, dtype=torch.bool)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        small = Pruner().prune_model(m, (x,mask))
+    assert small.a.out_features==4
+    for o in (mask,torch.rand(2, 7)<.5): assert difference(m, small, (x,o))[0]<1e-12
+
+def test_answers_that_disagree_keep_the_channel():
+    def f(m, x):
+        y = m.a(x)
+        return m.b(y if x.sum()>0 else y+1)
+    m = randomized(Net(f, a=nn.Linear(5,6), b=nn.Linear(6,2)))
+    zero([1,4], m.a.weight, m.a.bias)
+    small = Pruner().prune_model(m, XD[:,0,:5,0].abs())
+    assert small.a.out_features==6
+    for x in (XD[:,0,:5,0].abs(),-XD[:,0,:5,0].abs()): assert difference(m, small, x)[0]<1e-12
+
+def test_inputs_that_are_refused_are_no_answer():
+    def f(m, x):
+        if x.isnan().any(): raise ValueError('not a number')
+        return m.b(F.relu(m.a(x)))
+    m = randomized(Net(f, a=nn.Linear(5,6), b=nn.Linear(6,2)))
+    zero([1,4], m.a.weight, m.a.bias)
+    assert Pruner().prune_model(m, XD[:,0,:5,0]).a.out_features==4
+
+def detect(m, x):
+    y = m.c(F.relu(m.b(F.relu(m.a(x))))).flatten(2)
+    return [o[:,o[0]>0] for o in y]
+
+def test_what_is_let_go_before_a_question_cannot_be_read_otherwise():
+    "As in detection: how many boxes there are depends on the image"
+    m = randomized(Net(detect, a=conv(3,6), b=conv(6,5), c=conv(5,4)))
+    zero([0,3], m.a.weight, m.a.bias)
+    zero([2], m.b.weight, m.b.bias)
+    with pytest.warns(UserWarning, match='asks for their values'): small = Pruner().prune_model(m, XD)
+    assert (small.a.out_channels,small.b.out_channels)==(4,4)
+    for n in (9,17): assert difference(m, small, torch.randn(2, 3, n, n, dtype=torch.float64))[0]<1e-12
+    m = m.float()
+    Pruner(m, 50, example_inputs=X).prune_model()
+    assert m.a.out_channels==3 and [o.shape[0] for o in m(X)]==[4,4]
+
+def test_what_is_held_at_a_question_may_be_read_otherwise():
+    def f(m, x):
+        y = m.a(x)
+        n = int((x>0).sum())
+        return m.b(y if n>3 else y+n+1)
+    m = randomized(Net(f, a=nn.Linear(5,6), b=nn.Linear(6,2)))
+    zero([1,4], m.a.weight, m.a.bias)
+    x = XD[:,0,:5,0].abs()
+    with pytest.warns(UserWarning, match='asks for their values'): small = Pruner().prune_model(m, x)
+    for o in (x,-x): assert difference(m, small, o)[0]<1e-12
+
+def test_order_of_equal_findings_is_no_change():
+    def f(m, x):
+        y = m.b(F.relu(m.a(x))).flatten(1)
+        y = y[:,(y[0]*1e12).round()%2==0]  # what rounding decides
+        return y
+    m = randomized(Net(f, a=conv(3,6), b=conv(6,4)))
+    zero([0,3], m.a.weight, m.a.bias)
+    with pytest.warns(UserWarning): small = Pruner().prune_model(m, XD)
+    assert small.a.out_channels==4
+
+# training does more
+
+def aux(m, x):
+    a = m.a(x)
+    y = m.head(m.b(a))
+    return (y,m.aux(a.mean((2,3)))) if m.training else y
+
+@pytest.mark.parametrize('ratio', [None,50])
+def test_auxiliary_head_of_training_fits(ratio):
+    m = randomized(Net(aux, a=nn.Sequential(conv(3,8),nn.BatchNorm2d(8),nn.ReLU()), b=conv(8,6), head=head(6), aux=nn.Sequential(nn.Linear(8,4),nn.Dropout(),nn.Linear(4,3))))
+    was = copy.deepcopy(m.state_dict())
+    zero([1,2], m.a[0].weight, m.a[0].bias, m.a[1].weight, m.a[1].bias)
+    small = pruned(m) if ratio is None else Pruner(m, ratio, example_inputs=XD).prune_model()
+    assert small.aux[0].in_features==small.a[0].out_channels==(6 if ratio is None else 4)
+    y,z = small.train()(XD)
+    assert z.shape==(2,3)
+    (y.sum()+z.sum()).backward()
+
+def test_random_regularization_of_training_is_known():
+    def f(m, x):
+        y = m.a(x)
+        if m.training: y = y*torch.empty(len(y), 1, 1, 1).bernoulli_(.5).to(y) + 0*m.aux(F.dropout(y)).mean()
+        return m.head(y)
+    m = randomized(Net(f, a=conv(3,8), aux=conv(8,2), head=head(8)))
+    Pruner(m, 50, example_inputs=XD).prune_model()
+    assert m.a.out_channels==m.aux.in_channels==4
+    m.train()(XD)
+
+# the code counts on sizes
+
+def test_a_fixed_split_keeps_only_what_it_splits():
+    def f(m, x):
+        a,b = m.a(x).chunk(2, 1)
+        a,b = m.b(torch.max(a, b)).split(6, 1)  # six, whatever comes
+        return m.head(torch.max(a, b))
+    m = randomized(Net(f, a=conv(3,16), b=conv(8,12), head=head(6)))
+    zero([1,9], m.a.weight, m.a.bias)
+    zero([2,8], m.b.weight, m.b.bias)
+    small = pruned(m)
+    assert (small.a.out_channels,small.b.out_channels)==(14,12)
+    with pytest.warns(UserWarning, match='b kept all channels'): Pruner(m, 50, example_inputs=XD).prune_model()
+    assert (m.a.out_channels,m.b.out_channels)==(8,12) and call_with(m, XD).shape==(2,3)
+
+# operations
+
+def test_what_a_recurrent_layer_reads():
+    m = Net(lambda m,x: m.fc(m.l(m.c(x).transpose(1,2))[0][:,-1]), c=nn.Conv1d(3,8,3), l=nn.LSTM(8,5,batch_first=True,bidirectional=True), fc=nn.Linear(10,2)).eval()
+    x = torch.randn(2, 3, 12)
+    zero([1,6], m.c.weight, m.c.bias)
+    small = Pruner().prune_model(m, x)
+    assert small.l.input_size==6 and difference(m, small, torch.randn(3, 3, 20))[0]<1e-5
+    Pruner(m, 50, example_inputs=x).prune_model()
+    assert m.l.input_size==m.c.out_channels==4
+    m.train()(x).sum().backward()
+
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        O = len(self.weight)
+        w = F.batch_norm(self.weight.view(1, O, -1), None, None, weight=self.gain.view(-1)*.5, training=True).reshape_as(self.weight)
+        return F.conv2d(x, w, self.bias, 1, 1)
+def standardized(i, o):
+    m = Standardized(i, o, 3)
+    m.gain = nn.Parameter(torch.ones(o,1,1,1))
+    return m
+
+def test_a_standardized_weight():
+    m = randomized(nn.Sequential(standardized(3,8), nn.ReLU(), standardized(8,6), nn.ReLU(), head(6)))
+    zero([1,3], m[0].gain, m[0].bias)
+    zero([2,5], m[2].gain, m[2].bias)
+    small = pruned(m)  # what a standardized filter reads is part of its mean
+    assert (small[0].out_channels,small[2].out_channels)==(8,4) and small[2].gain.shape[0]==4
+    Pruner(m, 50, example_inputs=XD).prune_model()
+    assert (m[0].out_channels,m[2].out_channels)==(4,3) and m(XD).shape==(2,3)
+
+@pytest.mark.parametrize('norm', [nn.utils.parametrizations.weight_norm,nn.utils.weight_norm])
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+def test_a_weight_with_a_norm_of_its_own(norm, tmp_path):
+    make = lambda: nn.Sequential(norm(conv(3,8)), nn.ReLU(), head(8))
+    m = randomized(make())
+    g = m[0].parametrizations.weight.original0 if norm is nn.utils.parametrizations.weight_norm else m[0].weight_g
+    zero([1,3], g, m[0].bias)
+    small = pruned(m, XD)
+    assert small[0].out_channels==6
+    save_pruned(small, tmp_path/'a')
+    assert difference(small, load_pruned(tmp_path/'a', make().double().eval()), XD)[0]<1e-12
+
+def test_one_transposed_output_channel():
+    m = randomized(nn.Sequential(conv(3,8), nn.ReLU(), nn.ConvTranspose2d(8,1,2,2)))
+    zero([1,3], m[0].weight, m[0].bias)
+    assert pruned(m)[2].in_channels==6
+
+def edges(m, x):
+    "Of a graph of nearest neighbours: `gather`, `cdist`, `topk`"
+    y = m.a(x)
+    at = torch.cdist(y.transpose(1,2), y.transpose(1,2)).topk(3, largest=False).indices
+    near = torch.gather(y[...,None].expand(-1,-1,-1,3), 2, at[:,None].expand(-1,y.shape[1],-1,-1))
+    return m.fc(m.b(near-y[...,None]).max(-1)[0].amax(2))
+
+def test_neighbours():
+    m = randomized(Net(edges, a=nn.Conv1d(3,8,1), b=nn.Conv2d(8,6,1), fc=nn.Linear(6,2)))
+    x = torch.randn(2, 3, 9, dtype=torch.float64)
+    zero([1,4], m.b.weight, m.b.bias)
+    assert Pruner().prune_model(m, x).b.out_channels==4
+    Pruner(m, 50, example_inputs=x).prune_model()
+    assert (m.a.out_channels,m.b.out_channels)==(4,3) and m(torch.randn(1, 3, 15, dtype=torch.float64)).shape==(1,2)
+
+def experts(m, x):
+    y = F.relu(m.a(x))
+    w,at = m.gate(y).softmax(-1).topk(2, -1)
+    out = torch.zeros_like(y)
+    for i,e in enumerate(m.experts):
+        rows,k = (at==i).nonzero(as_tuple=True)
+        if len(rows): out.index_add_(0, rows, e(y[rows])*w[rows,k,None])
+    return m.fc(out+y)
+
+def test_experts():
+    m = randomized(Net(experts, a=nn.Linear(5,8), gate=nn.Linear(8,3), experts=nn.ModuleList(nn.Sequential(nn.Linear(8,6),nn.GELU(),nn.Linear(6,8)) for _ in range(3)), fc=nn.Linear(8,2)))
+    x = torch.randn(20, 5, dtype=torch.float64)
+    Pruner(m, 50, example_inputs=x).prune_model()
+    assert m.a.out_features==4 and [e[0].out_features for e in m.experts]==[3,3,3] and m.gate.out_features==3
+    assert m(torch.randn(9, 5, dtype=torch.float64)).shape==(9,2)
+
+def test_regions():
+    from torchvision.ops import roi_align
+    boxes = [torch.tensor([[0.,0,5,5],[2,2,9,9]], dtype=torch.float64)]*2
+    m = randomized(Net(lambda m,x: m.fc(roi_align(m.a(x), boxes, 3).flatten(1)), a=conv(3,8), fc=nn.Linear(72,2)))
+    zero([1,3], m.a.weight, m.a.bias)
+    assert pruned(m).fc.in_features==54

@@ -1,0 +1,303 @@
+"Counts, latency in turn, accuracy as k of n, and what a report says of them"
+import importlib.util,pickle,random
+from pathlib import Path
+import numpy as np
+import pytest, torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from hypothesis import given, strategies as st
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fasterai.analyze import counts
+from fasterai.analyze.all import *
+from fasterai.report.all import *
+from fasterai.prune.all import Pruner
+from fasterai.sparse.sparsifier import Sparsifier
+import matplotlib
+matplotlib.use('agg')
+
+ROOT = Path(__file__).parent.parent
+X = torch.randn(1, 3, 16, 16)
+
+def net(out=4):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3,16,3), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(), nn.Conv2d(16,16,3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16,out))
+
+def state_of(m): return {k:v.clone() for k,v in m.state_dict().items()}, [o.training for o in m.modules()], torch.get_num_threads(), torch.get_rng_state(), torch.backends.mha.get_fastpath_enabled()
+def same(a, b): return all(torch.equal(a[0][k], b[0][k]) for k in a[0]) and a[1:3]==b[1:3] and torch.equal(a[3], b[3]) and a[4]==b[4]
+
+class Clock:
+    "Stands in for the clock: only running a `Paced` model takes time, as many milliseconds as it says"
+    def __init__(self): self.now,self.log = 0.,[]
+    def __call__(self): return self.now
+
+class Paced(nn.Module):
+    def __init__(self, clock, name, ms):
+        super().__init__()
+        self.clock,self.name,self.ms,self.w = clock,name,ms,nn.Parameter(torch.ones(1))
+        self.register_parameter(name, nn.Parameter(torch.ones(ord(name)-96)))  # no two are alike
+    def forward(self, x):
+        assert not self.training and not torch.is_grad_enabled()
+        self.clock.now += self.ms()/1000
+        self.clock.log.append(self.name)
+        return x*self.w
+
+def paced(monkeypatch, *ms):
+    clock = Clock()
+    monkeypatch.setattr(counts, 'perf_counter', clock)
+    return clock,[Paced(clock, 'abc'[i], o) for i,o in enumerate(ms)]
+
+def test_latency_in_turn(monkeypatch):
+    "Warm-up first, then every model once a turn, in an order that changes, the same each time it is asked"
+    logs = []
+    for _ in range(2):
+        clock,models = paced(monkeypatch, lambda: 20, lambda: 30, lambda: 40)
+        ms = latency(*models, example_inputs=torch.ones(1), repeats=30, warmup=2)
+        log = ''.join(clock.log)
+        turns = [log[i:i+3] for i in range(9, len(log), 3)]
+        logs.append(log)
+        assert log[:9]=='aaabbbccc' and len(turns)==30 and {''.join(sorted(o)) for o in turns}=={'abc'} and len(set(turns))==6
+        assert np.allclose(ms, [[20]*30,[30]*30,[40]*30])
+    assert logs[0]==logs[1]
+
+def test_latency_of_small_models_repeats_calls(monkeypatch):
+    "A measurement takes 10 ms at least, and tells the time of one call"
+    clock,models = paced(monkeypatch, lambda: 4, lambda: 25)
+    ms = latency(*models, example_inputs=torch.ones(1), repeats=2, warmup=0)
+    log = ''.join(clock.log)
+    assert log[:2]=='ab' and log.count('a')==7 and log[2:].replace('aaa','A') in ('AbAb','AbbA','bAAb','bAbA') and np.allclose(ms, [[4,4],[25,25]])
+
+def test_drift_does_not_show_in_the_ratio(monkeypatch):
+    "A machine that gets slower and slower: medians of times wander, ratios of a turn do not"
+    clock,models = paced(monkeypatch, lambda: 20+clock.now, lambda: 20+clock.now)
+    s = speedup(*latency(*models, example_inputs=torch.ones(1), repeats=15))
+    assert s.low<=1<=s.high and s.high-s.low<.2
+
+def test_noise_is_called_noise(monkeypatch):
+    rng = random.Random(0)
+    clock,models = paced(monkeypatch, lambda: 20+10*rng.random(), lambda: 20+10*rng.random())
+    rep = report(*models, example_inputs=torch.ones(1))
+    assert rep.speedup_low['after']<1<rep.speedup_high['after'] and any('within the noise' in o and o.startswith('after') for o in rep.notes)
+
+def test_slower_is_called_slower(monkeypatch):
+    clock,models = paced(monkeypatch, lambda: 20, lambda: 40, lambda: 40)
+    rep = report(*models, example_inputs=torch.ones(1))
+    assert any(o.startswith('model 2: slower than model 1: ×0.50') for o in rep.notes)
+    assert any(o.startswith('model 3: no faster than model 2') for o in rep.notes)
+
+def test_faster_without_fewer_macs(monkeypatch):
+    clock,models = paced(monkeypatch, lambda: 40, lambda: 20)
+    rep = report(*models, example_inputs=torch.ones(1))
+    assert np.isclose(rep.speedup['after'], 2) and any('faster by ×2.00' in o for o in rep.notes)
+
+def test_what_computes_the_same_is_not_faster(monkeypatch):
+    "A difference of the clock between models of one make is of the machine"
+    clock,models = paced(monkeypatch, lambda: 40, lambda: 20)
+    twin = Paced(clock, 'a', lambda: 20)
+    rep = report(models[0], twin, example_inputs=torch.ones(1))
+    assert np.isclose(rep.speedup['after'], 2) and rep.notes==['after: computes what before does, with other numbers: ×2.00 (×2.00 to ×2.00) in time is the noise of this machine, and so may be differences like it']
+
+def test_waits_for_the_device_and_needs_no_cuda(monkeypatch):
+    "The clock is read after the device of the model is done; nothing of CUDA is asked where the model is on the CPU"
+    waited = []
+    monkeypatch.setattr(torch.cpu, 'synchronize', lambda *a: waited.append(a))
+    def no(*a): raise AssertionError('CUDA')
+    monkeypatch.setattr(torch.cuda, 'synchronize', no)
+    latency(nn.Linear(2,2), example_inputs=torch.ones(1,2), repeats=2, warmup=0)
+    assert waited==[()]*6
+
+def test_one_thread_and_back():
+    seen,was = [],torch.get_num_threads()
+    m = nn.Sequential(nn.Linear(2,2))
+    m[0].register_forward_hook(lambda *a: seen.append(torch.get_num_threads()))
+    latency(m, example_inputs=torch.ones(1,2), repeats=1, threads=was+1)
+    assert set(seen)=={was+1} and torch.get_num_threads()==was
+
+def test_channels_last():
+    "Copies are measured in the layout; the model keeps its own"
+    seen,m,last = [],net(),torch.channels_last
+    m[0].register_forward_pre_hook(lambda mod, a: seen.append((a[0].is_contiguous(memory_format=last), mod.weight.is_contiguous(memory_format=last))))
+    latency(m, example_inputs=torch.randn(2,3,16,16), repeats=1, channels_last=True)
+    assert set(seen)=={(True,True)} and m[0].weight.is_contiguous()
+    with pytest.raises(ValueError, match='4 dimensions'): latency(nn.Linear(2,2), example_inputs=torch.ones(1,2), channels_last=True)
+
+class Broken(nn.Module):
+    "Draws random numbers, writes to its buffer, and fails at the `n`-th call"
+    def __init__(self, n):
+        super().__init__()
+        self.n,self.calls,self.w = n,0,nn.Parameter(torch.ones(4))
+        self.register_buffer('b', torch.zeros(1))
+    def forward(self, x):
+        self.calls += 1
+        torch.rand(3)
+        self.b += 1
+        if self.calls>=self.n: raise KeyError('broken')
+        return torch.stack([x.flatten(1).sum(1)*o for o in self.w], 1)
+
+@pytest.mark.parametrize('n', [1,2,4,6,9,10**9])
+def test_left_as_it_was(n):
+    "Models, threads and random state, whether or not a call fails, and whenever"
+    m,b = net().train(),Broken(n)
+    m[1].eval()
+    data = [(torch.randn(2,3,16,16), torch.randint(0,4,(2,))) for _ in range(2)]
+    was = state_of(m),state_of(b)
+    try:
+        report(m, b, data, threads=1, repeats=6)
+        failed = False
+    except KeyError: failed = True
+    assert failed==(n<100) and same(was[0], state_of(m)) and same(was[1], state_of(b))
+
+def test_summary_leaves_the_model():
+    m = net().train()
+    was = state_of(m)
+    df = summary(m, X)
+    assert same(was, state_of(m)) and df.loc['total','params']==n_params(m) and df.loc['total','macs']==n_macs(m, X)
+    assert df.loc['4','output']==(1,16,12,12) and df.loc['4','shape']==(16,16,3,3) and df.loc['4','macs']==16*16*9*144 and df.loc['7','type']=='Linear'
+    assert '21,216' not in repr(df) and f'{n_macs(m, X):,}' in repr(df) and '<table' in df._repr_html_()
+    assert not nn.modules.module._global_forward_hooks
+
+def test_effective_zeros():
+    "Masks and parametrizations are applied before zeros are counted; shared weights count once"
+    a = nn.Linear(10, 10, bias=False)
+    prune.random_unstructured(a, 'weight', amount=.3)
+    assert (n_params(a),n_nonzero(a))==(100,70)
+    class Half(nn.Module):
+        def forward(self, w): return w.tril()
+    b = nn.Linear(10, 10, bias=False)
+    nn.utils.parametrize.register_parametrization(b, 'weight', Half())
+    assert (n_params(b),n_nonzero(b))==(100,55) and summary(b, torch.ones(1,10)).loc['total','params']==100
+    c = parametrizations.weight_norm(nn.Linear(10, 10))
+    assert n_nonzero(c)==n_params(c)==120
+    d = nn.Sequential(nn.Linear(4,4), nn.Linear(4,4))
+    d[1].weight = d[0].weight
+    assert n_params(d)==n_nonzero(d)==24 and summary(d, torch.ones(1,4)).loc['total','params']==24
+
+def test_bytes_are_those_of_a_file(tmp_path):
+    m = net()
+    torch.save(m.state_dict(), tmp_path/'model.pt')
+    assert n_bytes(m)==(tmp_path/'model.pt').stat().st_size
+
+def test_accuracy_over_any_data():
+    "The same count from tensors, batches, a torch DataLoader, a generator, a fastai DataLoaders; data are read once for all models"
+    m,x,y = net(),torch.randn(300,3,16,16),torch.randint(0,4,(300,))
+    with torch.no_grad(): want = int((m.eval()(x).argmax(1)==y).sum())
+    m.train()
+    pairs,items = [(x[:200],y[:200]),(x[200:],y[200:])],list(zip(x,y))
+    dls = DataLoaders(DataLoader(items[:10], bs=5), DataLoader(items, bs=64))
+    for data in ((x,y), pairs, torch.utils.data.DataLoader(items, batch_size=64), (o for o in pairs), dls):
+        right = told_right(m, m, data=data, progress=False)
+        assert right.shape==(2,300) and right.sum(1).tolist()==[want,want]
+    rep = report(m, m, (o for o in pairs), repeats=6, progress=False)  # the first batch gives the inputs, and counts
+    assert rep.right.tolist()==[want,want] and rep.of.tolist()==[300,300] and rep.attrs['about'].startswith('1×3×16×16')
+
+def test_segmentation_and_own_correctness():
+    seg = nn.Conv2d(3, 5, 1)
+    assert told_right(seg, data=(torch.randn(4,3,8,8), torch.randint(0,5,(4,8,8)))).shape==(1,256)
+    two = nn.Sequential(nn.Flatten(), nn.Linear(4,1))
+    x,y = torch.randn(20,4),torch.randint(0,2,(20,1)).float()
+    with pytest.raises(ValueError, match='correct'): told_right(two, data=(x,y))
+    with torch.no_grad(): assert told_right(two, data=(x,y), correct=lambda out, y: (out>0)==y.bool()).sum()==((two(x)>0)==y.bool()).sum()
+
+@pytest.mark.parametrize('args,kwargs,says', [
+    ((), {}, 'takes models'), (({},), {}, 'takes models'), ((None,), {}, 'takes models'), (([1],), {}, 'takes models'), (('resnet18',), {}, 'takes models'),
+    ((net(),net(7)), dict(example_inputs=X), 'do not do the same'), ((net(),net()), dict(repeats=3), 'at least 6'), ((net(),net()), dict(repeats=True), 'at least 6'),
+    ((net(),net()), dict(threads=0), 'threads'), ((net(),), dict(warmup=-1), 'warmup'), ((net(),[(X,torch.zeros(1, dtype=torch.long))]), dict(data=[1]), 'given twice'),
+    ((net(),5), {}, 'iterable of batches'), ((net(),[]), {}, 'batches'), ((net(),[X]), {}, 'data has batches'), ((net(),(X,torch.zeros(2, dtype=torch.long))), {}, 'differ in number'),
+    ((net(),[(X,3)]), {}, 'y a tensor'), ((net(),[(X,torch.zeros(1))]), {}, 'whole labels'), ((dict(a=net(), b=3),), {}, 'nn.Module'), ((nn.LazyLinear(3),), {}, 'no shape yet'),
+    ((net(),net().to('meta')), dict(example_inputs=X), 'do not compare')])
+def test_wrong_arguments(args, kwargs, says):
+    with pytest.raises(ValueError, match=says): report(*args, **kwargs)
+
+def test_a_learner_is_told_from_its_model():
+    class Learner: model = net()
+    for f in (n_params, n_bytes, summary, report):
+        with pytest.raises(ValueError): f(Learner())
+    with pytest.raises(ValueError, match='pass its `.model`'): n_params(Learner())
+
+def test_half_precision_beside_single():
+    "Inputs are cast for each model"
+    rep = report(net(), net().half(), example_inputs=X, repeats=6)
+    assert rep.bytes['after']<.7*rep.bytes['before']
+
+def test_zeros_are_no_speed():
+    "Zero filters: remove them; scattered zeros and tied ones: nothing to remove; removed: nothing to say"
+    m = net()
+    Sparsifier(m, 'filter', 'local', 'large_final').sparsify_model(50)
+    small = Pruner().prune_model(m, X)
+    s = net()
+    Sparsifier(s, 'weight', 'local', 'large_final').sparsify_model(50)
+    rep = report(dict(dense=net(), sparse=m, pruned=small, scattered=s), example_inputs=X, repeats=6)
+    said = {o:[n for n in rep.notes if n.startswith(f'{o}: ') and 'zeros' in n] for o in rep.index}
+    assert not said['dense'] and not said['pruned'] and '16 channels can be removed' in said['sparse'][0] and 'scattered' in said['scattered'][0]
+    assert rep.macs['sparse']==rep.macs['dense']>rep.macs['pruned'] and rep.bytes['sparse']==rep.bytes['dense']
+
+def test_accuracy_within_chance_or_not():
+    class Says(nn.Module):
+        def __init__(self, right):
+            super().__init__()
+            self.w,self.right = nn.Parameter(torch.ones(1)),right
+        def forward(self, x): return torch.stack([x[:,0]<self.right,x[:,0]>=self.right], 1)*self.w
+    x,y = torch.arange(1000.)[:,None],torch.zeros(1000, dtype=torch.long)
+    notes = report(Says(900), Says(898), data=(x,y), repeats=6).notes
+    assert any('2 fewer right' in o and 'within the noise' in o for o in notes)
+    notes = report(Says(900), Says(850), data=(x,y), repeats=6).notes
+    assert any('50 fewer right' in o and 'more than chance' in o for o in notes)
+
+def test_notes_tell_uncounted_operations():
+    class LSTM(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.r = nn.LSTM(8, 16)
+        def forward(self, x): return self.r(x)[0]
+    assert any('not counted' in o and 'rnn' in o for o in report(LSTM(), example_inputs=torch.randn(5,2,8), repeats=6).notes)
+
+def test_report_is_a_data_frame():
+    zero = net()
+    nn.init.zeros_(zero[4].weight)
+    rep = report(net(), zero, example_inputs=X, repeats=6, channels_last=True)
+    assert rep.ms.dtype==float and rep.cl_speedup['before']==1 and type(rep[['ms']]).__name__=='DataFrame'
+    back = pickle.loads(pickle.dumps(rep))
+    assert back.equals(rep) and back.notes==rep.notes and repr(back)==repr(rep)
+    assert '<li>' in rep._repr_html_() and 'channels-last' in repr(rep) and '<code>' in rep._repr_html_()
+    assert len(show_report(rep))==4 and rep.index.tolist()==['before','after'] and rep.notes
+
+def test_median_interval_covers():
+    "Counted out: the chance that both ends lie on one side of the median is 5 % at most, and would not be one step further in"
+    from math import comb
+    for n in range(6, 60):
+        k = int(median_interval(range(n)).low)+1
+        outside = lambda k: 2*sum(comb(n,i) for i in range(k))/2**n
+        assert outside(k)<=.05<outside(k+1)
+
+@given(st.integers(0,400), st.integers(1,400))
+def test_wilson_solves_its_equation(k, n):
+    "Both ends are where the share that was seen is 1.96 standard deviations away"
+    k = min(k, n)
+    for p in wilson(k, n):
+        if 0<p<1: assert abs(abs(k/n-p)-1.959964*(p*(1-p)/n)**.5)<1e-6
+    assert wilson(k, n)[0]<=k/n<=wilson(k, n)[1]
+
+@given(st.integers(0,60), st.integers(0,60))
+def test_sign_test(a, b):
+    from math import comb
+    assert sign_test(a, b)==pytest.approx(min(1, 2*sum(comb(a+b,i) for i in range(min(a,b)+1))/2**(a+b)))==sign_test(b, a)
+
+def script(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    mod = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mod)
+    return mod
+
+def test_walkthrough_runs(tmp_path, capsys, monkeypatch):
+    "The example on few digits: every stage is there, no later one has more parameters, and what is lossless loses nothing"
+    mod = script(ROOT/'examples/walkthrough.py')
+    data = importlib.import_module('data')
+    monkeypatch.setattr(data, 'FASHION', tmp_path/'missing')
+    rep = mod.main(tmp_path/'w.png', n=256, epochs=1, vgg=False)
+    assert rep.index.tolist()==['baseline','sparse','pruned','folded','decomposed','tuned'] and (tmp_path/'w.png').stat().st_size>5000
+    assert rep.params.is_monotonic_decreasing and rep.right['sparse']==rep.right['pruned']==rep.right['folded'] and rep.macs['pruned']<.6*rep.macs['sparse']
+    assert 'digits' in capsys.readouterr().out
+
+def test_speed_benchmark_runs():
+    rep = script(ROOT/'benchmarks/speed.py').measure('squeezenet1_1', torch.randn(1,3,64,64), threads=1, repeats=6)
+    assert rep.macs_ratio['after']>2 and {'ms','cl_ms'}<={*rep}
