@@ -548,6 +548,7 @@ def _recurrent(tr, c):
     "Only what comes in can be cut: the state keeps its size"
     x,w = c.get('input'),c.get('weight0')
     if w.ids or not w.par: raise _Unknown
+    tr.count(c, math.prod(x.shape[:-1])*sum(math.prod(c.get(o).shape) for o in ('weight0','weight1')), w)
     for k,o in c.tensors.items():
         if k in ('input','weight0'): continue
         tr.hold(o.par, c.why)
