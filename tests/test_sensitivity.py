@@ -257,6 +257,11 @@ def test_targets_refuse(model):
     model.stem.bias.data[0] += 1
     with pytest.raises(ValueError, match='has changed since'): s.targets(params=1000)
 
+def test_layer_types_may_be_a_list_and_are_checked(model):
+    for kind in ('sparsity','pruning','bits'):
+        assert 'head' not in sensitivity(model, total, [8], kind=kind, layer_type=[nn.Conv2d]).metrics
+        with pytest.raises(TypeError, match="did you mean 'Conv2d'"): sensitivity(model, total, kind=kind, layer_type='Conv2d')
+
 def test_plot_writes_a_file(model, tmp_path):
     s = sensitivity(model, total, [50,90])
     ax = s.plot(tmp_path/'s.png')

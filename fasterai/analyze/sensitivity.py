@@ -6,7 +6,7 @@
 __all__ = ['kinds', 'sensitivities_to_png', 'Sensitivity', 'sensitivity', 'perform_sensitivity_analysis', 'perform_bits_analysis',
            'sensitivity_to_png', 'sensitivities_to_csv']
 
-# %% ../../nbs/analyze/02_sensitivity.ipynb #56a95b40
+# %% ../../nbs/analyze/02_sensitivity.ipynb #bd37fe8e
 import csv,inspect,math,os,zlib
 from collections.abc import Iterable,Mapping
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from ..core.surgery import _mend,_told_by_weight,copy_of,legal,plan_of
 from ..legacy import old_function
 from ..prune.pruner import Pruner,check_ratio,group_scores
 from ..quantize.weight_sharing import KMeansQuantizer,bits_by_name,check_bits
-from ..sparse.sparsifier import Sparsifier,find_sides,give,parts_of
+from ..sparse.sparsifier import Sparsifier,_types,find_sides,give,parts_of
 
 # %% ../../nbs/analyze/02_sensitivity.ipynb #98c38f04
 def _known_types(model): return tuple({type(m) for m in model.modules() if has_axes(m)})
@@ -252,7 +252,7 @@ class _Clock:
         return res
     def cost(self, at): return self.rest+self.layers(self.size.kept(at))
 
-# %% ../../nbs/analyze/02_sensitivity.ipynb #1e2ddfea
+# %% ../../nbs/analyze/02_sensitivity.ipynb #f7ade14a
 class _Bits:
     "The weights of one layer share values"
     budgets,ascending = ('bytes',),False
@@ -261,7 +261,7 @@ class _Bits:
         for o in levels: check_bits(o)
         modules = dict(self.model.named_modules())
         names = [n for n in bits_by_name(self.model, 8) if layer_type is None or isinstance(modules[layer_of(n)], layer_type)]
-        if not names: raise ValueError(f'the model has no layer of type {layer_type} whose weights could share values; it has {", ".join(sorted({type(m).__name__ for m in _holders(self.model)}))}')
+        if not names: raise ValueError(f'the model has no layer of type {", ".join(t.__name__ for t in layer_type)} whose weights could share values; it has {", ".join(sorted({type(m).__name__ for m in _holders(self.model)}))}')
         self.layers,self.said = {n.removesuffix('.weight'):n for n in names},'k-means'
     def held(self, name): return [self.model.get_parameter(self.layers[name])]
     @contextmanager
@@ -364,7 +364,7 @@ class Sensitivity:
         if k not in self._costs: self._costs[k] = self.how.cost(what, self._choices(), self.inputs if inputs is None else inputs),inputs
         return self._costs[k][0]
 
-# %% ../../nbs/analyze/02_sensitivity.ipynb #1db39d1c
+# %% ../../nbs/analyze/02_sensitivity.ipynb #f267c00d
 _HEAD = ['setting','layer','level','metric']
 
 def _read(path, setting):
@@ -416,6 +416,7 @@ def sensitivity(
     if not callable(evaluate): raise ValueError(f'evaluate is a function of the model that gives a number, not {evaluate!r}')
     if not isinstance(kind, str): raise ValueError(f'kind is one of {", ".join(kinds)}, not {kind!r}')
     make,levels = named('kind', kinds, kind),_checked_levels(levels, kind)
+    if layer_type is not None: layer_type = _types(layer_type)
     given = {k:v for k,v in dict(granularity=granularity, criteria=criteria, layer_type=layer_type, example_inputs=example_inputs, data=data, loss_func=loss_func).items() if v is not None}
     for o in given:
         if o not in inspect.signature(make).parameters: raise ValueError(f'{o} has no meaning for kind {kind!r}')
