@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['annealing_cos', 'annealing_linear', 'annealing_gradual', 'annealing_no', 'warn_once', 'old_arguments',
-           'old_sparsifier', 'old_prune', 'old_function', 'old_distillation', 'renamed', 'old_options',
-           'OldLevelPruner']
+           'old_sparsifier', 'old_prune', 'old_options', 'OldLevelPruner', 'old_function', 'old_distillation',
+           'renamed']
 
 # %% ../nbs/99_legacy.ipynb #c6d3b306
 import inspect, warnings
@@ -71,6 +71,35 @@ def old_prune(self, model, sparsity): # `Sparsifier` made without a model
 # %% ../nbs/99_legacy.ipynb #ad2c6c3b
 annealing_cos,annealing_linear,annealing_gradual,annealing_no = sched_cos,sched_lin,sched_agp,sched_one_shot
 
+# %% ../nbs/99_legacy.ipynb #be0a8579
+def _pairs(options):
+    res = dict(options)
+    if len(res)!=len(options): raise ValueError(f'options name a layer twice: {", ".join(str(n) for n,_ in options)}')
+    return res
+
+def old_options(old, new, make): # What was called, what to write instead, what takes a dict
+    "Let `old` take `options`, pairs of a name and a number, where `make` takes a dict"
+    def f(options): # Pairs (name, number)
+        warn_once(f'{old}(options)', new)
+        return make(_pairs(options))
+    f.__name__ = f.__qualname__ = old
+    f.__doc__ = f'What is now `{new}`'
+    return f
+
+class OldLevelPruner:
+    "Zero the smallest weights of each layer to its level; `prune` again holds them"
+    def __init__(self, make, options): # `Sparsifier`, pairs (name, fraction)
+        self.make,self.levels,self.sparsifier = make,{n:100*s for n,s in _pairs(options).items()},None
+        if any(not 0<=s<=100 for s in self.levels.values()): raise ValueError(f'levels are fractions from 0 to 1, not {dict(options)}')
+        warn_once('LevelPruner(options)', 'Sparsifier(model, …).sparsify_model({name: percent})')
+
+    def prune(self, model, update_masks=False): # Model, in place; choose anew which weights are zero?
+        "Zero what is masked; the first time, and with `update_masks`, choose what that is"
+        if self.sparsifier is not None and self.sparsifier.model is model and not update_masks: return self.sparsifier.apply_masks()
+        types = {type(m) for m in model.modules() if any(t in layer_axes or t.__name__ in layer_axes for t in type(m).__mro__)}
+        self.sparsifier = self.make(model, 'weight', layer_type=tuple(types))
+        self.sparsifier.sparsify_model(self.levels)
+
 # %% ../nbs/99_legacy.ipynb #fc12b3cc
 def old_function(old, new): # What was written, what to write instead
     "The decorated function is an old spelling, which warns once"
@@ -110,32 +139,3 @@ def renamed(old, cls): # Published name, class
         warn_once(old, cls.__name__)
         cls.__init__(self, *args, **kwargs)
     return type(old, (cls,), dict(__init__=__init__, __doc__=f'Old spelling of `{cls.__name__}`', __module__=cls.__module__))
-
-# %% ../nbs/99_legacy.ipynb #be0a8579
-def _pairs(options):
-    res = dict(options)
-    if len(res)!=len(options): raise ValueError(f'options name a layer twice: {", ".join(str(n) for n,_ in options)}')
-    return res
-
-def old_options(old, new, make): # What was called, what to write instead, what takes a dict
-    "Let `old` take `options`, pairs of a name and a number, where `make` takes a dict"
-    def f(options): # Pairs (name, number)
-        warn_once(f'{old}(options)', new)
-        return make(_pairs(options))
-    f.__name__ = f.__qualname__ = old
-    f.__doc__ = f'What is now `{new}`'
-    return f
-
-class OldLevelPruner:
-    "Zero the smallest weights of each layer to its level; `prune` again holds them"
-    def __init__(self, make, options): # `Sparsifier`, pairs (name, fraction)
-        self.make,self.levels,self.sparsifier = make,{n:100*s for n,s in _pairs(options).items()},None
-        if any(not 0<=s<=100 for s in self.levels.values()): raise ValueError(f'levels are fractions from 0 to 1, not {dict(options)}')
-        warn_once('LevelPruner(options)', 'Sparsifier(model, …).sparsify_model({name: percent})')
-
-    def prune(self, model, update_masks=False): # Model, in place; choose anew which weights are zero?
-        "Zero what is masked; the first time, and with `update_masks`, choose what that is"
-        if self.sparsifier is not None and self.sparsifier.model is model and not update_masks: return self.sparsifier.apply_masks()
-        types = {type(m) for m in model.modules() if any(t in layer_axes or t.__name__ in layer_axes for t in type(m).__mro__)}
-        self.sparsifier = self.make(model, 'weight', layer_type=tuple(types))
-        self.sparsifier.sparsify_model(self.levels)

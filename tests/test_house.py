@@ -18,7 +18,7 @@ RULES = [  # module                  ours                              others
     ('core/*',                      '',                               'torch numpy'),
     ('*callback*.py',               'core legacy callback',           'torch numpy fastai fastcore safetensors'),
     ('report/*',                    'core analyze',                   'torch numpy pandas matplotlib'),
-    ('analyze/*',                   'core',                           'torch numpy pandas fastprogress'),
+    ('analyze/*',                   'core sparse prune quantize report legacy', 'torch numpy pandas fastprogress'),
     ('lightning/*',                 'core sparse prune distill regularize quantize legacy', 'torch numpy lightning pytorch_lightning safetensors'),
     ('export/*',                    'core',                           'torch numpy onnx onnxruntime onnxscript'),
     ('misc/*',                      'core legacy',                    'torch numpy tensorly'),

@@ -1,2 +1,4 @@
 from ..core.all import *
 from .counts import *
+from .budget import *
+from .sensitivity import *

@@ -887,7 +887,7 @@ def untouched(
     "Run `model` in eval mode without gradients; its flags and buffers and the state of the random generators come back as they were"
     modes,fast = {m:m.training for m in model.modules()},torch.backends.mha.get_fastpath_enabled()
     renorm = {m:m.max_norm for m in modes if getattr(m, 'max_norm', None) is not None}  # would write to the weight of an embedding
-    buffers = [(m,k,b,b._version,b.clone()) for m in modes for k,b in m._buffers.items() if b is not None]
+    buffers = [(m,k,b,b.clone()) for m in modes for k,b in m._buffers.items() if b is not None]
     gpus = sorted({p.device.index for p in model.parameters() if p.device.type=='cuda'})
     try:
         for m in modes: m.training = False
@@ -898,9 +898,9 @@ def untouched(
         torch.backends.mha.set_fastpath_enabled(fast)
         for m,t in modes.items(): m.training = t
         for m,v in renorm.items(): m.max_norm = v
-        for m,k,b,version,copy in buffers:
+        for m,k,b,copy in buffers:
             if getattr(m, k, None) is not b: setattr(m, k, b)
-            if b._version!=version: b.copy_(copy)
+            with torch.no_grad(): b.copy_(copy)  # batch_norm writes to its statistics without a new version
 
 def call_with(model, inputs):
     "Output of `model` for `inputs`: a tensor, a tuple of arguments or a dict of keyword arguments, of which it gets copies"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['show_blocks', 'show_granularities', 'show_criterion', 'show_criteria', 'show_schedules', 'show_sparsity',
-           'show_channels', 'show_report']
+           'show_channels', 'show_report', 'show_sensitivity', 'show_sensitivity_map']
 
 # %% ../../nbs/report/01_plots.ipynb #4469d76f
 import re
@@ -259,3 +259,52 @@ def _said_beside(ax, values, texts):
     for i,(v,t) in enumerate(zip(values, texts)): ax.text(v+most*.02, i, t, va='center', fontsize=8, color=INK)
     ax.set(xlim=(0, most*1.5), xticks=[])
     ax.spines['bottom'].set_visible(False)
+
+# %% ../../nbs/report/01_plots.ipynb #3e5507ea
+_units = dict(sparsity='sparsity of the layer (%)', pruning='channels removed (%)', bits='bits')
+
+def _measured(o):
+    "Table of layer, level, metric, damage; layers in their order; what the levels are"
+    df = o if isinstance(o, pd.DataFrame) else o.to_df()
+    if df.empty: raise ValueError('nothing has been measured')
+    return df,list(dict.fromkeys(df.layer)),_units.get(df.attrs.get('kind'), 'level')
+
+def show_sensitivity(
+    o, # What `sensitivity` gave, or its `to_df()`
+    ax=None, # Axes to draw on, new if none
+):
+    "Metric by level, a line for each layer"
+    df,layers,unit = _measured(o)
+    ax = _panels(1, 1, (6,3.6), ax)[0]
+    for n,c in zip(layers, plt.cm.viridis(np.linspace(0, .92, len(layers)))):
+        d = df[df.layer==n]
+        ax.plot(d.level, d.metric, marker='.', color=c, lw=1.3, label=n)
+    if 'untouched' in df.attrs: ax.axhline(df.attrs['untouched'], color=INK, lw=.8, ls='--')
+    if unit=='bits': ax.invert_xaxis()
+    ax.set_xlabel(unit, fontsize=8)
+    ax.set_ylabel('metric', fontsize=8)
+    ax.tick_params(labelsize=8, length=2, color=GRAY)
+    ax.spines[['left','bottom']].set_color(GRAY)
+    ax.spines[['top','right']].set_visible(False)
+    ax.legend(fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1,1), ncols=-(-len(layers)//18))
+    return ax
+
+def show_sensitivity_map(
+    o, # What `sensitivity` gave, or its `to_df()`
+    ax=None, # Axes to draw on, new if none
+):
+    "Damage by layer and level"
+    df,layers,unit = _measured(o)
+    table = df.pivot(index='layer', columns='level', values='damage').loc[layers, list(dict.fromkeys(df.level))]
+    ax = _panels(1, 1, (1.6+.5*table.shape[1],.9+.26*len(table)), ax)[0]
+    v = table.to_numpy(dtype=float)
+    most = v.max(initial=0, where=np.isfinite(v)) or 1
+    ax.imshow(v, cmap='Oranges', aspect='auto', vmin=0, vmax=most)
+    for (i,j),x in np.ndenumerate(v):
+        if not np.isnan(x): ax.text(j, i, f'{x:.2g}' if abs(x)<100 else f'{x:.0f}', ha='center', va='center', fontsize=7, color='white' if x>.6*most else INK)
+    ax.set(xticks=range(table.shape[1]), xticklabels=table.columns, yticks=range(len(table)), yticklabels=table.index)
+    ax.tick_params(labelsize=8, length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_xlabel(unit, fontsize=8)
+    ax.set_title('damage: how much worse than untouched', fontsize=9, loc='left')
+    return ax
