@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Ratio', 'check_models', 'n_params', 'effective_parameters', 'n_nonzero', 'n_bytes', 'n_macs', 'running', 'place_of',
-           'placed', 'with_bar', 'latency', 'median_interval', 'speedup', 'batches_of', 'most_likely', 'told_right',
-           'wilson', 'sign_test']
+           'placed', 'with_bar', 'latency', 'median_interval', 'speedup', 'labeled_batches', 'most_likely',
+           'told_right', 'wilson', 'sign_test']
 
 # %% ../../nbs/analyze/01_counts.ipynb #83637728
 import math,os,sys,tempfile
@@ -208,7 +208,7 @@ def speedup(
     return median_interval(np.asarray(before)/np.asarray(after))
 
 # %% ../../nbs/analyze/01_counts.ipynb #d8ad8d44
-def batches_of(
+def labeled_batches(
     data, # Batches (x, y), what has some as its `valid`, or the tensors themselves
 ):
     "What can be looped over to get batches `(x, y)`"
@@ -238,7 +238,7 @@ def told_right(
 ):
     "Which samples of `data` each model tells right, a boolean tensor [models, n]"
     check_models(models)
-    data,res = batches_of(data),[[] for _ in models]
+    data,res = labeled_batches(data),[[] for _ in models]
     with running(*models):
         for batch in with_bar(data, progress and hasattr(data, '__len__')):
             if not isinstance(batch, (tuple,list)) or len(batch)<2 or not isinstance(batch[-1], torch.Tensor):

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from ..analyze.counts import (batches_of,check_models,effective_parameters,latency,most_likely,n_bytes,n_params,place_of,placed,
+from ..analyze.counts import (labeled_batches,check_models,effective_parameters,latency,most_likely,n_bytes,n_params,place_of,placed,
                                      running,sign_test,speedup,told_right,wilson)
 from ..core.graph import ChannelGraph,_tensors,call_with,example_inputs_for,untouched
 from ..core.liveness import Liveness
@@ -180,7 +180,7 @@ def _sample(stages, data, example_inputs):
     model = next(iter(stages.values()))
     if example_inputs is not None: return placed(model, example_inputs),data
     if data is None: return example_inputs_for(model),data
-    data = batches_of(data)
+    data = labeled_batches(data)
     with running(*stages.values()):
         it = iter(data)
         first = next(it, None)
