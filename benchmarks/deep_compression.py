@@ -28,7 +28,7 @@ def lenet_300_100(): return nn.Sequential(nn.Flatten(), nn.Linear(784,300), nn.R
 def lenet_5(): return nn.Sequential(nn.Conv2d(1,20,5), nn.MaxPool2d(2), nn.Conv2d(20,50,5), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(800,500), nn.ReLU(), nn.Linear(500,10))
 
 nets = {  # epochs of each stage; sparsity in percent of all weights; bits by parameter
-    '300': dict(make=lenet_300_100, dense=20, prune=40, share=10, sparsity=91., bits=lambda n,p: 4 if p.dim()>1 else 5 if p.numel()>50 else None),
+    '300': dict(make=lenet_300_100, dense=20, prune=40, share=10, sparsity=90.5, bits=lambda n,p: 4 if p.dim()>1 else 5 if p.numel()>50 else None),
     '5':   dict(make=lenet_5, dense=8, prune=12, share=4, sparsity=92.5, bits=lambda n,p: 5 if p.dim()>2 else 3 if p.dim()>1 else 5 if p.numel()>50 else None)}
 
 class Batches(DataLoader):
