@@ -5,7 +5,7 @@ Memory: each side in a process of its own, how far its peak of resident memory r
 
     python benchmarks/distillation.py [steps]      default: 20
 """
-import json, subprocess, sys, time, warnings
+import json, os, subprocess, sys, time, warnings
 warnings.filterwarnings('ignore', category=FutureWarning)
 import torch
 from torchvision.models import resnet18, resnet34
@@ -39,6 +39,7 @@ def timed(n_steps, name):
         print(f'{name:8} {what:4} {n_steps} steps: {mean(ours):.1f} ms beside {mean(step):.1f} (student) + {mean(teach):.1f} (teacher) ms'
               f' = ×{mean(ours)/(mean(step)+mean(teach)):.3f} (of medians ×{median(ours)/(median(step)+median(teach)):.3f}); ×{mean(ours)/mean(step):.2f} of the student\'s step', flush=True)
 
+MALLOC = dict(MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536')  # glibc gives back at once what is freed: otherwise the peak is a matter of luck
 def peak(which='VmHWM'): return next(int(o.split()[1]) for o in open('/proc/self/status') if o.startswith(which))/1024
 
 def memory(side, name):
@@ -58,5 +59,5 @@ if __name__=='__main__':
         print(f'torch {torch.__version__}, {torch.get_num_threads()} threads')
         for name in HOW: timed(int(sys.argv[1]) if sys.argv[1:] else 20, name)
         for name in HOW:
-            mib = {o: float(subprocess.run([sys.executable, __file__, '--memory', o, name], capture_output=True, text=True, check=True).stdout.splitlines()[-1]) for o in ('ours','beside','student')}
+            mib = {o: float(subprocess.run([sys.executable, __file__, '--memory', o, name], capture_output=True, text=True, check=True, env=os.environ | MALLOC).stdout.splitlines()[-1]) for o in ('ours','beside','student')}
             print(f'{name:8} memory: {mib["ours"]:.0f} MiB beside {mib["beside"]:.0f} MiB = ×{mib["ours"]/mib["beside"]:.3f}; {mib["student"]:.0f} MiB the student\'s step alone', flush=True)
