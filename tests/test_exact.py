@@ -483,8 +483,8 @@ def test_selection_takes_its_paths(monkeypatch):
     r = np.random.default_rng(0)
     a,b = torch.tensor(r.random(600)).float(),torch.tensor(r.random(20)/1000).float()
     walk([Scores(a), Scores(b)], [lists(a), lists(b)], [5,100,300,310,250,600], True)
-    c = torch.tensor(100+r.random(640)).float()
-    c[::10] -= 100  # where the sample looks
+    c = torch.tensor(100+r.random(64*17)).float()
+    c[::17] -= 100  # where the sample looks
     walk([Scores(c)], [lists(c)], [100,600], False)
     assert {(True,False), (True,True), (False,False), 'all'}<=set(seen)
 
