@@ -10,6 +10,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from fasterai.core.proof import difference,random_like
 from fasterai.misc.bn_folding import BN_Folder
 from fasterai.prune.pruner import Pruner,load_pruned,save_pruned
+from tiny import Net
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 BN = nn.modules.batchnorm._BatchNorm
@@ -42,14 +43,6 @@ def fold(m, inputs=None, left=(), **kwargs):
     assert len(norms(new))==len(left)
     for seed in (5,6): assert difference(m, new, random_like(inputs, seed))[0]<1e-10
     return new
-
-class Net(nn.Module):
-    "A `forward` given as a function of the net and its inputs, and layers by name"
-    def __init__(self, f, **layers):
-        super().__init__()
-        self.f = f
-        for k,v in layers.items(): setattr(self, k, v)
-    def forward(self, *args, **kwargs): return self.f(self, *args, **kwargs)
 
 # the zoo
 

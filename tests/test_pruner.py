@@ -11,6 +11,7 @@ from fasterai.core.liveness import Liveness
 from fasterai.core.proof import difference,random_like
 from fasterai.prune.pruner import Pruner,load_pruned,pruned_plan,save_pruned
 from fasterai.sparse.sparsifier import Sparsifier
+from tiny import Net
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 def n_params(m): return sum(p.numel() for p in m.parameters())
@@ -43,14 +44,6 @@ def pruned(m, inputs=None):
     assert hooks==[(len(o._forward_hooks),len(o._forward_pre_hooks),o.training) for o in m.modules()]
     for seed in (5,6): assert difference(m, small, random_like(inputs, seed))[0]<1e-10
     return small
-
-class Net(nn.Module):
-    "A `forward` given as a function of the net and its inputs, and layers by name"
-    def __init__(self, f, **layers):
-        super().__init__()
-        self.f = f
-        for k,v in layers.items(): setattr(self, k, v)
-    def forward(self, *args, **kwargs): return self.f(self, *args, **kwargs)
 
 def head(c, n=3): return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, n))
 def conv(i, o, k=3, **kw): return nn.Conv2d(i, o, k, padding=k//2, **kw)

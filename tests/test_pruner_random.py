@@ -5,14 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from fasterai.core.proof import difference
 from fasterai.prune.pruner import Pruner
-
-class Block(nn.Module):
-    "A `forward` given as a function of the block and its input, and layers by name"
-    def __init__(self, f, **layers):
-        super().__init__()
-        self.f = f
-        for k,v in layers.items(): setattr(self, k, v)
-    def forward(self, x): return self.f(self, x)
+from tiny import Net
 
 def shuffled(m, x): return x.view(len(x), 2, -1, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
 def halves(m, x): return torch.cat([(o:=x.chunk(2, 1))[0], m.a(o[1])], 1)
@@ -32,12 +25,12 @@ def block(r, c):
         lambda: (nn.Sequential(conv(c,o,1), norm(r,o), act(r)), o),
         lambda: (nn.Sequential(conv(c,c,groups=c), act(r)), c),
         lambda: (nn.Sequential(conv(c,o,groups=2), norm(r,o), act(r)), o),
-        lambda: (Block(lambda m,x: x+m.b(m.a(x)), a=nn.Sequential(conv(c,o), norm(r,o), act(r)), b=conv(o,c)), c),
-        lambda: (Block(lambda m,x: torch.cat([m.a(x),m.b(x)], 1), a=conv(c,o), b=nn.Sequential(conv(c,4,1), norm(r,4), act(r))), o+4),
-        lambda: (Block(excited, down=nn.Conv2d(c,3,1), up=nn.Conv2d(3,c,1), gate=r.choice([nn.Sigmoid(),nn.Hardsigmoid(),nn.ReLU()])), c),
-        lambda: (Block(shuffled), c),
-        lambda: (Block(halves, a=nn.Sequential(conv(c//2,c//2), act(r))), c),
-        lambda: (Block(lambda m,x: m.a(F.relu(m.a(x))), a=nn.Sequential(conv(c,c), norm(r,c))), c),
+        lambda: (Net(lambda m,x: x+m.b(m.a(x)), a=nn.Sequential(conv(c,o), norm(r,o), act(r)), b=conv(o,c)), c),
+        lambda: (Net(lambda m,x: torch.cat([m.a(x),m.b(x)], 1), a=conv(c,o), b=nn.Sequential(conv(c,4,1), norm(r,4), act(r))), o+4),
+        lambda: (Net(excited, down=nn.Conv2d(c,3,1), up=nn.Conv2d(3,c,1), gate=r.choice([nn.Sigmoid(),nn.Hardsigmoid(),nn.ReLU()])), c),
+        lambda: (Net(shuffled), c),
+        lambda: (Net(halves, a=nn.Sequential(conv(c//2,c//2), act(r))), c),
+        lambda: (Net(lambda m,x: m.a(F.relu(m.a(x))), a=nn.Sequential(conv(c,c), norm(r,c))), c),
         lambda: (nn.Sequential(nn.ConvTranspose2d(c,o,2,2,bias=bias), r.choice([nn.MaxPool2d(2),nn.AvgPool2d(2)])), o),
         lambda: (nn.Sequential(nn.Conv2d(c,4*o,1), nn.PixelShuffle(2), nn.AvgPool2d(2)), o),
         lambda: (r.choice([nn.MaxPool2d(3,1,1),nn.AvgPool2d(3,1,1),nn.AvgPool2d(2,1),nn.Upsample(scale_factor=2, mode='bilinear')]), c)])()
@@ -60,19 +53,19 @@ def attended(m, x):
 
 def attention(r, d):
     h,a,b,fused = r.choice([1,2,4]),r.choice([2,3]),r.choice([2,3]),r.choice([True,False])
-    if fused: return Block(attended, h=h, fused=True, qkv=nn.Linear(d,3*d), out=nn.Linear(d,d))
-    return Block(attended, h=h, fused=False, q=nn.Linear(d,h*a), k=nn.Linear(d,h*a), v=nn.Linear(d,h*b), out=nn.Linear(h*b,d))
+    if fused: return Net(attended, h=h, fused=True, qkv=nn.Linear(d,3*d), out=nn.Linear(d,d))
+    return Net(attended, h=h, fused=False, q=nn.Linear(d,h*a), k=nn.Linear(d,h*a), v=nn.Linear(d,h*b), out=nn.Linear(h*b,d))
 
 def layer(r, d):
     f,ns = r.choice([6,8]),[r.choice([nn.LayerNorm,nn.LayerNorm,lambda d: nn.Identity()])(d) for _ in range(2)]
     mlp = r.choice([nn.Sequential(nn.Linear(d,f), act(r), nn.Linear(f,d)), nn.Sequential(nn.Linear(d,2*f), nn.GLU(), nn.Linear(f,d))])
-    return Block(lambda m,x: (y:=x+m.a(m.n1(x)))+m.mlp(m.n2(y)), a=attention(r, d), n1=ns[0], n2=ns[1], mlp=mlp)
+    return Net(lambda m,x: (y:=x+m.a(m.n1(x)))+m.mlp(m.n2(y)), a=attention(r, d), n1=ns[0], n2=ns[1], mlp=mlp)
 
 def texts(r):
     d = r.choice([8,12])
-    start = Block(lambda m,x: torch.cat([m.cls.expand(len(x), -1, -1), m.e(x)+m.p(torch.arange(x.shape[1]))], 1), e=nn.Embedding(13,d), p=nn.Embedding(30,d), cls=nn.Parameter(torch.zeros(1,1,d)))
+    start = Net(lambda m,x: torch.cat([m.cls.expand(len(x), -1, -1), m.e(x)+m.p(torch.arange(x.shape[1]))], 1), e=nn.Embedding(13,d), p=nn.Embedding(30,d), cls=nn.Parameter(torch.zeros(1,1,d)))
     pool = r.choice([lambda m,x: x.mean(1), lambda m,x: x[:,0]])
-    return nn.Sequential(start, *[layer(r, d) for _ in range(r.randint(1, 3))], Block(pool), nn.Linear(d, 3)), lambda n: torch.randint(0, 13, (2, 7+n))
+    return nn.Sequential(start, *[layer(r, d) for _ in range(r.randint(1, 3))], Net(pool), nn.Linear(d, 3)), lambda n: torch.randint(0, 13, (2, 7+n))
 
 @torch.no_grad()
 def spoiled(m, r):

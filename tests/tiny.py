@@ -21,6 +21,14 @@ def net(seed=0, norm=nn.BatchNorm2d):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Conv2d(3,8,3,padding=1), norm(8), nn.ReLU(), nn.Conv2d(8,8,3,padding=1), norm(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,4))
 
+class Net(nn.Module):
+    "A `forward` given as a function of the net and its inputs, and layers by name"
+    def __init__(self, f, **layers):
+        super().__init__()
+        self.f = f
+        for k,v in layers.items(): setattr(self, k, v)
+    def forward(self, *args, **kwargs): return self.f(self, *args, **kwargs)
+
 def learner(model=None, bs=8, n=32, data=DATA, cls=Learner, **kwargs):
     "A Learner with `n/bs` batches an epoch that shows nothing"
     dls = DataLoaders(DataLoader(Items(data[:n]), bs=bs), DataLoader(Items(data[n:]), bs=8))
