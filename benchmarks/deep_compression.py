@@ -3,13 +3,15 @@
 For each seed a dense network is trained. It is the start, and the mean of the logits of the seeds' dense networks, on the training images, is what pruned networks
 learn from beside the labels. A second dense network is trained for as many epochs as all stages take together. Accuracy is on the 10,000 test images, of the network
 that is loaded from the file; nothing is chosen by it. The reference is the float32 state dict as safetensors, the file what `save_compressed` writes.
+More than one sparsity or number of bits tells how far it goes: each pair is a row of the table at the end.
 
-    python benchmarks/deep_compression.py [300 | 5] [seeds …]      default: 300, seeds 0 1 2
+    python benchmarks/deep_compression.py 300 --sparsity 91 94 --bits 4 3
 """
-import copy, os, sys, tempfile, time
+import argparse, copy, os, sys, tempfile, time
 from functools import partial
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]/'tools'))
+import pandas as pd
 import torch
 from torch import nn
 import torch.nn.functional as F
@@ -27,9 +29,11 @@ from fasterai.sparse.all import KeepSparsity, Schedule, SparsifyCallback, agp, l
 def lenet_300_100(): return nn.Sequential(nn.Flatten(), nn.Linear(784,300), nn.ReLU(), nn.Linear(300,100), nn.ReLU(), nn.Linear(100,10))
 def lenet_5(): return nn.Sequential(nn.Conv2d(1,20,5), nn.MaxPool2d(2), nn.Conv2d(20,50,5), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(800,500), nn.ReLU(), nn.Linear(500,10))
 
-nets = {  # epochs of each stage; sparsity in percent of all weights; bits by parameter
-    '300': dict(make=lenet_300_100, dense=20, prune=40, share=10, sparsity=90.5, bits=lambda n,p: 4 if p.dim()>1 else 5 if p.numel()>50 else None),
-    '5':   dict(make=lenet_5, dense=8, prune=12, share=4, sparsity=92.5, bits=lambda n,p: 5 if p.dim()>2 else 3 if p.dim()>1 else 5 if p.numel()>50 else None)}
+nets = {  # epochs of each stage; sparsity in percent of all weights; bits of convolutions, linear layers and their biases
+    '300': dict(make=lenet_300_100, dense=20, prune=40, share=10, sparsity=91., bits=4),
+    '5':   dict(make=lenet_5, dense=8, prune=12, share=4, sparsity=92.5, bits=3)}
+
+def bits_of(linear): return lambda n,p: 5 if p.dim()>2 else linear if p.dim()>1 else 5 if p.numel()>50 else None
 
 class Batches(DataLoader):
     "Batches of rows of tensors"
@@ -53,41 +57,50 @@ def fit(model, data, n, lr, wd, cbs=None):
 def logits(model, x): model.eval(); return torch.cat([model(o) for o in x.split(1000)])
 def accuracy(model, x, y): return 100*(logits(model, x).argmax(1)==y).float().mean().item()
 
-def run(name, seeds):
+def run(name, seeds, sparsities, bits):
     o,(what,(x,y),(vx,vy),_) = nets[name],best_there_is()
     x,y,vx,vy = (torch.from_numpy(t.copy()) for t in (x,y,vx,vy))
     mean,std = x.mean(),x.std()
     x,vx = ((t[:,None]-mean)/std for t in (x,vx))
-    types,start = (nn.Linear,nn.Conv2d),time.time()
-    rows = {}
-    def tell(seed, stage, model, **kwargs):
-        rows.setdefault(stage, []).append(accuracy(model, vx, vy))
-        print(f'{what}, {o["make"].__name__}, seed {seed}, {stage}: {rows[stage][-1]:.2f} %', *(f'{k} {v}' for k,v in kwargs.items()), f'({time.time()-start:.0f} s)', flush=True)
+    types,start,rows = (nn.Linear,nn.Conv2d),time.time(),[]
+    def tell(stage, seed, model, **kwargs):
+        rows.append(dict(stage=stage, seed=seed, accuracy=accuracy(model, vx, vy), **kwargs))
+        print(f'{what}, {o["make"].__name__},', ', '.join(f'{k} {v:,.2f}' if isinstance(v, float) else f'{k} {v}' for k,v in rows[-1].items()), f'({time.time()-start:.0f} s)', flush=True)
     dense = {}
     for s in seeds:
         set_seed(s)
         dense[s] = o['make']()
         fit(dense[s], (x,y), o['dense'], 3e-3, .1)
-        tell(s, 'dense', dense[s])
+        tell('dense', s, dense[s])
     teacher = torch.stack([logits(m, x) for m in dense.values()]).mean(0)
-    for s,model in dense.items():
-        set_seed(s)
-        with tempfile.TemporaryDirectory() as d:
-            save_file(model.state_dict(), f'{d}/dense')
-            fit(model, (x,y,teacher), o['prune'], 3e-3, .1, SparsifyCallback(o['sparsity'], 'weight', 'global', large_final, Schedule(sched_agp, .05, .8), layer_type=types))
-            tell(s, 'pruned', model, zeros=sum(int((p==0).sum()) for p in model.parameters()))
-            fit(model, (x,y,teacher), o['share'], 5e-4, .1, [cb := KMeansCallback(o['bits']), KeepSparsity()])
-            save_compressed(model, f'{d}/small')
-            small = load_compressed(f'{d}/small', o['make']())
-            before,after = os.path.getsize(f'{d}/dense'),os.path.getsize(f'{d}/small')
-            rows.setdefault('ratio', []).append(before/after)
-            tell(s, 'shared', small, bytes=f'{after:,} of {before:,}', ratio=f'×{before/after:.1f}')
-            if s==seeds[0]: print(cb.quantizer.report().to_string(), compression_report(f'{d}/small').to_string(), sep='\n', flush=True)
+    for sparsity in sparsities or [o['sparsity']]:
+        for s in seeds:
+            set_seed(s)
+            pruned = copy.deepcopy(dense[s])
+            fit(pruned, (x,y,teacher), o['prune'], 3e-3, .1, SparsifyCallback(sparsity, 'weight', 'global', large_final, Schedule(sched_agp, .05, .8), layer_type=types))
+            tell(f'{sparsity:g} % zero', s, pruned)
+            for b in bits or [o['bits']]:
+                set_seed(s)
+                model = copy.deepcopy(pruned)
+                fit(model, (x,y,teacher), o['share'], 5e-4, .1, [cb := KMeansCallback(bits_of(b)), KeepSparsity()])
+                with tempfile.TemporaryDirectory() as d:
+                    save_file(dense[s].state_dict(), f'{d}/dense')
+                    save_compressed(model, f'{d}/small')
+                    before,after = os.path.getsize(f'{d}/dense'),os.path.getsize(f'{d}/small')
+                    tell(f'{sparsity:g} % zero, {b} bits', s, load_compressed(f'{d}/small', o['make']()), bytes=after, ratio=before/after)
+                    if s==seeds[0]: print(cb.quantizer.report().to_string(), compression_report(f'{d}/small').to_string(), sep='\n', flush=True)
     for s in seeds:
         set_seed(s)
         long = o['make']()
         fit(long, (x,y), o['dense']+o['prune']+o['share'], 3e-3, .3)
-        tell(s, 'dense, as many epochs', long)
-    print('means:', ', '.join(f'{k} {sum(v)/len(v):.2f}' for k,v in rows.items()))
+        tell('dense, as many epochs', s, long)
+    print(pd.DataFrame(rows).groupby('stage', sort=False).agg({'accuracy':['mean','min','max'], 'bytes':'mean', 'ratio':['mean','min']}).round(2).to_string())
 
-if __name__=='__main__': run(sys.argv[1] if len(sys.argv)>1 else '300', [int(o) for o in sys.argv[2:]] or [0,1,2])
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('net', choices=nets, nargs='?', default='300')
+    p.add_argument('--seeds', type=int, nargs='+', default=[0,1,2])
+    p.add_argument('--sparsity', type=float, nargs='+', help='percent of all weights')
+    p.add_argument('--bits', type=int, nargs='+', help='of the weights of linear layers')
+    o = p.parse_args()
+    run(o.net, o.seeds, o.sparsity, o.bits)

@@ -10,6 +10,7 @@ from fastai.optimizer import *
 from functools import partial
 from torch import nn
 from fasterai.quantize.all import *
+from fasterai.prune.all import PruneCallback
 from fasterai.sparse.all import KeepSparsity, Sparsifier, SparsifyCallback
 from tiny import At, fit, learner, net, raises, same, state
 
@@ -56,6 +57,46 @@ def test_beside_other_callbacks(cbs):
     learn = learner(half_zero())
     fit(learn, 2, [KMeansCallback(3), w := Watch(), *(o() for o in cbs)])
     assert w.seen and all(len(w.unique())<=9 for w in weights(learn.model))
+
+class Leaving(Callback):
+    "Before a step, those that share are those of the first step that are not zero; after it, they have moved by the sum of their gradients"
+    order = 56
+    def __init__(self, lr): self.lr,self.first,self.gone = lr,None,[]
+    def before_batch(self):
+        self.shared = self.learn.k_means.shared
+        if self.first is None: self.first = [o.codes.clone() for o in self.shared]
+    def after_backward(self): self.grads,self.was = [o.p.grad.flatten().double() for o in self.shared],[o.p.detach().flatten().clone() for o in self.shared]
+    def after_step(self):
+        for o,c,g,w in zip(self.shared, self.first, self.grads, self.was):
+            stay = w!=0
+            assert torch.equal(o.codes[stay], c[stay]) and torch.isin(o.codes[~stay], o.zero).all()
+            v,now = w.double()-self.lr*torch.zeros(o.n, dtype=torch.double).index_add_(0, c[stay], g[stay])[c],o.p.detach().flatten()
+            kept = stay & (now!=0)
+            assert torch.allclose(now[kept].double(), v[kept], rtol=1e-4, atol=1e-6) and not now[~stay].any()
+            for k in c[kept].unique(): assert len(now[kept & (c==k)].unique())==1
+        self.gone.append(sum(int((o.p==0).sum()) for o in self.shared))
+
+@pytest.mark.parametrize('granularity', ['weight','kernel','filter'])
+@pytest.mark.parametrize('per_channel', [False,True])
+def test_weights_that_go_while_others_share(granularity, per_channel):
+    learn = learner(opt_func=SGD)
+    fit(learn, 4, [KMeansCallback(3, per_channel=per_channel), SparsifyCallback(75, granularity, 'local', schedule='lin'), w := Leaving(1e-2)], lr=1e-2)
+    assert w.gone==sorted(w.gone) and w.gone[-1]>2*w.gone[0]
+    for m in learn.model:
+        if isinstance(m, nn.Conv2d): assert int((m.weight==0).sum())==(m.weight.numel()*3//4)
+
+def test_tickets_of_shared_weights():
+    learn,seen = learner(),[]
+    look = At('after_step', lambda cb: seen.append([w.detach().clone() for w in weights(cb.model)]), order=80)
+    fit(learn, 3, [KMeansCallback(2), SparsifyCallback(60, schedule='iterative', lth=True), At('before_batch', lambda cb: seen.append([w.detach().clone() for w in weights(cb.model)]), 1), look])
+    start,rewound = seen[0],[o for o in seen[1:] if all(torch.equal(a[a!=0], b[a!=0]) for a,b in zip(o, seen[0]))]
+    assert len(rewound)>=2 and all(len(w.unique())<=5 for o in seen for w in o)
+
+def test_cut_channels_are_refused():
+    learn = learner()
+    before = state(learn.model)
+    with pytest.raises(ValueError, match='PruneCallback changes the shapes'): fit(learn, 1, [KMeansCallback(2), PruneCallback(50)])
+    assert same(before, state(learn.model))
 
 def test_centroids_follow_their_gradients():
     "A step of SGD moves a value by the sum of its weights' gradients, also when these were accumulated"

@@ -1,11 +1,15 @@
-"""Prune and fold the classification models of torchvision and compare outputs: `python tools/zoo.py [NAME...]` (default: all that fit), or `make zoo NAMES="resnet18 vit_b_32"`
+"""Prune, fold and compress the classification models of torchvision and compare outputs and bits: `python tools/zoo.py [NAME...]` (default: all that fit), or `make zoo NAMES="resnet18 vit_b_32"`
 
 Random weights and random statistics of the normalizations; 40 % of the filters are zeroed, tied ones together, and removed without loss; then 30 % are removed by ratio; and the
-norms of the original are folded. A process for each model, so that one that fails or does not fit in memory does not end the run."""
+norms of the original are folded. The compressed file is written and read three times: weights as they are, nine of ten zero, and those sharing 16 values in bfloat16. A process for each model, so that one that fails or does not fit in memory does not end the run."""
 import argparse,json,subprocess,sys,time
 from concurrent.futures import ThreadPoolExecutor
 
 MEMORY = 1300  # MB of float32 parameters at most
+
+def make(name):
+    import torchvision
+    return torchvision.models.get_model(name, weights=None, **(dict(aux_logits=False) if name in ('googlenet','inception_v3') else {})).eval()
 
 def randomize(model, seed=0):
     "Random statistics, scales and shifts for normalizations"
@@ -40,8 +44,8 @@ def folded(model, inputs, larger):
     return {**row, 'fold_difference':max(difference(model, new, o)[0] for o in (random_like(inputs, 3),*larger))}
 
 def one(name):
-    "A row of the table for model `name`"
-    import torch,torchvision
+    "What pruning and folding do to model `name`: a row of the table"
+    import torch
     from torch import nn
     from fasterai.core.graph import _tensors,call_with,example_inputs_for,untouched
     from fasterai.core.proof import difference,random_like
@@ -49,9 +53,8 @@ def one(name):
     from fasterai.sparse.sparsifier import Sparsifier
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    make = lambda: torchvision.models.get_model(name, weights=None, **(dict(aux_logits=False) if name in ('googlenet','inception_v3') else {})).eval()
     row,size = dict(model=name),lambda m: sum(p.numel() for p in m.parameters())
-    model = make()
+    model = make(name)
     randomize(model)
     small = 4*size(model)<250e6
     if small: model = model.double()
@@ -71,7 +74,7 @@ def one(name):
     row |= folded(model, inputs, larger)
     row['untouched'] &= all(torch.equal(v, was[k]) for k,v in model.state_dict().items())
     del was,model
-    model = make()
+    model = make(name)
     start = time.time()
     inputs = tuple(o.float() for o in inputs)
     Pruner(model, 30, 'local', example_inputs=inputs).prune_model()
@@ -80,8 +83,33 @@ def one(name):
     row['ok'] = row['difference']<=(1e-4 if dtype==torch.float64 else 1e-3) and row['fold_difference']<=(1e-10 if dtype==torch.float64 else 1e-3) and row['untouched'] and row['outputs'] and row['after']<row['before'] and row['ratio_after']<row['before']
     return row
 
+def filed(name):
+    "Whether all bits of model `name` come back from its compressed file, how many times smaller that is, and the seconds of all writing and reading"
+    import os,tempfile,torch
+    from copy import deepcopy
+    from torch import nn
+    from fasterai.quantize.all import KMeansQuantizer,load_compressed,save_compressed
+    from fasterai.sparse.sparsifier import Sparsifier
+    torch.manual_seed(0)
+    model = make(name)
+    randomize(model)
+    sparse = lambda m: Sparsifier(m, 'weight', 'local', layer_type=(nn.Conv2d,nn.Linear,nn.MultiheadAttention)).sparsify_model(90)
+    row,bits = dict(bits=True, ratios=[], file_seconds=0.),lambda t: t.reshape(-1).view(torch.uint8)
+    for change in (lambda m: None, sparse, lambda m: KMeansQuantizer(4).quantize(m).bfloat16()):
+        change(model)
+        state,blank = model.state_dict(),deepcopy(model)
+        for v in blank.state_dict().values(): v.zero_()
+        with tempfile.TemporaryDirectory() as d:
+            start = time.time()
+            save_compressed(model, f'{d}/m')
+            load_compressed(f'{d}/m', blank)
+            row['file_seconds'] += time.time()-start
+            row['ratios'].append(sum(v.nbytes for v in state.values())/os.path.getsize(f'{d}/m'))
+        row['bits'] &= all(torch.equal(bits(v), bits(state[k])) for k,v in blank.state_dict().items())
+    return row
+
 def run(name, seconds):
-    "`one` in a process of its own"
+    "`one` and `filed` in a process of its own"
     try: p = subprocess.run([sys.executable, '-W', 'ignore', __file__, '--one', name], capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired: return dict(model=name, ok=False, error=f'more than {seconds} s')
     lines = p.stdout.strip().splitlines()
@@ -91,7 +119,8 @@ def run(name, seconds):
 def show(r):
     if 'error' in r: return f"{r['model']:24} FAIL {r['error']}"
     return (f"{r['model']:24} {r['before']:>11,} {r['after']:>11,} {r['difference']:>8.0e} {r['dtype']:8} {r['seconds']:>6.1f} s | {r['ratio_after']:>11,} {r['ratio_seconds']:>6.1f} s "
-            f"| {r['folded']:>3} of {r['norms']:>3} {r['fold_difference']:>8.0e} {r['fold_seconds']:>6.1f} s {'outputs same' if r['outputs'] else 'OUTPUTS CHANGED'} {'ok' if r['ok'] else 'FAIL'}")
+            f"| {r['folded']:>3} of {r['norms']:>3} {r['fold_difference']:>8.0e} {r['fold_seconds']:>6.1f} s {'outputs same' if r['outputs'] else 'OUTPUTS CHANGED'} "
+            f"| {' '.join(f'×{o:.1f}' for o in r['ratios']):18} {r['file_seconds']:>6.1f} s {'bits same' if r['bits'] else 'BITS CHANGED'} {'ok' if r['ok'] else 'FAIL'}")
 
 def names():
     "All that fit, as told by their weights' metadata"
@@ -103,9 +132,11 @@ if __name__=='__main__':
     a = argparse.ArgumentParser()
     a.add_argument('names', nargs='*'); a.add_argument('--one', action='store_true'); a.add_argument('--workers', type=int, default=2); a.add_argument('--timeout', type=int, default=600)
     a = a.parse_args()
-    if a.one: print(json.dumps(one(a.names[0])))
+    if a.one:
+        row,file = one(a.names[0]),filed(a.names[0])
+        print(json.dumps({**row, **file, 'ok':row['ok'] and file['bits']}))
     else:
-        print(f"{'model':24} {'before':>11} {'after':>11} {'differ':>8} {'':8} {'time':>6}   | {'30 % less':>11} {'time':>6}   | {'folded':>10} {'differ':>8} {'time':>6}")
+        print(f"{'model':24} {'before':>11} {'after':>11} {'differ':>8} {'':8} {'time':>6}   | {'30 % less':>11} {'time':>6}   | {'folded':>10} {'differ':>8} {'time':>6}   | {'file: dense, sparse, shared bfloat16':>36}")
         rows = []
         with ThreadPoolExecutor(a.workers) as ex:
             for r in ex.map(lambda n: run(n, a.timeout), a.names or names()): rows.append(r); print(show(r), flush=True)

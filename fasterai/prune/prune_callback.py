@@ -20,7 +20,7 @@ from .pruner import Pruner, check_ratio, pruned_plan
 # %% ../../nbs/prune/02_prune_callback.ipynb #15bdde2f
 class PruneCallback(ScheduledCallback):
     "Remove channels while training: `schedule` says how many, a `Pruner` says which"
-    column = 'pruned'
+    column,resizes = 'pruned',True
     def __init__(self,
         pruning_ratio, # Percentage of the original channels at the end, or a dict of them by layer
         schedule=agp, # When: a `Schedule`, a function f(start, end, pos), or a name of `schedules`; it may not fall

@@ -7,6 +7,7 @@ __all__ = ['KMeansCallback']
 
 # %% ../../nbs/quantize/03_callbacks.ipynb #68e628d6
 from fastai.callback.core import Callback
+from ..callback import ScheduledCallback
 from .weight_sharing import KMeansQuantizer, bits_by_name
 
 # %% ../../nbs/quantize/03_callbacks.ipynb #d30427b9
@@ -18,7 +19,7 @@ class KMeansCallback(Callback):
         init='optimal', # Where k-means begins: a name of `inits`
         per_channel:bool=False, # Values of its own for each output channel?
         seed:int=0, # For k-means++
-    ): self.quantizer,self.shared = KMeansQuantizer(bits, init, per_channel, seed),None
+    ): self.quantizer,self.shared,self.others = KMeansQuantizer(bits, init, per_channel, seed),None,[]
 
     def __call__(self, event_name):
         if event_name=='before_fit': self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')  # anew: the last fit may have been interrupted
@@ -29,12 +30,18 @@ class KMeansCallback(Callback):
 
     def before_fit(self):
         bits_by_name(self._whole, self.quantizer.bits)  # refused before anything is changed
-        self.shared = None
+        self.others,self.updated,self.shared = [o for o in self.learn.cbs if isinstance(o, ScheduledCallback)],[],None
+        for o in self.others:
+            if o.resizes: raise ValueError(f'{type(o).__name__} changes the shapes of weights, whose clusters stay as they are while values are trained: prune first, then share')
     def before_train(self):
         if self.shared is None:
             self.shared = self.quantizer.share(self._whole)
             self.opt.clear_state()
-    def before_step(self): self.shared.sum_grads()
+    def before_step(self):
+        if (updated := [o.last for o in self.others])!=self.updated:
+            self.shared.drop_zeros()
+            self.updated = updated
+        self.shared.sum_grads()
     def after_step(self): self.shared.snap()
-    def after_fit(self): self.shared = None
-    def __getstate__(self): return super().__getstate__() | dict(shared=None)
+    def after_fit(self): self.shared,self.others = None,[]
+    def __getstate__(self): return super().__getstate__() | dict(shared=None, others=[])

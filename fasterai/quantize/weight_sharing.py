@@ -61,14 +61,18 @@ class SharedWeight:
         c = kmeans(w.flatten(1), k, keep_zeros=True, **kwargs)
         r,k = c.values.shape
         codes = (c.codes+k*torch.arange(r, dtype=torch.int32, device=w.device)[:,None]).view(w.shape)
-        self.p,self.n = p,r*k
+        self.p,self.k,self.n = p,k,r*k
         self.codes = (codes if axis is None else codes.movedim(0, axis)).flatten()
         self.zero = torch.arange(0, self.n, k, device=w.device)
-        at = torch.arange(len(self.codes), device=w.device)
-        self.first = torch.full((self.n,), len(self.codes), device=w.device).scatter_reduce_(0, self.codes.long(), at, 'amin')
-        self.used = (self.first<len(self.codes)).index_fill_(0, self.zero, False).sum()
-        self.first.clamp_(max=max(len(self.codes)-1, 0))
+        self.used = self._find().index_fill_(0, self.zero, False).sum()
         self._write(p, c.values.flatten())
+
+    def _find(self):
+        "Find the first element of each value, which stands for those that share it; which values have one"
+        n = len(self.codes)
+        first = torch.full((self.n,), n, device=self.codes.device).scatter_reduce_(0, self.codes.long(), torch.arange(n, device=self.codes.device), 'amin')
+        self.first = first.clamp(max=max(n-1, 0))
+        return first<n
 
     def _write(self, x, values): x.detach().copy_(values.index_fill(0, self.zero, 0).index_select(0, self.codes).view(x.shape))
 
@@ -79,6 +83,11 @@ class SharedWeight:
         sums = torch.zeros(self.n, dtype=torch.promote_types(g.dtype, torch.float32), device=g.device)
         self._write(g, sums.index_add_(0, self.codes, g.flatten().to(sums.dtype)).to(g.dtype))
 
+    def drop_zeros(self):
+        "When others have zeroed elements: these share zero from now on"
+        self.codes -= self.codes%self.k*(self.p.detach().flatten()==0)
+        self._find()
+
     def snap(self):
         "After the step: those that share a value are equal to the last bit, and zeros are zero"
         self._write(self.p, self.p.detach().flatten().index_select(0, self.first))
@@ -88,6 +97,9 @@ class SharedWeights(list):
     def sum_grads(self):
         "Before the optimizer's step"
         for o in self: o.sum_grad()
+    def drop_zeros(self):
+        "When others have zeroed elements"
+        for o in self: o.drop_zeros()
     def snap(self):
         "After it"
         for o in self: o.snap()
