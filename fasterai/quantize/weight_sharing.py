@@ -74,14 +74,17 @@ class SharedWeight:
         self.first = first.clamp(max=max(n-1, 0))
         return first<n
 
-    def _write(self, x, values): x.detach().copy_(values.index_fill(0, self.zero, 0).index_select(0, self.codes).view(x.shape))
+    def _write(self, x, values):
+        x,values = x.detach(),values.to(x.dtype).index_fill(0, self.zero, 0)
+        if x.is_contiguous(): torch.index_select(values, 0, self.codes, out=x.view(-1))
+        else: x.copy_(values.index_select(0, self.codes).view(x.shape))
 
     def sum_grad(self):
         "Before the optimizer's step: the gradient of each element becomes the sum over those that share its value"
         g = self.p.grad
         if g is None: return
         sums = torch.zeros(self.n, dtype=torch.promote_types(g.dtype, torch.float32), device=g.device)
-        self._write(g, sums.index_add_(0, self.codes, g.flatten().to(sums.dtype)).to(g.dtype))
+        self._write(g, sums.index_add_(0, self.codes, g.flatten().to(sums.dtype)))
 
     def drop_zeros(self):
         "When others have zeroed elements: these share zero from now on"
