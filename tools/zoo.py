@@ -20,7 +20,7 @@ def randomize(model, seed=0):
             if n.endswith('running_mean'): b.copy_(torch.randn(b.shape, generator=gen)*.1)
             if n.endswith('running_var'): b.copy_(torch.rand(b.shape, generator=gen)+.5)
         for p in model.parameters():
-            if (p==p.flatten()[0]).all(): p.copy_(torch.randn(p.shape, generator=gen)*.1)  # a head or a layer scale that starts as (nearly) nothing
+            if p.numel() and (p==p.flatten()[0]).all(): p.copy_(torch.randn(p.shape, generator=gen)*.1)  # a head or a layer scale that starts as (nearly) nothing
         for m in model.modules():
             if 'Norm' in type(m).__name__ and getattr(m, 'weight', None) is not None:
                 m.weight.copy_(torch.rand(m.weight.shape, generator=gen)+.5)
