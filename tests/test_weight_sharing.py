@@ -9,8 +9,11 @@ from fastai.learner import load_learner
 from fastai.optimizer import *
 from functools import partial
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from fasterai.quantize.all import *
+from fasterai.distill.all import Attention, KnowledgeDistillationCallback
 from fasterai.prune.all import PruneCallback
+from fasterai.regularize.all import RegularizationCallback
 from fasterai.sparse.all import KeepSparsity, Sparsifier, SparsifyCallback
 from tiny import At, fit, learner, net, raises, same, state
 
@@ -52,7 +55,8 @@ def test_optimizers(opt, per_channel):
     if not per_channel: assert all(len(w.unique())<=5 for w in weights(model))
     assert all(not torch.equal(before[k], v) for k,v in state(model).items() if k.endswith('weight'))
 
-@pytest.mark.parametrize('cbs', [[], [KeepSparsity], [GradientClip], [partial(GradientAccumulation, 16)], [partial(OnCPU, amp_mode='bf16')], [partial(OnCPU, amp_mode='fp16')]], ids=str)
+@pytest.mark.parametrize('cbs', [[], [KeepSparsity], [GradientClip], [partial(GradientAccumulation, 16)], [partial(OnCPU, amp_mode='bf16')], [partial(OnCPU, amp_mode='fp16')], [lambda: KnowledgeDistillationCallback(net(1))],
+    [KeepSparsity, lambda: KnowledgeDistillationCallback(net(1), activations_student='3', activations_teacher='3', loss=Attention)], [lambda: RegularizationCallback('filter', 1e-2)]], ids=str)
 def test_beside_other_callbacks(cbs):
     learn = learner(half_zero())
     fit(learn, 2, [KMeansCallback(3), w := Watch(), *(o() for o in cbs)])
@@ -91,6 +95,20 @@ def test_tickets_of_shared_weights():
     fit(learn, 3, [KMeansCallback(2), SparsifyCallback(60, schedule='iterative', lth=True), At('before_batch', lambda cb: seen.append([w.detach().clone() for w in weights(cb.model)]), 1), look])
     start,rewound = seen[0],[o for o in seen[1:] if all(torch.equal(a[a!=0], b[a!=0]) for a,b in zip(o, seen[0]))]
     assert len(rewound)>=2 and all(len(w.unique())<=5 for o in seen for w in o)
+
+@pytest.mark.parametrize('axis', [None,0])
+def test_no_waiting_for_the_device(axis):
+    "On (fake) CUDA weights, where asking for a value raises, gradients are summed and values written beside the weight"
+    real = SharedWeight(nn.Parameter(torch.randn(4, 6)), 4, axis)
+    with FakeTensorMode():
+        fake = copy.copy(real)
+        for k,v in vars(real).items():
+            if isinstance(v, torch.Tensor): setattr(fake, k, nn.Parameter(torch.empty(v.shape, device='cuda')) if k=='p' else torch.empty(v.shape, dtype=v.dtype, device='cuda'))
+        fake.p.grad = torch.empty(4, 6, device='cuda')
+        fake.sum_grad()
+        fake.drop_zeros()
+        fake.snap()
+        assert {v.device.type for v in vars(fake).values() if isinstance(v, torch.Tensor)}=={'cuda'}
 
 def test_cut_channels_are_refused():
     learn = learner()
