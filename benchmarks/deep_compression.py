@@ -29,7 +29,7 @@ from fasterai.sparse.all import KeepSparsity, Schedule, SparsifyCallback, agp, l
 def lenet_300_100(): return nn.Sequential(nn.Flatten(), nn.Linear(784,300), nn.ReLU(), nn.Linear(300,100), nn.ReLU(), nn.Linear(100,10))
 def lenet_5(): return nn.Sequential(nn.Conv2d(1,20,5), nn.MaxPool2d(2), nn.Conv2d(20,50,5), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(800,500), nn.ReLU(), nn.Linear(500,10))
 
-nets = {  # epochs of each stage; sparsity in percent of all weights; bits of convolutions, linear layers and their biases
+nets = {  # epochs of each stage; sparsity in percent of all weights; bits of the weights of linear layers
     '300': dict(make=lenet_300_100, dense=20, prune=40, share=10, sparsity=91., bits=3),
     '5':   dict(make=lenet_5, dense=8, prune=12, share=4, sparsity=92.5, bits=3)}
 

@@ -15,7 +15,8 @@ def two_of(xb): "Two samples are enough to follow channels with"; return tuple(o
 
 class ScheduledCallback(Callback):
     "After step k of n `update` has a model reach what `schedule` says for k/n, at most `n_updates` times in a fit; `reached` is a column of the progress table"
-    run_valid,order,column,resizes = False,55,None,False  # after the Recorder, whose table gets a column, and before what shows it
+    run_valid,order = False,55  # after the Recorder, whose table gets a column, and before what shows it
+    column,resizes = None,False  # name of that column; does `update` change the shapes of weights?
     def __init__(self,
         schedule, # A `Schedule`, a function f(start, end, pos), or a name of `schedules`
         n_updates:int|None=None, # Most updates in a fit, by default one a step

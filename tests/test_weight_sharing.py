@@ -93,7 +93,7 @@ def test_tickets_of_shared_weights():
     learn,seen = learner(),[]
     look = At('after_step', lambda cb: seen.append([w.detach().clone() for w in weights(cb.model)]), order=80)
     fit(learn, 3, [KMeansCallback(2), SparsifyCallback(60, schedule='iterative', lth=True), At('before_batch', lambda cb: seen.append([w.detach().clone() for w in weights(cb.model)]), 1), look])
-    start,rewound = seen[0],[o for o in seen[1:] if all(torch.equal(a[a!=0], b[a!=0]) for a,b in zip(o, seen[0]))]
+    rewound = [o for o in seen[1:] if all(torch.equal(a[a!=0], b[a!=0]) for a,b in zip(o, seen[0]))]
     assert len(rewound)>=2 and all(len(w.unique())<=5 for o in seen for w in o)
 
 @pytest.mark.parametrize('axis', [None,0])
@@ -110,10 +110,11 @@ def test_no_waiting_for_the_device(axis):
         fake.snap()
         assert {v.device.type for v in vars(fake).values() if isinstance(v, torch.Tensor)}=={'cuda'}
 
-def test_cut_channels_are_refused():
+@pytest.mark.parametrize('cb,says', [(lambda: PruneCallback(50), 'PruneCallback changes the shapes'), (lambda: SparsifyCallback(50, schedule='dsd'), 'falls')])
+def test_what_cannot_be_with_clusters_is_refused(cb, says):
     learn = learner()
     before = state(learn.model)
-    with pytest.raises(ValueError, match='PruneCallback changes the shapes'): fit(learn, 1, [KMeansCallback(2), PruneCallback(50)])
+    with pytest.raises(ValueError, match=says): fit(learn, 1, [KMeansCallback(2), cb()])
     assert same(before, state(learn.model))
 
 def test_centroids_follow_their_gradients():

@@ -130,7 +130,7 @@ def names():
 
 if __name__=='__main__':
     a = argparse.ArgumentParser()
-    a.add_argument('names', nargs='*'); a.add_argument('--one', action='store_true'); a.add_argument('--workers', type=int, default=2); a.add_argument('--timeout', type=int, default=600)
+    a.add_argument('names', nargs='*'); a.add_argument('--one', action='store_true'); a.add_argument('--workers', type=int, default=2); a.add_argument('--timeout', type=int, default=1800)
     a = a.parse_args()
     if a.one:
         row,file = one(a.names[0]),filed(a.names[0])

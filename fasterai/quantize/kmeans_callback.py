@@ -8,6 +8,7 @@ __all__ = ['KMeansCallback']
 # %% ../../nbs/quantize/03_callbacks.ipynb #68e628d6
 from fastai.callback.core import Callback
 from ..callback import ScheduledCallback
+from ..core.schedule import check_rises
 from .weight_sharing import KMeansQuantizer, bits_by_name
 
 # %% ../../nbs/quantize/03_callbacks.ipynb #d30427b9
@@ -33,6 +34,7 @@ class KMeansCallback(Callback):
         self.others,self.updated,self.shared = [o for o in self.learn.cbs if isinstance(o, ScheduledCallback)],[],None
         for o in self.others:
             if o.resizes: raise ValueError(f'{type(o).__name__} changes the shapes of weights, whose clusters stay as they are while values are trained: prune first, then share')
+            check_rises(o.schedule, 100.)
     def before_train(self):
         if self.shared is None:
             self.shared = self.quantizer.share(self._whole)
