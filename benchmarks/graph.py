@@ -6,7 +6,8 @@ A process for each model and each of us, so that one that does not end is stoppe
 """
 import subprocess, sys, time
 import torch, torchvision
-from fasterai.core.graph import ChannelGraph, call_with, untouched
+from fasterai.core.graph import ChannelGraph
+from fasterai.core.running import call_with, untouched
 
 MODELS = 'resnet18 resnet50 mobilenet_v2 densenet121 shufflenet_v2_x1_0 convnext_tiny vit_b_16 swin_t'.split()
 LIMIT = 120  # seconds that a graph may take

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torchvision import models as tv
 from fasterai.core.factorization import LowRank, allot
-from fasterai.core.graph import ChannelGraph, example_inputs_for, untouched
+from fasterai.core.graph import ChannelGraph
+from fasterai.core.running import example_inputs_for, untouched
 from fasterai.misc.all import Conv_Decomposer, FC_Decomposer, conv_methods
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')

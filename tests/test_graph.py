@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn.utils import parametrizations,prune
 from torch.utils._pytree import tree_map
 from fasterai.core.graph import *
-from fasterai.core.graph import _tensors
+from fasterai.core.running import *
+from fasterai.core.running import tensors_of
 
 ZOO = dict(resnet18=None, vgg11_bn=None, densenet121=None, googlenet=None, inception_v3=None, mobilenet_v2=None, mobilenet_v3_small=None,
            shufflenet_v2_x1_0=None, squeezenet1_1=None, efficientnet_b0=None, regnet_y_400mf=None, convnext_tiny=None, vit_b_16=dict(image_size=32),
@@ -69,7 +70,7 @@ def zeroed(m, g, dead):
     return m
 
 def run(m, g):
-    with torch.no_grad(): return _tensors(call_with(m, g.example_inputs))
+    with torch.no_grad(): return tensors_of(call_with(m, g.example_inputs))
 
 def made(g):
     "Removable classes of each weight's channels"
@@ -286,7 +287,7 @@ def test_inputs(inputs):
     was = tree_map(torch.clone, inputs)
     g = ChannelGraph(m, inputs)
     assert len(g.classes(g.out('a.weight').ids).unique())==8
-    assert all(map(torch.equal, _tensors(was), _tensors(inputs)))
+    assert all(map(torch.equal, tensors_of(was), tensors_of(inputs)))
 
 def test_nothing_changes():
     class Busy(nn.Module):

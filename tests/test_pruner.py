@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 from torch.nn.utils import prune
 from fasterai.core.criteria import Criteria,large_final
-from fasterai.core.graph import call_with
+from fasterai.core.running import call_with
 from fasterai.core.liveness import Liveness
 from fasterai.core.proof import difference,random_like
 from fasterai.prune.pruner import Pruner,load_pruned,pruned_plan,save_pruned

@@ -3,7 +3,8 @@ import copy,warnings
 import pytest,torch
 import torch.nn.functional as F
 from torch import nn
-from fasterai.core.graph import ChannelGraph,call_with
+from fasterai.core.graph import ChannelGraph
+from fasterai.core.running import call_with
 from fasterai.core.proof import difference
 from fasterai.prune.pruner import Pruner,load_pruned,pruned_plan,save_pruned
 from test_pruner import Net,X,conv,head,kept,n_params,pruned,randomized,zero

@@ -28,7 +28,7 @@ def randomize(model, seed=0):
 
 def takes(model, x):
     "Does `model` run on images of another size as well?"
-    from fasterai.core.graph import call_with,untouched
+    from fasterai.core.running import call_with,untouched
     try:
         with untouched(model): call_with(model, x)
     except (RuntimeError,AssertionError,ValueError): return False
@@ -47,7 +47,7 @@ def one(name):
     "What pruning and folding do to model `name`: a row of the table"
     import torch
     from torch import nn
-    from fasterai.core.graph import _tensors,call_with,example_inputs_for,untouched
+    from fasterai.core.running import tensors_of,call_with,example_inputs_for,untouched
     from fasterai.core.proof import difference,random_like
     from fasterai.prune.pruner import Pruner
     from fasterai.sparse.sparsifier import Sparsifier
@@ -79,7 +79,7 @@ def one(name):
     inputs = tuple(o.float() for o in inputs)
     Pruner(model, 30, 'local', example_inputs=inputs).prune_model()
     with untouched(model): out = call_with(model, inputs)
-    row |= dict(ratio_seconds=time.time()-start, ratio_after=size(model), outputs=all(o.shape[-1]==1000 for o in _tensors(out)))
+    row |= dict(ratio_seconds=time.time()-start, ratio_after=size(model), outputs=all(o.shape[-1]==1000 for o in tensors_of(out)))
     row['ok'] = row['difference']<=(1e-4 if dtype==torch.float64 else 1e-3) and row['fold_difference']<=(1e-10 if dtype==torch.float64 else 1e-3) and row['untouched'] and row['outputs'] and row['after']<row['before'] and row['ratio_after']<row['before']
     return row
 

@@ -20,7 +20,8 @@ from fastprogress.fastprogress import NBProgressBar,progress_bar
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves,tree_map
-from ..core.graph import ChannelGraph,call_with,example_inputs_for,untouched
+from ..core.graph import ChannelGraph
+from ..core.running import call_with,example_inputs_for,untouched
 
 # %% ../../nbs/analyze/01_counts.ipynb #4ed54031
 def check_models(

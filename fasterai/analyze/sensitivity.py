@@ -18,8 +18,10 @@ from torch import nn
 from .budget import allocate,isotonic
 from .counts import check_models,latency,n_nonzero,running,with_bar
 from ..core.criteria import criteria_of,large_final,needs
-from ..core.granularity import did_you_mean,has_axes,named
-from ..core.graph import ChannelGraph,call_with,layer_of
+from ..core.granularity import has_axes
+from ..core.registry import did_you_mean,named
+from ..core.graph import ChannelGraph,layer_of
+from ..core.running import call_with
 from ..core.liveness import spare_last
 from ..core.evidence import check_trained,evidence
 from ..core.selection import Scores,n_of,rounded_gone,select

@@ -10,7 +10,7 @@ __all__ = ['contexts', 'CONTEXT_NEEDS', 'local', 'global_', 'erk', 'uniform_plus
 import inspect, math
 import torch
 from torch import Tensor
-from .granularity import did_you_mean, named
+from .registry import did_you_mean, named
 from .selection import n_of, lowest
 
 # %% ../../nbs/core/05_context.ipynb #7c54b3c6

@@ -13,7 +13,7 @@ import inspect
 from typing import Callable
 import torch
 from torch import Tensor
-from .granularity import did_you_mean, named
+from .registry import did_you_mean, named
 
 # %% ../../nbs/core/02_criteria.ipynb #3e3eba38
 def pointwise(f): # Criteria whose score of a weight depends on that weight alone

@@ -9,25 +9,11 @@ __all__ = ['layer_axes', 'granularities', 'axes_of', 'has_axes', 'numbered_by', 
 # %% ../../nbs/core/01_granularity.ipynb #1af55bca
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
 from math import ceil, prod
 from typing import Callable
 import torch
 from torch import nn, Tensor
-
-# %% ../../nbs/core/01_granularity.ipynb #e8555398
-def did_you_mean(given, allowed): # What was given, the names that are allowed
-    "Sentence that lists what is `allowed`, the closest to `given` first"
-    allowed = [str(o) for o in allowed]
-    near = get_close_matches(str(given), allowed, n=1, cutoff=.5)
-    hint = f'did you mean {near[0]!r}? ' if near else ''
-    return f'{hint}Allowed: {", ".join(allowed)}'
-
-def named(kind, known, given): # What it is called, registry by name, a name or the value itself
-    "The value behind a name of the registry `known`, or the value itself; `ValueError` with the closest name otherwise"
-    if not isinstance(given, str): return given
-    if given in known: return known[given]
-    raise ValueError(f'{kind} {given!r} is not known: {did_you_mean(given, known)}')
+from .registry import did_you_mean,named
 
 # %% ../../nbs/core/01_granularity.ipynb #e785f93e
 layer_axes = {nn.Conv1d:'oiw', nn.Conv2d:'oihw', nn.Conv3d:'oidhw', nn.Linear:'oi',

@@ -12,7 +12,7 @@ import inspect, math
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable
-from .granularity import named
+from .registry import named
 
 # %% ../../nbs/core/03_schedule.ipynb #42838c6c
 def sched_one_shot(start, end, pos): "All at once"; return end

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import nn, Tensor
 from torch.nn.parallel import DistributedDataParallel
-from ..core.granularity import did_you_mean
-from ..core.graph import call_with, example_inputs_for, untouched
+from ..core.registry import did_you_mean
+from ..core.running import call_with, example_inputs_for, untouched
 from ..core.schedule import schedule_of
 from .losses import SoftTarget, compares_any_shape, loss_name, loss_needs, loss_of, meet
 

@@ -14,7 +14,7 @@ from functools import wraps, partial
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from ..core.granularity import did_you_mean, named
+from ..core.registry import did_you_mean, named
 
 # %% ../../nbs/distill/01_losses.ipynb #c5b23ed1
 def _whole(o): return [_whole(v) for v in o] if isinstance(o, (list,tuple)) else o.float() if isinstance(o, Tensor) and o.dtype in (torch.bfloat16, torch.float16) else o

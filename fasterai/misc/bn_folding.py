@@ -14,7 +14,8 @@ import torch
 from torch import nn,Tensor
 from torch.utils._pytree import tree_leaves
 from ..core.flow import Flow,Step,Whole,_hooked
-from ..core.graph import _SLIPS,_lift,_shrink,_varying,call_with,layer_of,untouched
+from ..core.graph import _lift,_shrink,_varying,layer_of
+from ..core.running import SLIPS,call_with,untouched
 from ..core.proof import check_same
 from ..core.surgery import _add_bias,copy_of
 from ..legacy import old_function
@@ -277,7 +278,7 @@ class _Plan:
     def passed(self, c, v, s, t, up):
         if c.name not in _passes: raise _No(f'{c.why} does not commute with a scale and a shift')
         try: todo = [o for o in _passes[c.name](c, v, s, t, up) if not _idle(*o[1:])]
-        except _SLIPS as e: # a slip in a rule must not stop the user's model: it costs a norm, not correctness
+        except SLIPS as e: # a slip in a rule must not stop the user's model: it costs a norm, not correctness
             warnings.warn(f'folding: {c.why}: {type(e).__name__}: {e}; a norm beside it stays')
             raise _No(f'{c.why} is not understood') from e
         if any(o.dtype!=v.dtype for o,*_ in todo): raise _No(f'{c.why} changes the type')
@@ -423,7 +424,7 @@ class BN_Folder:
             plan = _planned(new, flow, left, bare)
             _remove(plan, new, dissolve)
             try: self._check(model, new, flow.example_inputs)
-            except _SLIPS as e: error,(new,bare) = e,_with_biases(model)
+            except SLIPS as e: error,(new,bare) = e,_with_biases(model)
             else: break
         else: raise error
         self.into,self.left = plan.into,plan.left

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import nn
 from ..core.factorization import Choice,Decomposer,LowRank,_wide,with_weight
-from ..core.granularity import named
+from ..core.registry import named
 from ..core.selection import n_of
 
 # %% ../../nbs/misc/03_conv_decomposer.ipynb #2dc6ffe2

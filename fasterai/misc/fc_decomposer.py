@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import nn
 from ..core.factorization import Choice,Decomposer,LowRank,with_weight
-from ..core.graph import batches_of,call_with,inputs_of,untouched
+from ..core.running import batches_of,call_with,inputs_of,untouched
 from ..core.selection import n_of
 from ..legacy import renamed
 

@@ -14,8 +14,9 @@ from safetensors import SafetensorError,safe_open
 from safetensors.torch import save_file
 from ..core.context import shares,context_of,local
 from ..core.criteria import criteria_of,large_final,needs
-from ..core.granularity import did_you_mean
-from ..core.graph import ChannelGraph,call_with,layer_of,untouched
+from ..core.registry import did_you_mean
+from ..core.graph import ChannelGraph,layer_of
+from ..core.running import call_with,untouched
 from ..core.liveness import Liveness,spare_last
 from ..core.evidence import _wide,act_norms,check_trained,evidence,weight_of
 from ..core.proof import TOLERANCE,check_same,random_like

@@ -12,7 +12,7 @@ import constriction
 import numpy as np
 import torch
 from torch import nn,Tensor
-from ..core.granularity import did_you_mean
+from ..core.registry import did_you_mean
 
 # %% ../../nbs/quantize/04_compressed_file.ipynb #548222ac
 class CompressedFileError(ValueError):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from ..core.granularity import named
+from ..core.registry import named
 
 # %% ../../nbs/quantize/01_kmeans.ipynb #fce2749f
 class Clusters(NamedTuple):

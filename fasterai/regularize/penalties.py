@@ -9,7 +9,8 @@ __all__ = ['norm_types', 'penalties', 'penalty', 'Penalty']
 from typing import Callable
 from torch import nn, Tensor
 from ..core.criteria import Criteria, criteria_of, criterias, large_final, needs
-from ..core.granularity import axes_of, blocks, did_you_mean, layer_axes, named
+from ..core.granularity import axes_of, blocks, layer_axes
+from ..core.registry import did_you_mean, named
 
 # %% ../../nbs/regularize/01_penalties.ipynb #eab45f14
 def _wide(w): return w.float() if w.element_size()<4 else w

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from ..analyze.counts import (labeled_batches,check_models,effective_parameters,latency,most_likely,n_bytes,n_params,place_of,placed,
                                      running,sign_test,speedup,told_right,wilson)
-from ..core.graph import ChannelGraph,_tensors,call_with,example_inputs_for,untouched
+from ..core.graph import ChannelGraph
+from ..core.running import tensors_of,call_with,example_inputs_for,untouched
 from ..core.liveness import Liveness
 
 # %% ../../nbs/report/02_tables.ipynb #020a2d17
@@ -55,7 +56,7 @@ def _observed(model, inputs):
     "Shape of what each module that runs returns first"
     shapes,names = {},{m:n for n,m in model.named_modules()}
     def see(m, args, out):
-        if m in names and (ts := _tensors(out)): shapes.setdefault(names[m], tuple(ts[0].shape))
+        if m in names and (ts := tensors_of(out)): shapes.setdefault(names[m], tuple(ts[0].shape))
     hook = nn.modules.module.register_module_forward_hook(see)
     try:
         with untouched(model): call_with(model, inputs)  # without fused attention, which would hide what is inside
@@ -191,7 +192,7 @@ def _sample(stages, data, example_inputs):
 def _check_alike(stages, inputs):
     "`ValueError` unless all models are on one device, run with `inputs` and return the same shapes"
     (a,first),*rest = stages.items()
-    out = lambda m: [tuple(o.shape) for o in _tensors(call_with(m, placed(m, inputs)))]
+    out = lambda m: [tuple(o.shape) for o in tensors_of(call_with(m, placed(m, inputs)))]
     with running(*stages.values()):
         shapes = out(first)
         for b,m in rest:
@@ -219,7 +220,7 @@ def report(
     ms = list(stages.values())
     right = [None]*len(ms) if data is None else told_right(*ms, data=data, correct=correct, progress=progress)
     times = {k:latency(*ms, example_inputs=inputs, repeats=repeats, warmup=warmup, threads=threads, channels_last=bool(k), progress=progress) for k in ('','cl_')[:1+channels_last]}
-    shapes = [tuple(o.shape) for o in _tensors(inputs)]
+    shapes = [tuple(o.shape) for o in tensors_of(inputs)]
     batch = next((o[0] for o in shapes if o), 1)
     rows,seen = [],[]
     for i,(stage,m) in enumerate(stages.items()):

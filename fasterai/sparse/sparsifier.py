@@ -13,7 +13,8 @@ from functools import partial
 from numbers import Real
 import torch
 from torch import nn, Tensor
-from ..core.granularity import Blocks, axes_of, available, blocks, did_you_mean, granularities, granularity_of, has_axes, head_parts, layer_axes, n_heads, pattern
+from ..core.granularity import Blocks, axes_of, available, blocks, granularities, granularity_of, has_axes, head_parts, layer_axes, n_heads, pattern
+from ..core.registry import did_you_mean
 from ..core.criteria import criteria_of, large_final, needs
 from ..core.context import context_of, local, shares
 from ..core.selection import CHUNK, Scores, Source, check_percent, n_of, rounded_gone, select
