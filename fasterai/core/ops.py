@@ -232,14 +232,17 @@ class Watch(TorchDispatchMode):
 _OURS = str(Path(__file__).parent.parent) if '__file__' in globals() else ''
 _TORCH = str(Path(torch.__file__).parent)
 
+_theirs = {}  # by path of a file: is it the model's code?
+
 def _line():
     "File and line of the model's code that is running, or ''"
     frame = sys._getframe(1)
     while frame is not None:
-        path = frame.f_code.co_filename
-        if path.startswith(_OURS) and frame.f_code.co_name=='call_with': return ''
-        if 'ipykernel_' in path: return f'a cell, line {frame.f_lineno}'
-        if not path.startswith((_TORCH,_OURS,'<frozen')): return f'{Path(path).name}, line {frame.f_lineno}'
+        code = frame.f_code
+        path = code.co_filename
+        if path not in _theirs: _theirs[path] = not path.startswith((_TORCH,_OURS,'<frozen'))
+        if _theirs[path]: return f'a cell, line {frame.f_lineno}' if 'ipykernel_' in path else f'{Path(path).name}, line {frame.f_lineno}'
+        if code.co_name=='call_with': return ''
         frame = frame.f_back
     return ''
 
