@@ -157,7 +157,10 @@ def batches_of(data):
 def inputs_of(batch, device):
     "Inputs of `batch`, on `device`: the batch itself, or all but the last, the target, of a tuple or list"
     if isinstance(batch, (tuple,list)): batch = tuple(batch[:-1] or batch)
-    return map_parts(lambda o: plain(o).to(device) if isinstance(o, Tensor) else o, batch)
+    def there(o):
+        if not isinstance(o, Tensor): return o
+        return (plain(o).clone() if o.is_inference() else plain(o)).to(device)  # a loss could not keep an inference tensor for its gradients
+    return map_parts(there, batch)
 
 # %% ../../nbs/core/06_running.ipynb #415e6d8a
 def _other(o):
