@@ -34,7 +34,7 @@ def weight_of(
     return Weight(mod, attr, name, axes if len(axes)==getattr(mod, attr).dim() else '')
 
 # %% ../../nbs/core/14_evidence.ipynb #c4f27e77
-def _wide(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+def _wide(x): return x.float() if x.is_floating_point() and x.element_size()<4 else x
 
 def _act_like(act, p):
     "`act`, one value an input channel, shaped to broadcast over the weight of `p`"
