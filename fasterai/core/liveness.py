@@ -14,7 +14,7 @@ import torch
 from torch import nn,Tensor
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
-from .graph import ChannelGraph,_Trace,_varying,spatial_dims,summed_by
+from .graph import ChannelGraph,_Trace,_varying,adds_slices,spatial_dims,summed_by
 from .ops import PRODUCTS,plain_of,values
 from .running import SLIPS,naming,untouched
 
@@ -377,7 +377,7 @@ class _Reading(_Trace):
         "Channels that are summed over, and are not zero"
         x,dims,res = c.a['self'],set(c.dims()),[]
         for l in c.x.ids:
-            if not dims & set(_varying(l)): continue
+            if not dims & set(_varying(l)) or adds_slices(l, dims): continue
             zero = (x==0).all([d for d,n in enumerate(l.shape) if n==1], keepdim=True) if 1 in l.shape else x==0
             res.append(l[~zero.cpu()])
         return res
@@ -389,7 +389,7 @@ class _Reading(_Trace):
     def follow(self, call):
         super().follow(call)
         if not self.closed: self.sums += call.summed
-        elif call.meaning=='reduce' and summed_by(call): self.sums += [l for l in call.x.ids if set(call.dims()) & set(_varying(l))]
+        elif call.meaning=='reduce' and summed_by(call): self.sums += [l for l in call.x.ids if set(call.dims()) & set(_varying(l)) and not adds_slices(l, call.dims())]
         table = next((t for t in self.tables if {v[1] for v in t.values()}=={'in','out'}), None)
         self.tables = []
         if table: self.remember(call, table)
