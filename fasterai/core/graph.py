@@ -314,6 +314,7 @@ class _Shared(_Facts):
 
 # %% ../../nbs/core/08_graph.ipynb #99b83c4a
 class _Asked(BaseException): "The model asks for a value, and there are none; no `except Exception` of its code may catch this"
+_NEEDS_VALUES = (*SLIPS,_Asked)
 
 def _shape_of_product(c):
     "Shape of the result of a convolution or a product of matrices, `None` for other operations"
@@ -793,7 +794,7 @@ def adds_slices(l, dims):
     "Are channels `l` summed over few of their places, as in a sum of paths, and not over most, as in a sum over the size of a head?"
     ends = math.prod(n for d,n in enumerate(l.shape) if d in dims)
     stays = math.prod(n for d,n in enumerate(l.shape) if d not in dims)
-    return 1<ends<=stays
+    return 1<ends<stays
 
 def summed_by(c):
     "Does `c` add up over its dimensions, so that zeros make no difference?"
@@ -1085,7 +1086,7 @@ class ChannelGraph:
         check_shapes(model)
         self.example_inputs = example_inputs_for(model) if example_inputs is None else example_inputs
         try: tr = self._traced(model, True)
-        except (*SLIPS,_Asked): tr = self._traced(model, False)  # the code asks for values, or minds what they are
+        except _NEEDS_VALUES: tr = self._traced(model, False)  # the code asks for values, or minds what they are
         self.n_eval,self.idle = tr.n,tr.idle  # how many numbers; what did not run
         self.counts,self.settled = tr.counts,tr.settled  # where values decided on sizes for the first time, and the layers before
         if self.idle: self._train(model, tr)

@@ -282,6 +282,8 @@ def _grouped(c, table):
     ids = lambda v: (v[3] if len(v)>3 and v[3] is not None else v[0]).reshape(G, -1)
     return ids(read),ids(made),w,x.reshape(G, -1, prod(x.shape[1:]))
 
+_TELLS = 'ask','count',None  # a number that any other operation gives is a size
+
 class _Reading(_Trace):
     """A `_Trace` that runs on unknown inputs and remembers what each weight reads. With `forced`, a list of what the model is told when it asks for the truth of a value, it runs
     on known inputs, and a twin of each tensor tells what is unknown of it; with `None`, such a question ends all knowledge (`close`)"""
@@ -326,7 +328,7 @@ class _Reading(_Trace):
         if isinstance(out, bool) and self.forced is not None:
             out = self.forced[len(self.told)] if len(self.told)<len(self.forced) else out
             self.told.append(out)
-        elif c.counts or any(o is not None and not isinstance(o, Tensor) for o in tree_leaves(out)): self.close()
+        elif c.counts or c.meaning in _TELLS and any(o is not None and not isinstance(o, Tensor) for o in tree_leaves(out)): self.close()
         return out
 
     def close(self):
@@ -367,7 +369,7 @@ class _Reading(_Trace):
         "What depends on the input and does not show it by itself"
         for o in tree_leaves(out):
             if not isinstance(o, Tensor):
-                if o is not None and c.unknown: self.depends = self.depends or c.why
+                if o is not None and c.unknown and c.meaning in _TELLS: self.depends = self.depends or c.why
             elif not _exact(o):
                 if tainted or c.unknown: self.taint(o)
             elif tainted: o.fill_(torch.nan)
