@@ -15,7 +15,7 @@ import torch
 from torch import nn, Tensor
 from ..core.granularity import Answers, axes_of, blocks, granularity_name, granularity_of, has_axes, head_parts, layer_axes, n_heads
 from ..core.registry import did_you_mean
-from ..core.brought import at_home, check_finite, computed, made_of, plain_model, plain_name, told, unfit, warn
+from ..core.brought import at_home, check_finite, computed, made_of, plain_model, plain_name, still, told, unfit, warn
 from ..core.criteria import criteria_of, large_final, needs
 from ..core.context import context_of, local, shares
 from ..core.selection import CHUNK, Scores, Source, check_percent, n_of, rounded_gone, select
@@ -114,7 +114,7 @@ class Layer(Source):
 def _weights(m):
     "Attributes of the weights of `m`, and the module that holds each"
     if not isinstance(m, nn.MultiheadAttention): return [(m,'weight')]
-    return [(m,o) for o in ('in_proj_weight','q_proj_weight','k_proj_weight','v_proj_weight') if getattr(m, o) is not None]+[(m.out_proj,'weight')]
+    return [(m,o) for o in ('in_proj_weight','q_proj_weight','k_proj_weight','v_proj_weight') if computed(m, o) or m._parameters[o] is not None]+[(m.out_proj,'weight')]
 
 def _part(names, mod, attr, make, axes=''):
     w = getattr(mod, attr)
@@ -399,12 +399,13 @@ class Sparsifier:
         self.model = plain_model(model)
         self.granularity,self.context,self.criteria = granularity_of(granularity),context_of(context),criteria_of(criteria)
         self.round_to,self.example_inputs,self.data,self.loss_func = round_to,example_inputs,data,loss_func
-        self.layers,out = find_layers(self.model, self.granularity, layer_type, self.criteria)
+        with still(self.model):
+            self.layers,out = find_layers(self.model, self.granularity, layer_type, self.criteria)
+            self._stays = [self._computed(n, how) for n,(how,_) in out.items()]
         self._check_finite()
         for o in {o.parts[0].w.dtype:o for o in sorted(self.layers, key=lambda o: -o.parts[0].w.numel())}.values(): _check_criteria(o)
         if round_to and all(o.n<round_to for o in self.layers): raise ValueError(f'round_to={round_to}: no layer has so many blocks to keep, the largest has {max(o.n for o in self.layers)}')
-        self._gone,self._sides,self._asked,self._stays = {},None,0,[self._computed(n, how) for n,(how,_) in out.items()]
-        self._told = not coupled
+        self._gone,self._sides,self._asked,self._told = {},None,0,not coupled
         if coupled:
             if any(number is None or not torch.equal(number, torch.arange(o.n, device='cpu')) for o in self.layers for number in [_filters(o)]):
                 raise ValueError(f'coupled filters go with the granularity filter, not {granularity_name(granularity)!r}')
@@ -509,7 +510,7 @@ class Sparsifier:
     def _no_layer(self, name):
         "Why there is no layer of that name"
         stay = next((o for o in self._stays if o.layer in (name, plain_name(str(name)))), None)
-        return f'no block of {name!r} can be zeroed: {stay.why}' if stay else f'no layer {name!r}: {did_you_mean(name, self._by_name)}'
+        return f'no block of {name!r} can be zeroed: {stay.why}' if stay else f'no layer {name!r}: {did_you_mean(plain_name(str(name)), self._by_name)}'
 
     def targets(self, sparsity): # Percentage; a list of them in the order of the layers; or a dict by layer
         "`sparsity`, checked: one number, or a dict with a number for each layer"
@@ -604,8 +605,9 @@ class Sparsifier:
     @property
     def masks(self):
         "Boolean masks by parameter name, `True` where the weight is kept, of the parameter's shape"
-        kept = {p.name: (m!=0).expand(p.w.shape).contiguous() for o in self.layers for p,m in zip(o.parts, o.masks or [torch.ones((), device=p.w.device) for p in o.parts])}
-        return kept | {n: o.mask!=0 for n,o in (self._sides or {}).items() if o.mask is not None}
+        with at_home():
+            kept = {p.name: (m!=0).expand(p.w.shape).contiguous() for o in self.layers for p,m in zip(o.parts, o.masks or [torch.ones((), device=p.w.device) for p in o.parts])}
+            return kept | {n: o.mask!=0 for n,o in (self._sides or {}).items() if o.mask is not None}
 
     def reached(self):
         "Percent of the blocks that are gone now; of a pattern, percent of zeros"
@@ -653,7 +655,7 @@ def _shape(p): "Shape of a part's weight, outputs first and inputs second"; retu
 class _Holder(Sparsifier):
     def _tell_computed(self, out):
         "Warn of layers with zeros that nobody holds: `torch.nn.utils.prune` holds its own"
-        zeros = {n:o for n,o in out.items() if o[0]!='torch.nn.utils.prune' and any((getattr(*w)==0).any() for w in _weights(self.model.get_submodule(n)))}
+        with still(self.model): zeros = {n:o for n,o in out.items() if o[0]!='torch.nn.utils.prune' and any((getattr(*w)==0).any() for w in _weights(self.model.get_submodule(n)))}
         if zeros: warn(told(zeros, 'not held at zero'))
 
 @at_home()
