@@ -6,7 +6,7 @@
 __all__ = ['plain_model', 'plain_name', 'at_home', 'computed', 'made_of', 'still', 'told', 'warn', 'unfit', 'check_finite',
            'check_weights']
 
-# %% ../../nbs/core/07_brought.ipynb #cbb27c68
+# %% ../../nbs/core/07_brought.ipynb #168be627
 import sys, sysconfig, warnings
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,7 +15,7 @@ from torch import nn, Tensor
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-# %% ../../nbs/core/07_brought.ipynb #4903db58
+# %% ../../nbs/core/07_brought.ipynb #155b784c
 def _short(o):
     "What `o` is, in a few words"
     if isinstance(o, (int,float,str,type(None))): return repr(o)
@@ -26,7 +26,8 @@ def _instead(o):
     "What to pass instead of `o`, which is no model"
     if isinstance(o, type) and issubclass(o, nn.Module): return f': make one, {o.__name__}(…)'
     if isinstance(getattr(o, 'model', None), nn.Module): return ': it has a `.model`, pass that'
-    if isinstance(o, Mapping) and any(isinstance(v, Tensor) for v in o.values()): return ': a state dict is no model, load it into one (`load_state_dict`) and pass that'
+    if isinstance(o, Mapping) and any(isinstance(v, Tensor) for v in o.values()):
+        return ': a state dict is no model, load it into one (`load_state_dict`) and pass that'
     if callable(o) and not isinstance(o, type): return f': call it, and pass what it gives'
     return ''
 
@@ -41,8 +42,11 @@ def plain_model(
     "The model inside of its wrappers. `TypeError` for what is no model, `ValueError` for a model whose parameters cannot be looked into"
     while True:
         if not isinstance(model, nn.Module): raise TypeError(f'a model is an nn.Module, not {_short(model)}{_instead(model)}')
-        if isinstance(model, torch.jit.ScriptModule): raise ValueError(f'a {type(model).__name__} of TorchScript has no layers to look into: pass the model that it was made from, and script the result')
-        if hasattr(model, '_fsdp_wrapped_module'): raise ValueError('FullyShardedDataParallel holds only a part of each parameter in one process: pass the model before it is sharded')
+        if isinstance(model, torch.jit.ScriptModule):
+            raise ValueError(f'a {type(model).__name__} of TorchScript has no layers to look into: pass the model that it was made from, '
+                'and script the result')
+        if hasattr(model, '_fsdp_wrapped_module'):
+            raise ValueError('FullyShardedDataParallel holds only a part of each parameter in one process: pass the model before it is sharded')
         inner = _inside(model)
         if inner is None: return model
         model = inner
@@ -54,7 +58,7 @@ def plain_name(
     while (rest := name.removeprefix('module.').removeprefix('_orig_mod.'))!=name: name = rest
     return name
 
-# %% ../../nbs/core/07_brought.ipynb #72ff68ea
+# %% ../../nbs/core/07_brought.ipynb #67f11de9
 @contextmanager
 def at_home():
     "Without the autocast, inference mode and default device `meta` of the caller, and without gradients. Also a decorator"
@@ -66,7 +70,7 @@ def at_home():
         if torch.get_default_device().type=='meta': stack.enter_context(torch.device('cpu'))
         yield
 
-# %% ../../nbs/core/07_brought.ipynb #aaae3cf1
+# %% ../../nbs/core/07_brought.ipynb #ee9a401c
 _MADE_BY = dict(  # what a parameter and a buffer or parameter beside it are called that a hook makes a weight of
     prune=('_orig','_mask','torch.nn.utils.prune','torch.nn.utils.prune.remove(layer, {attr!r})'),
     spectral_norm=('_orig','_u','spectral_norm','torch.nn.utils.remove_spectral_norm(layer, {attr!r})'),
@@ -74,7 +78,8 @@ _MADE_BY = dict(  # what a parameter and a buffer or parameter beside it are cal
 
 def _hooked(m, attr):
     "The row of `_MADE_BY` that fits parameters of `m` which its `attr` is made of"
-    return next((row for row in _MADE_BY.values() if attr+row[0] in m._parameters and (attr+row[1] in m._parameters or attr+row[1] in m._buffers)), None)
+    held = {**m._parameters, **m._buffers}
+    return next((row for row in _MADE_BY.values() if attr+row[0] in m._parameters and attr+row[1] in held), None)
 
 def computed(
     m:nn.Module, # Layer
@@ -83,7 +88,8 @@ def computed(
     "By what attribute `attr` of `m` is computed, and the call that makes it a parameter again; None if it is a parameter"
     if attr in m._parameters: return
     if parametrize.is_parametrized(m, attr):
-        return ', '.join(type(o).__name__.lstrip('_') for o in m.parametrizations[attr]), f'torch.nn.utils.parametrize.remove_parametrizations(layer, {attr!r})'
+        by = ', '.join(type(o).__name__.lstrip('_') for o in m.parametrizations[attr])
+        return by,f'torch.nn.utils.parametrize.remove_parametrizations(layer, {attr!r})'
     row = _hooked(m, attr)
     return (row[2],row[3].format(attr=attr)) if row else ('code of its own',f'layer.{attr} = nn.Parameter(…)')
 
@@ -95,26 +101,28 @@ def made_of(
     for n,m in model.named_modules():
         at = f'{n}.' if n else ''
         if parametrize.is_parametrized(m):
-            res |= {f'{at}parametrizations.{a}.{k}':(n,a) for a,ps in m.parametrizations.items() for k,_ in ps.named_parameters()}
+            fed = [(a,k) for a,ps in m.parametrizations.items() for k,_ in ps.named_parameters()]
+            res |= {f'{at}parametrizations.{a}.{k}':(n,a) for a,k in fed}
         for k in m._parameters:
             attr = next((k.removesuffix(o) for o in ('_orig','_g','_v') if k.endswith(o)), None)
             if attr and attr not in m._parameters and _hooked(m, attr): res[at+k] = n,attr
     return res
 
-# %% ../../nbs/core/07_brought.ipynb #00f01abd
+# %% ../../nbs/core/07_brought.ipynb #86daddcd
 @contextmanager
 def still(
     model:nn.Module, # Left as it is
 ):
     "Inside, reading the parametrized tensors of `model` leaves no trace"
-    steps = [o for m in model.modules() if parametrize.is_parametrized(m) for ps in m.parametrizations.values() for o in ps.modules() if o.training]
+    lists = [ps for m in model.modules() if parametrize.is_parametrized(m) for ps in m.parametrizations.values()]
+    steps = [o for ps in lists for o in ps.modules() if o.training]
     try:
         for o in steps: o.training = False
         yield
     finally:
         for o in steps: o.training = True
 
-# %% ../../nbs/core/07_brought.ipynb #27276088
+# %% ../../nbs/core/07_brought.ipynb #46829b26
 def told(
     names, # Of layers, with what their weights are computed by, as from `computed`
     what='left out', # What became of them
@@ -127,10 +135,13 @@ def told(
 
 def _some(names): return ', '.join(names[:5]) + (f' and {len(names)-5} others' if len(names)>5 else '')
 
-# %% ../../nbs/core/07_brought.ipynb #ab1a0417
+# %% ../../nbs/core/07_brought.ipynb #1658f712
 _INSTALLED = tuple({sysconfig.get_path(o) for o in ('stdlib','purelib','platlib')})
 
-def _is_users(frame): return frame.f_globals.get('__name__', '').partition('.')[0]!='fasterai' and not frame.f_code.co_filename.startswith(_INSTALLED)
+def _is_users(frame):
+    "Is `frame` one of code that is neither this library's nor installed?"
+    ours = frame.f_globals.get('__name__', '').partition('.')[0]=='fasterai'
+    return not ours and not frame.f_code.co_filename.startswith(_INSTALLED)
 
 def warn(
     message:str, # What less than was asked for is done, where, and why
@@ -140,7 +151,7 @@ def warn(
     while frame.f_back and not _is_users(frame): frame,level = frame.f_back,level+1
     warnings.warn(message, stacklevel=level)
 
-# %% ../../nbs/core/07_brought.ipynb #761d43a6
+# %% ../../nbs/core/07_brought.ipynb #7a67c00c
 def _overlaps(t):
     "Do elements of `t` share memory?"
     reach = 0
@@ -151,7 +162,8 @@ def _overlaps(t):
 
 def _is_fake(t):
     "Does `t` stand for a tensor of which nothing but shape, type and device matter?"
-    return 'torch._subclasses.fake_tensor' in sys.modules and isinstance(t, sys.modules['torch._subclasses.fake_tensor'].FakeTensor)
+    module = sys.modules.get('torch._subclasses.fake_tensor')  # without it there are none
+    return module is not None and isinstance(t, module.FakeTensor)
 
 def unfit(
     t:Tensor, # Weight
@@ -161,7 +173,8 @@ def unfit(
     if type(t).__name__=='DTensor': return 'is a DTensor, of which other processes hold parts: pass the whole model, and distribute it after that'
     if t.is_meta and not _is_fake(t): return 'has no values, since it is on the meta device: load them first'
     if t.layout!=torch.strided: return f'is stored as {t.layout}: make it dense first (`to_dense`)'
-    if t.is_quantized or is_traceable_wrapper_subclass(t): return f'is a {type(t).__name__} of {t.dtype}, no plain tensor: do this before it is converted'
+    if t.is_quantized or is_traceable_wrapper_subclass(t):
+        return f'is a {type(t).__name__} of {t.dtype}, no plain tensor: do this before it is converted'
     if not t.is_floating_point(): return f'is {t.dtype}: its numbers have to be floating-point numbers'
     if _overlaps(t): return 'has elements that share memory, since it is expanded: give it memory of its own (`contiguous`)'
 
@@ -173,14 +186,15 @@ def check_finite(
 ):
     "`ValueError` that names the tensors in which numbers are nan or infinite, and how many; each device is waited for once"
     named = [(n,t.detach()) for n,t in _pairs(named) if t.is_floating_point() and t.numel() and not _is_fake(t)]
+    named = [(n,t if t.element_size()>1 else t.float()) for n,t in named]  # of one byte, no ends can be found
     by = {}
     for n,t in named: by.setdefault(t.device, []).append((n,t))
     bad = []
     for ts in by.values():
-        ends = [torch.stack(torch.aminmax(t if t.element_size()>1 else t.float())).isfinite().all() for _,t in ts]  # nan is at both ends
+        ends = [torch.stack(torch.aminmax(t)).isfinite().all() for _,t in ts]  # nan is at both ends
         bad += [o for o,fine in zip(ts, torch.stack(ends).tolist()) if not fine]
     if not bad: return
-    each = [f'{int((~t.isfinite()).sum()):,} of {t.numel():,} numbers of {n} are nan or infinite' for n,t in ((n,t.float() if t.element_size()<2 else t) for n,t in bad[:3])]
+    each = [f'{int((~t.isfinite()).sum()):,} of {t.numel():,} numbers of {n} are nan or infinite' for n,t in bad[:3]]
     more = f', and so are some in {len(bad)-3} others' if len(bad)>3 else ''
     raise ValueError('; '.join(each)+more+(f': {what}' if what else ''))
 
