@@ -102,7 +102,13 @@ class KnowledgeDistillationCallback(Callback):
         elif not self.ready:
             self.distiller.prepare(self.model)
             self.ready = True
-        self.kd = self.distiller.loss(apply(_plain, self.pred), *apply(_plain, tuple(self.xb)), target=self._target()) if self.distiller.weight_at(self.pct) else None
+        if not self.distiller.weight_at(self.pct): self.kd = None
+        else: self.kd = self.distiller.loss(apply(_plain, self.pred), *apply(_plain, tuple(self.xb)), target=self._target(), axis=self._axis())
+
+    def _axis(self):
+        "The axis of the classes that fastai's losses know: 1 for masks, the last one for words"
+        axis = getattr(self.learn.loss_func, 'axis', None)
+        return axis if isinstance(axis, int) else None
 
     def _note(self, **terms):
         for o,v in terms.items(): self.sums[o] = self.sums.get(o, 0.)+v

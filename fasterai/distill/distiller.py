@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..core.registry import did_you_mean
 from ..core.running import call_with, example_inputs_for, tensors_of, untouched
 from ..core.schedule import schedule_of
-from .losses import SoftTarget, compares_any_shape, loss_name, loss_needs, loss_of, meet
+from .losses import SoftTarget, compares_any_shape, loss_name, loss_needs, loss_of, meet, takes_axis
 
 # %% ../../nbs/distill/02_distiller.ipynb #960164a9
 def _bare(model):
@@ -205,6 +205,7 @@ class Distiller:
         pred, # Output of the student; where it is one tensor and the teacher returns several, as recurrent networks do, the teacher's first one is compared
         *xb, # Inputs of the batch, for the teacher
         target=None, # Labels, for losses that name them
+        axis:int|None=None, # Axis of the classes in the outputs, for losses that have one; by default theirs, 1
     )->Tensor: # Scalar
         "`L_kd`; each loss in it is in `terms` afterwards, by name, without a graph"
         if self.given and not self.kept: raise RuntimeError('no feature maps of the student: run its forward pass inside `with distiller.watch(student):`')
@@ -214,7 +215,8 @@ class Distiller:
         known = dict(pred=pred, teacher_pred=teacher_pred, target=target, fm_s=fm_s, fm_t=fm_t)
         pairs = [self._fitted(str(i), s, t) for i,(s,t) in enumerate(zip(fm_s, fm_t))] if self.exact else []
         fitted = known|dict(fm_s=[s for s,_ in pairs], fm_t=[t for _,t in pairs])
-        terms = {o: f(**{k:(fitted if o in self.exact else known)[k] for k in loss_needs(f)}) for o,f in self.losses.items()}
+        along = lambda f: dict(axis=axis) if axis is not None and takes_axis(f) else {}
+        terms = {o: f(**{k:(fitted if o in self.exact else known)[k] for k in loss_needs(f)}, **along(f)) for o,f in self.losses.items()}
         self.terms = {o:v.detach() for o,v in terms.items()}
         logits,maps = (sum(v for o,v in terms.items() if (o in self.of_maps)==k) for k in (False,True))
         return self.alpha*logits+(1-self.alpha)*maps if 0<len(self.of_maps)<len(terms) else logits+maps

@@ -55,6 +55,7 @@ class Penalty:
         self.layers,seen = {},set()
         for n,m in model.named_modules():
             if not isinstance(m, types) or getattr(m, 'weight', None) is None or id(m.weight) in seen: continue
+            if not m.weight.numel(): continue  # fastai's tables without numbers have a norm of no features
             seen.add(id(m.weight))
             axes = _axes(m)
             blocks(granularity, m.weight.shape, axes, n or type(m).__name__)
