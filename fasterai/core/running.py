@@ -8,7 +8,7 @@ __all__ = ['SLIPS', 'tensors_of', 'map_parts', 'plain', 'at_home', 'untouched', 
            'example_inputs_for', 'inputs_for', 'fitting', 'as_in_training', 'naming']
 
 # %% ../../nbs/core/06_running.ipynb #97aac5d9
-import copy,math,sys
+import copy,math,sys,warnings
 from collections.abc import Mapping
 from contextlib import ExitStack,contextmanager
 from contextvars import ContextVar
@@ -64,9 +64,10 @@ def _has_own_code(t): return type(t).__torch_dispatch__ is not Tensor.__torch_di
 
 def _unwrapped(t):
     "The plain tensor that `t` was made from, where it is that one under another class"
-    base = t._base if t._is_view() else None
-    same = base is not None and (base.shape,base.dtype,base.storage_offset())==(t.shape,t.dtype,t.storage_offset()) and base.stride()==t.stride()
-    return base if same and t.layout==torch.strided else t
+    with torch._C.DisableTorchFunction():  # else the question itself would be answered by its class
+        base = t._base if t._is_view() and t.layout==torch.strided else None
+        same = base is not None and (base.shape,base.dtype,base.storage_offset())==(t.shape,t.dtype,t.storage_offset()) and base.stride()==t.stride()
+    return base if same else t
 
 def plain(t):
     "Tensor `t` as a `torch.Tensor` with the same memory, if its class adds no more than Python; anything else as it is"
@@ -75,10 +76,14 @@ def plain(t):
     return base if type(base) in (Tensor,nn.Parameter) else t.as_subclass(Tensor)
 
 class _Plain(TorchFunctionMode):
-    "Tensors of other classes act as plain ones, and make plain ones"
+    "Tensors of other classes act as plain ones, and make plain ones; parameters and buffers of `model` stay the objects that they are"
+    def __init__(self, model):
+        super().__init__()
+        self.own = {id(o) for m in model.modules() for o in (*m._parameters.values(),*m._buffers.values()) if type(o) not in (Tensor,nn.Parameter)}
+    def plain(self, o): return _unwrapped(o) if isinstance(o, Tensor) and not _has_own_code(o) and id(o) not in self.own else o
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if not types: return func(*args, **(kwargs or {}))
-        args,kwargs = tree_map(lambda o: _unwrapped(o) if isinstance(o, Tensor) and not _has_own_code(o) else o, (args,kwargs or {}))
+        args,kwargs = tree_map(self.plain, (args,kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass(): return func(*args, **kwargs)
 
 # %% ../../nbs/core/06_running.ipynb #1e78f9a8
@@ -111,7 +116,9 @@ def _eager():
     set_stance = getattr(torch.compiler, 'set_stance', None)
     if set_stance is None or 'torch._dynamo' not in sys.modules: yield  # nothing can have been compiled
     else:
-        with set_stance('force_eager'): yield
+        with set_stance('force_eager'), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Using `torch.compile')  # our own hooks, on each module, would fire twice: they bear it
+            yield
 
 @contextmanager
 def untouched(
@@ -128,7 +135,7 @@ def untouched(
             for m in modes: m.training = False
             for m in renorm: m.max_norm = None
             torch.backends.mha.set_fastpath_enabled(False)  # one fused operation would hide what happens inside
-            with torch.no_grad(), torch.random.fork_rng(gpus), _eager(), _Plain(): yield
+            with torch.no_grad(), torch.random.fork_rng(gpus), _eager(), _Plain(model): yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
             for m,t in modes.items(): m.training = t
@@ -157,7 +164,10 @@ def batches_of(data):
 def inputs_of(batch, device):
     "Inputs of `batch`, on `device`: the batch itself, or all but the last, the target, of a tuple or list"
     if isinstance(batch, (tuple,list)): batch = tuple(batch[:-1] or batch)
-    return map_parts(lambda o: plain(o).to(device) if isinstance(o, Tensor) else o, batch)
+    def there(o):
+        if not isinstance(o, Tensor): return o
+        return (plain(o).clone() if o.is_inference() else plain(o)).to(device)  # a loss could not keep an inference tensor for its gradients
+    return map_parts(there, batch)
 
 # %% ../../nbs/core/06_running.ipynb #415e6d8a
 def _other(o):
@@ -270,19 +280,20 @@ def readers_of(
     model:nn.Module, # Left as it is
     inputs, # Run it
 ):
-    "Hooks of `model` that only read, and all others: those that act, and those of which it cannot be told. Without hooks, nothing is run"
+    "Hooks of `model` that only read, those that act, and those of which it cannot be told. Without hooks, nothing is run"
     hooks = _forward_hooks(model)
-    if not hooks or any(p.is_meta for p in model.parameters()): return [],hooks
+    if not hooks or any(p.is_meta for p in model.parameters()): return [],[],hooks
     other = map_parts(_other, inputs)
     def outs(inputs):
         with untouched(model): return tensors_of(call_with(model, inputs))
     with at_home(), _remembering_nothing(hooks):
         try:
             watched = _watched(hooks, lambda: outs(inputs))
-            maybe = [h for h in hooks if not watched[h].acts]
-            if not maybe or _alike(tensors_of(inputs), tensors_of(other)): return [],hooks
+            acting,maybe = ([h for h in hooks if watched[h].acts==o] for o in (True,False))
+            if not maybe: return [],acting,[]
+            if _alike(tensors_of(inputs), tensors_of(other)): return [],acting,maybe
             expected = outs(other)
-        except SLIPS: return [],hooks  # such inputs do not run
+        except SLIPS: return [],[],hooks  # such inputs do not run
         def idle(some):
             "Does the model compute the same without `some`?"
             outs(inputs)  # what they keep is now of these inputs
@@ -290,7 +301,7 @@ def readers_of(
                 with _aside(some), _spoiled([o for h in some for o in watched[h].puts]): return _alike(outs(other), expected)
             except SLIPS: return False
         readers = _largest(maybe, idle)
-    return readers,[h for h in hooks if h not in readers]
+    return readers,[h for h in hooks if h not in readers],[]
 
 def _watched(hooks, run):
     "What `hooks` do in a run"
@@ -307,14 +318,14 @@ class Bystanders:
     def __init__(self,
         model:nn.Module, # Left as it is
         inputs, # Run it
-    ): self.model,self.inputs,self.readers,self.others = model,inputs,[],[]
+    ): self.model,self.inputs,self.readers,self.acting,self.untold = model,inputs,[],[],[]
 
     @contextmanager
     def aside(self):
         "Without them, and without observers of gradients; all come back"
-        known = {(id(h.held),h.key) for h in [*self.readers,*self.others]}
+        known = {(id(h.held),h.key) for h in [*self.readers,*self.acting,*self.untold]}
         now = {(id(h.held),h.key) for h in _forward_hooks(self.model)}
-        if not now<=known: self.readers,self.others = readers_of(self.model, self.inputs)
+        if not now<=known: self.readers,self.acting,self.untold = readers_of(self.model, self.inputs)
         gone = [h for h in self.readers if (id(h.held),h.key) in now]
         with _aside([*gone,*_observers(self.model)]): yield self
 
@@ -333,7 +344,7 @@ def without_readers(
     model:nn.Module, # Left as it is
     inputs, # Run it
 ):
-    "A context without the hooks of `model` that only read; it gives the `Bystanders`, whose `others` are the hooks that stay"
+    "A context without the hooks of `model` that only read; it gives the `Bystanders`, which tell which hooks stay: they are `acting`, or `untold`"
     return Bystanders(model, inputs).aside()
 
 # %% ../../nbs/core/06_running.ipynb #10a2749d
@@ -393,7 +404,7 @@ def check_finite(
     stats = {f'{n}.{k}' if n else k:b for n,m in model.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase) for k,b in m._buffers.items() if b is not None}
     for n,p in [*model.named_parameters(),*stats.items()]:
         if p.is_meta or _is_fake(p): raise ValueError(f'{n} is on the meta device and has no values: nothing can be told of what matters')
-        if p.is_floating_point() and (bad := int((~p.isfinite()).sum())): raise ValueError(f'{bad:,} of {p.numel():,} numbers of {n} are nan or infinite: nothing can be told of what matters')
+        if p.is_floating_point() and (bad := int((~p.detach().isfinite()).sum())): raise ValueError(f'{bad:,} of {p.numel():,} numbers of {n} are nan or infinite: nothing can be told of what matters')
 
 # %% ../../nbs/core/06_running.ipynb #6d4591da
 _SIZES = (32,64,75,96,112,128,160,192,224,227,256,299,320,384,512,28,48,84,16,8)

@@ -9,6 +9,7 @@ __all__ = ['plan_of', 'apply_plan', 'check_plan', 'copy_of', 'without', 'reshape
 import copy
 import torch
 from torch import nn,Tensor
+from torch.overrides import TorchFunctionMode
 from .registry import did_you_mean
 from .graph import ChannelGraph
 from .running import tensors_of,call_with,untouched
@@ -207,9 +208,15 @@ def check_plan(model, plan):
 def copy_of(
     model:nn.Module, # Left as it is
 ):
-    "A deep copy, also of a model with weights that were computed (`torch.nn.utils.prune`)"
-    memo = {id(o):o.detach().clone() for m in model.modules() for o in vars(m).values() if isinstance(o, Tensor) and not o.is_leaf}
-    return copy.deepcopy(model, memo)
+    "A deep copy, also of a model that holds tensors that were computed: weights (`torch.nn.utils.prune`), or activations that it keeps, whatever holds them"
+    with _Computed(): return copy.deepcopy(model)
+
+class _Computed(TorchFunctionMode):
+    "`deepcopy` copies the values of computed tensors, too"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not Tensor.__deepcopy__ or args[0].is_leaf: return func(*args, **(kwargs or {}))
+        t,memo = args
+        return memo.setdefault(id(t), t.detach().clone())
 
 def _failure(model, graph, shapes):
     "Name of the module that does not run and the error, or `None` if outputs have `shapes`; where values decide on sizes, as many dimensions"
