@@ -790,6 +790,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.core.running.plain': ('core/running.html#plain', 'fasterai/core/running.py'),
                                        'fasterai.core.running.plain_model': ('core/running.html#plain_model', 'fasterai/core/running.py'),
                                        'fasterai.core.running.readers_of': ('core/running.html#readers_of', 'fasterai/core/running.py'),
+                                       'fasterai.core.running.restored': ('core/running.html#restored', 'fasterai/core/running.py'),
                                        'fasterai.core.running.tensors_of': ('core/running.html#tensors_of', 'fasterai/core/running.py'),
                                        'fasterai.core.running.untouched': ('core/running.html#untouched', 'fasterai/core/running.py'),
                                        'fasterai.core.running.without_readers': ( 'core/running.html#without_readers',

@@ -107,6 +107,25 @@ def test_waits_for_the_device_and_needs_no_cuda(monkeypatch):
     latency(nn.Linear(2,2), example_inputs=torch.ones(1,2), repeats=2, warmup=0)
     assert waited==[()]*6
 
+def test_models_run_as_a_user_runs_them():
+    "What is timed is the model alone: tensors of other classes have their say, autocast goes on, and nothing stands between the model and torch"
+    seen = []
+    class Mine(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs)
+    class Net(nn.Linear):
+        def forward(self, x):
+            types.append(super().forward(x).dtype)
+            return x*self.scale
+    m,types = Net(2,2),[]
+    m.scale = torch.ones(2).as_subclass(Mine)
+    seen.clear()
+    with torch.autocast('cpu', dtype=torch.bfloat16): latency(m, example_inputs=torch.ones(1,2), repeats=1, warmup=0)
+    assert torch.mul in seen or torch.Tensor.mul in seen
+    assert set(types)=={torch.bfloat16}
+
 def test_one_thread_and_back():
     seen,was = [],torch.get_num_threads()
     m = nn.Sequential(nn.Linear(2,2))

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map
 from ..core.graph import ChannelGraph
-from ..core.running import example_inputs_for,tensors_of,untouched
+from ..core.running import example_inputs_for,restored,tensors_of,untouched
 
 # %% ../../nbs/analyze/01_counts.ipynb #4ed54031
 def check_models(
@@ -99,13 +99,12 @@ def running(
     *models, # Left as they were, also after an error
     threads:int|None=None, # Of PyTorch, by default as many as now
 ):
-    "Run `models` in eval mode without gradients, as a user would: `untouched`, with fused attention if that is on"
+    "Run `models` in eval mode without gradients, as a user would: compiled, with fused attention, under autocast, wherever that is on"
     if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads<1):
         raise ValueError(f'threads is a whole number, at least 1, not {threads!r}')
-    was,fast = torch.get_num_threads(),torch.backends.mha.get_fastpath_enabled()
+    was = torch.get_num_threads()
     with ExitStack() as stack:
-        for m in dict.fromkeys(models): stack.enter_context(untouched(m))
-        torch.backends.mha.set_fastpath_enabled(fast)
+        for m in dict.fromkeys(models): stack.enter_context(restored(m))
         if threads is not None:
             stack.callback(torch.set_num_threads, was)
             torch.set_num_threads(threads)
