@@ -111,8 +111,8 @@ def same_graph(a, b):
 
 def on_fake_gpu(m, x):
     "Model `m`, turned, and `x` as they would be on a GPU, without values"
-    with FakeTensorMode() as mode:
-        fake = lambda o: mode.from_tensor(o.detach()).to('cuda')
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = lambda o: mode.from_tensor(o.data).to('cuda')
         for l in m.modules():
             l._parameters.update({k:nn.Parameter(fake(p)) for k,p in l._parameters.items() if p is not None})
             l._buffers.update({k:fake(b) for k,b in l._buffers.items() if b is not None})

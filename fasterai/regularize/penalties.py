@@ -68,7 +68,7 @@ class Penalty:
         seen = set()
         for n,m in model.named_modules():
             w = getattr(m, 'weight', None) if isinstance(m, types) else None
-            if w is None: continue
+            if w is None or not w.numel(): continue  # a table without numbers has a norm of no features
             own = m._parameters.get('weight')  # of a parametrized layer none, and what it computes is another tensor each time
             if own is not None and id(own) in seen: continue
             seen.add(id(own))
