@@ -5,6 +5,7 @@ from .schedule import *
 from .selection import *
 from .context import *
 from .running import *
+from .sizes import *
 from .graph import *
 from .liveness import *
 from .surgery import *

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from .running import SLIPS,as_in_training,call_with,check_shapes,example_inputs_for,naming,tensors_of,untouched
+from .sizes import Telling
 
 # %% ../../nbs/core/08_graph.ipynb #cd7ac894
 def connected(
@@ -157,7 +158,7 @@ class _Facts:
         self.n = 1 # the next channel number
         self.pairs,self.pins,self.splits,self.fixes = [],[],[],[]  # ties; (ids, why); layers; (layer, dims, why)
         self.uses,self.bound,self.issued,self.linears,self.splits_at = [],{},{},[],{}
-        self.merges,self.mixes,self.sized,self.reshapes,self.views,self.pieces,self.unknown = [],[],[],[],[],[],Counter()
+        self.merges,self.mixes,self.sized,self.reshapes,self.unknown = [],[],[],[],Counter()
         self.order,self.macs,self.seen,self.counts,self.settled = {},Counter(),set(),'',[]
     @property
     def idle(self): "Parameters that nothing has used"; return [n for n,p in self.params.items() if n not in self.seen and isinstance(p, nn.Parameter)]
@@ -336,6 +337,7 @@ class _Trace(TorchDispatchMode, _Shared):
         _Shared.__init__(self, model)
         self.keys,self.writing = 0,False  # what is written into part of a tensor is read as that tensor
         self.shadows,self.cache,self.stack,self.zeros,self.unread = WeakTensorKeyDictionary(),{},[],{},{}
+        self.telling = None  # knows where sizes in the model's code come from, where somebody asks for that
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         call = _Call(func, args, kwargs or {}, self.shadow, self.stack[-1] if self.stack else '')
@@ -399,6 +401,9 @@ class _Trace(TorchDispatchMode, _Shared):
     def unexpanded(self, o, t):
         "_Shadow `o` of tensor `t` with size 1 where `t` is expanded: like any broadcast, it follows the size of what it meets"
         return _Shadow(tuple(1 if st==0 else n for n,st in zip(o.shape, t.stride())), o.ids, o.par, o.kind, o.direct, o.mixed)
+    def explained(self, *at):
+        "Is it known where the sizes come from that a split is given, or a slice with positions `at`?"
+        return self.telling is not None and self.telling.explains(*at)
     def put_ids(self, t, ids): self.put(t, _Shadow(tuple(t.shape), ids))
     def count(self, call, n, o=None):
         "`n` multiply-accumulates, of the layer whose weight is `o`"
@@ -429,7 +434,6 @@ def _reshaped(tr, c):
     for old,new in zip(c.x.ids, y.ids):
         touched = [(i,j) for i,j in _blocks(a, b) if len(i)+len(j)>2 and any(old.shape[d]>1 for d in i)]
         if touched: tr.reshapes.append((old,new,c.where))
-        else: tr.views.append((new,new,c.where))
         if any(sum(new.shape[d]>1 for d in j)>1 for _,j in touched): tr.heads(new, c)
     tr.put(c.y, y)
 
@@ -444,11 +448,12 @@ def _repeated(tr, c):
 
 @_rule('slice', 'narrow', 'select', 'slice_copy', 'select_copy')
 def _sliced(tr, c):
-    "Fixed positions: what varies along that dimension has to stay, unless all is taken"
+    "Positions along that dimension: what varies there has to stay, unless all is taken or the code says where the positions come from"
     d, = c.dims()
-    if tuple(c.y.shape)!=c.x.shape:
-        for l in c.x.ids: tr.fix(l, [d], c.why)
     flat = 'select' in c.name
+    if tuple(c.y.shape)!=c.x.shape:
+        for l in c.x.ids:
+            if flat or c.a.get('step', 1)!=1 or not tr.explained(c.a.get('start') or 0, c.a.get('end')): tr.fix(l, [d], c.why)
     def f(l):
         if l.shape[d]>1: return _shrink(c.redo(l))
         return l.squeeze(d) if flat else l
@@ -457,18 +462,17 @@ def _sliced(tr, c):
 @_rule('split', 'split_with_sizes', 'unsafe_split', 'unsafe_split_with_sizes', 'unbind', 'unsafe_chunk', 'chunk', 'tensor_split',
        'split_copy', 'split_with_sizes_copy', 'unbind_copy')
 def _pieces(tr, c):
-    "Equal pieces stay equal if what is at one place in each goes together; unequal ones need fixed sizes"
+    "Equal pieces stay equal if what is at one place in each goes together; unequal ones need sizes that are fixed, or whose source is known"
     d, = c.dims()
     if 'unbind' in c.name: sizes = [1]*len(c.out)
     else: sizes = [o.shape[d] for o in c.out]
     for l in c.x.along(d):
-        if len(set(sizes))>1 or 'unbind' in c.name: tr.fix(l, [d], c.why)
-        else:
+        if 'unbind' in c.name or len(set(sizes))>1 and not tr.explained(): tr.fix(l, [d], c.why)
+        elif len(set(sizes))==1:
             for o in l.split(sizes, d)[1:]: tr.tie(o, l.narrow(d, 0, sizes[0]), c.why)
     def piece(l, start, n):
         l = _shrink(l.narrow(d, start, n)) if l.shape[d]>1 else l
         return l.squeeze(d) if 'unbind' in c.name else l
-    tr.pieces += [(l,l.narrow(d, 0, sizes[0]),c.where) for l in c.x.along(d)]
     for i,o in enumerate(c.out): tr.put(o, c.x.each(lambda l: piece(l, sum(sizes[:i]), sizes[i]), o.shape))
 
 @_rule('as_strided')
@@ -899,14 +903,17 @@ class ChannelGraph:
         check_shapes(model)
         self.example_inputs = example_inputs_for(model) if example_inputs is None else example_inputs
         tr = _Trace(model)
-        with untouched(model): self._run(model, tr, self.example_inputs)
+        tr.telling = Telling(model, tr)
+        with untouched(model): self.shapes = self._run(model, tr, self.example_inputs)
         self.n_eval,self.idle = tr.n,tr.idle  # how many numbers; what did not run
+        self.calls,tr.telling.sure = {k:[*v] for k,v in tr.telling.calls.items()},False  # what is seen in training only cannot be tried later
         self.counts,self.settled = tr.counts,tr.settled  # where values decided on sizes for the first time, and the layers before
         if self.idle: self._train(model, tr)
         self.slices,self.merges,self.order,self._names = _slices(tr.uses),tr.merges,list(tr.order),tr.names
         self.sized,self.unknown,self.unused = tr.sized,dict(tr.unknown),[n for n in tr.params if n not in tr.seen]
         self.mixes = [(l[l>0].unique(),why) for l,why in tr.mixes]
-        self.reshapes,self.views,self.pieces = tr.reshapes,[*tr.views,*tr.pieces],tr.pieces
+        tr.telling.settle()
+        self.reshapes,self.sizings,self.equations = tr.reshapes,tr.telling.sizings,tr.telling.equations
         batch = next((o.shape[0] for o in tensors_of(self.example_inputs) if o.dim()), 1)
         self._macs = {k:n//batch for k,n in tr.macs.items()}
         self._follow()
@@ -915,14 +922,15 @@ class ChannelGraph:
     def _follow(self): self._followers = [(s.name,self._alone(s)) for s in self.slices if s.role=='affine' and s.kind in ('bias','scale','shift')]
 
     def _run(self, model, tr, inputs):
-        "Trace a forward, and pin what leaves the model"
-        with naming(model, tr.stack), tr: out = call_with(model, inputs)
+        "Trace a forward, and pin what leaves the model; the shapes of that"
+        with naming(model, tr.stack), tr, tr.telling: out = call_with(model, inputs)
         for o in map(tr.shadow, tensors_of(out)):
             for l in o.ids: tr.pin(l, 'output of the model')
             tr.hold(o.par, 'output of the model')
         for ids,where in tr.unread.values():
             for l in ids: tr.pin(l, f'leaves {where or "the model"} for nothing the graph can see')
         tr.unread.clear()
+        return [tuple(o.shape) for o in tensors_of(out)]
 
     def _train(self, model, tr):
         "Layers that have not run may run in training, as auxiliary heads do: trace that as well if it needs nothing else than the inputs"
