@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from .ops import PRODUCTS,Call,Watch,channels,macs
 from .running import SLIPS,as_in_training,call_with,check_shapes,example_inputs_for,naming,tensors_of,untouched
+from .sizes import Telling
 
 # %% ../../nbs/core/08_graph.ipynb #cd7ac894
 def connected(
@@ -112,7 +113,7 @@ class _Facts:
         self.n = 1 # the next channel number
         self.ties,self.pins,self.splits,self.fixes = [],[],[],[]  # (a, b, why, pins before); (ids, why); layers; (layer, dims, why)
         self.uses,self.bound,self.issued,self.linears,self.splits_at = [],{},{},[],{}
-        self.mixes,self.sized,self.reshapes,self.views,self.pieces,self.unknown = [],[],[],[],[],{}
+        self.mixes,self.sized,self.reshapes,self.unknown = [],[],[],{}
         self.order,self.macs,self.seen,self.counts,self.settled = {},Counter(),set(),'',[]
     @property
     def idle(self): "Parameters that nothing has used"; return [n for n,p in self.params.items() if n not in self.seen and isinstance(p, nn.Parameter)]
@@ -337,6 +338,7 @@ class _Trace(Watch, _Shared):
         self.hollow = hollow  # compute no large products: shapes will do
         self.keys,self.writing = 0,False  # what is written into part of a tensor is read as that tensor
         self.shadows,self.cache,self.stack,self.zeros,self.unread = WeakTensorKeyDictionary(),{},[],{},{}
+        self.telling = None  # knows where sizes in the model's code come from, where somebody asks for that
 
     def see(self, func, spec, args, kwargs):
         call = Call(func, spec, args, kwargs, self.shadow, self.stack[-1] if self.stack else '')
@@ -410,6 +412,9 @@ class _Trace(Watch, _Shared):
     def unexpanded(self, o, t):
         "_Shadow `o` of tensor `t` with size 1 where `t` is expanded: like any broadcast, it follows the size of what it meets"
         return _Shadow(tuple(1 if st==0 else n for n,st in zip(o.shape, t.stride())), o.ids, o.par, o.kind, o.direct, o.mixed)
+    def explained(self, *at):
+        "Is it known where the sizes come from that a split is given, or a slice with positions `at`?"
+        return self.telling is not None and self.telling.explains(*at)
     def put_ids(self, t, ids): self.put(t, _Shadow(tuple(t.shape), ids))
     def count(self, call, n, weights):
         "`n` multiply-accumulates, of the layer that has the first of the arguments `weights` that is a parameter"
@@ -447,7 +452,6 @@ def _reshaped(tr, c):
     for old,new in zip(c.x.ids, y.ids):
         touched = [(i,j) for i,j in _blocks(a, b) if len(i)+len(j)>2 and any(old.shape[d]>1 for d in i)]
         if touched: tr.reshapes.append((old,new,c.where))
-        else: tr.views.append((new,new,c.where))
         if any(sum(new.shape[d]>1 for d in j)>1 for _,j in touched): tr.heads(new, c)
     tr.put(c.y, y)
 
@@ -462,11 +466,12 @@ def _repeated(tr, c):
 
 @channels('slice')
 def _sliced(tr, c):
-    "Fixed positions: what varies along that dimension has to stay, unless all is taken"
+    "Positions along that dimension: what varies there has to stay, unless all is taken or the code says where the positions come from"
     d, = c.dims()
-    if tuple(c.y.shape)!=c.x.shape:
-        for l in c.x.ids: tr.fix(l, [d], c.why)
     flat = 'select' in c.name
+    if tuple(c.y.shape)!=c.x.shape:
+        for l in c.x.ids:
+            if flat or c.a.get('step', 1)!=1 or not tr.explained(c.a.get('start') or 0, c.a.get('end')): tr.fix(l, [d], c.why)
     def f(l):
         if l.shape[d]>1: return _shrink(c.redo(l))
         return l.squeeze(d) if flat else l
@@ -474,18 +479,17 @@ def _sliced(tr, c):
 
 @channels('split')
 def _pieces(tr, c):
-    "Equal pieces stay equal if what is at one place in each goes together; unequal ones need fixed sizes"
+    "Equal pieces stay equal if what is at one place in each goes together; unequal ones need sizes that are fixed, or whose source is known"
     d, = c.dims()
     if 'unbind' in c.name: sizes = [1]*len(c.out)
     else: sizes = [o.shape[d] for o in c.out]
     for l in c.x.along(d):
-        if len(set(sizes))>1 or 'unbind' in c.name: tr.fix(l, [d], c.why)
-        else:
+        if 'unbind' in c.name or len(set(sizes))>1 and not tr.explained(): tr.fix(l, [d], c.why)
+        elif len(set(sizes))==1:
             for o in l.split(sizes, d)[1:]: tr.tie(o, l.narrow(d, 0, sizes[0]), c.why)
     def piece(l, start, n):
         l = _shrink(l.narrow(d, start, n)) if l.shape[d]>1 else l
         return l.squeeze(d) if 'unbind' in c.name else l
-    tr.pieces += [(l,l.narrow(d, 0, sizes[0]),c.where) for l in c.x.along(d)]
     for i,o in enumerate(c.out): tr.put(o, c.x.each(lambda l: piece(l, sum(sizes[:i]), sizes[i]), o.shape))
 
 @channels('strided')
@@ -1088,11 +1092,13 @@ class ChannelGraph:
         try: tr = self._traced(model, True)
         except _NEEDS_VALUES: tr = self._traced(model, False)  # the code asks for values, or minds what they are
         self.n_eval,self.idle = tr.n,tr.idle  # how many numbers; what did not run
+        self.calls,tr.telling.sure = {k:[*v] for k,v in tr.telling.calls.items()},False  # what is seen in training only cannot be tried later
         self.counts,self.settled = tr.counts,tr.settled  # where values decided on sizes for the first time, and the layers before
         if self.idle: self._train(model, tr)
         self.slices,self.order,self._names = _slices(tr.uses),list(tr.order),tr.names
         self.sized,self.unknown,self.unused = tr.sized,dict(tr.unknown),[n for n in tr.params if n not in tr.seen]
-        self.reshapes,self.views,self.pieces = tr.reshapes,[*tr.views,*tr.pieces],tr.pieces
+        tr.telling.settle()
+        self.reshapes,self.sizings,self.equations = tr.reshapes,tr.telling.sizings,tr.telling.equations
         batch = next((o.shape[0] for o in tensors_of(self.example_inputs) if o.dim()), 1)
         self._macs = {k:n//batch for k,n in tr.macs.items()}
         self._follow()
@@ -1102,14 +1108,15 @@ class ChannelGraph:
     def _traced(self, model, hollow):
         "A `_Trace` of one forward; `hollow` computes no large products"
         tr = _Trace(model, hollow)
-        with untouched(model): self._run(model, tr, self.example_inputs)
+        tr.telling = Telling(model, tr)
+        with untouched(model): self.shapes = self._run(model, tr, self.example_inputs)
         return tr
 
     def _follow(self): self._followers = [(s.name,self._alone(s)) for s in self.slices if s.role=='affine' and s.kind in ('bias','scale','shift')]
 
     def _run(self, model, tr, inputs):
-        "Trace a forward, and pin what leaves the model"
-        with naming(model, tr.stack), _Exports(tr), tr: out = call_with(model, inputs)
+        "Trace a forward, and pin what leaves the model; the shapes of that"
+        with naming(model, tr.stack), _Exports(tr), tr, tr.telling: out = call_with(model, inputs)
         for o in map(tr.shadow, tensors_of(out)):
             for l in o.ids: tr.pin(l, 'output of the model')
             tr.hold(o.par, 'output of the model')
@@ -1118,6 +1125,7 @@ class ChannelGraph:
             if alive() is None: continue  # nothing has read it, and nothing will
             for l in ids: tr.pin(l, f'kept by {where or "the model"}')
         tr.unread.clear()
+        return [tuple(o.shape) for o in tensors_of(out)]
 
     def _train(self, model, tr):
         "Layers that have not run may run in training, as auxiliary heads do: trace that as well if it needs nothing else than the inputs"
