@@ -536,3 +536,18 @@ def test_norms_behind_what_is_not_known():
     assert int((model.a.bias==0).sum())==4 and model.bn.weight.all()
     with silent(): Sparsifier(opaque_net(), 'filter', example_inputs=x).sparsify_model(50)  # no norm is there
     with silent(): Sparsifier(hidden(), 'kernel', example_inputs=x).sparsify_model(50)  # nor are filters asked for
+
+@pytest.mark.parametrize('layer_type,error,says', [(nn.ReLU, TypeError, 'ReLU has no known weight axes'), (nn.BatchNorm2d, TypeError, 'BatchNorm2d has no known weight axes'), (nn.Conv3d, ValueError, 'no layer of type Conv3d; it has Conv2d, Linear')])
+def test_layers_without_a_known_weight(layer_type, error, says):
+    "A layer that has no weight, or one with unknown axes, is not taken for one whose weight is computed"
+    with pytest.raises(error, match=says): Sparsifier(net(), layer_type=layer_type)
+
+def test_a_layer_whose_weight_is_missing():
+    "A layer that shares another's weight by calling it has none of its own"
+    class Bare(nn.Conv2d):
+        def __init__(self, other): super().__init__(8, 8, 3, padding=1, bias=False); self.register_parameter('weight', None); self.other = [other]
+        def forward(self, x): return F.conv2d(x, self.other[0].weight, padding=1)
+    a = conv(8,8)
+    model = nn.Sequential(conv(3,8), a, Bare(a))
+    with silent(): sp = Sparsifier(model)
+    assert [o.name for o in sp.layers]==['0','1']

@@ -125,7 +125,7 @@ class Layer(Source):
 # %% ../../nbs/sparse/01_sparsifier.ipynb #000b2349
 def _weights(m):
     "Attributes of the weights of `m`, and the module that holds each"
-    if not isinstance(m, nn.MultiheadAttention): return [(m,'weight')]
+    if not isinstance(m, nn.MultiheadAttention): return [(m,'weight')] if getattr(m, 'weight', None) is not None else []
     projections = 'in_proj_weight','q_proj_weight','k_proj_weight','v_proj_weight'
     return [(m,o) for o in projections if computed(m, o) or m._parameters[o] is not None]+[(m.out_proj,'weight')]
 
@@ -160,6 +160,7 @@ def find_layers(model, granularity, layer_type, criteria):
     names,seen,res,out,empty = {id(p):n for n,p in model.named_parameters()},set(),[],{},[]
     head,types = granularity=='head',_types(layer_type)
     for n,m in _wanted(model, granularity, types):
+        if not head: axes_of(m)  # says what to do where these are not known
         holders = [o[:2] for o in head_parts(m)[0]] if head else _weights(m)
         if made := next((o for mod,attr in holders if (o := computed(mod, attr))), None):
             out[n or type(m).__name__] = made
