@@ -12,7 +12,7 @@ from torch import nn,Tensor
 from torch.overrides import TorchFunctionMode
 from .registry import did_you_mean
 from .graph import ChannelGraph
-from .running import tensors_of,call_with,untouched
+from .running import tensors_of,call_with,plain,untouched
 
 # %% ../../nbs/core/10_surgery.ipynb #9ab53a14
 def plan_of(
@@ -91,9 +91,18 @@ def _reshaping(model, graph, gone, also):
 
 # %% ../../nbs/core/10_surgery.ipynb #fe7e84b0
 def _pick(t, dims):
-    "`t` with the indices of `dims` only"
-    for d,keep in dims.items(): t = t.index_select(d, torch.tensor(keep, dtype=torch.long, device=t.device))
-    return t
+    "`t` with the indices of `dims` only, its memory in the same order"
+    small = t
+    for d,keep in dims.items(): small = small.index_select(d, torch.tensor(keep, dtype=torch.long, device=t.device))
+    last = _channels_last(t)
+    return small.clone(memory_format=last) if last and dims else small
+
+def _channels_last(t):
+    "The memory format of `t` if its channels come last, or else `None`"
+    last = {4:torch.channels_last, 5:torch.channels_last_3d}.get(t.dim())
+    if last is None or t.layout!=torch.strided: return None
+    strides = lambda f: torch.empty(t.shape, device='meta', memory_format=f).stride()
+    return last if t.stride()==strides(last)!=strides(torch.contiguous_format) else None
 
 def _cut_tensor(p, dims):
     "Cut `p` in place, and its gradient"
@@ -212,11 +221,15 @@ def copy_of(
     with _Computed(): return copy.deepcopy(model)
 
 class _Computed(TorchFunctionMode):
-    "`deepcopy` copies the values of computed tensors, too"
+    "`deepcopy` copies computed tensors, and those of classes that add no more than Python, too"
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not Tensor.__deepcopy__ or args[0].is_leaf: return func(*args, **(kwargs or {}))
+        if func is not Tensor.__deepcopy__ or args[0].is_leaf and type(plain(args[0])) is type(args[0]): return func(*args, **(kwargs or {}))
         t,memo = args
-        return memo.setdefault(id(t), t.detach().clone())
+        if id(t) in memo: return memo[id(t)]
+        new = plain(t).detach().clone().as_subclass(type(t))
+        vars(new).update(copy.deepcopy(vars(t), memo))
+        memo[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new.requires_grad_(t.is_leaf and t.requires_grad)
+        return memo[id(t)]
 
 def _failure(model, graph, shapes):
     "Name of the module that does not run and the error, or `None` if outputs have `shapes`; where values decide on sizes, as many dimensions"
