@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from .registry import did_you_mean
 from .graph import ChannelGraph
-from .running import SLIPS,tensors_of,call_with,naming,untouched
+from .running import SLIPS,tensors_of,call_with,naming,plain,untouched
 from .sizes import NOT_THE_MODELS,Attr,Axis,Watching,evaluate,is_layer
 
 # %% ../../nbs/core/10_surgery.ipynb #9ab53a14
@@ -321,11 +321,15 @@ def copy_of(
     with _Computed(): return copy.deepcopy(model)
 
 class _Computed(TorchFunctionMode):
-    "`deepcopy` copies the values of computed tensors, too"
+    "`deepcopy` copies computed tensors, and those of classes that add no more than Python, too"
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not Tensor.__deepcopy__ or args[0].is_leaf: return func(*args, **(kwargs or {}))
+        if func is not Tensor.__deepcopy__ or args[0].is_leaf and type(plain(args[0])) is type(args[0]): return func(*args, **(kwargs or {}))
         t,memo = args
-        return memo.setdefault(id(t), t.detach().clone())
+        if id(t) in memo: return memo[id(t)]
+        new = plain(t).detach().clone().as_subclass(type(t))
+        vars(new).update(copy.deepcopy(vars(t), memo))
+        memo[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new.requires_grad_(t.is_leaf and t.requires_grad)
+        return memo[id(t)]
 
 def _shell(model):
     "A copy of `model` that has shapes instead of weights"

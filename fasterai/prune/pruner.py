@@ -18,7 +18,7 @@ from ..core.context import shares,context_of,local
 from ..core.criteria import criteria_of,large_final,needs
 from ..core.registry import did_you_mean
 from ..core.graph import ChannelGraph,layer_of
-from .left import COUNTED,OUTPUT,add_row,fixed,left_of_zeros,made_by,missing,rows_of,some,told
+from .left import COUNTED,LAST,OUTPUT,add_row,fixed,left_of_zeros,made_by,missing,rows_of,some,told
 from ..core.running import Bystanders,at_home,call_with,check_finite,check_shapes,fitting,inputs_for,plain_model,untouched
 from ..core.liveness import Liveness,spare_last
 from ..core.evidence import _wide,act_norms,check_trained,evidence,weight_of
@@ -323,10 +323,10 @@ class Pruner:
         bystanders = Bystanders(model, inputs := inputs_for(model, inputs))
         with bystanders.aside(): new,self.left,n,notes = _smaller(model, inputs, self.verify)
         bystanders.follow(new)
-        if self.left:
-            notes.insert(0, f'of the channels that are zero, unread or constant, {missing(self.left):,} did not go: {told(self.left)}')
+        left = [o for o in self.left if o['why']!=LAST or not n]
+        if left: notes.insert(0, f'of the channels that are zero, unread or constant, {missing(left):,} did not go: {told(left)}')
         elif not n: notes.insert(0, f'nothing to remove: no channel of this {type(model).__name__} is zero, unread or constant. With a ratio, as in Pruner(model, 50), the least important ones go')
-        if self.left and bystanders.untold: notes.append(_about(bystanders))
+        if left and bystanders.untold: notes.append(_about(bystanders))
         if notes: warnings.warn('. '.join(notes), stacklevel=4)
         return new
 
