@@ -343,6 +343,27 @@ def test_classes_come_second_or_last():
     assert rep.right.tolist()==[want,want] and rep.of.tolist()==[62,62] and told_right(m, data=(words,y)).shape==(1,62)
     assert quick(m, m, words).of.tolist()==[66,66]  # without labels, too
 
+def test_batches_by_name():
+    "As a tokenizer and a model of words have them: dicts with `labels`, and an output whose first tensor has the scores"
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.m = net()
+        def forward(self, pixels, shift=0.): return dict(logits=self.m(pixels+shift), hidden=pixels)
+    y = torch.randint(0, 4, (300,))
+    data = [dict(pixels=a, shift=torch.zeros(1), labels=b) for a,b in zip(IMAGES.split(100), y.split(100))]
+    rep = quick(Classifier(), Classifier(), data)
+    assert rep.right.tolist()==[int(told_right(net(), data=(IMAGES,y)).sum())]*2 and rep.of.tolist()==[300,300] and rep.attrs['about'].startswith('1×3×16×16 and 1 on')
+
+def test_two_inputs_in_a_tuple():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.m = net()
+        def forward(self, a, b): return self.m(a+b)
+    y = torch.randint(0, 4, (300,))
+    assert quick(Sum(), (IMAGES,IMAGES,y)).right.iloc[0]==told_right(net(), data=(2*IMAGES,y)).sum()
+
 def test_pixels_are_not_samples():
     "Accuracy is of pixels; how sure it is depends on the number of images, and images are compared"
     class Says(nn.Module):
