@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack,contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass,fields,is_dataclass
+from types import FunctionType
 import numpy as np
 import torch
 from torch import nn,Tensor
@@ -23,7 +24,8 @@ from torch.utils._pytree import tree_map
 SLIPS = RuntimeError,ValueError,TypeError,IndexError,KeyError,AttributeError,AssertionError,NotImplementedError,ArithmeticError,NameError
 
 # %% ../../nbs/core/06_running.ipynb #eae783c1
-def _has_parts(o): return hasattr(o, '__dict__') and not isinstance(o, (Tensor,np.ndarray,nn.Module,type)) and not callable(o)
+def _has_parts(o):
+    return hasattr(o, '__dict__') and not callable(o) and not isinstance(o, (Tensor,np.ndarray,nn.Module,type))
 
 def _parts(o):
     "What is in `o`, by key, and how to put it into a copy; `None` if `o` holds nothing"
@@ -65,9 +67,9 @@ def _has_own_code(t): return type(t).__torch_dispatch__ is not Tensor.__torch_di
 def _unwrapped(t):
     "The plain tensor that `t` was made from, where it is that one under another class"
     with torch._C.DisableTorchFunction():  # else the question itself would be answered by its class
-        base = t._base if t._is_view() and t.layout==torch.strided else None
-        same = base is not None and (base.shape,base.dtype,base.storage_offset())==(t.shape,t.dtype,t.storage_offset()) and base.stride()==t.stride()
-    return base if same else t
+        if not t._is_view() or t.layout!=torch.strided: return t
+        seen = lambda o: (o.shape,o.dtype,o.stride(),o.storage_offset())
+        return t._base if seen(t._base)==seen(t) else t
 
 def plain(t):
     "Tensor `t` as a `torch.Tensor` with the same memory, if its class adds no more than Python; anything else as it is"
@@ -76,11 +78,13 @@ def plain(t):
     return base if type(base) in (Tensor,nn.Parameter) else t.as_subclass(Tensor)
 
 class _Plain(TorchFunctionMode):
-    "Tensors of other classes act as plain ones, and make plain ones; parameters and buffers of `model` stay the objects that they are"
+    "Tensors of other classes act as plain ones, and make plain ones. What `model` owns stays the object that it is"
     def __init__(self, model):
         super().__init__()
-        self.own = {id(o) for m in model.modules() for o in (*m._parameters.values(),*m._buffers.values()) if type(o) not in (Tensor,nn.Parameter)}
-    def plain(self, o): return _unwrapped(o) if isinstance(o, Tensor) and not _has_own_code(o) and id(o) not in self.own else o
+        self.own = {id(o) for m in model.modules() for o in (*m._parameters.values(),*m._buffers.values())}
+    def plain(self, o):
+        if not isinstance(o, Tensor) or _has_own_code(o) or id(o) in self.own: return o
+        return _unwrapped(o)
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if not types: return func(*args, **(kwargs or {}))
         args,kwargs = tree_map(self.plain, (args,kwargs or {}))
@@ -91,7 +95,8 @@ _outside = ContextVar('_outside', default=None)  # the default device that is se
 
 @contextmanager
 def at_home():
-    "What is set around a call has no effect inside: inference mode, autocast, and a default device for new tensors, which here are on the CPU. Also a decorator"
+    """What is set around a call has no effect inside: inference mode, autocast, and a default device; new tensors are on the
+    CPU. Also a decorator"""
     with ExitStack() as stack:
         token = _outside.set(_outside.get() or torch.get_default_device())
         stack.callback(_outside.reset, token)
@@ -165,48 +170,57 @@ def call_with(
 
 def batches_of(data):
     "The batches of `data`: itself, if it is a tensor, a dict, a tuple of tensors or a list of them with one first dimension"
-    one = isinstance(data, (Tensor,tuple,Mapping)) or isinstance(data, list) and data and all(isinstance(o, Tensor) for o in data) and len({len(o) for o in data})==1
-    return [data] if one else data
+    if isinstance(data, (Tensor,tuple,Mapping)): return [data]
+    tensors = isinstance(data, list) and data and all(isinstance(o, Tensor) for o in data)
+    return [data] if tensors and len({len(o) for o in data})==1 else data
 
 def inputs_of(batch, device):
     "Inputs of `batch`, on `device`: the batch itself, or all but the last, the target, of a tuple or list"
     if isinstance(batch, (tuple,list)): batch = tuple(batch[:-1] or batch)
     def there(o):
         if not isinstance(o, Tensor): return o
-        return (plain(o).clone() if o.is_inference() else plain(o)).to(device)  # a loss could not keep an inference tensor for its gradients
+        o = plain(o).to(device)
+        return o.clone() if o.is_inference() else o  # else a loss could not keep it for its gradients
     return map_parts(there, batch)
 
 # %% ../../nbs/core/06_running.ipynb #415e6d8a
 def _other(o):
     "A tensor that may come in the place of `o`"
     if not isinstance(o, Tensor) or not o.numel(): return o
-    if o.is_floating_point() or o.is_complex(): return torch.randn(o.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(o)
+    gen = torch.Generator().manual_seed(1)
+    if o.is_floating_point() or o.is_complex(): return torch.randn(o.shape, generator=gen, dtype=torch.float64).to(o)
     back = o.flip(list(range(o.dim())))
     return back if o.dtype==torch.bool or not torch.equal(back, o) else o+1
 
 def _is_number(v): return isinstance(v, (int,float,str)) or isinstance(v, (tuple,list)) and all(map(_is_number, v))
+def _owner(f): return getattr(f, '__self__', None)
 
 class _Watched:
     "In the place of hook `f`, notes whether it changes something (`acts`), and which tensors it puts on modules (`puts`)"
     def __init__(self, f): self.f,self.acts,self.puts = f,False,[]
     def __call__(self, m, *args):
-        owners = [o for part in (m,getattr(self.f, '__self__', None)) if isinstance(part, nn.Module) for o in part.modules()]
-        written = [o for o in (*tensors_of(args),*m._parameters.values(),*m._buffers.values()) if isinstance(o, Tensor) and not o.is_inference()]
-        versions,before = [o._version for o in written],[dict(vars(o)) for o in owners]
+        modules = [o for top in (m,_owner(self.f)) if isinstance(top, nn.Module) for o in top.modules()]
+        tensors = [o for o in (*tensors_of(args),*m._parameters.values(),*m._buffers.values()) if isinstance(o, Tensor)]
+        versions = lambda: [o._version for o in tensors if not o.is_inference()]
+        was,before = versions(),[dict(vars(o)) for o in modules]
         out = self.f(m, *args)
-        self.acts |= versions!=[o._version for o in written] or not self.passes(out, args)
-        for o,was in zip(owners, before):
-            for k,v in vars(o).items():
-                if v is was.get(k): continue
-                if isinstance(v, Tensor): self.puts.append((o,k))
-                elif _is_number(v) and v!=was.get(k): self.acts = True
+        self.acts |= versions()!=was or not self.passes(out, args)
+        for o,old in zip(modules, before): self.compare(o, old)
         return out
+
+    def compare(self, m, old):
+        "Note what is new on module `m`"
+        for k,v in vars(m).items():
+            if v is old.get(k): continue
+            if isinstance(v, Tensor): self.puts.append((m,k))
+            elif _is_number(v) and v!=old.get(k): self.acts = True
 
     def passes(self, out, args):
         "Does the hook return nothing, or what it got?"
         if out is None or out is args[-1]: return True
-        given = args if isinstance(args[-1], dict) and len(args)==2 else args[0]  # what a hook before `forward` may replace
-        return isinstance(out, tuple) and isinstance(given, tuple) and len(out)==len(given) and all(a is b for a,b in zip(out, given))
+        given = args if len(args)==2 and isinstance(args[-1], dict) else args[0]  # what may be replaced before `forward`
+        both = isinstance(out, tuple) and isinstance(given, tuple) and len(out)==len(given)
+        return both and all(a is b for a,b in zip(out, given))
 
 @dataclass(eq=False)
 class _Hook:
@@ -216,21 +230,29 @@ class _Hook:
     kind:str # Name of `held` in the module
     layer:str # Name of the module
     f:object # The function
+    @property
+    def place(self): return id(self.held),self.key
     def __str__(self): return f'{getattr(self.f, "__qualname__", type(self.f).__name__)} on {self.layer or "the model"}'
 
 def _of_torch(f):
-    "Is `f`, or its owner, a thing of torch?"
-    owner = getattr(f, '__self__', f)
-    return any((o.__module__ or '').split('.')[0]=='torch' for o in type(owner).__mro__) if not isinstance(owner, nn.Module) else False
+    "Is `f`, or what it is a method of, a thing of torch?"
+    owner = f if _owner(f) is None else _owner(f)
+    if isinstance(owner, nn.Module): return False
+    return any((getattr(o, '__module__', None) or '').split('.')[0]=='torch' for o in (f,*type(owner).__mro__))
 
 def _hooks_of(model, kinds):
     "Hooks of users, also those of every module, in the order of registration"
     places = [(getattr(m, k),k,n) for n,m in model.named_modules() for k in kinds]
     places += [(getattr(nn.modules.module, f'_global{k}'),k,'every module') for k in kinds]
-    return sorted((_Hook(held, key, k, n, f) for held,k,n in places for key,f in held.items() if not _of_torch(f)), key=lambda o: o.key)
+    hooks = [_Hook(held, key, k, n, f) for held,k,n in places for key,f in held.items() if not _of_torch(f)]
+    return sorted(hooks, key=lambda o: o.key)
 
 def _forward_hooks(model): return _hooks_of(model, ('_forward_pre_hooks','_forward_hooks'))
-def _observers(model): "Hooks on gradients that an object holds which is no module"; return [h for h in _hooks_of(model, ('_backward_pre_hooks','_backward_hooks')) if not isinstance(getattr(h.f, '__self__', model), nn.Module)]
+
+def _observers(model):
+    "Hooks on gradients that are methods of something that is no module"
+    hooks = _hooks_of(model, ('_backward_pre_hooks','_backward_hooks'))
+    return [h for h in hooks if _owner(h.f) is not None and not isinstance(_owner(h.f), nn.Module)]
 
 @contextmanager
 def _aside(hooks):
@@ -249,7 +271,7 @@ def _aside(hooks):
 @contextmanager
 def _remembering_nothing(hooks):
     "What the owners of `hooks` keep comes back as it was"
-    owners = {id(o):o for h in hooks for o in [getattr(h.f, '__self__', None)] if hasattr(o, '__dict__') and not isinstance(o, nn.Module)}
+    owners = {id(o):o for o in (_owner(h.f) for h in hooks) if hasattr(o, '__dict__') and not isinstance(o, nn.Module)}
     was = [(o,dict(vars(o)),[(v,list(v)) for v in vars(o).values() if isinstance(v, list)]) for o in owners.values()]
     try: yield
     finally:
@@ -272,8 +294,9 @@ def _alike(a, b):
     "Are the tensors of `a` and `b` the same, up to rounding?"
     if [(o.shape,o.dtype) for o in a]!=[(o.shape,o.dtype) for o in b]: return False
     def close(x, y):
-        if not (x.is_floating_point() or x.is_complex()) or not x.numel(): return torch.equal(x, y)
-        return torch.allclose(x, y, 1e-4, 1e-5*float(y[y.isfinite()].abs().max()) if y.isfinite().any() else 0., True)
+        if not (x.is_floating_point() or x.is_complex()): return torch.equal(x, y)
+        size = y.abs().nan_to_num(0., 0., 0.).max().item() if y.numel() else 0.
+        return torch.allclose(x, y, rtol=1e-4, atol=1e-5*size, equal_nan=True)
     return all(map(close, a, b))
 
 def _largest(parts, fits, base=()):
@@ -282,6 +305,16 @@ def _largest(parts, fits, base=()):
     if len(parts)==1: return list(base)
     half = len(parts)//2
     return _largest(parts[half:], fits, _largest(parts[:half], fits, base))
+
+def _watched(hooks, run):
+    "What `hooks` do in a run"
+    watched = {h:_Watched(h.f) for h in hooks}
+    try:
+        for h,w in watched.items(): h.held[h.key] = w
+        run()
+    finally:
+        for h in hooks: h.held[h.key] = h.f
+    return watched
 
 def readers_of(
     model:nn.Module, # Left as it is
@@ -304,24 +337,16 @@ def readers_of(
         def idle(some):
             "Does the model compute the same without `some`?"
             outs(inputs)  # what they keep is now of these inputs
+            puts = [o for h in some for o in watched[h].puts]
             try:
-                with _aside(some), _spoiled([o for h in some for o in watched[h].puts]): return _alike(outs(other), expected)
+                with _aside(some), _spoiled(puts): return _alike(outs(other), expected)
             except SLIPS: return False
         readers = _largest(maybe, idle)
     return readers,[h for h in hooks if h not in readers],[]
 
-def _watched(hooks, run):
-    "What `hooks` do in a run"
-    watched = {h:_Watched(h.f) for h in hooks}
-    try:
-        for h,w in watched.items(): h.held[h.key] = w
-        run()
-    finally:
-        for h in hooks: h.held[h.key] = h.f
-    return watched
-
 class Bystanders:
-    "The hooks of `model` that only read. It is found out when they are to stand `aside`, and again if hooks have come or gone"
+    """The hooks of `model` that only read. Which ones do is found out when they are to stand `aside`, and again if hooks have
+    come. Of the others, some are `acting`, and some `untold`"""
     def __init__(self,
         model:nn.Module, # Left as it is
         inputs, # Run it
@@ -330,11 +355,11 @@ class Bystanders:
     @contextmanager
     def aside(self):
         "Without them, and without observers of gradients; all come back"
-        known = {(id(h.held),h.key) for h in [*self.readers,*self.acting,*self.untold]}
-        now = {(id(h.held),h.key) for h in _forward_hooks(self.model)}
+        known = {h.place for h in [*self.readers,*self.acting,*self.untold]}
+        now = {h.place for h in _forward_hooks(self.model)}
         if not now<=known: self.readers,self.acting,self.untold = readers_of(self.model, self.inputs)
-        gone = [h for h in self.readers if (id(h.held),h.key) in now]
-        with _aside([*gone,*_observers(self.model)]): yield self
+        here = [h for h in self.readers if h.place in now]
+        with _aside([*here,*_observers(self.model)]): yield self
 
     def follow(self,
         new:nn.Module, # A copy of `model` that was made while they stood aside
@@ -342,78 +367,101 @@ class Bystanders:
         "Give the copy those that nobody holds: functions, and methods of modules, which become methods of their copies"
         names = {m:n for n,m in self.model.named_modules()}
         for h in self.readers:
-            owner = getattr(h.f, '__self__', None)
-            if h.layer=='every module' or owner is not None and owner not in names or not (owner or isinstance(h.f, type(_is_number))): continue
-            f = h.f if owner is None else getattr(new.get_submodule(names[owner]), h.f.__name__)
+            if h.layer=='every module': continue
+            if isinstance(h.f, FunctionType): f = h.f
+            elif _owner(h.f) in names: f = getattr(new.get_submodule(names[_owner(h.f)]), h.f.__name__)
+            else: continue
             getattr(new.get_submodule(h.layer), h.kind)[h.key] = f
 
 def without_readers(
     model:nn.Module, # Left as it is
     inputs, # Run it
 ):
-    "A context without the hooks of `model` that only read; it gives the `Bystanders`, which tell which hooks stay: they are `acting`, or `untold`"
+    "A context without the hooks of `model` that only read; it gives its `Bystanders`"
     return Bystanders(model, inputs).aside()
 
 # %% ../../nbs/core/06_running.ipynb #10a2749d
-def _given(o): return repr(o) if isinstance(o, (int,float,str,type(None))) else f'the class {o.__name__}' if isinstance(o, type) else f'a {type(o).__name__}'
+def _given(o):
+    "What was given, in words"
+    if isinstance(o, (int,float,str,type(None))): return repr(o)
+    return f'the class {o.__name__}' if isinstance(o, type) else f'a {type(o).__name__}'
+
+_DDP = nn.parallel.DistributedDataParallel
+def _is_script(m): return isinstance(m, torch.jit.ScriptModule)
 
 def _check_is_model(o):
     "`ValueError` if `o` is no model, or one that cannot be looked into"
-    if isinstance(o, torch.jit.ScriptModule): raise ValueError(f'a {type(o).__name__} of TorchScript keeps its shapes: pass the model that it was made from, and script the result')
-    if hasattr(o, '_fsdp_wrapped_module'): raise ValueError('FullyShardedDataParallel has only a part of each parameter here: pass the model before it is sharded')
+    if _is_script(o):
+        raise ValueError(f'a {type(o).__name__} of TorchScript keeps its shapes: pass the model that it was made from, and script the result')
+    if hasattr(o, '_fsdp_wrapped_module'):
+        raise ValueError('FullyShardedDataParallel has only a part of each parameter here: pass the model before it is sharded')
     if isinstance(o, nn.Module): return
     hint = ''
     if isinstance(o, type) and issubclass(o, nn.Module): hint = f': make one, {o.__name__}(…)'
     elif isinstance(getattr(o, 'model', None), nn.Module): hint = ': pass its model, `.model`'
-    elif isinstance(o, Mapping) and tensors_of(o): hint = ' of tensors: a state dict has no code; load it into a model, and pass that'
+    elif isinstance(o, Mapping) and tensors_of(o): hint = ': a state dict has no code; load it into a model, and pass that'
     raise ValueError(f'a model, a torch.nn.Module, is expected, not {_given(o)}{hint}')
-
-_DDP = nn.parallel.DistributedDataParallel
 
 def _inside(model):
     "The model that `model` is a wrapper of, or `None`"
     if hasattr(model, '_orig_mod'): return model._orig_mod  # compiled
-    lone = type(model).forward is nn.Module.forward and isinstance(getattr(model, 'module', None), nn.Module)  # it cannot run by itself
-    return model.module if lone or isinstance(model, (nn.DataParallel,_DDP,torch.optim.swa_utils.AveragedModel)) else None
+    if isinstance(model, (nn.DataParallel,_DDP,torch.optim.swa_utils.AveragedModel)): return model.module
+    held = getattr(model, 'module', None)
+    return held if isinstance(held, nn.Module) and type(model).forward is nn.Module.forward else None  # it cannot run by itself
 
 def _check_parts(model):
     "`ValueError` for what is in `model` and cannot be followed"
     for n,m in model.named_modules():
-        if isinstance(m, _DDP): raise ValueError(f'{n} is a DistributedDataParallel inside of the model: wrap the whole model, after it was pruned')
-        if isinstance(m, torch.jit.ScriptModule) and any(True for _ in m.parameters()): raise ValueError(f'{n} is a {type(m).__name__} of TorchScript and keeps its shapes: use the module that it was made from')
+        if isinstance(m, _DDP):
+            raise ValueError(f'{n} is a DistributedDataParallel inside of the model: wrap the whole model, after it was pruned')
+        if _is_script(m) and any(True for _ in m.parameters()):
+            raise ValueError(f'{n} is a {type(m).__name__} of TorchScript and keeps its shapes: use the module that it was made from')
     for n,p in model.named_parameters():
-        if type(p).__name__=='DTensor': raise ValueError(f'{n} is a DTensor, of which other processes hold parts: prune the whole model, and distribute it after that')
-        if _has_own_code(p) and not _is_fake(p): raise ValueError(f'{n} is a {type(p).__name__}, a tensor that is computed by code of its own: pass the model with plain parameters')
-        if p.layout!=torch.strided: raise ValueError(f'{n} is stored as {p.layout}: pass the model with dense parameters (`to_dense`)')
+        if type(p).__name__=='DTensor':
+            raise ValueError(f'{n} is a DTensor, of which other processes hold parts: prune the whole model, and distribute it after that')
+        if _has_own_code(p) and not _is_fake(p):
+            raise ValueError(f'{n} is a {type(p).__name__}, which computes its values by code of its own: pass a model with plain parameters')
+        if p.layout!=torch.strided:
+            raise ValueError(f'{n} is stored as {p.layout}: pass the model with dense parameters (`to_dense`)')
 
-def _is_fake(t): return 'torch._subclasses.fake_tensor' in sys.modules and isinstance(t, sys.modules['torch._subclasses.fake_tensor'].FakeTensor)
+def _is_fake(t):
+    module = sys.modules.get('torch._subclasses.fake_tensor')  # if there are some, it is there
+    return module is not None and isinstance(t, module.FakeTensor)
 
 def plain_model(
     model, # What a user takes for a model
     resizes:bool=False, # Is it to lose channels in place?
 ):
-    """The model inside of its wrappers: compiled, `DataParallel`, `DistributedDataParallel`, `AveragedModel`, in any order. `ValueError` for what is no model, and for models that
-    cannot be followed, with the reason"""
+    """The model inside of its wrappers: compiled, `DataParallel`, `DistributedDataParallel`, `AveragedModel`, in any order.
+    `ValueError` for what is no model, and for models that cannot be followed, with the reason"""
     while True:
         _check_is_model(model)
         if resizes and isinstance(model, _DDP):
-            raise ValueError('DistributedDataParallel averages gradients of the sizes that parameters had when it was made, and would do so no more: prune its `.module` first, and wrap it after that')
+            raise ValueError('DistributedDataParallel averages gradients of the sizes that parameters had when it was made, and would '
+                             'do so no more: prune its `.module` first, and wrap it after that')
         inner = _inside(model)
         if inner is None: break
         model = inner
     _check_parts(model)
     return model
 
+def _told(model):
+    "Parameters, and statistics of normalizations, by name"
+    yield from model.named_parameters()
+    for n,m in model.named_modules():
+        if isinstance(m, nn.modules.batchnorm._NormBase):
+            yield from ((f'{n}.{k}' if n else k,b) for k,b in m._buffers.items() if b is not None)
+
 def check_finite(
     model:nn.Module, # Left as it is
 ):
-    "`ValueError` if a parameter, or a statistic of a normalization, has no values or some that are nan or infinite: nothing can be told from these"
-    stats = {f'{n}.{k}' if n else k:b for n,m in model.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase) for k,b in m._buffers.items() if b is not None}
-    for n,p in [*model.named_parameters(),*stats.items()]:
+    "`ValueError` if a parameter of `model`, or a statistic of a normalization, has no values, or some that are nan or infinite"
+    for n,p in _told(model):
         if p.is_meta or _is_fake(p): raise ValueError(f'{n} is on the meta device and has no values: nothing can be told of what matters')
-        if not p.is_floating_point() or p.element_size()>1 and p.detach().sum().isfinite(): continue  # quick; a sum that overflows is looked at again
-        bad = int((~p.detach().double().isfinite()).sum())
-        if bad: raise ValueError(f'{bad:,} of {p.numel():,} numbers of {n} are nan or infinite: nothing can be told of what matters')
+        if not p.is_floating_point(): continue
+        if p.element_size()>1 and p.detach().sum().isfinite(): continue  # quick; a sum may overflow, so nothing is said by one that is not
+        if bad := int((~p.detach().double().isfinite()).sum()):
+            raise ValueError(f'{bad:,} of {p.numel():,} numbers of {n} are nan or infinite: nothing can be told of what matters')
 
 # %% ../../nbs/core/06_running.ipynb #6d4591da
 _SIZES = (32,64,75,96,112,128,160,192,224,227,256,299,320,384,512,28,48,84,16,8)
@@ -465,7 +513,8 @@ def example_inputs_for(
                      'a tensor, a tuple of arguments or a dict of keyword arguments')
 
 # %% ../../nbs/core/06_running.ipynb #9de51a66
-def _is_shape(o): return isinstance(o, torch.Size) or isinstance(o, (tuple,list)) and len(o)>1 and all(type(v) is int for v in o)
+def _is_shape(o):
+    return isinstance(o, torch.Size) or isinstance(o, (tuple,list)) and len(o)>1 and all(type(v) is int for v in o)
 
 def _tensor_of(array):
     if array.dtype.kind not in 'biufc': raise ValueError(f'an array of {array.dtype} holds no numbers: pass a tensor')
@@ -473,22 +522,24 @@ def _tensor_of(array):
 
 def inputs_for(
     model:nn.Module, # Left as it is
-    example_inputs=None, # A tensor, a tuple of arguments or a dict of keyword arguments; found by `example_inputs_for` if not given
+    example_inputs=None, # A tensor, a tuple of arguments or a dict of keyword arguments; by default from `example_inputs_for`
 ):
-    "Inputs to run `model` with, all tensors plain ones where its parameters are and of their type; `ValueError` for what is no input"
+    """Inputs to run `model` with. Tensors are plain ones, of the type of its parameters, and if none is where these are, they go
+    there. `ValueError` for what is no input"""
     if example_inputs is None: return example_inputs_for(model)
     for o in [example_inputs,*(example_inputs if isinstance(example_inputs, (tuple,list)) else [])]:
         if _is_shape(o): raise ValueError(f'example_inputs {tuple(o)} is a shape, not an input: pass a tensor, torch.randn{tuple(o)}')
     devices = {p.device for p in model.parameters()}
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    there = len(devices)!=1 or any(o.device in devices for o in tensors_of(example_inputs))  # what is elsewhere is meant to be
     def fit(o):
         if isinstance(o, np.ndarray): o = _tensor_of(o)
         if not isinstance(o, Tensor): return o
         o = plain(o)
         if len(dtypes)==1 and o.is_floating_point(): o = o.to(*dtypes)
-        if len(devices)!=1 or o.device in devices: return o
-        if o.is_meta: raise ValueError(f'example_inputs are on the meta device and have no values, and the model is on {devices.pop()}: pass a tensor with values')
-        return o.to(*devices) if o.dim() else o
+        if there or o.device in devices: return o
+        if o.is_meta: raise ValueError('example_inputs are on the meta device and have no values, and the model is not: pass a tensor')
+        return o.to(*devices)
     with at_home(): return map_parts(fit, example_inputs)
 
 def _shown(o):
@@ -510,14 +561,14 @@ def _takes(model):
 
 @contextmanager
 def fitting(model, inputs):
-    "Around code that runs `model` with `inputs`: if these are what does not fit, the `ValueError` says what was given and what is taken"
+    "Around code that runs `model` with `inputs`: if these do not fit, the `ValueError` says what was given and what is taken"
     try: yield
     except SLIPS as e:
         try:
             with untouched(model): call_with(model, inputs)
         except SLIPS as why:
-            raise ValueError(f'this {type(model).__name__} does not run with example_inputs {_shown(inputs)}: {type(why).__name__}: {why}{_takes(model)}. Pass a tensor, '
-                             'a tuple of arguments or a dict of keyword arguments') from why
+            raise ValueError(f'this {type(model).__name__} does not run with example_inputs {_shown(inputs)}: {type(why).__name__}: {why}'
+                             f'{_takes(model)}. Pass a tensor, a tuple of arguments or a dict of keyword arguments') from why
         raise e
 
 # %% ../../nbs/core/06_running.ipynb #fe28e0ef

@@ -45,8 +45,11 @@ class Made:
         self.whole = model.get_submodule(layer_of(name))
         flat = _along(used_weight(model, name), dim)
         self.zero = (~flat.any(1) if flat.shape[1] else torch.zeros(len(flat), dtype=torch.bool)).cpu()
-        hidden = getattr(self.whole, 'hidden_size', 0) if isinstance(self.whole, nn.RNNBase) else 0
-        if hidden and len(ids)%hidden==0: self.ids,self.zero = ids[:hidden],self.zero.view(-1, hidden).all(0)  # a unit has a row for each gate
+        hidden = self.whole.hidden_size if isinstance(self.whole, nn.RNNBase) else 0
+        if hidden and len(ids)%hidden==0:  # a unit has a row for each gate
+            self.ids,self.zero = ids[:hidden],self.zero.view(-1, hidden).all(0)
+
+_WEIGHTS = 'weight','weight_orig','weight_v','parametrizations'  # or what it is computed from
 
 def made_by(
     model:nn.Module, # Left as it is
@@ -60,7 +63,7 @@ def made_by(
     seen = set(map(layer_of, used))
     for n,m in model.named_modules():
         if n in seen or not has_axes(m) or 'o' not in axes_of(m): continue
-        weights = [p for k,p in m.named_parameters() if k.split('.')[0] in ('weight','weight_orig','weight_v','parametrizations') and p.dim()==len(axes_of(m))]
+        weights = [p for k,p in m.named_parameters() if k.split('.')[0] in _WEIGHTS and p.dim()==len(axes_of(m))]
         for p in weights[:1]:
             if (name := names[id(p)]) in used: continue  # shared with another layer
             dim = axes_of(m).index('o')
@@ -74,8 +77,9 @@ def fixed(
     "For each channel why it cannot be removed, '' for those that can"
     roots,classes = graph.roots(made.ids).tolist(),graph.classes(made.ids).tolist()
     if isinstance(made.whole, nn.RNNBase): unknown = 'hidden units of recurrent layers stay'
-    elif made.name in graph.unused: unknown = 'it did not run in eval mode'
-    else: unknown = 'the graph does not follow its weight' + (f' (unknown operations: {some(graph.unknown)})' if graph.unknown else '')
+    elif made.name in graph.unused: unknown = 'it did not run in eval mode, and may not fit the layers before it any more'
+    elif graph.unknown: unknown = f'the graph does not follow its weight (unknown operations: {some(graph.unknown)})'
+    else: unknown = 'the graph does not follow its weight'
     whys = {0:unknown}
     for i,(r,c) in enumerate(zip(roots, classes)):
         if r not in whys: whys[r] = '' if c else '; '.join(graph.why(made.ids[i:i+1]))
@@ -85,8 +89,11 @@ def fixed(
 class _Zeros:
     "What is zero in a model, by class of channels"
     def __init__(self, model, graph):
-        self.made,self.graph,own = made_by(model, graph),graph,dict([*model.named_parameters(),*model.named_buffers()])
-        self.makers,self.shifts,self.mixed = {},{},{}  # by class: layers whose filter is not zero, parameters that make a constant of zero, reasons
+        self.made,self.graph = made_by(model, graph),graph
+        self.makers = {}  # by class: layers whose filter is not zero
+        self.shifts = {}  # by class: parameters and statistics that make a constant of zero
+        self.mixed = {}   # by class: operations that take all channels together
+        own = dict([*model.named_parameters(),*model.named_buffers()])
         for o in self.made: self._note(self.makers, o.ids[~o.zero], o.layer)
         for s in graph.slices:
             if s.role=='affine' and (s.kind in ('bias','shift') or s.name.endswith('running_mean')):

@@ -18,8 +18,9 @@ from .pruner import Pruner, check_layer_type, check_ratio, pruned_plan
 
 # %% ../../nbs/prune/02_prune_callback.ipynb #15bdde2f
 class PruneCallback(ScheduledCallback):
-    """Remove channels while training: `schedule` says how many, a `Pruner` says which. What cannot go is told once a fit, and is in `left`: for each layer its number of `channels`,
-    how many are asked for (`dead`), how many were `removed`, and `why` not all"""
+    """Remove channels while training: `schedule` says how many, a `Pruner` says which. What cannot go is told once a fit, and is in
+    `left`: a row for each `layer`, with its number of `channels`, how many are asked for (`dead`), how many were `removed`, and `why`
+    not all"""
     column,resizes = 'pruned',True
     def __init__(self,
         pruning_ratio, # Percentage of the original channels at the end, or a dict of them by layer
@@ -34,7 +35,8 @@ class PruneCallback(ScheduledCallback):
     ):
         super().__init__(schedule, n_updates, example_inputs)
         self.ratio,self.pruner,self.left = pruning_ratio,None,[]
-        self.how = dict(context=context_of(context), criteria=criteria_of(criteria), round_to=round_to, ignored_layers=ignored_layers, layer_type=check_layer_type(layer_type))
+        self.how = dict(context=context_of(context), criteria=criteria_of(criteria), round_to=round_to, ignored_layers=ignored_layers,
+                        layer_type=check_layer_type(layer_type))
         for o in pruning_ratio.values() if isinstance(pruning_ratio, Mapping) else [pruning_ratio]: check_rises(self.schedule, check_ratio(o))
 
     def before_fit(self):

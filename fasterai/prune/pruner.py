@@ -117,11 +117,13 @@ def load_pruned(
 
 # %% ../../nbs/prune/01_pruner.ipynb #b93522ca
 def _check(model, new, graph, plan):
-    "`check_same`; a model that sorts out what it has found may put equals in another order: then all layers that ran before are compared, and a note says so"
+    """`check_same`. A model that sorts out what it has found may put equals in another order: then all layers that ran before are
+    compared, and a note says so"""
     try: check_same(model, new, graph.example_inputs)
     except ValueError as e:
-        if not (diff := _layers_differ(model, new, graph, plan))<=TOLERANCE.get(next((p.dtype for p in model.parameters()), None), 1e-3): raise
-        return f'{e}; but values decide on sizes ({graph.counts}), and all layers before that give the same (they differ by {diff:.1e})'
+        most = TOLERANCE.get(next((p.dtype for p in model.parameters()), None), 1e-3)
+        if not (diff := _layers_differ(model, new, graph, plan))<=most: raise
+        return f'{e}; but values decide on sizes ({graph.counts}), and all layers before give the same (they differ by {diff:.1e})'
 
 def _layers_differ(model, new, graph, plan):
     "Largest relative difference of the outputs of convolutions and linear layers that run before values decide on sizes; infinite if there are none"
@@ -163,11 +165,16 @@ def _smaller(model, inputs, verify):
     _remember(new, plan)
     return new,left_of_zeros(model, graph, life, dead, removed),len(removed),[o for o in notes if o]
 
-def _about(bystanders): return f'these hooks may only read, which could not be told, so they were taken for a part of the model: {some(map(str, bystanders.untold))}'
+def _about(bystanders):
+    "A note on hooks that may only read"
+    return f'it could not be told of these hooks whether they only read, so they count as a part of the model: {some(map(str, bystanders.untold))}'
+
+def _nothing(model): return f'nothing to remove: no channel of this {type(model).__name__} is zero, unread or constant'
 
 def _unused(model, graph):
     "A note on layers that did not run, and cannot be cut to fit"
-    idle = [o for o in dict.fromkeys(layer_of(n) for n in graph.unused) if o and isinstance(model.get_submodule(o), (nn.modules.conv._ConvNd,nn.Linear))]
+    layers = filter(None, dict.fromkeys(layer_of(n) for n in graph.unused))
+    idle = [o for o in layers if isinstance(model.get_submodule(o), (nn.modules.conv._ConvNd,nn.Linear))]
     if idle: return f'{some(idle)} did not run in eval mode and stayed as they are: they may not fit the layers before them any more'
 
 # %% ../../nbs/prune/01_pruner.ipynb #fa99497b
@@ -241,18 +248,22 @@ def check_ratio(
 
 def check_layer_type(layer_type):
     "`layer_type` if it is a type of layer, a tuple of these, or `None`"
+    if layer_type is None: return
     for o in layer_type if isinstance(layer_type, tuple) else [layer_type]:
-        if o is None and not isinstance(layer_type, tuple) or isinstance(o, type): continue
-        hint = f'pass the type nn.{o}' if isinstance(o, str) and isinstance(getattr(nn, o, None), type) else f'pass its type, {type(o).__name__}' if isinstance(o, nn.Module) else 'as nn.Conv2d'
+        if isinstance(o, type): continue
+        hint = 'as nn.Conv2d'
+        if isinstance(o, str) and isinstance(getattr(nn, o, None), type): hint = f'pass the type nn.{o}'
+        if isinstance(o, nn.Module): hint = f'pass its type, {type(o).__name__}'
         raise ValueError(f'layer_type is a type of layer, or a tuple of types, not {o!r}: {hint}')
     return layer_type
 
 _ALIKE = str.maketrans('oOlI', '0011')  # letters that are taken for numbers
 
 class Pruner:
-    """Without arguments, remove what cannot change the output of a model: `Pruner().prune_model(model)` gives a smaller copy. With a model and a `pruning_ratio`, remove the
-    least important channels, in place. What could not go is told in a warning, and is in `left`: for each layer its number of `channels`, how many of them were `dead` (or asked
-    for), how many were `removed`, and `why` not all"""
+    """Without arguments, remove what cannot change the output of a model: `Pruner().prune_model(model)` gives a smaller copy. With a
+    model and a `pruning_ratio`, remove the least important channels, in place. What could not go is told in a warning, and is in
+    `left`: a row for each `layer`, with its number of `channels`, how many of them were `dead` (by ratio: asked for), how many were
+    `removed`, and `why` not all"""
     def __init__(self,
         model:nn.Module=None, # Model to prune by ratio, in place
         pruning_ratio=None, # Percentage of channels, or a dict of them by layer
@@ -269,14 +280,15 @@ class Pruner:
         if isinstance(pruning_ratio, str): raise ValueError(f'pruning_ratio is a percentage or a dict by layer, not {pruning_ratio!r}')
         if round_to is not None and (not isinstance(round_to, int) or isinstance(round_to, bool) or round_to<1):
             raise ValueError(f'round_to is a whole number of channels, at least 1, not {round_to!r}')
-        if isinstance(model, (int,float)): raise ValueError(f'the model comes first, then the ratio: Pruner(model, {model!r}), not Pruner({model!r})')
+        if isinstance(model, (int,float)):
+            raise ValueError(f'the model comes first, then the ratio: Pruner(model, {model!r}), not Pruner({model!r})')
         if pruning_ratio is not None and model is None: raise ValueError('a pruning_ratio needs a model: Pruner(model, pruning_ratio)')
         self.context,self.criteria,self.layer_type = context_of(context),criteria_of(criteria),check_layer_type(layer_type)
         self.model = None if model is None else plain_model(model, resizes=pruning_ratio is not None)
         self.example_inputs,self.round_to,self.verify,self.data,self.loss_func = example_inputs,round_to,verify,data,loss_func
         self.pruning_ratio = None if pruning_ratio is None else self._checked(pruning_ratio)
-        ignored = () if ignored_layers is None else [ignored_layers] if isinstance(ignored_layers, (str,nn.Module)) else ignored_layers
-        self.ignored = [self._name(o) for o in ignored]
+        if isinstance(ignored_layers, (str,nn.Module)): ignored_layers = [ignored_layers]
+        self.ignored = [self._name(o) for o in ignored_layers or ()]
         self.past,self.given,self.graph,self.left,self.known = {},{},None,[],set()
         if self.model is not None and pruning_ratio is not None: self.remember()
 
@@ -294,8 +306,9 @@ class Pruner:
         layers = [n for m,n in names.items() if n and any(p.dim()>1 for p in m.parameters())]
         said = f'like this {type(o).__name__} is in the model' if isinstance(o, nn.Module) else repr(o)
         like = str(o).translate(_ALIKE)
-        hint = f'did you mean {like!r}? ' if like!=str(o) and like in layers or not isinstance(o, str) and like in layers else ''
-        raise ValueError(f'no layer {said}: {hint}{did_you_mean("" if hint else o, layers)[:400]}')
+        given = '' if like in layers else o
+        hint = f'did you mean {like!r}? ' if like in layers else ''
+        raise ValueError(f'no layer {said}: {hint}{did_you_mean(given, layers)[:400]}')
 
     def _checked(self, ratio):
         if not isinstance(ratio, Mapping): return check_ratio(ratio)
@@ -325,7 +338,7 @@ class Pruner:
         bystanders.follow(new)
         left = [o for o in self.left if o['why']!=LAST or not n]
         if left: notes.insert(0, f'of the channels that are zero, unread or constant, {missing(left):,} did not go: {told(left)}')
-        elif not n: notes.insert(0, f'nothing to remove: no channel of this {type(model).__name__} is zero, unread or constant. With a ratio, as in Pruner(model, 50), the least important ones go')
+        elif not n: notes.insert(0, f'{_nothing(model)}. With a ratio, as in Pruner(model, 50), the least important ones go')
         if left and bystanders.untold: notes.append(_about(bystanders))
         if notes: warnings.warn('. '.join(notes), stacklevel=4)
         return new
@@ -339,12 +352,13 @@ class Pruner:
             if 'grad' in asked: check_trained(self.criteria, self.weights)
             with self.bystanders.aside(): self.given = evidence(asked, self.data, self.model, self.weights, self.loss_func)
         n = self.update(self.pruning_ratio, optimizer)
-        if not n and not self.left and self._asks_for_some(): warnings.warn(f'nothing went: pruning_ratio {self.pruning_ratio} is less than one channel of any layer', stacklevel=4)
+        if not n and not self.left and self._asks_for_some():
+            warnings.warn(f'nothing went: pruning_ratio {self.pruning_ratio} is less than one channel of any layer', stacklevel=4)
         return self.model
 
     def _asks_for_some(self):
         ratio = self.pruning_ratio
-        return any(o>0 for o in (ratio.values() if isinstance(ratio, Mapping) else [ratio]))
+        return max(ratio.values(), default=0)>0 if isinstance(ratio, Mapping) else ratio>0
 
     @at_home()
     def start(self, example_inputs=None, widths={}): # Inputs that run the model; by name of a group how many channels it has had, if more than now
@@ -367,7 +381,9 @@ class Pruner:
 
     def _check_acts(self, seen):
         for o in self.weights:
-            if o.name not in seen: raise ValueError(f'criteria {self.criteria.__name__!r} needs the activations that {o.name} reads: it is not the weight of a layer of a known type that is called by itself')
+            if o.name in seen: continue
+            raise ValueError(f'criteria {self.criteria.__name__!r} needs the activations that {o.name} reads: it is not the weight of a '
+                             'layer of a known type that is called by itself')
 
     @at_home()
     def look(self, inputs):
@@ -414,24 +430,29 @@ class Pruner:
         self.modules,every = dict(self.model.named_modules()),tied_groups(self.model, self.graph)
         groups = [g for g in every if not any(map(self._spared, g.layers))]
         for g in every:
-            for s in g.slices: g.each[s.layer] = g.each.get(s.layer, 0)+int(torch.isin(self.graph.classes(s.ids), g.classes).sum())/len(g.classes)
-        self.kept = self._kept(every, {c for g in groups for c in g.classes.tolist()})
-        if not groups:
-            rows = [dict(layer=o, dead=sum(why.values()), removed=0, why='; '.join(k for k,_ in why.most_common())) for o,(_,why) in self.kept.items() if why]
-            raise ValueError(f'no channel of this {type(self.model).__name__} can be removed: {told(rows, "{layers}") or "no layer makes channels"}')
-        return groups
+            for s in g.slices:
+                mine = torch.isin(self.graph.classes(s.ids), g.classes)
+                g.each[s.layer] = g.each.get(s.layer, 0)+int(mine.sum())/len(g.classes)
+        self.kept = self._kept(every)
+        if groups: return groups
+        rows = {}
+        for layer,(n,whys) in self.kept.items(): add_row(rows, layer, n, sum(whys.values()), 0, whys)
+        why = told(rows_of(rows), '{layers}') or 'no layer makes channels'
+        raise ValueError(f'no channel of this {type(self.model).__name__} can be removed: {why}')
 
     def _spared(self, layer):
         "Why `layer` is to keep its outputs: the user says so"
         if any(o==layer or not o or layer.startswith(f'{o}.') for o in self.ignored): return 'ignored'
         types = self.layer_type if isinstance(self.layer_type, tuple) else (self.layer_type,)
-        if self.layer_type is not None and not isinstance(self.modules.get(layer, self.model), types): return f'not of layer_type {", ".join(o.__name__ for o in types)}'
+        if self.layer_type is not None and not isinstance(self.modules.get(layer, self.model), types):
+            return f'not of layer_type {", ".join(o.__name__ for o in types)}'
 
-    def _kept(self, every, free):
-        "For each layer how many channels it makes, and of those that are not of the `free` classes, why they stay"
+    def _kept(self, every):
+        "For each layer how many channels it makes, and why some of them stay"
         tied,res = {},{}
         for g in every:
-            for o in filter(self._spared, g.layers): tied |= dict.fromkeys(g.classes.tolist(), f'tied to {o}, which is {self._spared(o)}')
+            for o in filter(self._spared, g.layers):
+                tied |= dict.fromkeys(g.classes.tolist(), f'tied to {o}, which is {self._spared(o)}')
         for o in made_by(self.model, self.graph):
             n,whys = res.setdefault(o.layer, (0,Counter()))
             own = self._spared(o.layer)
@@ -443,15 +464,17 @@ class Pruner:
         "Note what does not go, and warn of what has not been told yet"
         final = self.pruning_ratio if isinstance(self.pruning_ratio, Mapping) else max(ratio, self.pruning_ratio)
         self.left,asked = self._left(final)
-        new = [o for o in self.left if o['layer'] not in self.known]
-        self.known |= {o['layer'] for o in new}
+        new = {o['layer'] for o in self.left}-self.known
+        self.known |= new
         if not new: return
-        said = f'pruning_ratio {final:g}' if not isinstance(final, Mapping) else 'pruning_ratio'
+        ratio = '' if isinstance(final, Mapping) else f' {final:g}'
+        why = told(self.left, kept_all='{layers} kept all channels')
         hooks = f'. {_about(self.bystanders)}' if self.bystanders.untold else ''
-        warnings.warn(f'of the {asked:,} channels that {said} asks for, {missing(self.left):,} did not go: {told(self.left, kept_all="{layers} kept all channels")}{hooks}', stacklevel=7)
+        warnings.warn(f'of the {asked:,} channels that pruning_ratio{ratio} asks for, {missing(self.left):,} did not go: {why}{hooks}', stacklevel=7)
 
     def _left(self, ratio):
-        "A row for each layer that keeps what `ratio` asks for, and how many channels are asked for in all; the output of the model is not, nor is what the user spares"
+        """A row for each layer that keeps what `ratio` asks for, and how many channels are asked for in all. The output of the model is
+        not, nor is what the user spares"""
         of = (lambda layer: ratio.get(layer, 0)) if isinstance(ratio, Mapping) else lambda layer: ratio
         rows,asked = {},0
         for layer,(n,whys) in self.kept.items():
@@ -464,7 +487,8 @@ class Pruner:
             due = min(goal, g.n-1) if g.barred else g.gone
             for layer,each in g.each.items():
                 asked += round(goal*each)
-                add_row(rows, layer, round(g.missed*each), round(due*each), round(g.gone*each), Counter({COUNTED:round((due-g.gone)*each)} if due>g.gone else {}))
+                whys = Counter({COUNTED:round((due-g.gone)*each)} if due>g.gone else {})
+                add_row(rows, layer, round(g.missed*each), round(due*each), round(g.gone*each), whys)
         return rows_of(rows),asked
 
     def _targets(self, ratio):
