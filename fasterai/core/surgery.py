@@ -9,6 +9,7 @@ __all__ = ['plan_of', 'apply_plan', 'check_plan', 'copy_of', 'without', 'reshape
 import copy
 import torch
 from torch import nn,Tensor
+from torch.overrides import TorchFunctionMode
 from .registry import did_you_mean
 from .graph import ChannelGraph
 from .running import tensors_of,call_with,untouched
@@ -204,12 +205,17 @@ def check_plan(model, plan):
             raise ValueError(f'the plan is for another architecture: {name} has shape {tuple(state[name].shape)} here, {tuple(shape)} there')
 
 # %% ../../nbs/core/10_surgery.ipynb #a61ed9d2
+class _Computed(TorchFunctionMode):
+    "Lets `copy.deepcopy` copy tensors that were computed, wherever it meets them: their numbers, without how they came about"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf: return args[1].setdefault(id(args[0]), args[0].detach().clone())
+        return func(*args, **(kwargs or {}))
+
 def copy_of(
     model:nn.Module, # Left as it is
 ):
-    "A deep copy, also of a model with weights that were computed (`torch.nn.utils.prune`)"
-    memo = {id(o):o.detach().clone() for m in model.modules() for o in vars(m).values() if isinstance(o, Tensor) and not o.is_leaf}
-    return copy.deepcopy(model, memo)
+    "A deep copy, also of a model that keeps what was computed: masked weights (`torch.nn.utils.prune`), activations, what hooks have stored"
+    with _Computed(): return copy.deepcopy(model)
 
 def _failure(model, graph, shapes):
     "Name of the module that does not run and the error, or `None` if outputs have `shapes`; where values decide on sizes, as many dimensions"
