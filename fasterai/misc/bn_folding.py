@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 import torch
 from torch import nn,Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves,tree_map
 from ..core.flow import Flow,Step,Value,Visit,_hooked
 from ..core.graph import _lift,_shrink,_varying,layer_of
 from ..core.running import SLIPS,call_with,untouched
@@ -21,13 +21,14 @@ from ..core.proof import check_same
 from ..core.surgery import _add_bias,copy_of
 from ..legacy import old_function
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #e5ed9bf9
+# %% ../../nbs/misc/01_bn_folding.ipynb #44249261
 class _No(Exception):
-    "Why a scale and a shift cannot go this way: `why`, with `{}` for `at`, a `Step`, a `_Norm`, a `Value` or a name"
+    "Why a scale and a shift cannot go this way: `why`, with `{}` for `at`, a `Step`, a `_Norm`, a `Value` or a text"
     def __init__(self, why, at=''):
-        short,full = ('a parameter',at.name) if isinstance(at, Value) else (at,at) if isinstance(at, str) else (at.op,at.why)
-        self.kind = why.format(short)  # without names of layers, so that many can be told as one
-        super().__init__(why.format(full))
+        if isinstance(at, Value): kind,name = 'a parameter',at.name
+        else: kind,name = (at,at) if isinstance(at, str) else (at.op,at.why)
+        super().__init__(why.format(name))
+        self.kind = why.format(kind)  # without names, so that many can be told as one
 
 _COPIES = set('clone alias detach contiguous lift_fresh _to_copy positive'.split())
 
@@ -70,21 +71,26 @@ class _Fixed:
         if isinstance(a.get('dtype'), torch.dtype) and a['dtype'].is_floating_point: a['dtype'] = torch.float64
         return c.func(**a)
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #1da6d7f0
+# %% ../../nbs/misc/01_bn_folding.ipynb #b1bd82b8
+_STATS = 'running_mean','running_var'
+
 def _normalizes(c):
     "Does operation `c` normalize channels by statistics that it may be given?"
-    return {'input','running_mean','running_var','weight','bias'}<=c.a.keys() and not any(k.startswith('grad') for k in c.a)
+    return {'input','weight','bias',*_STATS}<=c.a.keys() and not any(k.startswith('grad') for k in c.a)
 
-def _by_batch(c): return bool(c.a.get('training') or c.a.get('use_input_stats') or 'running_mean' not in c.tensors)
+def _by_batch(c): return bool(c.a.get('training') or c.a.get('use_input_stats') or _STATS[0] not in c.tensors)
+def _eps(c): return c.a.get('eps', c.a.get('epsilon'))
 
-_LINEAR = set('add sub mul div rsub neg addcmul addcdiv'.split())
+_ARITHMETIC = set('add sub mul div rsub neg addcmul addcdiv'.split())
+_BELOW = dict(div='other', addcdiv='tensor2')  # arguments that divide
 
 def _linear(c, fixed):
     "Does operation `c` scale and shift one value by what is fixed?"
     x = fixed.source(c)
-    if x is None or not x.dtype.is_floating_point: return False
+    if x is None or not x.dtype.is_floating_point or c.outs[0].shape!=x.shape: return False
     if _normalizes(c): return c.tensors['input'] is x and not _by_batch(c)
-    return c.name in _COPIES or c.name in _LINEAR and not c.a.get('rounding_mode') and x is not (c.get('other') if c.name=='div' else c.get('tensor2') if c.name=='addcdiv' else None)
+    if c.name in _ARITHMETIC: return not c.a.get('rounding_mode') and c.tensors.get(_BELOW.get(c.name)) is not x
+    return c.name in _COPIES
 
 def _line(c, fixed, given={}):
     "Scale and shift of the linear operation `c`, broadcast, in float64"
@@ -93,26 +99,25 @@ def _line(c, fixed, given={}):
     one = torch.ones([1]*n, dtype=torch.float64)
     if c.name in _COPIES: return one,0*one
     if not _normalizes(c):
-        zero,unit = (fixed.again(c, lambda v: k*one if v is x else fixed.numbers(v, given)) for k in (0.,1.))
-        return unit-zero,zero
-    mean,var,w,b = (fixed.numbers(c.tensors[k], given) if k in c.tensors else None for k in ('running_mean','running_var','weight','bias'))
-    s = (var+c.a.get('eps', c.a.get('epsilon'))).rsqrt()*(1. if w is None else w)
-    t = (0. if b is None else b)-mean*s
-    return tuple(o.view(1, -1, *[1]*(n-2)) for o in (s,t))
+        of_0,of_1 = (fixed.again(c, lambda v: k*one if v is x else fixed.numbers(v, given)) for k in (0.,1.))
+        return of_1-of_0,of_0
+    mean,var = (fixed.numbers(c.tensors[k], given) for k in _STATS)
+    s,t = (var+_eps(c)).rsqrt(),0.
+    if 'weight' in c.tensors: s = s*fixed.numbers(c.tensors['weight'], given)
+    if 'bias' in c.tensors: t = fixed.numbers(c.tensors['bias'], given)
+    return tuple(o.view(1, -1, *[1]*(n-2)) for o in (s,t-mean*s))
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #b9d2c59d
+# %% ../../nbs/misc/01_bn_folding.ipynb #7f1b8999
 @dataclass(eq=False)
 class _Norm:
     "One run of a norm, as if it were one operation: `x` is scaled and shifted by what is fixed"
     name,op,inplace,lists = '','a norm',False,{}
-    key: str # The norm's name
-    owner: str # Name of the module that has its statistics
     steps: list # Linear operations, each reads what the one before made
-    visit: Visit # In which they ran
+    core: Step # That normalizes, `None` if none does by itself
+    mean: str # Name of its mean
+    visit: Visit # In which it ran
     fixed: _Fixed
-    weight: str = '' # Name of the parameter that scales, if there is one
-    bias: str = '' # Name of the parameter that shifts, if there is one
-    stats: tuple = () # Names of its mean and its variance, if it uses these as they are
+    key: str = '' # The norm's name
     @property
     def x(self): return self.fixed.source(self.steps[0])
     @property
@@ -123,6 +128,26 @@ class _Norm:
     def shadows(self): return [self.x]
     @property
     def why(self): return self.key
+    @property
+    def owner(self): return layer_of(self.mean)
+    @property
+    def needs(self):
+        "Names of all parameters and buffers that it uses"
+        return {n for c in self.steps for v in c.shadows for n in self.fixed.roots(v) or ()}
+    @property
+    def stats(self):
+        "Names of its mean and its variance, empty if it does not use them as they are"
+        names = [self.core.tensors[k].name for k in _STATS] if self.core else ['']
+        return names if all(names) else []
+    @property
+    def affine(self):
+        "Names of its weight and its bias, '' for what it has not"
+        return [self.named(k) for k in ('weight','bias')]
+
+    def named(self, k):
+        if not self.core: return n if (n := _joined_name(self.owner, k)) in self.needs else ''
+        names = self.fixed.roots(self.core.tensors[k]) if k in self.core.tensors else ()
+        return min(names) if len(names)==1 else ''
 
     def line(self, given={}):
         "Its scale and its shift, broadcast, in float64"
@@ -132,77 +157,93 @@ class _Norm:
             s,t = a*s,a*t+b
         return s,t
 
-    def set_to(self, s, t, given={}):
-        "Numbers of its weight and its bias, by name, with which it would scale by `s` and shift by `t`"
-        if not (self.weight and self.bias): raise _No('{} has no weight and bias', self)
-        names = self.weight,self.bias
-        ones,zeros = (torch.full(self.fixed.tensors[names[0]].shape, n, dtype=torch.float64) for n in (1.,0.))
-        line = lambda w, b: self.line({**given, **dict(zip(names, (w.reshape(ones.shape),b.reshape(ones.shape))))})
-        if ones.numel()!=s.numel(): raise _No('{} scales more than one channel by one number', self)
+    def set_to(self, s, t):
+        "Numbers by name of its weight and its bias, with which it would scale by `s` and shift by `t`"
+        if not all(self.affine): raise _No('{} has no weight and bias', self)
+        shape = self.fixed.tensors[self.affine[0]].shape
+        if math.prod(shape)!=s.numel(): raise _No('{} scales several channels by one number', self)
+        def line(w, b): return self.line({n:o.reshape(shape) for n,o in zip(self.affine, (w,b))})
+        ones,zeros = torch.ones_like(s),torch.zeros_like(s)
         w = s/line(ones, zeros)[0]
-        unshifted,shifted = (line(w, b)[1] for b in (zeros,ones))
-        b = (t-unshifted)/(shifted-unshifted)
-        if not all(torch.allclose(o, l, rtol=1e-9, atol=1e-12) for o,l in zip(line(w, b), (s,t))): raise _No('{} does not just scale by its weight', self)
-        return {k:o.reshape(ones.shape) for k,o in zip(names, (w,b))}
+        without,one_more = (line(w, b)[1] for b in (zeros,ones))
+        b = (t-without)/(one_more-without)
+        reached = zip(line(w, b), (s,t))
+        if not all(torch.allclose(got, want, rtol=1e-9, atol=1e-12) for got,want in reached):
+            raise _No('{} does not just scale by its weight', self)
+        return {n:o.reshape(shape) for n,o in zip(self.affine, (w,b))}
+
+def _joined_name(module, k): return f'{module}.{k}' if module else k
 
 def _statistics(m):
     "Names of the mean and the variance that module `m` has, as training leaves them"
     own = {k for k,o in (*m._parameters.items(),*m._buffers.items()) if o is not None}
-    return next((o for o in (('running_mean','running_var'),('moving_mean','moving_var')) if own.issuperset(o)), ())
+    return next((names for names in (_STATS,('moving_mean','moving_var')) if own.issuperset(names)), ())
 
-def _norms(model): return {n:m for n,m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) or _statistics(m)}
+def _norms(model):
+    is_norm = lambda m: isinstance(m, nn.modules.batchnorm._BatchNorm) or _statistics(m)
+    return {n:m for n,m in model.named_modules() if is_norm(m)}
 
 def _run_of(c, own, fixed):
-    "The longest run of linear operations among `own` that `c` is in"
-    def reads(y): return y.readers[0] if len(y.readers)==1 and not y.kept and y.readers[0] in own and _linear(y.readers[0], fixed) else None
+    "The longest run of linear operations among `own` that `c` is in; none of them changes what the first reads"
+    def after(c):
+        "The linear operation that alone reads what `c` makes"
+        y = c.outs[0]
+        alone = len(y.readers)==1 and not y.kept and y.readers[0] in own
+        return y.readers[0] if alone and _linear(y.readers[0], fixed) else None
     run = [c]
-    while (o := fixed.source(run[0]).maker) in own and _linear(o, fixed) and reads(o.outs[0]) is run[0]: run.insert(0, o)
-    while (o := reads(run[-1].outs[0])): run.append(o)
+    while True:
+        before = fixed.source(run[0]).maker
+        if before not in own or not _linear(before, fixed) or after(before) is not run[0]: break
+        run.insert(0, before)
+    while (then := after(run[-1])): run.append(then)
     return run[1:] if run[0].inplace else run
 
 def _runs(model, flow, fixed):
-    "What scales and shifts by statistics: `(owner, name of the mean, operation that normalizes or None, run, visit)`"
-    stats = {n:[f'{n}.{k}' if n else k for k in _statistics(m)] for n,m in _norms(model).items()}
+    "Each run of a norm"
+    norms = _norms(model)
     for visit in flow.visits:
         own = [c for c in visit.parts if isinstance(c, Step)]
-        cores = [c for c in own if _normalizes(c) and _linear(c, fixed) and fixed.roots(c.tensors['running_mean'])]
+        cores = [c for c in own if _normalizes(c) and _linear(c, fixed) and fixed.roots(c.tensors[_STATS[0]])]
         for c in cores:
-            mean = min(fixed.roots(c.tensors['running_mean']))
-            yield layer_of(mean),mean,c,_run_of(c, own, fixed) if layer_of(mean)==visit.where else [c],visit
-        mean,var = stats.get(visit.where) or ('','')
-        done = set()
-        for c in own if mean and not cores else ():
-            if c in done or not _linear(c, fixed): continue
-            run = _run_of(c, own, fixed)
-            done.update(run)
-            if any(var in fixed.roots(v) for o in run for v in o.shadows if v is not fixed.source(o)): yield visit.where,mean,None,run,visit
+            mean = min(fixed.roots(c.tensors[_STATS[0]]))
+            steps = _run_of(c, own, fixed) if layer_of(mean)==visit.where else [c]
+            if steps: yield _Norm(steps, c, mean, visit, fixed)
+        if not cores and visit.where in norms: yield from _runs_of_arithmetic(norms[visit.where], own, visit, fixed)
+
+def _runs_of_arithmetic(m, own, visit, fixed):
+    "Each run of norm `m` in which no operation normalizes by itself"
+    mean,var = [_joined_name(visit.where, k) for k in _statistics(m)] or ('','')
+    done = set()
+    for c in own:
+        if c in done or not _linear(c, fixed): continue
+        steps = _run_of(c, own, fixed)
+        done.update(steps)
+        norm = _Norm(steps, None, mean, visit, fixed)
+        if var in norm.needs: yield norm
 
 def _found(model, flow, fixed):
-    "The norms that ran"
-    runs = list(_runs(model, flow, fixed))
-    means = {owner:{mean for o,mean,*_ in runs if o==owner} for owner,*_ in runs}
-    for owner,mean,c,run,visit in runs:
-        if not run: continue
-        needs = frozenset().union(*(fixed.roots(v) for o in run for v in o.shadows if v is not fixed.source(o)))
-        def only(k):
-            if c is None: return f'{owner}.{k}' if f'{owner}.{k}' in needs else ''
-            roots = fixed.roots(c.tensors[k]) if k in c.tensors else ()
-            return min(roots) if len(roots)==1 else ''
-        stats = [c.tensors[k].name for k in ('running_mean','running_var')] if c else ['']
-        yield _Norm(owner if len(means[owner])==1 else mean, owner, run, visit, fixed, only('weight'), only('bias'), stats if all(stats) else ())
+    "Runs by name of the norm: of the module that has its statistics or, if that has several, of its mean"
+    runs,found = list(_runs(model, flow, fixed)),{}
+    means = {o.mean for o in runs}
+    for o in runs:
+        o.key = o.owner if sum(layer_of(n)==o.owner for n in means)==1 else o.mean
+        found.setdefault(o.key, []).append(o)
+    return found
 
 # %% ../../nbs/misc/01_bn_folding.ipynb #bfa76434
 _passes = {}
 def _pass(*names):
-    "The decorated function passes a scale and a shift of a value of operations `names` on: to `(value, scale, shift)` for each value at their other end"
+    """The decorated function passes on a scale and a shift of a value of operations `names`: to `(value, scale, shift)` for each value at their
+    other end"""
     def register(f):
         for n in names:
             for d in (1,2,3): _passes[n.format(d)] = f
         return f
     return register
 
-@_pass(*_COPIES, *"""permute transpose t movedim swapaxes flip view _unsafe_view reshape _reshape_alias squeeze unsqueeze flatten unflatten slice narrow select split
-split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind roll pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle
+@_pass(*_COPIES, *"""permute transpose t movedim swapaxes flip view _unsafe_view reshape _reshape_alias squeeze unsqueeze flatten
+unflatten slice narrow select split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind roll
+pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle
 reflection_pad{}d replication_pad{}d upsample_nearest{}d _upsample_nearest_exact{}d""".split())
 def _moved(c, v, s, t, up):
     def redo(l): return [l] if c.name in _COPIES else [o for o in tree_leaves(c.redo(l)) if isinstance(o, Tensor)]
@@ -239,12 +280,13 @@ def _pooled(c, s, t, up, check):
     if not up and flat: s,t = s.squeeze(dims),t.squeeze(dims)
     return [(c.x if up else c.outs[0],s,t)]
 
-@_pass('avg_pool{}d', 'adaptive_avg_pool{}d', '_adaptive_avg_pool{}d', 'upsample_linear{}d', 'upsample_bilinear{}d', 'upsample_bicubic{}d', 'upsample_trilinear{}d',
-       '_upsample_bilinear{}d_aa', '_upsample_bicubic{}d_aa', 'mean', 'sum', 'constant_pad_nd')
+@_pass('avg_pool{}d', 'adaptive_avg_pool{}d', '_adaptive_avg_pool{}d', 'upsample_linear{}d', 'upsample_bilinear{}d', 'upsample_bicubic{}d',
+       'upsample_trilinear{}d', '_upsample_bilinear{}d_aa', '_upsample_bicubic{}d_aa', 'mean', 'sum', 'constant_pad_nd')
 def _averaged(c, v, s, t, up):
     def check(dims):
         if c.a.get('value'): raise _No('{} puts in other numbers', c)
-        if c.name in ('sum','constant_pad_nd') or c.a.get('divisor_override'): return _no_shift(c, t)  # whatever they do at this size
+        # whatever these do at this size, they may do something else at another
+        if c.name in ('sum','constant_pad_nd') or c.a.get('divisor_override'): return _no_shift(c, t)
         ones = c.redo(torch.ones([n if d in dims else 1 for d,n in enumerate(c.x.shape)], dtype=torch.float64))
         if not torch.allclose(ones, torch.ones_like(ones), rtol=0, atol=1e-12): _no_shift(c, t)
     return _pooled(c, s, t, up, check)
@@ -283,12 +325,13 @@ def _added_down(c, parts, v, s, t):
     if (s!=1).any() or parts[0] is parts[1]: raise _No('{} does not commute with a scale', c)
     other = parts[v is parts[0]]
     s,t = (_lift(l, len(c.outs[0].shape)) for l in (s,-t if c.name=='sub' and v is parts[1] else t))
-    if other.name and c.name=='add' and _within(t, other.shape): return [(other,*(_lowered(l, other.shape) for l in (s,t)))]
-    return [(c.outs[0],s,t)]
+    takes = other.name and c.name=='add' and _within(t, other.shape)
+    return [(other,_lowered(s, other.shape),_lowered(t, other.shape))] if takes else [(c.outs[0],s,t)]
 
 def _within(l, shape):
     "Does `l` vary only where a tensor of `shape` does when it is broadcast?"
-    return all(n==1 for n in l.shape[:l.dim()-len(shape)]) and all(a in (1,b) for a,b in zip(l.shape[-len(shape):] if shape else (), shape))
+    more = l.dim()-len(shape)
+    return all(n==1 for n in l.shape[:more]) and all(a in (1,b) for a,b in zip(l.shape[max(more, 0):], shape))
 def _lowered(l, shape): return l.reshape(l.shape[l.dim()-len(shape):])
 
 @_pass('cat', 'concat')
@@ -341,14 +384,17 @@ class _Layer:
     def even(self):
         "Does each output read as many inputs as any other, whatever their size?"
         a,w = self.step.a,self.step.tensors.get('weight')
-        return not (any(a.get('padding') or ()) or a.get('transposed') and (any(n>1 for n in (*w.shape[2:],*a['stride'])) or any(a['output_padding'])))
+        if any(a.get('padding') or ()): return False
+        if not a.get('transposed'): return True
+        return not any(a['output_padding']) and all(n==1 for n in (*w.shape[2:],*a['stride']))
 
-_PRODUCTS = {'convolution':('input','weight','bias'), 'linear':('input','weight','bias'), 'addmm':('mat1','mat2','self'), 'mm':('self','mat2',None)}
+_PRODUCTS = dict(convolution=('input','weight','bias'), linear=('input','weight','bias'), addmm=('mat1','mat2','self'), mm=('self','mat2',None))
 
 def _source(v):
     "The parameter that value `v` is or is the transposed of, and whether it is"
     c = v.maker
-    if c and c.name in ('t','transpose','permute') and len(v.shape)==2 and c.outs[0] is v and v.shape==c.x.shape[::-1] and len(v.readers)==1: return c.x,True
+    turned = c and c.name in ('t','transpose','permute') and c.outs[0] is v
+    if turned and len(v.shape)==2 and v.shape==c.x.shape[::-1] and len(v.readers)==1: return c.x,True
     return v,False
 
 def _vector(l, n, dim, at):
@@ -358,11 +404,11 @@ def _vector(l, n, dim, at):
 
 def _idle(s, t): return bool((s==1).all() and (t==0).all())
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #cd456655
+# %% ../../nbs/misc/01_bn_folding.ipynb #45943794
 class Pointwise(nn.Module):
-    "The operations, element by element, that the code of a module did beside its norm"
+    "Operations, element by element, that the code of a module did beside its norm"
     def __init__(self,
-        steps, # For each its name as in `'aten::relu'`, its overload, indices of what it reads (0 is the input) and numbers, both by argument
+        steps, # A tuple for each: name as in `'aten::relu'`, overload; by argument, the step whose result it reads (0 is the input); by argument, numbers
     ):
         super().__init__()
         self.steps = steps
@@ -370,77 +416,82 @@ class Pointwise(nn.Module):
     def forward(self, x):
         done = [x]
         for name,overload,reads,numbers in self.steps:
-            f = getattr(getattr(getattr(torch.ops, name.split('::')[0]), name.split('::')[1]), overload)
+            space,op = name.split('::')
+            f = getattr(getattr(getattr(torch.ops, space), op), overload)
             done.append(f(**{k:done[i] for k,i in reads.items()}, **numbers))
         return done[-1]
 
     def extra_repr(self): return ', '.join(name.split('::')[1] for name,*_ in self.steps)
 
 def _replay(c, places):
-    "Operation `c` as a step of `Pointwise` that reads from `places`; it says nothing of sizes"
-    if any(v not in places for v in c.shadows) or any(c.lists.values()) or len(c.outs)!=1 or c.outs[0].shape!=c.shadows[0].shape: return None
-    numbers = {k:v for k,v in c.a.items() if k not in c.tensors}
+    "Operation `c` as a step of `Pointwise` that reads from `places`; `None` if it may depend on sizes"
+    if any(v not in places for v in c.shadows) or any(c.lists.values()): return None
+    if len(c.outs)!=1 or c.outs[0].shape!=c.shadows[0].shape: return None
     kinds = {o.name:str(o.type) for o in c.func._schema.arguments}
-    plain = lambda k, v: v is None or isinstance(v, (bool,float,str,torch.dtype,torch.memory_format)) or isinstance(v, int) and 'number' in kinds[k]
-    if not all(plain(k, v) for k,v in numbers.items()): return None
+    numbers = {k:v for k,v in c.a.items() if k not in c.tensors}
+    for k,v in numbers.items():
+        if isinstance(v, int) and not isinstance(v, bool) and kinds[k]=='int': return None  # a dimension or a size
+        if not isinstance(v, (int,float,str,torch.dtype,torch.memory_format,type(None))): return None
     return c.func._schema.name,c.func._overloadname,{k:places[v] for k,v in c.tensors.items()},numbers
 
 def _parts(visit, norms, fixed, children):
-    "What `visit` did beside the runs `norms`, in order: names of parts and lists of steps; `None` if it is not one after the other"
-    starts,inside = {o.steps[0]:o for o in norms},{c for o in norms for c in o.steps}
+    "What `visit` did beside the runs `norms`: names of parts and lists of steps, each of what came before; `None` if it did anything else"
     if len(visit.inputs)!=1: return None
-    places,steps,parts = {visit.inputs[0]:0},[],[]
+    starts,inside = {o.steps[0]:o for o in norms},{c for o in norms for c in o.steps}
+    places,steps,parts = {visit.inputs[0]:0},[],[]  # the place of a value is how many steps made it
     for o in visit.parts:
         if o in starts:
             if starts[o].x not in places: return None
             places[starts[o].outs[0]] = places[starts[o].x]
         elif isinstance(o, Visit):
-            if children.get(o.where) is None or len(o.inputs)!=1 or places.get(o.inputs[0])!=len(steps) or o.output is None: return None
-            if steps: parts.append(steps)
-            parts.append(children[o.where])
+            follows = len(o.inputs)==1 and places.get(o.inputs[0])==len(steps)
+            if not follows or o.where not in children or o.output is None: return None
+            parts += [steps]*bool(steps)+[children[o.where]]
             places,steps = {o.output:0},[]
-        elif o not in inside and not all(fixed.roots(v) is not None for v in o.outs):
-            if (step := _replay(o, places)) is None: return None
+        elif o not in inside and any(fixed.roots(v) is None for v in o.outs):
+            step = _replay(o, places)
+            if step is None: return None
             steps.append(step)
             places[o.outs[0]] = len(steps)
-    if places.get(visit.output)!=len(steps): return None
-    return parts+([steps] if steps else [])
+    return parts+[steps]*bool(steps) if places.get(visit.output)==len(steps) else None
 
 def _rest(model, flow, norms):
-    "What remains of the module of the runs `norms`, of one norm, without them, as from `_parts`; `None` if it cannot be taken out"
+    "What remains of the module of the runs `norms`, all of one norm, as from `_parts`; `None` if the norm cannot be taken out"
     owner,fixed = norms[0].owner,norms[0].fixed
     visits = [o for o in flow.visits if o.where==owner]
     inside = {c for o in visits for c in o.parts}
-    read = (c for n,v in flow.params.items() if layer_of(n)==owner for c in v.readers)
-    if not owner or not all(o.visit in visits for o in norms) or not all(c in inside for c in read): return None
+    readers = {c for n,v in flow.params.items() if layer_of(n)==owner for c in v.readers}
+    if not owner or not all(o.visit in visits for o in norms) or not readers<=inside: return None
     names = {m:n for n,m in model.named_modules()}
     module = model.get_submodule(owner)
     children = {names[m]:k for k,m in module._modules.items() if m is not None}
     parts,*others = [_parts(o, [n for n in norms if n.visit is o], fixed, children) for o in visits]
     if parts is None or any(o!=parts for o in others): return None
-    return [o for o in parts if not (isinstance(o, str) and type(module._modules[o]) is nn.Identity)]
+    rest = [o for o in parts if not (isinstance(o, str) and type(module._modules[o]) is nn.Identity)]
+    named = [o for o in rest if isinstance(o, str)]
+    return rest if len(set(named))==len(named) else None
 
 def _without(module, rest):
     "What stands for `module` when its norm is gone"
     if not rest: new = nn.Identity()
-    elif len(rest)==1 and not isinstance(rest[0], str): new = Pointwise(rest[0])
-    else: new = nn.Sequential(OrderedDict((o,module._modules[o]) if isinstance(o, str) else (f'function{i}',Pointwise(o)) for i,o in enumerate(rest)))
+    elif len(rest)==1 and isinstance(rest[0], list): new = Pointwise(rest[0])
+    else:
+        part = lambda i, o: (o,module._modules[o]) if isinstance(o, str) else (f'function{i}',Pointwise(o))
+        new = nn.Sequential(OrderedDict(part(i, o) for i,o in enumerate(rest)))
     new.training = module.training
     return new
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #58cc8ee0
+# %% ../../nbs/misc/01_bn_folding.ipynb #974179d4
 class _Found:
     "The norms of a model, what remains of their modules, and why some will stay"
     def __init__(self, model, flow):
-        self.fixed = _Fixed(flow, _tensors(model))
-        self.runs,self.rests,self.left = {},{},{}
-        for o in _found(model, flow, self.fixed): self.runs.setdefault(o.key, []).append(o)
+        self.fixed,self.params = _Fixed(flow, _tensors(model)),flow.params
+        self.runs = _found(model, flow, self.fixed)
+        self.rests = {k:_rest(model, flow, runs) for k,runs in self.runs.items()}
         self.names = list(dict.fromkeys([*_norms(model), *self.runs]))
-        for key,runs in self.runs.items(): self.rests[key] = _rest(model, flow, runs)
-        for key in self.names:
-            if why := self.stands(model, flow, key): self.left[key] = why
+        self.left = {k:why for k in self.names if (why := self.stands(model, flow, k))}
         self.relaid = [k for k,runs in self.runs.items() if any(o.x.stride!=o.outs[0].stride for o in runs)]
-        for o in (o for runs in self.runs.values() for o in runs):  # from here on each run is one operation
+        for o in [o for runs in self.runs.values() for o in runs]:  # from here on each run is one operation
             x,y = o.x,o.outs[0]
             x.readers[x.readers.index(o.steps[0])] = o
             y.maker = o
@@ -457,7 +508,7 @@ class _Found:
 def _why_not_found(m, name, flow, fixed):
     "Why nothing that ran is norm `name`, module `m`"
     if not (stats := _statistics(m)): return 'it has no running statistics: it normalizes by each batch'
-    mean = flow.params.get(f'{name}.{stats[0]}' if name else stats[0])
+    mean = flow.params.get(_joined_name(name, stats[0]))
     if mean is None or not mean.readers: return 'it did not run in eval mode'
     if any(_normalizes(c) and _by_batch(c) for c in mean.readers): return 'it normalizes by each batch'
     if any(_normalizes(c) and fixed.source(c) is None for c in mean.readers): return 'it normalizes a parameter'
@@ -466,13 +517,18 @@ def _why_not_found(m, name, flow, fixed):
 def _tensors(model): return dict([*model.named_parameters(), *model.named_buffers()])
 
 # %% ../../nbs/misc/01_bn_folding.ipynb #9d3e751b
+_IN_CODE = 'the code around it does more than call one part after the other, so it cannot be taken out'
+
 class _Plan:
     "Where each norm of a model can go; nothing is changed"
     def __init__(self, model, found, left):
         self.model,self.found,self.tensors = model,found,found.fixed.tensors
         self.left = {k:(why,why) for k,why in {**left, **found.left}.items()}  # in full, and without names
-        self.edits,self.biases,self.into,self.idle = {},{},{},{}  # edits and biases by weight; new numbers of norms that run on
-        self.slots,self.saved = Counter(id(o) for m in model.modules() for o in (*m._parameters.values(),*m._buffers.values())),model.state_dict().keys()
+        self.edits,self.biases = {},{}  # by weight
+        self.into = {}
+        self.idle = {}  # new numbers of norms that run on without effect, by name
+        self.slots = Counter(id(o) for m in model.modules() for o in (*m._parameters.values(),*m._buffers.values()))
+        self.saved = model.state_dict().keys()
         self.affine = {o:o.line() for k,runs in found.runs.items() if k not in found.left for o in runs}
         todo = [k for k in found.runs if k not in self.left]
         while todo!=(todo:=[k for k in todo if not self.fold(k)]): pass
@@ -481,7 +537,7 @@ class _Plan:
         "Move norm `key` into its neighbours, if they take it"
         runs = self.found.runs[key]
         try:
-            idle = {} if self.found.rests[key] is not None else self.idling(runs[0])
+            idle = {} if self.found.rests[key] is not None else self.idling(runs)
             edits = [e for c in runs for e in self.either(c, *self.affine[c])]
         except _No as e:
             self.left[key] = str(e),e.kind
@@ -493,20 +549,31 @@ class _Plan:
             else: self.affine[o] = f(*self.affine[o])
         if idle:
             self.idle.update(idle)
-            self.left[key] = ('its numbers went into {}, but it runs on and does nothing: code calls it that does more than call parts in turn'.format(o) for o in (', '.join(self.into[key]),'neighbours'))
-            self.left[key] = tuple(self.left[key])
+            why = 'its numbers went into {}, but it runs on, without effect: '+_IN_CODE
+            self.left[key] = why.format(', '.join(self.into[key])),why.format('layers beside it')
         return True
 
-    def idling(self, c):
-        "Numbers by name with which run `c` changes nothing"
-        eps = c.steps[0].a.get('eps', c.steps[0].a.get('epsilon'))
-        names = [o for o in (*c.stats,c.weight,c.bias) if o]
-        if not c.stats: raise _No('code calls it that does more than call parts in turn')
-        for n in names: self.sole(n)
-        given = {n:torch.full(self.tensors[n].shape, x, dtype=torch.float64) for n,x in zip((*c.stats,c.weight,c.bias), (0.,1-eps,1.,0.)) if n}
-        s,t = c.line(given)
-        if not (torch.allclose(s, torch.ones_like(s)) and torch.allclose(t, torch.zeros_like(t))): raise _No('code calls it that does more than call parts in turn')
+    def idling(self, runs):
+        "Numbers by name with which `runs`, all of one norm, change nothing"
+        c = runs[0]
+        if not c.stats: raise _No(_IN_CODE)
+        numbers = {n:x for n,x in zip((*c.stats,*c.affine), (0.,1-_eps(c.core),1.,0.)) if n}
+        given = {n:torch.full(self.tensors[n].shape, x, dtype=torch.float64) for n,x in numbers.items()}
+        self.only(runs, given)
+        for s,t in (o.line(given) for o in runs):
+            idle = torch.allclose(s, torch.ones_like(s)) and torch.allclose(t, torch.zeros_like(t))
+            if not idle: raise _No(_IN_CODE)
         return given
+
+    def only(self, runs, names):
+        "Refuse `names` of parameters that anything else than `runs` uses"
+        inside,fixed = {c for o in runs for c in o.steps},self.found.fixed
+        def ends(v):
+            "Does all that is computed from `v` end in `runs`?"
+            return all(c in inside or all(fixed.roots(o) is not None and ends(o) for o in c.outs) for c in v.readers)
+        for n in names:
+            if not ends(self.found.params[n]): raise _No('{} is used elsewhere as well', self.found.params[n])
+            self.sole(self.found.params[n])
 
     def either(self, c, s, t):
         "Edits that make up for run `c` of a norm, which scales by `s` and shifts by `t`"
@@ -557,15 +624,16 @@ class _Plan:
         return todo
 
     def down(self, v, s, t, shared):
-        "Edits with which the readers of `v` give the same though it lacks `s*v+t`; `shared` if its memory is another's then"
+        "Edits with which the readers of `v` give the same though it is not `s*v+t`; `shared` if its memory is another's then"
         if v.kept: raise _No(f'its output is {v.kept}')
         edits = []
         for c in dict.fromkeys(v.readers):
-            if shared and c.inplace: raise _No('{} writes to what is read elsewhere', c)
             if isinstance(c, _Norm): edits += self.down(c.outs[0], s, t, shared) if c.key in self.into else self.by_norm(c, s, t, False)
             elif l := self.layer(c): edits += self.before_layer(l, v, s, t)
             else:
-                for o,*st in self.passed(c, v, s, t, False): edits += self.up(o, *st, c) if o.name else self.down(o, *st, shared and _passes[c.name] is _moved)
+                same = shared and _passes.get(c.name) is _moved
+                for o,*st in self.passed(c, v, s, t, False): edits += self.up(o, *st, c) if o.name else self.down(o, *st, same)
+            if shared and c.inplace: raise _No('{} writes to what is read elsewhere', c)
         return edits
 
     def own(self, v):
@@ -575,10 +643,9 @@ class _Plan:
         return self.sole(v)
 
     def sole(self, p):
-        "`p`, a value or a name, if one module has it and saves it"
-        name = p if isinstance(p, str) else p.name
-        if self.slots[id(self.tensors[name])]!=1: raise _No('{} is used elsewhere as well', p)
-        if name not in self.saved: raise _No('{} is not saved', p)
+        "`p` if one module has it, and saves it"
+        if self.slots[id(self.tensors[p.name])]!=1: raise _No('{} is used elsewhere as well', p)
+        if p.name not in self.saved: raise _No('{} is not saved', p)
         return p
 
     def by_parameter(self, p, s, t):
@@ -589,8 +656,7 @@ class _Plan:
     def by_norm(self, c, s, t, out):
         if len(self.found.runs[c.key])>1: raise _No('{} runs more than once', c)
         if c.key in self.found.left: raise _No('{} stays: '+self.found.left[c.key], c)
-        for n in (c.weight,c.bias):
-            if n: self.sole(n)
+        self.only([c], [n for n in c.affine if n])
         f = lambda s0,t0: (s0*s,t0*s+t) if out else (s0*s,s0*t+t0)
         c.set_to(*f(*self.affine[c]))
         return [(c,f)]
@@ -606,7 +672,8 @@ class _Plan:
         if not w.name or b and not b.name: raise _No('a weight of {} is computed', c)
         self.biases[w.name] = b.name if b else ''
         turned = c.a['transposed'] if conv else turned!=(c.name!='linear')
-        return _Layer(c, x, self.own(w).name, self.own(b).name if b else '', turned, c.a['groups'] if conv else 1, 1 if conv else -1)
+        groups,dim = (c.a['groups'],1) if conv else (1,-1)
+        return _Layer(c, x, self.own(w).name, self.own(b).name if b else '', turned, groups, dim)
 
     def by_layer(self, l, s, t):
         s,t = (_vector(o, l.step.outs[0].shape[l.dim], l.dim, l.step) for o in (s,t))
@@ -620,7 +687,8 @@ class _Plan:
         edit,shifts = (l.weight, partial(l.scaled, s=s, t=t, out=False)),bool((t!=0).any())
         if shifts and not l.even: raise _No('{} puts zeros where the shift would have to be', c)
         if l.bias or not shifts: return [edit]
-        t = l.shift(self.now(l.weight)[l.weight], t).view([-1 if d==l.dim%len(v.shape) else 1 for d in range(len(v.shape))])
+        dims = range(len(v.shape))
+        t = l.shift(self.now(l.weight)[l.weight], t).view([-1 if d==l.dim%len(dims) else 1 for d in dims])
         return [edit, *self.down(c.outs[0], torch.ones_like(t), t, False)]
 
     def now(self, name):
@@ -634,7 +702,8 @@ class _Plan:
     def taken(self):
         "Norms that stay and took something, and their new numbers by name"
         keys = {o for layers in self.into.values() for o in layers} & self.found.runs.keys() - self.into.keys()
-        return {key:self.found.runs[key][0].set_to(*self.affine[self.found.runs[key][0]]) for key in keys}
+        runs = {key:self.found.runs[key][0] for key in keys}
+        return {key:o.set_to(*self.affine[o]) for key,o in runs.items()}
 
 # %% ../../nbs/misc/01_bn_folding.ipynb #a1c867ad
 def _rounded(x, dtype):
@@ -642,11 +711,13 @@ def _rounded(x, dtype):
     return x.where(x.abs()>=torch.finfo(dtype).tiny, 0.).to(dtype)
 
 def _prepared(model):
-    "A copy of `model` in which layers that could have a bias have one, and norms of torch a weight and a bias; the module and the name of each that is new"
+    """A copy of `model` in which layers that could have a bias have one, and norms of torch a weight and a bias, so that they can take numbers;
+    the module and the name of each that is new"""
     new,added = copy_of(model),[]
+    of_torch = nn.modules.batchnorm._BatchNorm.forward,nn.SyncBatchNorm.forward
     for m in new.modules():
         layer = isinstance(m, (nn.modules.conv._ConvNd,nn.Linear)) and m._parameters.get('weight') is not None
-        norm = type(m).forward in (nn.modules.batchnorm._BatchNorm.forward,nn.SyncBatchNorm.forward) and m.running_mean is not None
+        norm = type(m).forward in of_torch and m.running_mean is not None
         for k in ('weight','bias') if norm else ('bias',) if layer else ():
             if m._parameters.get(k, 0) is not None: continue
             if norm: setattr(m, k, nn.Parameter(torch.full_like(m.running_mean, float(k=='weight'))))
@@ -677,9 +748,9 @@ def _write(plan, new, added):
 
 def _remove(plan, model, flow, dissolve):
     "Take the norms that went out of `model`: out of what runs its children one after the other, else something takes the place"
-    rests = {model.get_submodule(runs[0].owner):plan.found.rests[k] for k,runs in plan.found.runs.items() if k in plan.into and k not in plan.left}
-    callers = {}
-    names = {m:n for n,m in model.named_modules()}
+    went = [k for k in plan.into if k not in plan.left]
+    rests = {model.get_submodule(plan.found.runs[k][0].owner):plan.found.rests[k] for k in went}
+    names,callers = {m:n for n,m in model.named_modules()},{}
     for o in flow.visits: callers.setdefault(o.where, set()).add(o.caller and o.caller.where)
     for name,parent in reversed(list(model.named_modules())):  # what is inside first
         chain = dissolve and type(parent).forward is nn.Sequential.forward
@@ -687,24 +758,33 @@ def _remove(plan, model, flow, dissolve):
             if m not in rests: continue
             if chain and not rests[m] and callers[names[m]]=={name}: del parent._modules[k]
             else: parent._modules[k] = _without(m, rests[m])
-        if chain and all(k.isdigit() for k in parent._modules): parent._modules = dict(zip(map(str, range(len(parent._modules))), parent._modules.values()))
+        if chain and all(k.isdigit() for k in parent._modules): parent._modules = {str(i):m for i,m in enumerate(parent._modules.values())}
+    here = {names[m] for m in model.modules() if m in names}
+    for k in [k for k in plan.left if k in names.values() and k not in here]:  # it was part of a norm's module, for training only
+        plan.into[k] = []
+        del plan.left[k]
 
 # %% ../../nbs/misc/01_bn_folding.ipynb #a31440e2
 def _planned(model, found, left, added):
     "The `_Plan` for `model`, whose numbers are changed by it"
     found.fixed.tensors = _tensors(model)
-    while over := (numbers := _values(plan := _Plan(model, found, left)))[1]: left = {**left, **dict.fromkeys(over, 'a weight would overflow')}
-    _write(plan, numbers[0], added)
+    while True:
+        plan = _Plan(model, found, left)
+        new,over = _values(plan)
+        if not over: break
+        left = {**left, **dict.fromkeys(over, 'a weight would overflow')}
+    _write(plan, new, added)
     return plan
 
 def _first(attempt, found):
-    "The first attempt that succeeds: all norms, then without those that code seems to count on, then as many as it can do without"
+    "The first attempt that succeeds: all norms go, then all but those that code seems to count on, then as many as it can do without"
     relaid = dict.fromkeys(found.relaid, 'the code after it needs the memory layout that it gives')
     for left,dissolve in [({},True),({},False),*([(relaid,True),(relaid,False)] if relaid else [])]:
         try: return attempt(left, dissolve)
         except SLIPS as e: error = e
     norms = [k for k in found.runs if k not in found.left]
-    def without(gone): return attempt({k:'the model does not run without it, or computes something else' for k in norms if k not in gone}, False)
+    why = 'the model does not run without it, or computes something else'
+    def without(gone): return attempt({k:why for k in norms if k not in gone}, False)
     def grown(gone, done, more):
         "As many of `more` beside `gone`, which is `done`, as possible: halves of what fails are tried"
         try: return [*gone,*more],without([*gone,*more])
@@ -720,17 +800,22 @@ def _told(left, n):
     kinds = {}
     for k,(_,kind) in left.items(): kinds.setdefault(kind, []).append(k or 'the model itself')
     some = lambda names: ', '.join(names[:3])+(', …' if len(names)>3 else '')
-    return f'{len(left)} of {n} norms stay:'+''.join(f'\n{len(names)} ({some(names)}): {kind}' for kind,names in kinds.items())
+    return '\n'.join([f'{len(left)} of {n} norms stay:', *(f'{len(names)} ({some(names)}): {kind}' for kind,names in kinds.items())])
 
-def _others(model):
-    kinds = Counter(type(m).__name__ for m in model.modules() if 'norm' in type(m).__name__.lower() and not list(m.children()))
-    return f'. Its norms ({", ".join(f"{n} {k}" for k,n in kinds.items())}) normalize each input by its own numbers' if kinds else ''
+def _told_none(model):
+    "What to say of a model without norms that could be folded"
+    leaves = [type(m).__name__ for m in model.modules() if not list(m.children())]
+    others = Counter(o for o in leaves if 'norm' in o.lower())
+    said = f'there is no BatchNorm in this {type(model).__name__}: nothing to fold'
+    if not others: return said
+    return f'{said}. Its norms ({", ".join(f"{n} {k}" for k,n in others.items())}) normalize each input by its own numbers'
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #249e2f8a
+# %% ../../nbs/misc/01_bn_folding.ipynb #bd9d3ee0
 def _unwrapped(model):
     "What is inside, if `model` is compiled or spread over devices"
+    spread = nn.DataParallel,nn.parallel.DistributedDataParallel
     while True:
-        inner = model.module if isinstance(model, (nn.DataParallel,nn.parallel.DistributedDataParallel)) else getattr(model, '_orig_mod', model)
+        inner = model.module if isinstance(model, spread) else getattr(model, '_orig_mod', model)
         if inner is model: return model
         model = inner
 
@@ -739,32 +824,34 @@ def _plainly(model):
     "Neither inference mode, whose tensors cannot be trained, nor autocast, which computes new weights"
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        for kind in {'cpu', *(p.device.type for p in model.parameters())}-{'meta'}: stack.enter_context(torch.autocast(kind, enabled=False))
+        kinds = {'cpu', *(p.device.type for p in model.parameters())}
+        for kind in kinds-{'meta'}: stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #ed29eb04
+# %% ../../nbs/misc/01_bn_folding.ipynb #eeb3b14a
 class BN_Folder:
-    """`BN_Folder().fold(model)` gives a copy without the BatchNorms that a neighbouring layer can stand in for, with the same outputs in eval mode. Afterwards `into` says where
-    each went, `left` why others stayed, by their names in `model`"""
+    """`BN_Folder().fold(model)` gives a copy without the BatchNorms that a neighbouring layer can stand in for, with the same outputs in eval mode.
+    Afterwards `into` has, by the norm's name in `model`, the names of the layers that took over, and `left` the reason why a norm stayed"""
     def __init__(self,
-        example_inputs=None, # Inputs that run the model (a tensor, a tuple or a dict); by default a size that runs is looked for
+        example_inputs=None, # Inputs that run the model: a tensor, a tuple of arguments or a dict of keyword arguments; found if not given
         verify:bool=True, # Compare the outputs before and after
     ):
         self.example_inputs,self.verify,self.into,self.left = example_inputs,verify,{},{}
 
     def fold(self,
-        model:nn.Module, # Left as it is
-        example_inputs=None, # Inputs that run it
+        model:nn.Module, # Left as it is; if it is compiled or spread over devices, what is inside is folded
+        example_inputs=None, # Inputs that run it, instead of those given before
     ):
-        "A copy of `model` with its norms folded; a `ValueError` if the outputs change"
+        "A copy of `model` with its norms folded, and one warning if some stay; a `ValueError` if the outputs change"
         model = _unwrapped(model)
         if not isinstance(model, nn.Module): raise ValueError(f'fold takes a model, not {model!r}')
-        if isinstance(model, torch.jit.ScriptModule): raise ValueError('the code of a scripted model is fixed: fold the model before torch.jit.script')
+        if isinstance(model, torch.jit.ScriptModule): raise ValueError('a scripted model cannot be changed: fold it before torch.jit.script')
+        if any(p.is_meta for p in _tensors(model).values()): raise ValueError('a model on the meta device has no numbers to fold')
         with _plainly(model): return self._fold(model, self.example_inputs if example_inputs is None else example_inputs)
 
     def _fold(self, model, inputs):
         copies = [_prepared(model)]
-        flow = Flow(copies[0][0], inputs)
+        flow = Flow(copies[0][0], tree_map(lambda o: o.as_subclass(Tensor) if isinstance(o, Tensor) else o, inputs))
         with torch.device('cpu'): found = _Found(copies[0][0], flow)
         def attempt(left, dissolve):
             "A folded copy and its plan; an error if it does not run, or computes something else"
@@ -778,7 +865,7 @@ class BN_Folder:
         self.left = {k:why for k,(why,_) in left.items()}
         if self.into: new._folded = True
         if left: warnings.warn(_told(left, len(found.names)), stacklevel=3)
-        if not found.names: warnings.warn(f'there is no BatchNorm in this {type(model).__name__}: nothing to fold{_others(model)}', stacklevel=3)
+        if not found.names: warnings.warn(_told_none(model), stacklevel=3)
         return new
 
     def _check(self, before, after, inputs):
