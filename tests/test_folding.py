@@ -7,7 +7,7 @@ import torchvision
 from torch import fx,nn
 from torch.nn.utils import parametrizations,prune
 from torchvision.ops import FrozenBatchNorm2d
-from fasterai.core.proof import difference,random_like
+from fasterai.core.proof import check_choices,difference,random_like
 from fasterai.misc.bn_folding import BN_Folder
 from fasterai.prune.pruner import Pruner,load_pruned,save_pruned
 from tiny import Net
@@ -337,9 +337,28 @@ class Textbook(nn.Module):
         for k in ('moving_mean','moving_var'): self.register_buffer(k, torch.ones(1, n, 1, 1))
     def forward(self, x): return self.gamma*((x-self.moving_mean)/torch.sqrt(self.moving_var+1e-5))+self.beta
 
+class Renorm(nn.Module):
+    "Keeps a standard deviation"
+    def __init__(self, n):
+        super().__init__()
+        self.weight,self.bias = (nn.Parameter(torch.ones(n)) for _ in range(2))
+        for k in ('running_mean','running_std'): self.register_buffer(k, torch.ones(n))
+    def forward(self, x):
+        y = (x.permute(0, 2, 3, 1)-self.running_mean)/self.running_std
+        return (self.weight*y+self.bias).permute(0, 3, 1, 2)
+
 class Absolute(nn.BatchNorm2d):
     "As in-place activated norms have it"
     def forward(self, x): return F.leaky_relu_(F.batch_norm(x, self.running_mean, self.running_var, self.weight.abs()+self.eps, self.bias, False, 0., self.eps), .01)
+
+class ChannelsLast(nn.BatchNorm1d):
+    "Turns images for a norm of rows"
+    def __init__(self, n, act, f=torch.clone):
+        super().__init__(n)
+        self.act,self.f = act(),f
+    def forward(self, x):
+        y = self.f(super().forward(x.permute(0, 2, 3, 1).flatten(0, 2)))
+        return self.act(y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2))
 
 class Apply(nn.BatchNorm2d):
     "A function of what the norm gives"
@@ -363,7 +382,7 @@ def lively(m):
     "`m` with random numbers, also in what is not named as torch names it"
     m = randomized(m)
     for n,b in m.named_buffers():
-        if n.endswith('var'): b.uniform_(.2, 1.2)
+        if n.endswith(('var','std')): b.uniform_(.2, 1.2)
         if n.endswith(('mean','avg','bias')): b.normal_()
         if n.endswith('weight'): b.uniform_(.5, 2)
     return m
@@ -396,6 +415,10 @@ def kinds(m): return [type(o).__name__ for o in m.modules() if not list(o.childr
     (Frozen(4, nn.GELU), ['GELU']),
     (FrozenOrNot(4, nn.GELU), []),
     (Textbook(4), []),
+    (Renorm(4), []),
+    (ChannelsLast(4, nn.GELU), ['GELU']),
+    (ChannelsLast(4, nn.Identity, F.silu), ['Pointwise']),
+    (nn.InstanceNorm2d(4, affine=True, track_running_stats=True), []),
     (Absolute(4), ['Pointwise']),
     (Apply(4, torch.relu), ['Pointwise']),
     (Apply(4, nn.ReLU()), ['ReLU']),
@@ -406,6 +429,12 @@ def test_norms_of_ones_own(norm, rest):
     assert kinds(new)==['Conv2d',*rest,'Conv2d'] and new[0].bias is not None
     parts = [k for k in m.state_dict() if k.startswith('1.act.')]
     assert [k for k in new.state_dict() if k.startswith('1.act.')]==parts, 'what remains keeps its names'
+
+def test_identity_branch():
+    "Three branches are summed, as in RepVGG: what scales the input alone has no layer to go into"
+    f = lambda m, x: F.relu(m.a(m.conv3(y:=F.relu(m.stem(x))))+m.b(m.conv1(y))+m.c(y))
+    m = lively(Net(f, stem=nn.Conv2d(3, 4, 3), conv3=nn.Conv2d(4, 4, 3, padding=1), conv1=nn.Conv2d(4, 4, 1), a=Act(4, nn.Identity), b=nn.BatchNorm2d(4), c=nn.BatchNorm2d(4)))
+    fold(m, left=['c'])
 
 def swish(x): return x*x.sigmoid()
 def hard_swish(x): return x*F.relu6(x+3)/6
@@ -531,6 +560,12 @@ def test_a_norm_in_float32_in_a_network_in_half():
         folder = BN_Folder()
         new = folder.fold(m, X.to(dtype))
         assert folder.into=={'1':['0']} and not norms(new) and difference(m, new, X.to(dtype))[0]<16*torch.finfo(dtype).eps
+    class Wider(Wide):
+        def forward(self, x): return super().forward(x).to(torch.float64)
+    m = between(Wider(4)).float()
+    m[2].double()
+    new = BN_Folder().fold(m, X.float())
+    assert not norms(new) and difference(m, new, X.float())==(pytest.approx(0, abs=1e-6),torch.float64), 'a type that changes on the way is changed still'
 
 def test_channels_last_through_an_activation():
     m = between(Act(4)).to(memory_format=torch.channels_last)
@@ -539,12 +574,17 @@ def test_channels_last_through_an_activation():
 
 # who asks, and around what
 
-def test_wrappers():
+def test_wrappers(tmp_path):
     m = between(Act(4))
-    for w in (nn.DataParallel(m),torch.compile(m),torch.compile(nn.DataParallel(m))):
+    dist = torch.distributed
+    dist.init_process_group('gloo', store=dist.FileStore(str(tmp_path/'store'), 1), rank=0, world_size=1)
+    try: ddp = nn.parallel.DistributedDataParallel(m)
+    finally: dist.destroy_process_group()
+    for w in (nn.DataParallel(m),torch.compile(m),torch.compile(nn.DataParallel(m)),ddp,torch.compile(ddp)):
         new = BN_Folder().fold(w, X)
         assert type(new) is nn.Sequential and not norms(new) and difference(m, new, X)[0]<1e-12
     with pytest.raises(ValueError, match='before torch.jit.script'): BN_Folder().fold(torch.jit.trace(m, X), X)
+    with pytest.raises(ValueError, match='no numbers'): BN_Folder().fold(between(Act(4)).to('meta'), X.to('meta'))
 
 def test_modes_around():
     "Autocast and inference mode around the call leave no trace in what comes out"
@@ -586,6 +626,24 @@ def test_unet_after_an_interrupt():
     folder = BN_Folder()
     with pytest.warns(UserWarning, match='norms stay'): new = folder.fold(learn.model, torch.randn(1, 3, 32, 32))
     assert len(folder.into)==20 and len(folder.left)==5 and difference(learn.model, new, torch.randn(1, 3, 32, 32))[0]<1e-4
+
+def test_a_choice_between_equals():
+    "Two channels are the same but for rounding, and the larger one decides: which it is changes, and proves nothing"
+    f = lambda m, x: torch.where(m.norm(m.conv(x)).argmax(1)==0, x[:, 0], -x[:, 0])
+    m = randomized(Net(f, conv=nn.Conv2d(3, 2, 3, padding=1), norm=nn.BatchNorm2d(2)), positive=True).float()
+    with torch.no_grad():
+        for o in (m.conv.bias,m.norm.running_mean): o.zero_()
+        for o in (m.norm.bias,m.norm.running_var): o[1] = o[0]
+        m.conv.weight[1],m.norm.weight[1] = m.conv.weight[0]/3,m.norm.weight[0]*3
+    x = random_like(X.float())
+    folder = BN_Folder()
+    new = folder.fold(m, x)
+    assert folder.into=={'norm':['conv']} and difference(m, new, x)[0]>.1, 'or this tests nothing'
+    plain = torch.where(m.norm(m.conv(x)).argmax(1)==new.conv(x).argmax(1), 0., (m.norm(m.conv(x))-new.conv(x)).abs().amax(1))
+    assert plain.max()<1e-5
+    wrong = copy.deepcopy(new)
+    with torch.no_grad(): wrong.conv.bias[1] += 1.
+    with pytest.raises(ValueError, match='changed'): check_choices(m, wrong, x)
 
 # what is left alone
 
