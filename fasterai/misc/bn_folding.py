@@ -7,52 +7,247 @@ __all__ = ['BN_Folder', 'bn_folding_model']
 
 # %% ../../nbs/misc/01_bn_folding.ipynb #c941da51
 import math,re,warnings
-from collections import Counter
+from collections import Counter,OrderedDict
+from contextlib import ExitStack,contextmanager
 from dataclasses import dataclass
 from functools import partial
 import torch
 from torch import nn,Tensor
-from torch.utils._pytree import tree_leaves
-from ..core.flow import Flow,Step,Whole,_hooked
+from torch.utils._pytree import tree_leaves,tree_map
+from ..core.flow import Flow,Step,Value,Visit,_hooked
 from ..core.graph import _lift,_shrink,_varying,layer_of
 from ..core.running import SLIPS,call_with,untouched
-from ..core.proof import check_same
+from ..core.proof import check_choices,check_same
 from ..core.surgery import _add_bias,copy_of
 from ..legacy import old_function
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #bd01c0d9
-def _stands(m):
-    "Why norm `m` has no fixed scale and shift, or ''"
-    if type(m).forward not in (nn.modules.batchnorm._BatchNorm.forward,nn.SyncBatchNorm.forward) and not _frozen(m): return f'a {type(m).__name__} has a forward of its own'
-    if m.running_mean is None or m.running_var is None: return 'it has no running statistics: it normalizes by each batch'
-    if _hooked(m): return 'it has hooks'
-    return '' if all(o.isfinite().all() for o in _scale_shift(m)) else 'its scale or shift is not finite'
+# %% ../../nbs/misc/01_bn_folding.ipynb #13578513
+class _No(Exception):
+    "Why a scale and a shift cannot go this way: `why`, with `{}` for `at`, a `Step`, a `_Norm`, a `Value` or a text"
+    def __init__(self, why, at=''):
+        if isinstance(at, Value): kind,name = 'a parameter',at.name
+        else: kind,name = (at,at) if isinstance(at, str) else (at.op,at.why)
+        super().__init__(why.format(name))
+        self.kind = why.format(kind)  # without names, so that many can be told as one
 
-def _frozen(m): return type(m).__name__=='FrozenBatchNorm2d' and 'running_var' in m._buffers  # of torchvision, detectron2
-def _norms(model): return {n:m for n,m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) or _frozen(m)}
+_COPIES = set('clone alias detach contiguous lift_fresh _to_copy positive'.split())
 
-def _scale_shift(m):
-    "What norm `m` does to each channel, in float64"
-    w,b,mean,var = (None if o is None else o.detach().cpu().double() for o in (m.weight,m.bias,m.running_mean,m.running_var))
-    s = (var+m.eps).rsqrt()*(1. if w is None else w)
-    return s,(0. if b is None else b)-mean*s
+class _Fixed:
+    "Which values depend on parameters and buffers alone, and their numbers in float64"
+    def __init__(self, flow, tensors):
+        self.tensors,self.known = tensors,{}
+        for c in flow.steps:
+            needs = [self.roots(v) for v in c.shadows]
+            if None in needs or torch.Tag.nondeterministic_seeded in c.func.tags: continue
+            for v in c.outs: self.known[v] = frozenset().union(*needs)
+
+    def roots(self, v):
+        "Names of the parameters and buffers that value `v` depends on; `None` if it depends on anything else"
+        return frozenset([v.name]) if v.name else self.known.get(v)
+
+    def source(self, c):
+        "The value that operation `c` reads and that is not fixed; `None` unless it is one, read once"
+        free = [v for v in c.shadows if self.roots(v) is None]
+        return free[0] if len(free)==1 else None
+
+    def numbers(self, v, given={}):
+        "The numbers of `v`; those of parameters and buffers are `given` by name, or as they are"
+        if v.name:
+            x = given[v.name] if v.name in given else self.tensors[v.name].detach().cpu()
+            return x.double() if x.is_floating_point() else x
+        c = v.maker
+        if c.name in _COPIES: return self.numbers(c.x, given)
+        outs = tree_leaves(self.again(c, lambda o: self.numbers(o, given)))
+        return outs[next(i for i,o in enumerate(c.outs) if o is v)]
+
+    def again(self, c, numbers):
+        "Operation `c` once more, on the `numbers` of its values"
+        a = {**c.a, **{k:numbers(v).clone() for k,v in c.tensors.items()}}
+        for k,values in c.lists.items():
+            if not values: continue
+            if len(values)!=len(c.a[k]): raise _No('{} is not understood', c)
+            a[k] = [numbers(v) for v in values]
+        if 'device' in a: a['device'] = torch.device('cpu')
+        if isinstance(a.get('dtype'), torch.dtype) and a['dtype'].is_floating_point: a['dtype'] = torch.float64
+        return c.func(**a)
+
+# %% ../../nbs/misc/01_bn_folding.ipynb #ba5d70b4
+_STATS = 'running_mean','running_var'
+
+def _normalizes(c):
+    "Does operation `c` normalize channels by statistics that it may be given?"
+    return {'input','weight','bias',*_STATS}<=c.a.keys() and not any(k.startswith('grad') for k in c.a)
+
+def _by_batch(c): return bool(c.a.get('training') or c.a.get('use_input_stats') or _STATS[0] not in c.tensors)
+def _eps(c): return c.a.get('eps', c.a.get('epsilon'))
+
+_ARITHMETIC = set('add sub mul div rsub neg addcmul addcdiv'.split())
+_BELOW = dict(div='other', addcdiv='tensor2')  # arguments that divide
+
+def _linear(c, fixed):
+    "Does operation `c` scale and shift one value by what is fixed?"
+    x = fixed.source(c)
+    if x is None or not x.dtype.is_floating_point or c.outs[0].shape!=x.shape: return False
+    if _normalizes(c): return c.tensors['input'] is x and not _by_batch(c)
+    if c.name in _ARITHMETIC: return not c.a.get('rounding_mode') and c.tensors.get(_BELOW.get(c.name)) is not x
+    return c.name in _COPIES
+
+def _line(c, fixed, given={}):
+    "Scale and shift of the linear operation `c`, broadcast, in float64"
+    x = fixed.source(c)
+    n = len(x.shape)
+    one = torch.ones([1]*n, dtype=torch.float64)
+    if c.name in _COPIES: return one,0*one
+    if not _normalizes(c):
+        of_0,of_1 = (fixed.again(c, lambda v: k*one if v is x else fixed.numbers(v, given)) for k in (0.,1.))
+        return of_1-of_0,of_0
+    mean,var = (fixed.numbers(c.tensors[k], given) for k in _STATS)
+    s,t = (var+_eps(c)).rsqrt(),0.
+    if 'weight' in c.tensors: s = s*fixed.numbers(c.tensors['weight'], given)
+    if 'bias' in c.tensors: t = fixed.numbers(c.tensors['bias'], given)
+    return tuple(o.view(1, -1, *[1]*(n-2)) for o in (s,t-mean*s))
+
+# %% ../../nbs/misc/01_bn_folding.ipynb #8fdeaa89
+@dataclass(eq=False)
+class _Norm:
+    "One run of a norm, as if it were one operation: `x` is scaled and shifted by what is fixed"
+    name,op,inplace,lists = '','a norm',False,{}
+    steps: list # Linear operations, each reads what the one before made
+    core: Step # That normalizes, `None` if none does by itself
+    mean: str # Name of its mean
+    visit: Visit # In which it ran
+    fixed: _Fixed
+    key: str = '' # The norm's name
+    @property
+    def x(self): return self.fixed.source(self.steps[0])
+    @property
+    def outs(self): return self.steps[-1].outs[:1]
+    @property
+    def tensors(self): return dict(input=self.x)
+    @property
+    def shadows(self): return [self.x]
+    @property
+    def why(self): return self.key
+    @property
+    def owner(self): return layer_of(self.mean)
+    @property
+    def needs(self):
+        "Names of all parameters and buffers that it uses"
+        return {n for c in self.steps for v in c.shadows for n in self.fixed.roots(v) or ()}
+    @property
+    def stats(self):
+        "Names of its mean and its variance, empty if it does not use them as they are"
+        names = [self.core.tensors[k].name for k in _STATS] if self.core else ['']
+        return names if all(names) else []
+    @property
+    def affine(self):
+        "Names of its weight and its bias, '' for what it has not"
+        return [self.named(k) for k in ('weight','bias')]
+
+    def named(self, k):
+        if not self.core: return n if (n := _joined_name(self.owner, k)) in self.needs else ''
+        names = self.fixed.roots(self.core.tensors[k]) if k in self.core.tensors else ()
+        return min(names) if len(names)==1 else ''
+
+    def line(self, given={}):
+        "Its scale and its shift, broadcast, in float64"
+        s,t = _line(self.steps[0], self.fixed, given)
+        for c in self.steps[1:]:
+            a,b = _line(c, self.fixed, given)
+            s,t = a*s,a*t+b
+        return s,t
+
+    def set_to(self, s, t):
+        "Numbers by name of its weight and its bias, with which it would scale by `s` and shift by `t`"
+        if not all(self.affine): raise _No('{} has no weight and bias', self)
+        shape = self.fixed.tensors[self.affine[0]].shape
+        if math.prod(shape)!=s.numel(): raise _No('{} scales several channels by one number', self)
+        def line(w, b): return self.line({n:o.reshape(shape) for n,o in zip(self.affine, (w,b))})
+        ones,zeros = torch.ones_like(s),torch.zeros_like(s)
+        w = s/line(ones, zeros)[0]
+        without,one_more = (line(w, b)[1] for b in (zeros,ones))
+        b = (t-without)/(one_more-without)
+        reached = zip(line(w, b), (s,t))
+        if not all(torch.allclose(got, want, rtol=1e-9, atol=1e-12) for got,want in reached):
+            raise _No('{} does not just scale by its weight', self)
+        return {n:o.reshape(shape) for n,o in zip(self.affine, (w,b))}
+
+def _joined_name(module, k): return f'{module}.{k}' if module else k
+
+def _statistics(m):
+    "Names of the mean and the spread that module `m` has, as training leaves them"
+    own = [k for k,o in (*m._parameters.items(),*m._buffers.items()) if o is not None]
+    mean,spread = ([k for k in own if re.fullmatch(f'(running|moving)_({o})', k)] for o in ('mean','var|variance|std'))
+    return (mean[0],spread[0]) if mean and spread else ()
+
+def _norms(model):
+    is_norm = lambda m: isinstance(m, nn.modules.batchnorm._BatchNorm) or _statistics(m)
+    return {n:m for n,m in model.named_modules() if is_norm(m)}
+
+def _run_of(c, own, fixed):
+    "The longest run of linear operations among `own` that `c` is in; it keeps the type, and none changes what the first reads"
+    def after(c):
+        "The linear operation that alone reads what `c` makes"
+        y = c.outs[0]
+        alone = len(y.readers)==1 and not y.kept and y.readers[0] in own
+        return y.readers[0] if alone and _linear(y.readers[0], fixed) else None
+    run = [c]
+    while True:
+        before = fixed.source(run[0]).maker
+        if before not in own or not _linear(before, fixed) or after(before) is not run[0]: break
+        run.insert(0, before)
+    while (then := after(run[-1])): run.append(then)
+    differs = lambda: run[-1].outs[0].dtype!=fixed.source(run[0]).dtype
+    while differs() and run[-1] is not c and run[-1].name in _COPIES: run.pop()
+    while differs() and run[0] is not c and run[0].name in _COPIES: run.pop(0)
+    return run[1:] if run[0].inplace else run
+
+def _runs(model, flow, fixed):
+    "Each run of a norm"
+    norms = _norms(model)
+    for visit in flow.visits:
+        own = [c for c in visit.parts if isinstance(c, Step)]
+        cores = [c for c in own if _normalizes(c) and _linear(c, fixed) and fixed.roots(c.tensors[_STATS[0]])]
+        for c in cores:
+            mean = min(fixed.roots(c.tensors[_STATS[0]]))
+            steps = _run_of(c, own, fixed) if layer_of(mean)==visit.where else [c]
+            if steps: yield _Norm(steps, c, mean, visit, fixed)
+        if not cores and visit.where in norms: yield from _runs_of_arithmetic(norms[visit.where], own, visit, fixed)
+
+def _runs_of_arithmetic(m, own, visit, fixed):
+    "Each run of norm `m` in which no operation normalizes by itself"
+    mean,spread = [_joined_name(visit.where, k) for k in _statistics(m)] or ('','')
+    done = set()
+    for c in own:
+        if c in done or not _linear(c, fixed): continue
+        steps = _run_of(c, own, fixed)
+        done.update(steps)
+        norm = _Norm(steps, None, mean, visit, fixed)
+        if spread in norm.needs: yield norm
+
+def _found(model, flow, fixed):
+    "Runs by name of the norm: of the module that has its statistics or, if that has several, of its mean"
+    runs,found = list(_runs(model, flow, fixed)),{}
+    means = {o.mean for o in runs}
+    for o in runs:
+        o.key = o.owner if sum(layer_of(n)==o.owner for n in means)==1 else o.mean
+        found.setdefault(o.key, []).append(o)
+    return found
 
 # %% ../../nbs/misc/01_bn_folding.ipynb #bfa76434
-class _No(Exception): "Why a scale and a shift cannot go this way"
-
 _passes = {}
 def _pass(*names):
-    "The decorated function passes a scale and a shift of a value of operations `names` on: to `(value, scale, shift)` for each value at their other end"
+    """The decorated function passes on a scale and a shift of a value of operations `names`: to `(value, scale, shift)` for each value at their
+    other end"""
     def register(f):
         for n in names:
             for d in (1,2,3): _passes[n.format(d)] = f
         return f
     return register
 
-_COPIES = set('clone alias detach contiguous lift_fresh _to_copy positive'.split())
-
-@_pass(*_COPIES, *"""permute transpose t movedim swapaxes flip view _unsafe_view reshape _reshape_alias squeeze unsqueeze flatten unflatten slice narrow select split
-split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind roll pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle
+@_pass(*_COPIES, *"""permute transpose t movedim swapaxes flip view _unsafe_view reshape _reshape_alias squeeze unsqueeze flatten
+unflatten slice narrow select split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind roll
+pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle
 reflection_pad{}d replication_pad{}d upsample_nearest{}d _upsample_nearest_exact{}d""".split())
 def _moved(c, v, s, t, up):
     def redo(l): return [l] if c.name in _COPIES else [o for o in tree_leaves(c.redo(l)) if isinstance(o, Tensor)]
@@ -62,15 +257,15 @@ def _moved(c, v, s, t, up):
     def back(l, rest):
         x = torch.full([n], rest, dtype=l.dtype)
         x[source] = l.expand(v.shape)
-        if not torch.equal(x[source], l.expand(v.shape)): raise _No(f'{c.why} puts one number where scales differ')
+        if not torch.equal(x[source], l.expand(v.shape)): raise _No('{} puts one number where scales differ', c)
         return _shrink(x.view(c.x.shape))
     return [(c.x,back(s, 1.),back(t, 0.))]
 
 # %% ../../nbs/misc/01_bn_folding.ipynb #2bb463c3
 def _not_negative(c, s):
-    if (s<0).any(): raise _No(f'{c.why} does not commute with a negative scale')
+    if (s<0).any(): raise _No('{} does not commute with a negative scale', c)
 def _no_shift(c, t):
-    if (t!=0).any(): raise _No(f'{c.why} does not commute with a shift')
+    if (t!=0).any(): raise _No('{} does not commute with a shift', c)
 
 def _mixed_dims(c):
     "Dimensions over which `c` mixes"
@@ -79,22 +274,23 @@ def _mixed_dims(c):
     return list(range(n-int(spatial[1]), n)) if spatial else c.dims()
 
 def _pooled(c, s, t, up, check):
-    if any(o.readers or o.kept for o in c.outs[1:]): raise _No(f'{c.why} gives indices as well')
+    if any(o.readers or o.kept for o in c.outs[1:]): raise _No('{} gives indices as well', c)
     dims = sorted(set(_mixed_dims(c)))
     flat = len(c.outs[0].shape)<len(c.x.shape)
     if up and flat:
         for d in dims: s,t = s.unsqueeze(d),t.unsqueeze(d)
-    if any(o.shape[d]>1 for o in (s,t) for d in dims): raise _No(f'{c.why} mixes what is scaled differently')
+    if any(o.shape[d]>1 for o in (s,t) for d in dims): raise _No('{} mixes what is scaled differently', c)
     check(dims)
     if not up and flat: s,t = s.squeeze(dims),t.squeeze(dims)
     return [(c.x if up else c.outs[0],s,t)]
 
-@_pass('avg_pool{}d', 'adaptive_avg_pool{}d', '_adaptive_avg_pool{}d', 'upsample_linear{}d', 'upsample_bilinear{}d', 'upsample_bicubic{}d', 'upsample_trilinear{}d',
-       '_upsample_bilinear{}d_aa', '_upsample_bicubic{}d_aa', 'mean', 'sum', 'constant_pad_nd')
+@_pass('avg_pool{}d', 'adaptive_avg_pool{}d', '_adaptive_avg_pool{}d', 'upsample_linear{}d', 'upsample_bilinear{}d', 'upsample_bicubic{}d',
+       'upsample_trilinear{}d', '_upsample_bilinear{}d_aa', '_upsample_bicubic{}d_aa', 'mean', 'sum', 'constant_pad_nd')
 def _averaged(c, v, s, t, up):
     def check(dims):
-        if c.a.get('value'): raise _No(f'{c.why} puts in other numbers')
-        if c.name in ('sum','constant_pad_nd') or c.a.get('divisor_override'): return _no_shift(c, t)  # whatever they do at this size
+        if c.a.get('value'): raise _No('{} puts in other numbers', c)
+        # whatever these do at this size, they may do something else at another
+        if c.name in ('sum','constant_pad_nd') or c.a.get('divisor_override'): return _no_shift(c, t)
         ones = c.redo(torch.ones([n if d in dims else 1 for d,n in enumerate(c.x.shape)], dtype=torch.float64))
         if not torch.allclose(ones, torch.ones_like(ones), rtol=0, atol=1e-12): _no_shift(c, t)
     return _pooled(c, s, t, up, check)
@@ -104,7 +300,7 @@ def _maximum(c, v, s, t, up): return _pooled(c, s, t, up, lambda dims: _not_nega
 
 @_pass('relu', 'leaky_relu', '_prelu_kernel')
 def _rectified(c, v, s, t, up):
-    if not up and v is not c.x: raise _No(f'it is the slope of {c.why}')
+    if not up and v is not c.x: raise _No('it is the slope of {}', c)
     _not_negative(c, s)
     _no_shift(c, t)
     return [(c.x if up else c.outs[0],s,t)]
@@ -113,32 +309,33 @@ def _rectified(c, v, s, t, up):
 @_pass('add', 'sub', 'mul', 'div', 'rsub', 'neg')
 def _shifted(c, v, s, t, up):
     if len(c.tensors)>1: return _added(c, v, s, t, up)
-    if c.a.get('rounding_mode'): raise _No(f'{c.why} rounds')
+    if c.a.get('rounding_mode'): raise _No('{} rounds', c)
     k,a = c.redo(torch.tensor([0.,1.], dtype=torch.float64))
     a = a-k
     if not up: return [(c.outs[0],s,a*t+k-s*k)]
-    if a==0: raise _No(f'{c.why} forgets its input')
+    if a==0: raise _No('{} forgets its input', c)
     return [(c.x,s,(s*k+t-k)/a)]
 
 def _added(c, v, s, t, up):
-    if c.name not in ('add','sub') or c.a['alpha']!=1: raise _No(f'{c.why} does not commute with a scale')
+    if c.name not in ('add','sub') or c.a['alpha']!=1: raise _No('{} does not commute with a scale', c)
     parts = [c.x,c.tensors['other']]
     if not up: return _added_down(c, parts, v, s, t)
     full = [o for o in parts[:1 if c.name=='sub' else 2] if _within(t, o.shape)]
-    if not all(_within(s, o.shape) for o in parts) or not full: raise _No(f'{c.why} adds one number where scales differ')
+    if not all(_within(s, o.shape) for o in parts) or not full: raise _No('{} adds one number where scales differ', c)
     takes = next((o for o in full if o.name), full[0])
     return [(o,_lowered(s, o.shape),_lowered(t if o is takes else torch.zeros_like(t), o.shape)) for o in parts]
 
 def _added_down(c, parts, v, s, t):
-    if (s!=1).any() or parts[0] is parts[1]: raise _No(f'{c.why} does not commute with a scale')
+    if (s!=1).any() or parts[0] is parts[1]: raise _No('{} does not commute with a scale', c)
     other = parts[v is parts[0]]
     s,t = (_lift(l, len(c.outs[0].shape)) for l in (s,-t if c.name=='sub' and v is parts[1] else t))
-    if other.name and c.name=='add' and _within(t, other.shape): return [(other,*(_lowered(l, other.shape) for l in (s,t)))]
-    return [(c.outs[0],s,t)]
+    takes = other.name and c.name=='add' and _within(t, other.shape)
+    return [(other,_lowered(s, other.shape),_lowered(t, other.shape))] if takes else [(c.outs[0],s,t)]
 
 def _within(l, shape):
     "Does `l` vary only where a tensor of `shape` does when it is broadcast?"
-    return all(n==1 for n in l.shape[:l.dim()-len(shape)]) and all(a in (1,b) for a,b in zip(l.shape[-len(shape):] if shape else (), shape))
+    more = l.dim()-len(shape)
+    return all(n==1 for n in l.shape[:more]) and all(a in (1,b) for a,b in zip(l.shape[max(more, 0):], shape))
 def _lowered(l, shape): return l.reshape(l.shape[l.dim()-len(shape):])
 
 @_pass('cat', 'concat')
@@ -191,83 +388,263 @@ class _Layer:
     def even(self):
         "Does each output read as many inputs as any other, whatever their size?"
         a,w = self.step.a,self.step.tensors.get('weight')
-        return not (any(a.get('padding') or ()) or a.get('transposed') and (any(n>1 for n in (*w.shape[2:],*a['stride'])) or any(a['output_padding'])))
+        if any(a.get('padding') or ()): return False
+        if not a.get('transposed'): return True
+        return not any(a['output_padding']) and all(n==1 for n in (*w.shape[2:],*a['stride']))
 
-_PRODUCTS = {'convolution':('input','weight','bias'), 'linear':('input','weight','bias'), 'addmm':('mat1','mat2','self'), 'mm':('self','mat2',None)}
+_PRODUCTS = dict(convolution=('input','weight','bias'), linear=('input','weight','bias'), addmm=('mat1','mat2','self'), mm=('self','mat2',None))
 
 def _source(v):
     "The parameter that value `v` is or is the transposed of, and whether it is"
     c = v.maker
-    if c and c.name in ('t','transpose','permute') and len(v.shape)==2 and c.outs[0] is v and v.shape==c.x.shape[::-1] and len(v.readers)==1: return c.x,True
+    turned = c and c.name in ('t','transpose','permute') and c.outs[0] is v
+    if turned and len(v.shape)==2 and v.shape==c.x.shape[::-1] and len(v.readers)==1: return c.x,True
     return v,False
 
-def _vector(l, n, dim, why):
+def _vector(l, n, dim, at):
     "Layer `l` as a vector of `n` numbers along `dim`"
-    if set(_varying(l))-{dim%l.dim()}: raise _No(f'{why} cannot scale by position')
+    if set(_varying(l))-{dim%l.dim()}: raise _No('{} cannot scale by position', at)
     return l.flatten().expand(n)
 
 def _idle(s, t): return bool((s==1).all() and (t==0).all())
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #9d3e751b
-class _Plan:
-    "Where each norm of a model can go; nothing is changed"
-    def __init__(self, model, flow, left):
-        self.model,self.left = model,dict(left)
-        self.norms,self.calls,self.edits,self.biases,self.into = _norms(model),{},{},{},{}  # edits and biases by weight
-        for c in flow.steps:
-            if isinstance(c, Whole): self.calls.setdefault(c.where, []).append(c)
-        self.tensors = dict([*model.named_parameters(), *model.named_buffers()])
-        self.slots,self.saved = Counter(id(o) for m in model.modules() for o in (*m._parameters.values(),*m._buffers.values())),model.state_dict().keys()
-        self.affine = {n:_scale_shift(self.norms[n]) for n in self.calls}
-        for n,m in self.norms.items():
-            if why := _stands(m) or ('' if n in self.calls else 'it did not run in eval mode'): self.left.setdefault(n, why)
-        todo = [n for n in self.calls if n not in self.left]
-        while todo!=(todo:=[n for n in todo if not self.fold(n)]): pass
+# %% ../../nbs/misc/01_bn_folding.ipynb #a7707b0a
+class Pointwise(nn.Module):
+    "Operations, element by element, that the code of a module did beside its norm"
+    def __init__(self,
+        steps, # A tuple for each: name as in `'aten::relu'`, overload; by argument, the step whose result it reads (0 is the input); by argument, numbers
+    ):
+        super().__init__()
+        self.steps = steps
 
-    def fold(self, name):
-        "Move norm `name` into its neighbours, if they take it"
-        try: edits = [e for c in self.calls[name] for e in self.either(c, *self.affine[name])]
-        except _No as e:
-            self.left[name] = str(e)
-            return False
-        self.left.pop(name, None)
-        self.into[name] = list(dict.fromkeys(layer_of(key) if isinstance(key, str) else key.where for key,_ in edits))
-        for key,f in edits:
-            if isinstance(key, str): self.edits.setdefault(key, []).append(f)
-            else: self.affine[key.where] = f(*self.affine[key.where])
+    def forward(self, x):
+        done = [x]
+        for name,overload,reads,numbers in self.steps:
+            space,op = name.split('::')
+            f = getattr(getattr(getattr(torch.ops, space), op), overload)
+            done.append(f(**{k:done[i] for k,i in reads.items()}, **numbers))
+        return done[-1]
+
+    def extra_repr(self): return ', '.join(name.split('::')[1] for name,*_ in self.steps)
+
+def _numbers(c):
+    "Arguments of operation `c` that are no tensors, by name; `None` if one may be a dimension or a size"
+    kinds = {o.name:str(o.type) for o in c.func._schema.arguments}
+    numbers = {k:v for k,v in c.a.items() if k not in c.tensors}
+    for k,v in numbers.items():
+        if isinstance(v, int) and not isinstance(v, bool) and kinds[k]=='int': return None
+        if not isinstance(v, (int,float,str,torch.dtype,torch.memory_format,type(None))): return None
+    return numbers
+
+def _cancel(moves):
+    "Do operations that move numbers, one after the other, leave each where it was?"
+    if not moves: return True
+    was = torch.arange(math.prod(moves[0].x.shape), dtype=torch.float64).view(moves[0].x.shape)
+    now = was
+    for c in moves: now = c.redo(now)
+    return now.shape==was.shape and torch.equal(now, was)
+
+class _Chain:
+    "What a module did beside its norm, as long as each part took what the one before gave"
+    def __init__(self, start, children):
+        self.children,self.parts,self.steps = children,[],[]
+        self.places,self.moves = {start:0},{start:[]}  # by value: how many of `steps` made it, and what moved its numbers
+
+    def ends(self, v):
+        "Is value `v` what the last part made?"
+        return self.places.get(v)==len(self.steps) and _cancel(self.moves[v])
+
+    def all(self):
+        "All parts so far: names of children, and lists of steps as `Pointwise` takes them"
+        return self.parts+[self.steps]*bool(self.steps)
+
+    def visit(self, o):
+        "Go on with a call of a child; was that possible?"
+        if len(o.inputs)!=1 or not self.ends(o.inputs[0]) or o.where not in self.children or o.output is None: return False
+        self.parts = [*self.all(),self.children[o.where]]
+        self.steps,self.places,self.moves = [],{o.output:0},{o.output:[]}
         return True
 
+    def step(self, c):
+        "Go on with an operation, or with a `_Norm`, which leaves nothing behind; was that possible?"
+        x,y = c.shadows[0],c.outs[0]
+        if len(c.outs)!=1 or any(v not in self.places or self.moves[v]!=self.moves[x] for v in c.shadows): return False
+        self.places[y],self.moves[y] = self.places[x],self.moves[x]
+        if isinstance(c, _Norm): return True
+        if _passes.get(c.name) is _moved and y.dtype==x.dtype:
+            self.moves[y] = [*self.moves[x],c]
+            return True
+        numbers = _numbers(c)
+        if numbers is None or any(c.lists.values()) or y.shape!=x.shape: return False
+        reads = {k:self.places[v] for k,v in c.tensors.items()}
+        self.steps.append((c.func._schema.name,c.func._overloadname,reads,numbers))
+        self.places[y] = len(self.steps)
+        return True
+
+def _parts(visit, norms, fixed, children):
+    "What `visit` did beside the runs `norms`, as from `_Chain.all`; `None` if that was not one after the other"
+    if len(visit.inputs)!=1: return None
+    starts,inside = {o.steps[0]:o for o in norms},{c for o in norms for c in o.steps}
+    chain = _Chain(visit.inputs[0], children)
+    for o in visit.parts:
+        if isinstance(o, Visit): follows = chain.visit(o)
+        elif o in inside: follows = o not in starts or chain.step(starts[o])
+        else: follows = all(fixed.roots(v) is not None for v in o.outs) or chain.step(o)
+        if not follows: return None
+    return chain.all() if chain.ends(visit.output) else None
+
+def _rest(model, flow, norms):
+    "What remains of the module of the runs `norms`, all of one norm, as from `_Chain.all`; `None` if the norm cannot be taken out"
+    owner,fixed = norms[0].owner,norms[0].fixed
+    visits = [o for o in flow.visits if o.where==owner]
+    inside = {c for o in visits for c in o.parts}
+    readers = {c for n,v in flow.params.items() if layer_of(n)==owner for c in v.readers}
+    if not owner or not all(o.visit in visits for o in norms) or not readers<=inside: return None
+    names = {m:n for n,m in model.named_modules()}
+    module = model.get_submodule(owner)
+    children = {names[m]:k for k,m in module._modules.items() if m is not None}
+    parts,*others = [_parts(o, [n for n in norms if n.visit is o], fixed, children) for o in visits]
+    if parts is None or any(o!=parts for o in others): return None
+    rest = [o for o in parts if not (isinstance(o, str) and type(module._modules[o]) is nn.Identity)]
+    named = [o for o in rest if isinstance(o, str)]
+    return rest if len(set(named))==len(named) else None
+
+def _without(module, rest):
+    "What stands for `module` when its norm is gone"
+    if not rest: new = nn.Identity()
+    elif len(rest)==1 and isinstance(rest[0], list): new = Pointwise(rest[0])
+    else:
+        part = lambda i, o: (o,module._modules[o]) if isinstance(o, str) else (f'function{i}',Pointwise(o))
+        new = nn.Sequential(OrderedDict(part(i, o) for i,o in enumerate(rest)))
+    new.training = module.training
+    return new
+
+# %% ../../nbs/misc/01_bn_folding.ipynb #f70c1f9d
+class _Found:
+    "The norms of a model, what remains of their modules, and why some will stay"
+    def __init__(self, model, flow):
+        self.fixed,self.params = _Fixed(flow, _tensors(model)),flow.params
+        self.runs = _found(model, flow, self.fixed)
+        self.rests = {k:_rest(model, flow, runs) for k,runs in self.runs.items()}
+        self.names = list(dict.fromkeys([*_norms(model), *self.runs]))
+        self.left = {k:why for k in self.names if (why := self.stands(model, flow, k))}
+        self.relaid = [k for k,runs in self.runs.items() if any(o.x.stride!=o.outs[0].stride for o in runs)]
+        for o in [o for runs in self.runs.values() for o in runs]:  # from here on each run is one operation
+            x,y = o.x,o.outs[0]
+            x.readers[x.readers.index(o.steps[0])] = o
+            y.maker = o
+
+    def stands(self, model, flow, key):
+        "Why norm `key` has no fixed scale and shift, or ''"
+        runs = self.runs.get(key)
+        if not runs: return _why_not_found(model.get_submodule(key), key, flow, self.fixed)
+        if any(_hooked(model.get_submodule(o.owner)) for o in runs if o.visit.where==o.owner): return 'it has hooks'
+        try: lines = [o.line() for o in runs]
+        except (_No,*SLIPS) as e: return f'its scale and shift are not understood ({type(e).__name__}: {e})'
+        return '' if all(o.isfinite().all() for line in lines for o in line) else 'its scale or shift is not finite'
+
+def _why_not_found(m, name, flow, fixed):
+    "Why nothing that ran is norm `name`, module `m`"
+    if not (stats := _statistics(m)): return 'it has no running statistics: it normalizes by each batch'
+    mean = flow.params.get(_joined_name(name, stats[0]))
+    if mean is None or not mean.readers: return 'it did not run in eval mode'
+    if any(_normalizes(c) and _by_batch(c) for c in mean.readers): return 'it normalizes by each batch'
+    if any(_normalizes(c) and fixed.source(c) is None for c in mean.readers): return 'it normalizes a parameter'
+    return 'it does more than scale and shift'
+
+def _tensors(model): return dict([*model.named_parameters(), *model.named_buffers()])
+
+# %% ../../nbs/misc/01_bn_folding.ipynb #9d3e751b
+_IN_CODE = 'the code around it does more than call one part after the other, so it cannot be taken out'
+
+class _Plan:
+    "Where each norm of a model can go; nothing is changed"
+    def __init__(self, model, found, left):
+        self.model,self.found,self.tensors = model,found,found.fixed.tensors
+        self.left = {k:(why,why) for k,why in {**left, **found.left}.items()}  # in full, and without names
+        self.edits,self.biases = {},{}  # by weight
+        self.into = {}
+        self.idle = {}  # new numbers of norms that run on without effect, by name
+        self.slots = Counter(id(o) for m in model.modules() for o in (*m._parameters.values(),*m._buffers.values()))
+        self.saved = model.state_dict().keys()
+        self.affine = {o:o.line() for k,runs in found.runs.items() if k not in found.left for o in runs}
+        todo = [k for k in found.runs if k not in self.left]
+        while todo!=(todo:=[k for k in todo if not self.fold(k)]): pass
+
+    def fold(self, key):
+        "Move norm `key` into its neighbours, if they take it"
+        runs = self.found.runs[key]
+        try:
+            idle = {} if self.found.rests[key] is not None else self.idling(runs)
+            edits = [e for c in runs for e in self.either(c, *self.affine[c])]
+        except _No as e:
+            self.left[key] = str(e),e.kind
+            return False
+        self.left.pop(key, None)
+        self.into[key] = list(dict.fromkeys(layer_of(o) if isinstance(o, str) else o.key for o,_ in edits))
+        for o,f in edits:
+            if isinstance(o, str): self.edits.setdefault(o, []).append(f)
+            else: self.affine[o] = f(*self.affine[o])
+        if idle:
+            self.idle.update(idle)
+            why = 'its numbers went into {}, but it runs on, without effect: '+_IN_CODE
+            self.left[key] = why.format(', '.join(self.into[key])),why.format('layers beside it')
+        return True
+
+    def idling(self, runs):
+        "Numbers by name with which `runs`, all of one norm, change nothing"
+        c = runs[0]
+        if not c.stats: raise _No(_IN_CODE)
+        numbers = {n:x for n,x in zip((*c.stats,*c.affine), (0.,1-_eps(c.core),1.,0.)) if n}
+        given = {n:torch.full(self.tensors[n].shape, x, dtype=torch.float64) for n,x in numbers.items()}
+        self.only(runs, given)
+        for s,t in (o.line(given) for o in runs):
+            idle = torch.allclose(s, torch.ones_like(s)) and torch.allclose(t, torch.zeros_like(t))
+            if not idle: raise _No(_IN_CODE)
+        return given
+
+    def only(self, runs, names):
+        "Refuse `names` of parameters that anything else than `runs` uses"
+        inside,fixed = {c for o in runs for c in o.steps},self.found.fixed
+        def ends(v):
+            "Does all that is computed from `v` end in `runs`?"
+            return all(c in inside or all(fixed.roots(o) is not None and ends(o) for o in c.outs) for c in v.readers)
+        for n in names:
+            if not ends(self.found.params[n]): raise _No('{} is used elsewhere as well', self.found.params[n])
+            self.sole(self.found.params[n])
+
     def either(self, c, s, t):
-        "Edits that make up for call `c` of a norm"
-        s,t = (l.view(1, -1, *[1]*(len(c.x.shape)-2)) for l in (s,t))
+        "Edits that make up for run `c` of a norm, which scales by `s` and shifts by `t`"
         if c.outs[0].dtype!=c.x.dtype: raise _No('it changes the type')
-        if self.root(c.x).name: raise _No('it normalizes a parameter')
         try: return self.up(c.x, s, t, c)
         except _No as e: before = e
         try: return self.down(c.outs[0], s, t, not self.alone(c.x))
-        except _No as e: raise _No(f'before it, {before}; after it, {e}') from e
+        except _No as after:
+            e = _No(f'before it, {before}; after it, {after}')
+            e.kind = f'before it, {before.kind}; after it, {after.kind}'
+            raise e from after
 
     def root(self, v):
         "The value whose memory `v` may share"
         c = v.maker
-        return self.root(c.x) if isinstance(c, Whole) or c and _passes.get(c.name) is _moved else v
+        return self.root(c.x) if isinstance(c, _Norm) or c and _passes.get(c.name) is _moved else v
 
     def alone(self, v):
         "May the memory of `v` be written to?"
         c = v.maker
         if c is None or v.kept or len(v.readers)>1 or c.inplace: return False
-        return self.alone(c.x) if isinstance(c, Whole) else self.root(v) is v
+        return self.alone(c.x) if isinstance(c, _Norm) else self.root(v) is v
 
     def up(self, y, s, t, by):
         "Edits that make value `y`, which `by` reads, `s*y+t`"
         c,others = y.maker,list(y.readers)
         others.remove(by)
         if not (c or y.name): raise _No('an input of the model')
-        what = y.name or c.why
-        if y.kept: raise _No(f'{what} is {y.kept}')
-        if not all(self.missed(o, y, s, t) for o in others): raise _No(f'{what} is read elsewhere as well')
+        at = y if y.name else c
+        if y.kept: raise _No('{} is '+y.kept, at)
+        if not all(self.missed(o, y, s, t) for o in others): raise _No('{} is read elsewhere as well', at)
         if y.name: return self.by_parameter(y, s, t)
-        if isinstance(c, Whole): return self.up(c.x, s, t, c) if c.where in self.into else self.by_norm(c, s, t, True)
+        if isinstance(c, _Norm): return self.up(c.x, s, t, c) if c.key in self.into else self.by_norm(c, s, t, True)
         if l := self.layer(c): return self.by_layer(l, s, t)
         return [e for v,*st in self.passed(c, y, s, t, True) for e in self.up(v, *st, c)]
 
@@ -276,71 +653,80 @@ class _Plan:
         return _passes.get(c.name) is _moved and all(_idle(*st) for _,*st in _moved(c, y, s, t, False))
 
     def passed(self, c, v, s, t, up):
-        if c.name not in _passes: raise _No(f'{c.why} does not commute with a scale and a shift')
+        if c.name not in _passes: raise _No('{} does not commute with a scale and a shift', c)
         try: todo = [o for o in _passes[c.name](c, v, s, t, up) if not _idle(*o[1:])]
         except SLIPS as e: # a slip in a rule must not stop the user's model: it costs a norm, not correctness
             warnings.warn(f'folding: {c.why}: {type(e).__name__}: {e}; a norm beside it stays')
-            raise _No(f'{c.why} is not understood') from e
-        if any(o.dtype!=v.dtype for o,*_ in todo): raise _No(f'{c.why} changes the type')
+            raise _No('{} is not understood', c) from e
+        if any(o.dtype!=v.dtype for o,*_ in todo): raise _No('{} changes the type', c)
         return todo
 
     def down(self, v, s, t, shared):
-        "Edits with which the readers of `v` give the same though it lacks `s*v+t`; `shared` if its memory is another's then"
+        "Edits with which the readers of `v` give the same though it is not `s*v+t`; `shared` if its memory is another's then"
         if v.kept: raise _No(f'its output is {v.kept}')
         edits = []
         for c in dict.fromkeys(v.readers):
-            if shared and c.inplace: raise _No(f'{c.why} writes to what is read elsewhere')
-            if isinstance(c, Whole): edits += self.down(c.outs[0], s, t, shared) if c.where in self.into else self.by_norm(c, s, t, False)
+            if isinstance(c, _Norm): edits += self.down(c.outs[0], s, t, shared) if c.key in self.into else self.by_norm(c, s, t, False)
             elif l := self.layer(c): edits += self.before_layer(l, v, s, t)
             else:
-                for o,*st in self.passed(c, v, s, t, False): edits += self.up(o, *st, c) if o.name else self.down(o, *st, shared and _passes[c.name] is _moved)
+                same = shared and _passes.get(c.name) is _moved
+                for o,*st in self.passed(c, v, s, t, False): edits += self.up(o, *st, c) if o.name else self.down(o, *st, same)
+            if shared and c.inplace: raise _No('{} writes to what is read elsewhere', c)
         return edits
 
     def own(self, v):
         "`v` if it is a parameter that serves one purpose"
         if not v.name: raise _No('a weight is computed')
-        if v.kept or len(v.readers)>1 or self.slots[id(self.tensors[v.name])]!=1: raise _No(f'{v.name} is used elsewhere as well')
-        if v.name not in self.saved: raise _No(f'{v.name} is not saved')
-        return v
+        if v.kept or len(v.readers)>1: raise _No('{} is used elsewhere as well', v)
+        return self.sole(v)
+
+    def sole(self, p):
+        "`p` if one module has it, and saves it"
+        if self.slots[id(self.tensors[p.name])]!=1: raise _No('{} is used elsewhere as well', p)
+        if p.name not in self.saved: raise _No('{} is not saved', p)
+        return p
 
     def by_parameter(self, p, s, t):
         shape = self.own(p).shape
-        if not (_within(s, shape) and _within(t, shape)): raise _No(f'{p.name} is one number where scales differ')
+        if not (_within(s, shape) and _within(t, shape)): raise _No('{} is one number where scales differ', p)
         return [(p.name, lambda w,b: (w*_lowered(s, shape)+_lowered(t, shape),b))]
 
     def by_norm(self, c, s, t, out):
-        m = self.norms[c.where]
-        if len(self.calls[c.where])>1: raise _No(f'{c.where} runs more than once')
-        if any(self.slots[id(o)]>1 for o in (m.weight,m.bias) if o is not None): raise _No(f'a parameter of {c.where} is used elsewhere as well')
-        s,t = (_vector(l, c.x.shape[1], 1, c.why) for l in (s,t))
-        return [(c, lambda s0,t0: (s0*s,t0*s+t) if out else (s0*s,s0*t+t0))]
+        if len(self.found.runs[c.key])>1: raise _No('{} runs more than once', c)
+        if c.key in self.found.left: raise _No('{} stays: '+self.found.left[c.key], c)
+        self.only([c], [n for n in c.affine if n])
+        f = lambda s0,t0: (s0*s,t0*s+t) if out else (s0*s,s0*t+t0)
+        c.set_to(*f(*self.affine[c]))
+        return [(c,f)]
 
     def layer(self, c):
         "The `_Layer` that `c` is, or `None`"
         if c.name not in _PRODUCTS: return
         x,w,b = _PRODUCTS[c.name]
-        if c.a.get('alpha', 1)!=1 or c.a.get('beta', 1)!=1: raise _No(f'{c.why} scales by itself')
+        if c.a.get('alpha', 1)!=1 or c.a.get('beta', 1)!=1: raise _No('{} scales by itself', c)
         w,turned = _source(c.tensors[w])
         b = c.tensors.get(b)
         conv = c.name=='convolution'
-        if not w.name or b and not b.name: raise _No(f'a weight of {c.why} is computed')
+        if not w.name or b and not b.name: raise _No('a weight of {} is computed', c)
         self.biases[w.name] = b.name if b else ''
-        return _Layer(c, x, self.own(w).name, self.own(b).name if b else '', c.a['transposed'] if conv else turned!=(c.name!='linear'), c.a['groups'] if conv else 1, 1 if conv else -1)
+        turned = c.a['transposed'] if conv else turned!=(c.name!='linear')
+        groups,dim = (c.a['groups'],1) if conv else (1,-1)
+        return _Layer(c, x, self.own(w).name, self.own(b).name if b else '', turned, groups, dim)
 
     def by_layer(self, l, s, t):
-        n,why = l.step.outs[0].shape[l.dim],l.step.why
-        s,t = (_vector(o, n, l.dim, why) for o in (s,t))
-        if (t!=0).any() and not l.bias: raise _No(f'{why} uses no bias')
+        s,t = (_vector(o, l.step.outs[0].shape[l.dim], l.dim, l.step) for o in (s,t))
+        if (t!=0).any() and not l.bias: raise _No('{} uses no bias', l.step)
         return [(l.weight, partial(l.scaled, s=s, t=t, out=True))]
 
     def before_layer(self, l, v, s, t):
         c = l.step
-        if c.tensors[l.x] is not v or sum(o is v for o in c.shadows)>1: raise _No(f'it is a weight of {c.why}')
-        s,t = (_vector(o, v.shape[l.dim], l.dim, c.why) for o in (s,t))
+        if c.tensors[l.x] is not v or sum(o is v for o in c.shadows)>1: raise _No('it is a weight of {}', c)
+        s,t = (_vector(o, v.shape[l.dim], l.dim, c) for o in (s,t))
         edit,shifts = (l.weight, partial(l.scaled, s=s, t=t, out=False)),bool((t!=0).any())
-        if shifts and not l.even: raise _No(f'{c.why} puts zeros where the shift would have to be')
+        if shifts and not l.even: raise _No('{} puts zeros where the shift would have to be', c)
         if l.bias or not shifts: return [edit]
-        t = l.shift(self.now(l.weight)[l.weight], t).view([-1 if d==l.dim%len(v.shape) else 1 for d in range(len(v.shape))])
+        dims = range(len(v.shape))
+        t = l.shift(self.now(l.weight)[l.weight], t).view([-1 if d==l.dim%len(dims) else 1 for d in dims])
         return [edit, *self.down(c.outs[0], torch.ones_like(t), t, False)]
 
     def now(self, name):
@@ -351,95 +737,184 @@ class _Plan:
         for f in self.edits.get(name, []): w,b = f(w, b)
         return {name:w, **({bias:b} if bias else {})}
 
+    def taken(self):
+        "Norms that stay and took something, and their new numbers by name"
+        keys = {o for layers in self.into.values() for o in layers} & self.found.runs.keys() - self.into.keys()
+        runs = {key:self.found.runs[key][0] for key in keys}
+        return {key:o.set_to(*self.affine[o]) for key,o in runs.items()}
+
 # %% ../../nbs/misc/01_bn_folding.ipynb #a1c867ad
 def _rounded(x, dtype):
     "`x` as `dtype`, without subnormal numbers"
     return x.where(x.abs()>=torch.finfo(dtype).tiny, 0.).to(dtype)
 
-def _with_biases(model):
-    "A copy of `model` in which each layer that could have a bias has one, and the layers that got it"
-    new = copy_of(model)
-    bare = [m for m in new.modules() if isinstance(m, (nn.modules.conv._ConvNd,nn.Linear)) and m._parameters.get('bias', 0) is None and m._parameters.get('weight') is not None]
-    for m in bare: _add_bias(m, None)
-    return new,bare
+def _prepared(model):
+    """A copy of `model` in which layers that could have a bias have one, and norms of torch a weight and a bias, so that they can take numbers;
+    the module and the name of each that is new"""
+    new,added = copy_of(model),[]
+    of_torch = nn.modules.batchnorm._BatchNorm.forward,nn.SyncBatchNorm.forward
+    for m in new.modules():
+        layer = isinstance(m, (nn.modules.conv._ConvNd,nn.Linear)) and m._parameters.get('weight') is not None
+        norm = type(m).forward in of_torch and m.running_mean is not None
+        for k in ('weight','bias') if norm else ('bias',) if layer else ():
+            if m._parameters.get(k, 0) is not None: continue
+            if norm: setattr(m, k, nn.Parameter(torch.full_like(m.running_mean, float(k=='weight'))))
+            else: _add_bias(m, None)
+            added.append((m,k))
+    return new,added
 
 def _values(plan):
     "New parameters by name, and the norms that would make one overflow"
-    new = {n:_rounded(x, plan.tensors[n].dtype) for key in plan.edits for n,x in plan.now(key).items()}
-    over = {layer_of(n) for n,x in new.items() if not x.isfinite().all()}
-    return new,[n for n,layers in plan.into.items() if over & set(layers)]
+    new,over = {},{}
+    numbers = {key:plan.now(key) for key in plan.edits}
+    for key,given in {**numbers, **plan.taken(), '':plan.idle}.items():
+        for n,x in given.items():
+            new[n] = _rounded(x, plan.tensors[n].dtype)
+            if not new[n].isfinite().all(): over[key if key in plan.found.runs else layer_of(n)] = n
+    return new,[n for n,layers in plan.into.items() if over.keys() & set(layers)]
 
 @torch.no_grad()
-def _write(plan, new, bare):
-    "Parameters become what they are in `new`; a layer that got a bias for nothing loses it"
+def _write(plan, new, added):
+    "Parameters become what they are in `new`; what was added for nothing goes"
     for n,x in new.items():
         plan.tensors[n].copy_(x)
         plan.tensors[n].grad = None
     changed = {id(plan.tensors[n]) for n in new}
-    for m in bare:
-        if id(m.bias) not in changed: m.register_parameter('bias', None)
-    for n in {o for layers in plan.into.values() for o in layers} & plan.norms.keys() - plan.into.keys(): _set_norm(plan.norms[n], *plan.affine[n])
+    for m,k in added:
+        if id(getattr(m, k)) not in changed: m.register_parameter(k, None)
+        elif hasattr(m, 'affine'): m.affine = True
 
-def _set_norm(m, s, t):
-    "Let norm `m` scale by `s` and shift by `t`"
-    for k in ('weight','bias'):
-        if getattr(m, k) is None: setattr(m, k, nn.Parameter(torch.empty_like(m.running_mean)))
-    m.affine = True
-    m.weight.copy_(_rounded(s*(m.running_var.cpu().double()+m.eps).sqrt(), m.weight.dtype))
-    m.bias.copy_(_rounded(t+m.running_mean.cpu().double()*s, m.bias.dtype))
-
-def _remove(plan, model, dissolve):
-    "Take the norms that went out of `model`: out of what runs its children one after the other, else an `nn.Identity` takes the place"
-    gone = {plan.norms[n]:plan.calls[n] for n in plan.into}
-    for name,parent in list(model.named_modules()):
+def _remove(plan, model, flow, dissolve):
+    "Take the norms that went out of `model`: out of what runs its children one after the other, else something takes the place"
+    went = [k for k in plan.into if k not in plan.left]
+    rests = {model.get_submodule(plan.found.runs[k][0].owner):plan.found.rests[k] for k in went}
+    names,callers = {m:n for n,m in model.named_modules()},{}
+    for o in flow.visits: callers.setdefault(o.where, set()).add(o.caller and o.caller.where)
+    for name,parent in reversed(list(model.named_modules())):  # what is inside first
         chain = dissolve and type(parent).forward is nn.Sequential.forward
         for k,m in list(parent._modules.items()):
-            if m not in gone: continue
-            if chain and all(c.caller==name for c in gone[m]): del parent._modules[k]
-            else: parent._modules[k] = nn.Identity().train(m.training)
-        if chain and all(k.isdigit() for k in parent._modules): parent._modules = dict(zip(map(str, range(len(parent._modules))), parent._modules.values()))
+            if m not in rests: continue
+            if chain and not rests[m] and callers[names[m]]=={name}: del parent._modules[k]
+            else: parent._modules[k] = _without(m, rests[m])
+        if chain and all(k.isdigit() for k in parent._modules): parent._modules = {str(i):m for i,m in enumerate(parent._modules.values())}
+    here = {names[m] for m in model.modules() if m in names}
+    for k in [k for k in plan.left if k in names.values() and k not in here]:  # it was part of a norm's module, for training only
+        plan.into[k] = []
+        del plan.left[k]
 
 # %% ../../nbs/misc/01_bn_folding.ipynb #a31440e2
+def _planned(model, found, left, added):
+    "The `_Plan` for `model`, whose numbers are changed by it"
+    found.fixed.tensors = _tensors(model)
+    while True:
+        plan = _Plan(model, found, left)
+        new,over = _values(plan)
+        if not over: break
+        left = {**left, **dict.fromkeys(over, 'a weight would overflow')}
+    _write(plan, new, added)
+    return plan
+
+def _first(attempt, found):
+    "The first attempt that succeeds: all norms go, then all but those that code seems to count on, then as many as it can do without"
+    relaid = dict.fromkeys(found.relaid, 'the code after it needs the memory layout that it gives')
+    for left,dissolve in [({},True),({},False),*([(relaid,True),(relaid,False)] if relaid else [])]:
+        try: return attempt(left, dissolve)
+        except SLIPS as e: error = e
+    norms = [k for k in found.runs if k not in found.left]
+    why = 'the model does not run without it, or computes something else'
+    def without(gone): return attempt({k:why for k in norms if k not in gone}, False)
+    def grown(gone, done, more):
+        "As many of `more` beside `gone`, which is `done`, as possible: halves of what fails are tried"
+        try: return [*gone,*more],without([*gone,*more])
+        except SLIPS:
+            if len(more)==1: return gone,done
+            return grown(*grown(gone, done, more[:len(more)//2]), more[len(more)//2:])
+    try: done = without([])
+    except SLIPS: raise error  # it is not the norms
+    return grown([], done, norms)[1] if norms else done
+
+def _told(left, n):
+    "Which of `n` norms stay and why, in one text"
+    kinds = {}
+    for k,(_,kind) in left.items(): kinds.setdefault(kind, []).append(k or 'the model itself')
+    some = lambda names: ', '.join(names[:3])+(', …' if len(names)>3 else '')
+    return '\n'.join([f'{len(left)} of {n} norms stay:', *(f'{len(names)} ({some(names)}): {kind}' for kind,names in kinds.items())])
+
+def _told_none(model):
+    "What to say of a model without norms that could be folded"
+    leaves = [type(m).__name__ for m in model.modules() if not list(m.children())]
+    others = Counter(o for o in leaves if 'norm' in o.lower())
+    said = f'there is no BatchNorm in this {type(model).__name__}: nothing to fold'
+    if not others: return said
+    return f'{said}. Its norms ({", ".join(f"{n} {k}" for k,n in others.items())}) normalize each input by its own numbers'
+
+# %% ../../nbs/misc/01_bn_folding.ipynb #5cbee985
+def _unwrapped(model):
+    "What is inside, if `model` is compiled or spread over devices"
+    spread = nn.DataParallel,nn.parallel.DistributedDataParallel
+    while True:
+        inner = model.module if isinstance(model, spread) else getattr(model, '_orig_mod', model)
+        if inner is model: return model
+        model = inner
+
+def _plain(o):
+    "`o` or, if it is a tensor that just carries another type along, as fastai's images are, the tensor"
+    return o.as_subclass(Tensor) if isinstance(o, Tensor) and type(o).__torch_dispatch__ is Tensor.__torch_dispatch__ else o
+
+@contextmanager
+def _plainly(model):
+    "Neither inference mode, whose tensors cannot be trained, nor autocast, which computes new weights"
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        kinds = {'cpu', *(p.device.type for p in model.parameters())}
+        for kind in kinds-{'meta'}: stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+# %% ../../nbs/misc/01_bn_folding.ipynb #52fc84ce
 class BN_Folder:
-    """`BN_Folder().fold(model)` gives a copy without the BatchNorms that a neighbouring layer can stand in for, with the same outputs in eval mode. Afterwards `into` says where
-    each went, `left` why others stayed, by their names in `model`"""
+    """`BN_Folder().fold(model)` gives a copy without the BatchNorms that a neighbouring layer can stand in for, with the same outputs in eval mode.
+    Afterwards `into` has, by the norm's name in `model`, the names of the layers that took over, and `left` the reason why a norm stayed"""
     def __init__(self,
-        example_inputs=None, # Inputs that run the model (a tensor, a tuple or a dict); by default a size that runs is looked for
+        example_inputs=None, # Inputs that run the model: a tensor, a tuple of arguments or a dict of keyword arguments; found if not given
         verify:bool=True, # Compare the outputs before and after
     ):
         self.example_inputs,self.verify,self.into,self.left = example_inputs,verify,{},{}
 
     def fold(self,
-        model:nn.Module, # Left as it is
-        example_inputs=None, # Inputs that run it
+        model:nn.Module, # Left as it is; if it is compiled or spread over devices, what is inside is folded
+        example_inputs=None, # Inputs that run it, instead of those given before
     ):
-        "A copy of `model` with its norms folded; a `ValueError` if the outputs change"
-        model = getattr(model, '_orig_mod', model)
+        "A copy of `model` with its norms folded, and one warning if some stay; a `ValueError` if the outputs change"
+        model = _unwrapped(model)
         if not isinstance(model, nn.Module): raise ValueError(f'fold takes a model, not {model!r}')
-        if not _norms(model): warnings.warn(f'there is no BatchNorm in this {type(model).__name__}: nothing to fold')
-        new,bare = _with_biases(model)
-        flow = Flow(new, self.example_inputs if example_inputs is None else example_inputs, [m for m in _norms(new).values() if not _stands(m)])
-        relaid = {c.where:'the code after it needs the memory layout that it gives' for c in flow.steps if isinstance(c, Whole) and c.x.stride!=c.outs[0].stride}
-        for left,dissolve in [({},True),({},False),*([(relaid,True),(relaid,False)] if relaid else [])]:
-            plan = _planned(new, flow, left, bare)
-            _remove(plan, new, dissolve)
-            try: self._check(model, new, flow.example_inputs)
-            except SLIPS as e: error,(new,bare) = e,_with_biases(model)
-            else: break
-        else: raise error
-        self.into,self.left = plan.into,plan.left
+        if isinstance(model, torch.jit.ScriptModule): raise ValueError('a scripted model cannot be changed: fold it before torch.jit.script')
+        if any(p.is_meta for p in _tensors(model).values()): raise ValueError('a model on the meta device has no numbers to fold')
+        with _plainly(model): return self._fold(model, self.example_inputs if example_inputs is None else example_inputs)
+
+    def _fold(self, model, inputs):
+        copies = [_prepared(model)]
+        flow = Flow(copies[0][0], tree_map(_plain, inputs))
+        with torch.device('cpu'): found = _Found(copies[0][0], flow)
+        def attempt(left, dissolve):
+            "A folded copy and its plan; an error if it does not run, or computes something else"
+            new,added = copies.pop() if copies else _prepared(model)
+            with torch.device('cpu'): plan = _planned(new, found, left, added)
+            _remove(plan, new, flow, dissolve)
+            self._check(model, new, flow.example_inputs)
+            return new,plan
+        new,plan = _first(attempt, found)
+        self.into,left = plan.into,{k:plan.left[k] for k in found.names if k in plan.left}
+        self.left = {k:why for k,(why,_) in left.items()}
         if self.into: new._folded = True
+        if left: warnings.warn(_told(left, len(found.names)), stacklevel=3)
+        if not found.names: warnings.warn(_told_none(model), stacklevel=3)
         return new
 
     def _check(self, before, after, inputs):
-        if self.verify: return check_same(before, after, inputs)
-        with untouched(after): call_with(after, inputs)
-
-def _planned(model, flow, left, bare):
-    "The `_Plan` for `model`, whose numbers are changed by it"
-    while over := (numbers := _values(plan := _Plan(model, flow, left)))[1]: left = {**left, **dict.fromkeys(over, 'a weight would overflow')}
-    _write(plan, numbers[0], bare)
-    return plan
+        if not self.verify:
+            with untouched(after): return call_with(after, inputs)
+        try: check_same(before, after, inputs)
+        except ValueError: check_choices(before, after, inputs)  # rounding may have decided between boxes that score the same
 
 # %% ../../nbs/misc/01_bn_folding.ipynb #12d6f92e
 @old_function('bn_folding_model(model)', 'BN_Folder().fold(model)')
