@@ -16,6 +16,7 @@ from torch import nn,Tensor
 from torch.utils._pytree import tree_leaves,tree_map
 from ..core.flow import Flow,Step,Value,Visit,_hooked
 from ..core.graph import _lift,_shrink,_varying,layer_of
+from ..core.ops import scales
 from ..core.running import SLIPS,call_with,untouched
 from ..core.proof import check_choices,check_same
 from ..core.surgery import _add_bias,copy_of
@@ -30,7 +31,6 @@ class _No(Exception):
         super().__init__(why.format(name))
         self.kind = why.format(kind)  # without names, so that many can be told as one
 
-_COPIES = set('clone alias detach contiguous lift_fresh _to_copy positive'.split())
 
 class _Fixed:
     "Which values depend on parameters and buffers alone, and their numbers in float64"
@@ -56,7 +56,7 @@ class _Fixed:
             x = given[v.name] if v.name in given else self.tensors[v.name].detach().cpu()
             return x.double() if x.is_floating_point() else x
         c = v.maker
-        if c.name in _COPIES: return self.numbers(c.x, given)
+        if c.meaning=='same': return self.numbers(c.x, given)
         outs = tree_leaves(self.again(c, lambda o: self.numbers(o, given)))
         return outs[next(i for i,o in enumerate(c.outs) if o is v)]
 
@@ -90,14 +90,14 @@ def _linear(c, fixed):
     if x is None or not x.dtype.is_floating_point or c.outs[0].shape!=x.shape: return False
     if _normalizes(c): return c.tensors['input'] is x and not _by_batch(c)
     if c.name in _ARITHMETIC: return not c.a.get('rounding_mode') and c.tensors.get(_BELOW.get(c.name)) is not x
-    return c.name in _COPIES
+    return c.meaning=='same'
 
 def _line(c, fixed, given={}):
     "Scale and shift of the linear operation `c`, broadcast, in float64"
     x = fixed.source(c)
     n = len(x.shape)
     one = torch.ones([1]*n, dtype=torch.float64)
-    if c.name in _COPIES: return one,0*one
+    if c.meaning=='same': return one,0*one
     if not _normalizes(c):
         of_0,of_1 = (fixed.again(c, lambda v: k*one if v is x else fixed.numbers(v, given)) for k in (0.,1.))
         return of_1-of_0,of_0
@@ -111,7 +111,7 @@ def _line(c, fixed, given={}):
 @dataclass(eq=False)
 class _Norm:
     "One run of a norm, as if it were one operation: `x` is scaled and shifted by what is fixed"
-    name,op,inplace,lists = '','a norm',False,{}
+    name,op,meaning,inplace,lists = '','a norm','',False,{}
     steps: list # Linear operations, each reads what the one before made
     core: Step # That normalizes, `None` if none does by itself
     mean: str # Name of its mean
@@ -198,8 +198,8 @@ def _run_of(c, own, fixed):
         run.insert(0, before)
     while (then := after(run[-1])): run.append(then)
     differs = lambda: run[-1].outs[0].dtype!=fixed.source(run[0]).dtype
-    while differs() and run[-1] is not c and run[-1].name in _COPIES: run.pop()
-    while differs() and run[0] is not c and run[0].name in _COPIES: run.pop(0)
+    while differs() and run[-1] is not c and run[-1].meaning=='same': run.pop()
+    while differs() and run[0] is not c and run[0].meaning=='same': run.pop(0)
     return run[1:] if run[0].inplace else run
 
 def _runs(model, flow, fixed):
@@ -235,22 +235,13 @@ def _found(model, flow, fixed):
     return found
 
 # %% ../../nbs/misc/01_bn_folding.ipynb #bfa76434
-_passes = {}
-def _pass(*names):
-    """The decorated function passes on a scale and a shift of a value of operations `names`: to `(value, scale, shift)` for each value at their
-    other end"""
-    def register(f):
-        for n in names:
-            for d in (1,2,3): _passes[n.format(d)] = f
-        return f
-    return register
+def _rule(c):
+    "What passes a scale and a shift on through step `c`, to `(value, scale, shift)` for each value at its other end; or `None`"
+    return scales.of(c.spec) if isinstance(c, Step) else None
 
-@_pass(*_COPIES, *"""permute transpose t movedim swapaxes flip view _unsafe_view reshape _reshape_alias squeeze unsqueeze flatten
-unflatten slice narrow select split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk unbind roll
-pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle
-reflection_pad{}d replication_pad{}d upsample_nearest{}d _upsample_nearest_exact{}d""".split())
+@scales('same', 'permute', 'view', 'slice', 'split', 'roll', 'pixel_shuffle', 'pixel_unshuffle', 'channel_shuffle', 'edge_pad', 'nearest')
 def _moved(c, v, s, t, up):
-    def redo(l): return [l] if c.name in _COPIES else [o for o in tree_leaves(c.redo(l)) if isinstance(o, Tensor)]
+    def redo(l): return [l] if c.meaning=='same' else [o for o in tree_leaves(c.redo(l)) if isinstance(o, Tensor)]
     if not up: return list(zip(c.outs, *([_shrink(o) for o in redo(l.expand(v.shape))] for l in (s,t))))
     n,i = math.prod(c.x.shape),next(i for i,o in enumerate(c.outs) if o is v)
     source = redo(torch.arange(n, dtype=torch.float64).view(c.x.shape))[i].long()
@@ -284,8 +275,7 @@ def _pooled(c, s, t, up, check):
     if not up and flat: s,t = s.squeeze(dims),t.squeeze(dims)
     return [(c.x if up else c.outs[0],s,t)]
 
-@_pass('avg_pool{}d', 'adaptive_avg_pool{}d', '_adaptive_avg_pool{}d', 'upsample_linear{}d', 'upsample_bilinear{}d', 'upsample_bicubic{}d',
-       'upsample_trilinear{}d', '_upsample_bilinear{}d_aa', '_upsample_bicubic{}d_aa', 'mean', 'sum', 'constant_pad_nd')
+@scales('average_pool', 'resize', 'mean', 'sum', 'pad')
 def _averaged(c, v, s, t, up):
     def check(dims):
         if c.a.get('value'): raise _No('{} puts in other numbers', c)
@@ -295,10 +285,10 @@ def _averaged(c, v, s, t, up):
         if not torch.allclose(ones, torch.ones_like(ones), rtol=0, atol=1e-12): _no_shift(c, t)
     return _pooled(c, s, t, up, check)
 
-@_pass('max_pool{}d', 'max_pool{}d_with_indices', 'adaptive_max_pool{}d', 'mkldnn_max_pool{}d', 'amax')
+@scales('max_pool', 'amax')
 def _maximum(c, v, s, t, up): return _pooled(c, s, t, up, lambda dims: _not_negative(c, s))
 
-@_pass('relu', 'leaky_relu', '_prelu_kernel')
+@scales('relu', 'leaky_relu', '_prelu_kernel')
 def _rectified(c, v, s, t, up):
     if not up and v is not c.x: raise _No('it is the slope of {}', c)
     _not_negative(c, s)
@@ -306,7 +296,7 @@ def _rectified(c, v, s, t, up):
     return [(c.x if up else c.outs[0],s,t)]
 
 # %% ../../nbs/misc/01_bn_folding.ipynb #c5c50fc4
-@_pass('add', 'sub', 'mul', 'div', 'rsub', 'neg')
+@scales('add', 'sub', 'mul', 'div', 'rsub', 'neg')
 def _shifted(c, v, s, t, up):
     if len(c.tensors)>1: return _added(c, v, s, t, up)
     if c.a.get('rounding_mode'): raise _No('{} rounds', c)
@@ -338,7 +328,7 @@ def _within(l, shape):
     return all(n==1 for n in l.shape[:more]) and all(a in (1,b) for a,b in zip(l.shape[max(more, 0):], shape))
 def _lowered(l, shape): return l.reshape(l.shape[l.dim()-len(shape):])
 
-@_pass('cat', 'concat')
+@scales('cat', 'concat')
 def _joined(c, v, s, t, up):
     d,at,back = c.a['dim']%len(c.outs[0].shape),0,[]
     parts = [o for o in c.lists['tensors'] if o.shape!=(0,)]
@@ -471,7 +461,7 @@ class _Chain:
         if len(c.outs)!=1 or any(v not in self.places or self.moves[v]!=self.moves[x] for v in c.shadows): return False
         self.places[y],self.moves[y] = self.places[x],self.moves[x]
         if isinstance(c, _Norm): return True
-        if _passes.get(c.name) is _moved and y.dtype==x.dtype:
+        if _rule(c) is _moved and y.dtype==x.dtype:
             self.moves[y] = [*self.moves[x],c]
             return True
         numbers = _numbers(c)
@@ -627,7 +617,7 @@ class _Plan:
     def root(self, v):
         "The value whose memory `v` may share"
         c = v.maker
-        return self.root(c.x) if isinstance(c, _Norm) or c and _passes.get(c.name) is _moved else v
+        return self.root(c.x) if isinstance(c, _Norm) or c and _rule(c) is _moved else v
 
     def alone(self, v):
         "May the memory of `v` be written to?"
@@ -650,11 +640,12 @@ class _Plan:
 
     def missed(self, c, y, s, t):
         "Does `c` read only what stays as it is?"
-        return _passes.get(c.name) is _moved and all(_idle(*st) for _,*st in _moved(c, y, s, t, False))
+        return _rule(c) is _moved and all(_idle(*st) for _,*st in _moved(c, y, s, t, False))
 
     def passed(self, c, v, s, t, up):
-        if c.name not in _passes: raise _No('{} does not commute with a scale and a shift', c)
-        try: todo = [o for o in _passes[c.name](c, v, s, t, up) if not _idle(*o[1:])]
+        rule = _rule(c)
+        if rule is None: raise _No('{} does not commute with a scale and a shift', c)
+        try: todo = [o for o in rule(c, v, s, t, up) if not _idle(*o[1:])]
         except SLIPS as e: # a slip in a rule must not stop the user's model: it costs a norm, not correctness
             warnings.warn(f'folding: {c.why}: {type(e).__name__}: {e}; a norm beside it stays')
             raise _No('{} is not understood', c) from e
@@ -669,7 +660,7 @@ class _Plan:
             if isinstance(c, _Norm): edits += self.down(c.outs[0], s, t, shared) if c.key in self.into else self.by_norm(c, s, t, False)
             elif l := self.layer(c): edits += self.before_layer(l, v, s, t)
             else:
-                same = shared and _passes.get(c.name) is _moved
+                same = shared and _rule(c) is _moved
                 for o,*st in self.passed(c, v, s, t, False): edits += self.up(o, *st, c) if o.name else self.down(o, *st, same)
             if shared and c.inplace: raise _No('{} writes to what is read elsewhere', c)
         return edits
