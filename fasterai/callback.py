@@ -8,14 +8,22 @@ __all__ = ['two_of', 'ScheduledCallback']
 # %% ../nbs/98_callback.ipynb #b674df18
 import torch
 from fastai.callback.core import Callback
+from .core.running import map_parts, plain, plain_model, tensors_of
 from .core.schedule import due, n_due, schedule_of
 
 # %% ../nbs/98_callback.ipynb #45ef345a
-def two_of(xb): "Two samples are enough to follow channels with"; return tuple(o[:2] if isinstance(o, torch.Tensor) else o for o in xb)
+def two_of(
+    xb, # Inputs of a batch: tensors, or what holds some
+):
+    "Two samples of `xb` as plain tensors, which are enough to follow channels with"
+    n = next((len(o) for o in tensors_of(tuple(xb)) if o.dim()), 0)
+    two = lambda o: plain(o)[:2] if isinstance(o, torch.Tensor) and o.dim() and len(o)==n else plain(o)
+    return tuple(map_parts(plain if isinstance(o, list) else two, o) for o in xb)  # a list may hold a tensor for each sample
 
 class ScheduledCallback(Callback):
     "After step k of n `update` has a model reach what `schedule` says for k/n, at most `n_updates` times in a fit; `reached` is a column of the progress table"
     run_valid,order = False,55  # after the Recorder, whose table gets a column, and before what shows it
+    _only_train_loop = True  # for fastai: `learn.summary` does without
     column,resizes = None,False  # name of that column; does `update` change the shapes of weights?
     def __init__(self,
         schedule, # A `Schedule`, a function f(start, end, pos), or a name of `schedules`
@@ -32,7 +40,7 @@ class ScheduledCallback(Callback):
         return super().__call__(event_name)
 
     @property
-    def whole(self): "The model, or the one that a compiled model was made from"; return getattr(self.model, '_orig_mod', self.model)
+    def whole(self): "The model inside of its wrappers"; return plain_model(self.model, self.resizes)
 
     @property
     def step(self): "Batches seen in this fit, and how many there are"; return self.epoch*self.n_iter+self.iter+1, self.n_epoch*self.n_iter

@@ -11,7 +11,8 @@ __all__ = ['annealing_cos', 'annealing_linear', 'annealing_gradual', 'annealing_
 import inspect, warnings
 from functools import wraps
 from torch import nn
-from .core.granularity import layer_axes
+from .core.brought import plain_model
+from .core.granularity import granularity_of, layer_axes
 from .core.schedule import sched_agp, sched_cos, sched_lin, sched_one_shot
 
 # %% ../nbs/99_legacy.ipynb #81bc9aff
@@ -49,13 +50,18 @@ def old_arguments(f): # Method
     return _f
 
 # %% ../nbs/99_legacy.ipynb #253ee7ff
+def _is_old_granularity(o):
+    "Is `o` the name of a granularity, which was the first argument when a model was none?"
+    if not isinstance(o, str): return False
+    try: return o in _values['granularity'] or granularity_of(o) is not None
+    except ValueError: return False
+
 def old_sparsifier(f): # `Sparsifier.__init__`
     "Let `f` take `(granularity, method, criteria)` without a model, for `prune` to bring it"
     f = old_arguments(f)
     @wraps(f)
     def _f(self, model=None, *args, **kwargs):
-        if isinstance(model, nn.Module): return f(self, model, *args, **kwargs)
-        if not isinstance(model, str) or len(args)+len(kwargs)<1: raise TypeError(f'Sparsifier needs a model, an nn.Module, not {model!r}')
+        if not _is_old_granularity(model) or len(args)+len(kwargs)<1: return f(self, plain_model(model), *args, **kwargs)
         warn_once('Sparsifier(granularity, method, criteria)', 'Sparsifier(model, granularity, context, criteria)')
         self._settings = (model,*args),kwargs
     return _f

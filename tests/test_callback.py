@@ -15,6 +15,7 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 from torch.nn.utils import prune
 import fasterai.sparse.sparsify_callback as module
+from fasterai.core.schedule import cos, sched_cos
 from fasterai.sparse.all import *
 from reference import exact
 from tiny import At, DATA, X, Y, convs, fit, learner, net, raises, same, state, zeros

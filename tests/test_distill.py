@@ -16,8 +16,9 @@ from functools import partial
 from torch import nn
 from torch.nn import functional as F
 import fasterai.distill.distillation_callback as module
-from fasterai.core.all import Schedule, cos, lin, sched_cos
+from fasterai.core.schedule import Schedule, cos, lin, sched_cos
 from fasterai.distill.all import *
+from fasterai.distill.losses import loss_needs
 from fasterai.sparse.all import SparsifyCallback
 from tiny import At, X, Y, fit, learner, net, raises, same, state
 

@@ -11,8 +11,13 @@ from hypothesis import given, strategies as st
 from torch import nn
 import fasterai.core.selection as selection
 from fasterai.core.all import *
+from fasterai.analyze.all import sensitivity
+from fasterai.core.granularity import Blocks, available
+from fasterai.core.schedule import sched_cos, schedule_of
 from fasterai.core import selection
 from fasterai.core.selection import Scores, Source, lowest, n_of, select
+from fasterai.regularize.penalties import Penalty
+from fasterai.report.plots import show_blocks
 from fasterai.sparse.sparsifier import Sparsifier
 from reference import AXES, NUMBERED, block_ids, block_scores, exact, fall, numbered, rise
 
@@ -311,6 +316,179 @@ def test_heads(level, context):
             if b is not None and hasattr(m, 'o_proj'): assert (b.view(m.num_heads, -1)[sorted(w)]==0).all()
             elif b is not None: assert (b.view(3, m.num_heads, -1)[:,sorted(w)]==0).all()
 
+# --- granularities of the user
+
+class Bare:
+    "A granularity that has nothing but `bind`"
+    def __init__(self, cls, *args): self.cls,self.args = cls,args
+    def bind(self, shape, axes): return self.cls(shape, axes, *self.args)
+
+class OwnPattern:
+    "n:m along the inputs in plain loops of torch, by its own lights: no `n`, no answers, no parent; what is missing in the last group is filled with nan"
+    def __init__(self, shape, axes, n, m): self.shape,self.i,self.go,self.m = shape,axes.index('i'),m-n,m
+    def fold(self, x):
+        x = x.movedim(self.i, -1).flatten(0, -2)
+        short = -x.shape[1]%self.m
+        return torch.cat([x, x.new_full((len(x), short), math.nan)], 1).view(-1, self.m)
+    def spread(self, flags, scores):
+        rows,res = self.fold(scores),[]
+        for flag,row in zip(flags.tolist(), rows.tolist()):
+            there = [j for j,v in enumerate(row) if not math.isnan(v)]
+            low = sorted(there, key=lambda j: (row[j],j))[:max(0, self.go-(self.m-len(there)))]
+            res.append([flag and j in low for j in range(self.m)])
+        others = [n for k,n in enumerate(self.shape) if k!=self.i]
+        return torch.tensor(res).view(*others, -1)[...,:self.shape[self.i]].movedim(-1, self.i)
+
+class OwnSubclass(OwnPattern, Blocks):
+    "The same with `Blocks` as a parent, and `n` and what goes of a block said"
+    def __init__(self, shape, axes, n, m):
+        super().__init__(shape, axes, n, m)
+        self.n = math.ceil(shape[self.i]/m)*math.prod(shape)//shape[self.i]
+
+@pytest.mark.parametrize('cls', [OwnPattern, OwnSubclass])
+@pytest.mark.parametrize('n,m', [(2,4), (1,3), (1,2)])
+@pytest.mark.parametrize('kind', ['conv2d','linear','transposed2d','grouped'])
+def test_patterns_of_the_user(cls, n, m, kind):
+    "An n:m of one's own reaches what the library's reaches, bit for bit, up and down, and says so"
+    a,b = make(kind),make(kind)
+    mine,ours = (Sparsifier(o, g, layer_type=LAYER_TYPES) for o,g in ((a, Bare(cls, n, m)), (b, f'{n}:{m}')))
+    full = 100*(m-n)/m
+    assert mine.own==pytest.approx(ours.own)==pytest.approx(full) if any(o.weight.shape[axes_of_layer(o).index('i')]>=m for o in a) else mine.own<=full+1e-9
+    if mine.own<full-1: return  # no layer has a whole group, and so no more than that can be known
+    for share in (30, 100, 60, 0, 100):
+        for sp in (mine, ours): sp.sparsify_model(full*share/100)
+        assert all(torch.equal(mine.masks[k], v) for k,v in ours.masks.items()), share
+        assert mine.reached()==ours.reached()
+        assert mine.reached()==100*sum(int((~v).sum()) for v in mine.masks.values())/sum(v.numel() for v in mine.masks.values())
+    with pytest.raises(ValueError, match='Bare has .* % of zeros when every group obeys'): mine.sparsify_model(full+1)
+
+class OwnFilters:
+    "Some filters at a time, as rows of a matrix"
+    def __init__(self, shape, axes, k): self.shape,self.o,self.k = shape,axes.index('o'),k
+    def fold(self, x):
+        x = x.movedim(self.o, 0).flatten(1)
+        pad = x.new_full((-len(x)%self.k, x.shape[1]), math.nan)
+        return torch.cat([x, pad]).view(-1, self.k*x.shape[1])
+    def spread(self, flags): return flags.repeat_interleave(self.k)[:self.shape[self.o]].view([-1 if i==self.o else 1 for i in range(len(self.shape))])
+
+class OwnByIndex(Blocks):
+    "`Blocks` of whole filters, told in another way: `spread` by an index, and in reverse order"
+    def __init__(self, shape, axes):
+        super().__init__(shape, (axes.index('o'),))
+        self.back = torch.arange(self.n).flip(0)
+    def fold(self, x): return super().fold(x)[self.back]
+    def spread(self, flags, scores=None): return super().spread(flags[self.back])
+
+def normed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3,8,3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,12,3,groups=2), nn.GroupNorm(3,12), nn.ReLU(), nn.ConvTranspose2d(12,6,2), nn.InstanceNorm2d(6, affine=True), nn.Conv2d(6,4,1))
+    for n,p in model.named_parameters():
+        if p.dim()==1: nn.init.uniform_(p, .5, 1.5)
+    return model
+
+@pytest.mark.parametrize('own', [Bare(OwnFilters, 1), Bare(OwnByIndex), Bare(lambda shape, axes: Blocks(shape, [axes.index('o')])), Bare(type('Sub', (Blocks,), {'__init__': lambda self, shape, axes: Blocks.__init__(self, shape, [axes.index('o')])})),
+    lambda axes: 'o', 'o'], ids=['bare','by-index','blocks','subclass','function','axes'])
+@pytest.mark.parametrize('level', [0,30,50,100])
+def test_filters_of_the_user(own, level):
+    "Whole filters of one's own take their biases and norms along, as those of the library do"
+    a,b = normed(),normed()
+    for m,g in ((a, own), (b, 'filter')):
+        sp = Sparsifier(m, g, layer_type=LAYER_TYPES, example_inputs=torch.randn(2,3,8,8))
+        sp.sparsify_model(level)
+    assert all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters()))
+    if level==50: assert sum(int((m.bias==0).sum()) for m in a if hasattr(m, 'bias'))==2*4+2*6+2*3+2
+
+def test_pairs_of_filters():
+    "Two filters at a time, the lowest pairs, with the entries of both in biases and norms; a last pair that is a single one is a block as well"
+    model = nn.Sequential(nn.Conv2d(3,9,3), nn.BatchNorm2d(9), nn.ReLU(), nn.Conv2d(9,8,3))
+    nn.init.ones_(model[1].bias)
+    scores = [[Fraction(float(w.abs().double().mean())) for w in m.weight.detach().split(2)] for m in (model[0], model[3])]
+    Sparsifier(model, Bare(OwnFilters, 2), example_inputs=torch.randn(2,3,8,8)).sparsify_model(50)
+    for m,s,n in ((model[0], scores[0], 9), (model[3], scores[1], 8)):
+        gone = {i for b in fall([s], [()], len(s)//2)[0] for i in (2*b, 2*b+1) if i<n}
+        assert set((m.weight==0).flatten(1).all(1).nonzero().flatten().tolist())==gone==set((m.bias==0).nonzero().flatten().tolist())
+        if n==9: assert gone==set((model[1].bias==0).nonzero().flatten().tolist())==set((model[1].weight==0).nonzero().flatten().tolist())
+
+class OwnWhole:
+    "One block a layer"
+    def __init__(self, shape, axes): self.shape = shape
+    def fold(self, x): return x.reshape(1, -1)
+    def spread(self, flags): return flags.view([1]*len(self.shape))
+
+@pytest.mark.parametrize('own', [Bare(OwnWhole), lambda axes: '', 'layer'], ids=['bare','function','name'])
+def test_layers_of_the_user(own):
+    "Where a block is a layer, layers go; where only some layers are one block, each keeps its last"
+    model = make('conv2d')
+    sp = Sparsifier(model, own, 'global')
+    sp.sparsify_model(70)
+    assert [int(m.weight.count_nonzero()>0) for m in model].count(0)==2 and sp.reached()==pytest.approx(200/3)
+
+class Says(Bare):
+    "What a granularity says of itself counts"
+    full,spares_last = 25,False
+
+def test_what_is_said_counts():
+    sp = Sparsifier(make('conv2d'), Says(OwnPattern, 2, 4))
+    assert sp.own==25
+    with pytest.raises(ValueError, match='Says has 25 %'): sp.sparsify_model(30)
+    class Loose(Bare): spares_last = False
+    model = make('conv2d')
+    Sparsifier(model, Loose(OwnFilters, 1)).sparsify_model(100)
+    assert not any(m.weight.any() for m in model)
+
+class OwnTiles:
+    "Tiles of two outputs × three inputs that leave a margin of the matrix in peace: not every weight belongs to a block"
+    def __init__(self, shape, axes): self.shape,self.h,self.w = shape,shape[0]//2,math.prod(shape[1:])//3
+    def fold(self, x): return x.flatten(1)[:2*self.h,:3*self.w].reshape(self.h, 2, self.w, 3).transpose(1, 2).reshape(-1, 6)
+    def spread(self, flags):
+        res = torch.zeros(self.shape[0], math.prod(self.shape[1:]), dtype=torch.bool)
+        res[:2*self.h,:3*self.w] = flags.view(self.h, 1, self.w, 1).expand(-1, 2, -1, 3).reshape(2*self.h, -1)
+        return res.view(self.shape)
+
+@given(st.sampled_from(LEVELS), st.integers(2, 7), st.integers(1, 5))
+def test_tiles_of_the_user(level, o, i):
+    model = nn.Sequential(nn.Conv2d(i, o, 3))
+    w = model[0].weight.detach().clone()
+    sp = Sparsifier(model, Bare(OwnTiles))
+    sp.sparsify_model(level)
+    h,n = o//2,i*9//3
+    scores = [[float(t.abs().mean()) for r in w.flatten(1)[:2*h].split(2) for t in r.split(3, 1)[:n]]]
+    assert sp.own==100 and int((~sp.masks['0.weight']).sum())==6*len(fall(scores, [()], exact(h*n, level))[0])
+    assert (model[0].weight.flatten(1)[2*h:]==w.flatten(1)[2*h:]).all()
+
+class Half:
+    def __init__(self, shape, axes): self.shape = shape
+    def fold(self, x): return x
+    def spread(self, flags): return flags
+
+@pytest.mark.parametrize('own,says', [(Bare(lambda *a: None), 'method fold'), (Bare(Half), r'fold lays out one block a row'), (object(), 'a granularity is a name'),
+    (Bare(type('Wrong', (OwnFilters,), dict(spread=lambda self, flags: flags[:1].view(1,1,1,1,1)))), 'spread gives a mask that broadcasts'), (Bare(type('Miscounts', (OwnFilters,), dict(n=99)), 1), 'n is 99')])
+def test_granularities_that_are_wrong(own, says):
+    "Refused when it is bound, before anything is changed"
+    if isinstance(own, Bare) and own.cls.__name__=='Wrong': own.args = 1,
+    with pytest.raises((TypeError, ValueError), match=says): Sparsifier(make('conv2d'), own)
+
+@pytest.mark.parametrize('own', [Bare(OwnPattern, 2, 4), Bare(OwnFilters, 2)], ids=['pattern','pairs'])
+def test_own_granularities_wherever_one_is_asked_for(own):
+    "State, penalties, sensitivity, pictures and holding zeros take them as they take the library's"
+    x = torch.randn(2,3,8,8)
+    def net(): torch.manual_seed(0); return nn.Sequential(nn.Conv2d(3,8,3), nn.ReLU(), nn.Conv2d(8,8,3))
+    sp,again = (Sparsifier(net(), own, example_inputs=x) for _ in range(2))
+    sp.sparsify_model(25)
+    again.load_state_dict(sp.state_dict())
+    again.apply_masks()
+    assert all(torch.equal(p, q) for p,q in zip(sp.model.parameters(), again.model.parameters()))
+    sp.sparsify_model(40)
+    again.sparsify_model(40)
+    assert all(torch.equal(sp.masks[k], again.masks[k]) for k in sp.masks)
+    price = Penalty(net(), granularity=own)
+    price().backward()
+    assert price.layers['0'][0].weight.grad.any() and float(price().detach())>0
+    res = sensitivity(net(), lambda m: float(m(x).detach().square().mean()), levels=[10,40], granularity=own, example_inputs=x)
+    assert len(res.to_df())==4
+    ax = show_blocks(own, shape=(8,4,3,3))
+    assert ax.texts[0].get_text()=='Bare'
+
 # --- criteria and contexts of the user
 
 def test_criteria_is_given_what_it_names():
@@ -402,12 +580,16 @@ def test_contexts_that_are_wrong(f, says):
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 @pytest.mark.parametrize('special', [0., -0., math.inf, -math.inf, math.nan, 1e-7, 6e-8, 1e-15, 1e-40])
 def test_special_values(dtype, special):
-    "Half of the weights, exactly, with special values among them or nothing else; kept ones keep every bit"
+    "Half of the weights, exactly, with special values among them or nothing else; kept ones keep every bit. What is not finite is refused by name, and nothing is changed"
     for some in (False, True):
         conv = nn.Conv2d(4, 8, 3).to(dtype)
         if some: conv.weight.data.view(-1)[::3] = special
         else: nn.init.constant_(conv.weight, special)
         before = conv.weight.detach().clone()
+        if not math.isfinite(special):
+            with pytest.raises(ValueError, match=f'{96 if some else 288} of 288 numbers of weight are nan or infinite'): Sparsifier(conv)
+            assert torch.equal(conv.weight.detach().view(torch.uint8), before.view(torch.uint8))
+            continue
         sp = Sparsifier(conv)
         sp.sparsify_model(50)
         mask = sp.masks['weight']

@@ -1,7 +1,7 @@
 """The house's own rules: who may import whom, what importing costs, what a star import brings, and a few words that the library does not use.
 
 They are read off the source, so a module that breaks one fails here before it does anywhere else; a module that no rule covers fails as well."""
-import ast, builtins, fnmatch, keyword, math, subprocess, sys
+import ast, builtins, collections, fnmatch, functools, itertools, keyword, math, operator, random, statistics, subprocess, sys
 from pathlib import Path
 import pytest, torch
 
@@ -56,25 +56,46 @@ def test_import_is_light(module):
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()==''
 
 STARS = [f'fasterai.{p.parent.name}.all' for p in sorted(LIB.glob('*/all.py'))]
-MINE = {*sys.stdlib_module_names, *dir(builtins), *keyword.kwlist, *keyword.softkwlist, *dir(torch.nn), 'torch','nn','F','np','numpy','pd','pandas','plt','Tensor','tensor','Path','partial','L','learn','model','dls'}
+HABITS = {*keyword.kwlist, *keyword.softkwlist, 'torch','nn','F','np','numpy','pd','pandas','plt','Tensor','tensor','Path','partial','L','learn','model','dls'}
+PYTHON = [builtins, math, random, functools, itertools, operator, collections, statistics, torch, torch.nn, torch.nn.functional]
+MOST = 60 # names that a star import may bring
 
-@pytest.mark.parametrize('module', STARS)
-def test_star_import_rebinds_nothing(module):
-    "What a user has from Python, torch and by habit survives `from … import *`"
+def star(module):
+    "What `from module import *` brings"
     ns = {}
     exec(f'from {module} import *', ns)
-    got = {k:v for k,v in ns.items() if k!='__builtins__'}
-    assert got and not set(got) & MINE, sorted(set(got) & MINE)
+    return {k:v for k,v in ns.items() if k!='__builtins__'}
+
+@pytest.fixture(scope='module')
+def theirs():
+    "What a user of Python, torch and fastai may have, by name: all the values that go by it"
+    found = {}
+    for ns in [*(vars(m) for m in PYTHON), *(star(f'fastai.{o}.all') for o in ('vision','tabular','text')), star('fastai.collab')]:
+        for k,v in ns.items(): found.setdefault(k, []).append(v)
+    return found
+
+@pytest.mark.parametrize('module', STARS)
+def test_star_import_rebinds_nothing(module, theirs):
+    "What a user has from Python, torch, fastai and by habit survives `from … import *`"
+    got = star(module)
+    taken = sorted(k for k,v in got.items() if k in HABITS or k in sys.stdlib_module_names or any(v is not o for o in theirs.get(k, [])))
+    assert got and not taken, f'{module} rebinds {taken}'
     assert not [k for k,v in got.items() if isinstance(v, type(math))], 'a module came along'
 
-def test_star_import_after_fastai():
-    "After fastai's star import, ours replaces nothing but what does the same"
-    theirs,ours = {},{}
-    exec('from fastai.vision.all import *', theirs)
-    exec('from fasterai.sparse.all import *', ours)
-    both = {k for k in ours if k in theirs and ours[k] is not theirs[k]}-{'__builtins__'}
-    for k in both & {'sched_cos','sched_lin'}: assert all(ours[k](1., 5., o/8)==pytest.approx(theirs[k](1., 5., o/8)) for o in range(9))
-    assert both<={'sched_cos','sched_lin'}, both
+def test_cosine_survives():
+    "The name that was lost most often: `cos` is a function of math, and a schedule by its name"
+    ns = {}
+    exec('from math import *\n' + ''.join(f'from {o} import *\n' for o in STARS), ns)
+    assert ns['cos'](.5)==math.cos(.5) and ns['Schedule'] and str(ns['schedules']['cos'])=='cos'
+
+@pytest.mark.parametrize('module', STARS)
+def test_star_import_is_listed(module):
+    "An `all.py` names what it brings, or takes the list of core: no more than a reader can take in, and nothing private"
+    path = module.removeprefix('fasterai.').replace('.', '/')+'.py'
+    stars = [o.module for o in ast.walk(FILES[path]) if isinstance(o, ast.ImportFrom) and any(a.name=='*' for a in o.names)]
+    assert set(stars)<={'core.all'}, f'{path} brings whatever is in {stars}'
+    names = star(module)
+    assert len(names)<=MOST and not [k for k in names if k.startswith('_')], len(names)
 
 def functions(tree): return {id(o):f.name for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for o in ast.walk(f)}
 

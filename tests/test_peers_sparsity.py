@@ -7,6 +7,7 @@ from fastai.callback.tracker import SaveModelCallback
 from torch import nn
 from torchvision.models import resnet18, vgg16_bn
 from fasterai.core.granularity import granularities
+from fasterai.core.schedule import cos
 from fasterai.sparse.all import *
 from reference import NUMBERED, block_ids, exact
 from tiny import At, convs, fit, learner, net, raises, state, zeros

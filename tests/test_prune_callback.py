@@ -11,8 +11,9 @@ from fastai.learner import load_learner
 from fastai.optimizer import SGD, Adam, OptimWrapper, RMSProp, ranger
 from torch import nn
 from fasterai.core.criteria import criterias
-from fasterai.core.schedule import schedules
+from fasterai.core.schedule import sched_lin, schedules
 from fasterai.prune.all import *
+from fasterai.prune.pruner import pruned_plan
 from reference import exact
 from tiny import At, DATA, X, Y, convs, fit, learner, net, raises, same, state
 

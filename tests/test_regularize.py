@@ -9,6 +9,7 @@ from fastai.optimizer import SGD
 from functools import partial
 from torch import nn
 from fasterai import legacy
+from fasterai.core.granularity import available, numbered_by
 from fasterai.prune.pruner import Pruner
 from fasterai.regularize.all import *
 from fasterai.regularize.penalties import penalties

@@ -11,6 +11,7 @@ from fastai.data.load import DataLoader
 from fasterai.analyze import counts
 from fasterai.core.graph import ChannelGraph
 from fasterai.analyze.all import *
+from fasterai.analyze.counts import median_interval, sign_test, told_right, wilson
 from fasterai.report.all import *
 from fasterai.prune.all import Pruner
 from fasterai.sparse.sparsifier import Sparsifier

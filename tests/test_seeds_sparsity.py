@@ -8,6 +8,7 @@ from fastai.learner import Learner
 from torch import nn
 import fasterai.legacy as legacy
 import fasterai.sparse.all as library
+from fasterai.core.criteria import score
 from reference import exact, fall
 from tiny import Callback, convs, fit, learner, net, zeros
 
@@ -119,7 +120,7 @@ def test_003_listings_4_and_5(name, expression):
     torch.manual_seed(0)
     wi,wf = torch.randn(6,4,3,3),torch.randn(6,4,3,3)
     printed = eval(expression, dict(torch=torch, wf=wf, wi=wi, x=wf, y=wi))
-    ours = library.score(library.criterias[name], w=wf, w0=wi)
+    ours = score(library.criterias[name], w=wf, w0=wi)
     mended = dict(small_init=-printed, large_init_large_final=torch.min(wf.abs(), wi.abs()), small_init_small_final=-torch.max(wf.abs(), wi.abs()))
     if name!='random': torch.testing.assert_close(ours, mended.get(name, printed))
     assert ours.shape==printed.shape

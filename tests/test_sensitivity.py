@@ -8,6 +8,7 @@ from hypothesis import given, strategies as st
 from torch import nn
 from torchvision.models import mobilenet_v2, resnet18, shufflenet_v2_x0_5, squeezenet1_1
 from fasterai.analyze.all import *
+from fasterai.analyze.budget import isotonic
 from fasterai.core.graph import ChannelGraph
 from fasterai.prune.pruner import Pruner
 from fasterai.quantize.weight_sharing import KMeansQuantizer

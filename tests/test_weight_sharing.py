@@ -11,6 +11,7 @@ from functools import partial
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from fasterai.quantize.all import *
+from fasterai.quantize.weight_sharing import SharedWeight
 from fasterai.distill.all import Attention, KnowledgeDistillationCallback
 from fasterai.prune.all import PruneCallback
 from fasterai.regularize.all import RegularizationCallback

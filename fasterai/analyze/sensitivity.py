@@ -18,7 +18,7 @@ from torch import nn
 from .budget import allocate,isotonic
 from .counts import check_models,latency,n_nonzero,running,with_bar
 from ..core.criteria import criteria_of,large_final,needs
-from ..core.granularity import has_axes
+from ..core.granularity import granularity_name, has_axes
 from ..core.registry import did_you_mean,named
 from ..core.graph import ChannelGraph,layer_of
 from ..core.running import call_with
@@ -53,7 +53,7 @@ class _Sparsity:
         elif 'grad' in self.asks: check_trained(criteria, parts_of(self.sp.layers))
         self.sp._sides = find_sides(self.model, self.sp.layers, example_inputs)
         self.layers = {o.name:o for o in self.sp.layers}
-        self.said = f'{granularity} {criteria.__name__}'
+        self.said = f'{granularity_name(granularity)} {criteria.__name__}'
     def held(self, name):
         "What is changed with a layer"
         o = self.layers[name]

@@ -1,14 +1,8 @@
-from .registry import *
-from .granularity import *
-from .criteria import *
-from .schedule import *
-from .selection import *
-from .context import *
-from .running import *
-from .graph import *
-from .liveness import *
-from .surgery import *
-from .proof import *
-from .flow import *
-from .evidence import *
-from .factorization import *
+from .granularity import block, granularities, layer_axes, pattern
+from .criteria import (Criteria, criterias, grad_crit, large_final, large_init, large_init_large_final, magnitude_increase, mov_large_final, mov_mag, movement,
+    movmag, pointwise, small_final, small_init, small_init_small_final, squared_final, taylor, updating_magnitude_increase, updating_movement, updating_movmag, wanda)
+from .context import contexts, erk, global_, lamp, local, uniform_plus
+from .schedule import (Schedule, agp, dsd, gradual, iterative, lin, one_cycle, one_shot, sched_agp, sched_dsd, sched_iterative, sched_one_cycle, sched_one_shot,
+    schedules)  # `cos` is a name of math and torch: 'cos', or `from fasterai.core.schedule import cos`
+from .graph import ChannelGraph, unknown_ops
+from .ops import op

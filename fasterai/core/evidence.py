@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
 from .granularity import axes_of, has_axes
-from .running import batches_of, call_with, untouched
+from .running import batches_of, call_with, inputs_for, inputs_of, untouched
 
 # %% ../../nbs/core/14_evidence.ipynb #a3b0fb28
 @dataclass(eq=False)
@@ -34,7 +34,7 @@ def weight_of(
     return Weight(mod, attr, name, axes if len(axes)==getattr(mod, attr).dim() else '')
 
 # %% ../../nbs/core/14_evidence.ipynb #c4f27e77
-def _wide(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+def _wide(x): return x.float() if x.is_floating_point() and x.element_size()<4 else x
 
 def _act_like(act, p):
     "`act`, one value an input channel, shaped to broadcast over the weight of `p`"
@@ -76,7 +76,9 @@ def _default_loss(pred, y): return nn.functional.mse_loss(pred, y) if y.is_float
 
 def _gradients(model, batch, weights, loss_func):
     if len(batch)<2: raise ValueError('gradients need batches with a target: (x, y)')
-    return torch.autograd.grad(loss_func(model(*batch[:-1]), batch[-1]), [p.w for p in weights], allow_unused=True, materialize_grads=True)
+    y, = inputs_of([batch[-1]], weights[0].w.device)
+    pred = call_with(model, inputs_for(model, tuple(batch[:-1])))
+    return torch.autograd.grad(loss_func(pred, y), [p.w for p in weights], allow_unused=True, materialize_grads=True)
 
 def check_trained(criteria, weights):
     "`ValueError` if one of `weights` has no gradient to come, which `criteria` needs"
@@ -94,11 +96,11 @@ def evidence(
     loss_func,grads,n = loss_func or _default_loss,None,0
     with untouched(model), ActNorms(weights if 'act' in asked else []) as acts, torch.set_grad_enabled('grad' in asked):
         for n,b in enumerate(batches_of(data), 1):
-            b = [o.to(weights[0].w.device) if isinstance(o, Tensor) else o for o in (b if isinstance(b, (tuple, list)) else [b])]
+            b = list(b) if isinstance(b, (tuple, list)) else [b]
             if 'grad' in asked:
                 g = _gradients(model, b, weights, loss_func)
                 grads = g if grads is None else torch._foreach_add(grads, g)
-            else: model(*(b[:-1] or b))
+            else: call_with(model, inputs_for(model, tuple(b[:-1] or b)))
     if not n: raise ValueError('data has no batch')
     res = dict(act=acts.norms()) if 'act' in asked else {}
     return res | (dict(grad={p.name:g/n for p,g in zip(weights, grads)}) if grads else {})

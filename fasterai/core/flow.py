@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass,field
 import torch
 from torch import nn,Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
-from .graph import _Call
+from .ops import Call,Watch
 from .running import naming,tensors_of,call_with,check_shapes,example_inputs_for,untouched
 
 # %% ../../nbs/core/13_flow.ipynb #7564f882
@@ -31,17 +30,17 @@ class Value:
 
 def _value(t, **kwargs): return Value(tuple(t.shape), t.dtype, t.stride() if t.layout==torch.strided else (), **kwargs)
 
-class Step(_Call):
+class Step(Call):
     "One operation: its arguments by name, the values among them, and the values it made"
     def forget(self):
         "Let the tensors go"
         self.a = tree_map(lambda o: None if isinstance(o, Tensor) else o, self.a)
     @property
-    def inplace(self): return self.name!=self.op
+    def inplace(self): return self.spec.inplace
 
 class Whole:
     "One call of a module that is taken as a whole, as if it were an operation"
-    name,inplace,lists = '',False,{}
+    name,meaning,inplace,lists = '','',False,{}
     def __init__(self, where, caller, x): self.where,self.caller,self.x,self.tensors = where,caller,x,dict(input=x)
     @property
     def shadows(self): return [self.x]
@@ -49,11 +48,9 @@ class Whole:
     def why(self): return self.where
 
 # %% ../../nbs/core/13_flow.ipynb #0f8d3627
-_BLIND = set('zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_full new_empty new_empty_strided'.split())  # want a shape only
-
 def _hooked(m): return bool(m._forward_hooks or m._forward_pre_hooks)
 
-class _Watch(TorchDispatchMode):
+class _Readers(Watch):
     "Runs along with a model and writes down who reads what"
     def __init__(self, model, whole):
         super().__init__()
@@ -72,8 +69,11 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if self.inside: return func(*args, **(kwargs or {}))
-        step = Step(func, args, kwargs or {}, self.read, self.stack[-1] if self.stack else '')
-        out = func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def see(self, func, spec, args, kwargs):
+        step = Step(func, spec, args, kwargs, self.read, self.stack[-1] if self.stack else '')
+        out = func(*args, **kwargs)
         written = [t for o in func._schema.arguments if o.alias_info and o.alias_info.is_write for t in tree_leaves(step.a[o.name]) if isinstance(t, Tensor)]
         for t in written: self.write(t, step)
         self.note(step, [t for t in tree_leaves(out) if isinstance(t, Tensor)])
@@ -93,7 +93,7 @@ class _Watch(TorchDispatchMode):
         step.outs = [_value(t, maker=step) for t in outs]
         for t,v in zip(outs, step.outs):
             if id(t) not in self.names: self.values[t] = v
-        if step.name not in _BLIND:
+        if step.meaning not in ('like','blank'):  # these want a shape only
             for v in step.shadows: v.readers.append(step)
 
     @contextmanager
@@ -126,7 +126,7 @@ class Flow:
     ):
         check_shapes(model)
         self.example_inputs = example_inputs_for(model) if example_inputs is None else example_inputs
-        tr = _Watch(model, set(whole))
+        tr = _Readers(model, set(whole))
         with untouched(model), naming(model, tr.stack), tr.along(), tr: out = call_with(model, self.example_inputs)
         if len(tr.values)>len(outs:=tensors_of(out)): gc.collect()
         ids = {id(o) for o in outs}

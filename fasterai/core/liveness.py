@@ -6,14 +6,16 @@
 __all__ = ['Read', 'Liveness', 'spare_last']
 
 # %% ../../nbs/core/09_liveness.ipynb #b1005c23
-import re,warnings
+import warnings
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 import torch
 from torch import nn,Tensor
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
-from .graph import ChannelGraph,_Trace,_PRODUCTS,_varying
+from .graph import ChannelGraph,_Trace,_varying,spatial_dims,summed_by
+from .ops import PRODUCTS,plain_of,values
 from .running import SLIPS,naming,untouched
 
 # %% ../../nbs/core/09_liveness.ipynb #9f5263ab
@@ -34,19 +36,28 @@ def _only(x, value):
 
 def _plain(c): return c.func(*c.args, **c.kwargs)
 
+def _on_numbers(c):
+    "Operation `c` with zeros for what is unknown: it may not expect nan, and what it gives does not count"
+    known = lambda o: o.nan_to_num(0.) if isinstance(o, Tensor) and _exact(o) else o
+    if c.func._schema.is_mutable: return _plain(c)
+    return c.func(*tree_map(known, c.args), **tree_map(known, c.kwargs))
+
+def _written_back(rule, plain, c):
+    "Operation in place `c` by `rule` for operation `plain`, which gives the same and is not"
+    target,func = c.a[c.first],c.func
+    c.func = plain
+    try: out = rule(c)
+    finally: c.func = func
+    return target.copy_(out)
+
 def _redo(c, **changed):
     "Operation `c` with some arguments changed"
     a = {**c.a, **changed}
     return c.func(a.pop(c.first), **a) if c.first in a else c.func(**a)
 
 # %% ../../nbs/core/09_liveness.ipynb #f1ecbc63
-_values = {}
-def _valued(*names):
-    "The decorated function computes the aten operations `names` where something may be unknown"
-    def register(f):
-        for n in names: _values[n] = f
-        return f
-    return register
+_SURE = set()  # rules whose results that are known do not depend on indices or masks
+def _sure(f): _SURE.add(f); return f
 
 def _product(f, a, b, plain):
     "`plain` is the product `f(a, b)` with zeros for what is unknown; this puts back what depends on it"
@@ -55,23 +66,24 @@ def _product(f, a, b, plain):
     if b.isnan().any(): bad |= f(one(a!=0), one(b.isnan())) > .5
     return plain.masked_fill_(bad, torch.nan)
 
-@_valued('convolution', '_convolution')
+@values('convolution')
 def _convolve(c):
     x,w = c.a['input'],c.a['weight']
     if prod(w.shape[2:])>1 and (c.a['transposed'] or any(c.a['padding'])): x = _only(x, 0)
     plain = _redo(c, input=x.nan_to_num(0.), weight=w.nan_to_num(0.))
     return _product(lambda a,b: _redo(c, input=a, weight=b, bias=None), x, w, plain)
 
-@_valued(*_PRODUCTS)
+@values('product')
 def _multiply(c):
-    k,l,_ = _PRODUCTS[c.name]
+    k,l,_ = PRODUCTS[c.name]
     a,b = c.a[k],c.a[l]
     if not (c.get(k).par or c.get(l).par): a,b = _only(a, 0),_only(b, 0)  # how much is summed may depend on the size of the input
     plain = _redo(c, **{k:a.nan_to_num(0.), l:b.nan_to_num(0.)})
     if c.name=='linear': b = b.T
     return _product(torch.matmul, a, b, plain)
 
-@_valued('mul', 'div')
+@values('mul', 'div')
+@_sure
 def _scale(c):
     a,b = c.a['self'],c.a['other']
     if not (isinstance(b, Tensor) and isinstance(a, Tensor)): return _plain(c)
@@ -81,13 +93,13 @@ def _scale(c):
     y = _plain(c)
     return y.masked_fill_(zero.broadcast_to(y.shape), 0).masked_fill_(bad.broadcast_to(y.shape), torch.nan) if _exact(y) else y
 
-@_valued('glu')
+@values('gate')
+@_sure
 def _gate(c):
     a = c.a['self'].chunk(2, c.a['dim'])[0]
     return _plain(c).masked_fill_(a==0, 0)
 
-@_valued('batch_norm', 'native_batch_norm', '_native_batch_norm_legit', '_native_batch_norm_legit_no_training', '_batch_norm_no_update', 'layer_norm',
-    'native_layer_norm', 'rms_norm', '_fused_rms_norm', 'group_norm', 'native_group_norm')
+@values('batch_norm', 'layer_norm', 'group_norm')
 def _norm(c):
     out,w,b = _plain(c),c.a.get('weight'),c.a.get('bias')
     y = out[0] if isinstance(out, tuple) else out
@@ -96,12 +108,27 @@ def _norm(c):
     y.copy_(torch.where(w==0, torch.zeros_like(w) if b is None else b, y))
     return out
 
-@_valued('roi_align')
+@values('region')
+@_sure
 def _align(c):
+    "What is zero everywhere is zero in each region, wherever that lies"
     zero = (c.a['input']==0).all(-1).all(-1).all(0)
-    return _plain(c).fill_(torch.nan).masked_fill_(zero[:,None,None], 0)
+    out = _on_numbers(c)
+    y = out[0] if isinstance(out, tuple) else out
+    y.fill_(torch.nan).masked_fill_(zero[:,None,None], 0)
+    return out
 
-@_valued('embedding')
+@values('sample', 'unpool')
+@_sure
+def _sample(c):
+    "A channel that is zero everywhere is zero wherever it is looked at, and wherever it is put"
+    x = c.a[c.first]
+    n = spatial_dims(c.name, x.dim())
+    zero = (x==0).flatten(-n).all(-1)
+    return _on_numbers(c).fill_(torch.nan).masked_fill_(zero.view(*zero.shape, *[1]*n), 0)
+
+@values('embedding')
+@_sure
 def _embed(c):
     w = c.a['weight']
     row = _steady(w, [0])[0] if c.unknown else None
@@ -109,8 +136,8 @@ def _embed(c):
     return out if row is None else out.copy_(row.expand_as(out))
 
 # %% ../../nbs/core/09_liveness.ipynb #d7148cb4
-@_valued('scaled_dot_product_attention', *(f'_scaled_dot_product_{o}' for o in ('flash_attention', 'flash_attention_for_cpu', 'efficient_attention',
-    'cudnn_attention', 'fused_attention_overrideable', 'attention_math', 'attention_math_for_mps')))
+@values('attention')
+@_sure
 def _attend(c):
     out,v = _plain(c),c.a['value']
     y = out[0] if isinstance(out, tuple) else out
@@ -119,7 +146,7 @@ def _attend(c):
     if zero.dim()==y.dim() and all(a in (1,b) for a,b in zip(zero.shape, y.shape)): y.masked_fill_(zero, 0)
     return out
 
-@_valued('mean', 'amax', 'amin', 'max', 'min', 'sum', 'var', 'std', 'var_mean', 'std_mean', 'prod', 'norm', 'linalg_vector_norm', 'logsumexp', 'nansum')
+@values('reduce')
 def _reduce(c):
     x = c.a['self']
     if c.made_of_parameters or not _exact(x) or x.dim()==0: return _plain(c)
@@ -128,25 +155,24 @@ def _reduce(c):
     x = _steady(x, dims) if c.name in ('mean','amax','amin','max','min') else _only(x, 0)
     return _redo(c, self=x)
 
-@_valued('_softmax', 'softmax', '_log_softmax', 'log_softmax', '_safe_softmax')
+@values('softmax')
 def _softmax(c):
     out = _plain(c)
     return out if c.made_of_parameters else out.fill_(torch.nan)
 
-_POOLS = 'max_pool{} max_pool{}_with_indices avg_pool{} adaptive_avg_pool{} _adaptive_avg_pool{} adaptive_max_pool{} mkldnn_max_pool{}'.split()
-
-@_valued(*(o.format(f'{n}d') for o in _POOLS for n in (1,2,3)))
+@values('average_pool', 'max_pool')
 def _pool(c):
-    x,n = c.a[c.first],int(re.search(r'(\d)d', c.name)[1])
+    x = c.a[c.first]
+    n = spatial_dims(c.name, x.dim())
     pads = c.a.get('padding', 0)
-    padded = 'avg' in c.name and (c.a.get('ceil_mode') or any(pads if isinstance(pads, (list,tuple)) else [pads]))
+    padded = c.meaning=='average_pool' and (c.a.get('ceil_mode') or any(pads if isinstance(pads, (list,tuple)) else [pads]))
     x = _only(x, 0) if padded else _steady(x, list(range(x.dim()-n, x.dim())))
     out,bad = _redo(c, **{c.first:x}), _redo(c, **{c.first:x.isnan().to(x.dtype)})
     y,bad = (o[0] if isinstance(o, tuple) else o for o in (out,bad))
     y.masked_fill_(bad>0, torch.nan)
     return out
 
-@_valued('constant_pad_nd')
+@values('pad')
 def _pad(c): return _plain(c) if c.made_of_parameters else _redo(c, self=_only(c.a['self'], c.a['value']))
 
 def _pointwise(c):
@@ -158,15 +184,72 @@ def _pointwise(c):
     return out
 
 # %% ../../nbs/core/09_liveness.ipynb #e1bd5ae0
-_MOVES = set('''permute transpose t movedim swapaxes flip clone alias detach contiguous lift_fresh view _unsafe_view reshape _reshape_alias squeeze unsqueeze
-flatten unflatten expand repeat slice narrow select split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk chunk tensor_split unbind as_strided
-cat concat stack roll index _unsafe_index index_select reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
-unfold im2col pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle copy fill zero zeros_like ones_like full_like new_zeros new_ones new_full
-where masked_fill _to_copy diagonal tril triu upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_linear1d
-upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d'''.split())
-_EACH = {'hardswish','_prelu_kernel','log_sigmoid_forward','rsub','floor_divide'}  # pointwise, and not tagged so
-_GARBAGE = {'empty','new_empty','empty_like','empty_strided','new_empty_strided'}
-_UNMOVED = {'embedding','mul','div','glu','roi_align'} | {o for o in _values if 'attention' in o}  # what they leave known does not depend on indices or masks
+@values('scan')
+def _scan(c):
+    "Zero as far as all is zero along the dimension; how many are added up may depend on the size of the input"
+    bad = (c.a['self']!=0).any(c.dims()[0], keepdim=True)
+    if c.name=='logcumsumexp': bad = torch.ones_like(bad)
+    out = _on_numbers(c)
+    y = out[0] if isinstance(out, tuple) else out
+    y.masked_fill_(bad, torch.nan)
+    return out
+
+@values('from_columns')
+def _fold(c):
+    x = _only(c.a['self'], 0)
+    return _redo(c, self=x.nan_to_num(0.)).masked_fill_(_redo(c, self=x.isnan().to(x.dtype))!=0, torch.nan)
+
+@values('order', 'gather')
+def _chosen(c):
+    "One of the numbers along a dimension: known if all are the same"
+    out = _redo(c, self=_steady(c.a['self'], c.dims()).nan_to_num(0.))
+    bad = _redo(c, self=_steady(c.a['self'], c.dims()).isnan().to(c.a['self'].dtype))
+    for y,m in zip(_tensors_in(out), _tensors_in(bad)):
+        if _exact(y): y.masked_fill_(m!=0, torch.nan)
+    return out
+_sure(_chosen)
+
+@values('scatter', 'add_at')
+def _written(c):
+    "What is written to places that may be unknown: zero where all is zero along the dimension"
+    d, = c.dims()
+    x,src = c.a['self'],c.a.get('src', c.a.get('source', c.a.get('value')))
+    zero = (x==0).all(d, keepdim=True)
+    if isinstance(src, Tensor):
+        other = (src==0).all(d, keepdim=True)
+        if other.shape!=zero.shape: other = other.all()
+        zero = zero & other
+    elif src!=0: zero = torch.zeros_like(zero)
+    return _on_numbers(c).fill_(torch.nan).masked_fill_(zero.expand_as(x), 0)
+_sure(_written)
+
+@values('fourier')
+def _transform(c):
+    x,dims = c.a['self'],c.dims()
+    bad = x.isnan().any(dims, keepdim=True) | (x!=0).any(dims, keepdim=True)  # the size of the input is part of it
+    return _on_numbers(c).masked_fill_(bad, torch.nan)
+
+@values('deformed')
+def _deform(c):
+    "A filter gives its bias if it has no weight for a channel that is not zero everywhere"
+    x,w,G = c.a['input'],c.a['weight'],c.a['groups']
+    there = (x!=0).flatten(2).any(-1).any(0).view(G, 1, -1)
+    reads = (w!=0).flatten(2).any(-1).view(G, -1, w.shape[1])
+    return _on_numbers(c).masked_fill_((reads & there).any(-1).flatten()[:,None,None], torch.nan)
+
+@values('fake_quantize')
+def _fake_quantize(c):
+    out = _on_numbers(c)
+    y = out[0] if isinstance(out, tuple) else out
+    y.masked_fill_(c.a['self'].isnan(), torch.nan)
+    return out
+
+@values('same', 'permute', 'view', 'expand', 'repeat', 'slice', 'split', 'strided', 'diagonal', 'roll', 'triangle', 'index', 'join', 'window', 'to_columns', 'pixel_shuffle',
+    'pixel_unshuffle', 'channel_shuffle', 'complex', 'edge_pad', 'nearest', 'resize', 'blank', 'like', 'put_at', 'copy', 'fill', 'zero', 'masked_fill', 'where')
+def _move(c): "What is unknown moves along"; return _plain(c)
+
+@values('empty', 'new_empty', 'empty_like', 'empty_strided', 'new_empty_strided')
+def _garbage(c): "Whatever was there"; return _plain(c)
 
 # %% ../../nbs/core/09_liveness.ipynb #d7129014
 @dataclass
@@ -184,14 +267,14 @@ class Read:
 def _grouped(c, table):
     "Ids of inputs and outputs of weight and convolution or product `c`, its weight [groups, outputs, inputs, …], and the input's values [groups, inputs, …]"
     made,read = (next((v for v in table.values() if v[1]==role), None) for role in ('out','in'))
-    if c.name in ('convolution','_convolution'):
-        w,x,G,back = c.known['weight'].detach(),c.known['input'],c.a['groups'],c.a['transposed']
+    if c.meaning in ('convolution','deformed'):
+        w,x,G,back = c.seen['weight'].detach(),c.seen['input'],c.a['groups'],c.a.get('transposed', False)
         w = w.reshape(G, -1, *w.shape[1:]) if not back else w.reshape(G, -1, *w.shape[1:]).transpose(1, 2)
         x = x.movedim(1, 0)
-    elif c.name=='mkldnn_rnn_layer': G,w,x = 1,c.known['weight0'].detach()[None],c.known['input'].movedim(-1, 0)
+    elif c.meaning=='recurrent': G,w,x = 1,c.seen['weight0'].detach()[None],c.seen['input'].movedim(-1, 0)
     else:
-        G,(k,l,_) = 1,_PRODUCTS[c.name]
-        a,b = c.known[k],c.known[l]
+        G,(k,l,_) = 1,PRODUCTS[c.name]
+        a,b = c.seen[k],c.seen[l]
         left = not c.get(l).par
         w,x = (a,b.movedim(-2, 0)) if left else (b,a.movedim(-1, 0))
         w = (w if left or c.name=='linear' else w.transpose(-1, -2)).detach()
@@ -212,12 +295,12 @@ class _Reading(_Trace):
     def taint(self, t): self.tainted[t.untyped_storage().data_ptr()] = t
 
     def compute(self, c, func, args, kwargs):
-        c.known = c.a
+        c.seen = c.a
         if self.twins is None: return self.guess(c, func, args, kwargs)
         seen,twin = c.a,lambda o: self.twins.get(o, o) if isinstance(o, Tensor) else o
         made = not _tensors_in((args,kwargs))  # of nothing: a twin from the start, in case it is written to
         hidden_args,hidden_kwargs = tree_map(twin, (args,kwargs))
-        c.a = c.known = {k:tree_map(twin, v) for k,v in seen.items()}
+        c.a = c.seen = {k:tree_map(twin, v) for k,v in seen.items()}
         try: hidden = self.guess(c, func, hidden_args, hidden_kwargs)
         except SLIPS: hidden,c.unknown = None,True  # nan where no rule expects it
         c.a = seen
@@ -259,7 +342,7 @@ class _Reading(_Trace):
         c.tainted = any(map(self.is_tainted, ins)) or torch.Tag.nondeterministic_seeded in func.tags
         c.unknown = c.tainted or any(o.isnan().any() for o in ins if _exact(o))
         c.made_of_parameters = shadow is not None and bool(shadow.par) and not shadow.ids
-        c.summed = self.summed(c) if c.name in ('sum','nansum') else []
+        c.summed = self.summed(c) if c.meaning=='reduce' and c.x.ids and summed_by(c) else []
         rule,dark = self.rule_of(c, any(map(_exact, ins)))
         out = rule(c)
         self.mark(c, out, dark)
@@ -267,13 +350,18 @@ class _Reading(_Trace):
 
     def rule_of(self, c, floats):
         "How to compute `c`, and whether all of its result is unknown"
-        inplace = c.name!=c.op
-        if c.func.namespace!='aten' and not (c.func.namespace=='torchvision' and c.name in _values): return _plain, c.unknown
-        if c.name in _GARBAGE: return _plain, True
-        if floats and c.name in _values and not (inplace and c.name not in ('mul','div')): return _values[c.name], c.tainted and c.name not in _UNMOVED
-        if c.name in _MOVES or not c.unknown: return _plain, c.tainted
-        if floats and (torch.Tag.pointwise in c.func.tags or c.name in _EACH): return _pointwise, c.tainted
-        return _plain, True
+        rule = values.of(c.spec)
+        if rule is _garbage: return _plain, True
+        if floats and rule not in (None,_move):
+            if c.spec.inplace and rule is not _scale:
+                plain = plain_of(c.func)
+                if plain is None: return _plain, True
+                rule,sure = partial(_written_back, rule, plain),rule in _SURE
+            else: sure = rule in _SURE
+            return rule, c.tainted and not sure
+        if rule is _move or not c.unknown: return _plain, c.tainted
+        if floats and c.meaning=='each': return _pointwise, c.tainted
+        return (_plain if c.meaning in ('ask','count') else _on_numbers), True
 
     def mark(self, c, out, tainted):
         "What depends on the input and does not show it by itself"
@@ -301,7 +389,7 @@ class _Reading(_Trace):
     def follow(self, call):
         super().follow(call)
         if not self.closed: self.sums += call.summed
-        elif call.name in ('sum','nansum'): self.sums += [l for l in call.x.ids if set(call.dims()) & set(_varying(l))]
+        elif call.meaning=='reduce' and summed_by(call): self.sums += [l for l in call.x.ids if set(call.dims()) & set(_varying(l))]
         table = next((t for t in self.tables if {v[1] for v in t.values()}=={'in','out'}), None)
         self.tables = []
         if table: self.remember(call, table)

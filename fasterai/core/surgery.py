@@ -345,9 +345,6 @@ def follow_cut(
     for s in [*graph.slices,*graph.sized]:
         if s.grid is not None: s.grid = smaller(s.grid)
         s.ids = s.ids[left(s.ids)]
-    for m in graph.merges:
-        k = left(m.ids)
-        m.parts,m.ids = [o[k] for o in m.parts],m.ids[k]
     graph.mixes = [(ids[left(ids)],why) for ids,why in graph.mixes]
     graph.reshapes,graph.views,graph.pieces = ([(smaller(a),smaller(b),where) for a,b,where in l] for l in (graph.reshapes,graph.views,graph.pieces))
     graph._follow()

@@ -1,3 +1,3 @@
-from .bn_folding import *
-from .fc_decomposer import *
-from .conv_decomposer import *
+from .bn_folding import BN_Folder, bn_folding_model
+from .fc_decomposer import FCDecomposer, FC_Decomposer
+from .conv_decomposer import Conv_Decomposer, conv_methods

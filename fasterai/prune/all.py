@@ -1,3 +1,3 @@
 from ..core.all import *
-from .pruner import *
-from .prune_callback import *
+from .pruner import Pruner, load_pruned, save_pruned
+from .prune_callback import PruneCallback

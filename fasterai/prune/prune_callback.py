@@ -9,17 +9,17 @@ __all__ = ['PruneCallback']
 import math
 from collections.abc import Mapping
 import numpy as np
-from torch import nn
 from ..callback import ScheduledCallback
 from ..core.context import context_of
 from ..core.criteria import criteria_of, large_final, needs
-from ..core.evidence import act_norms, check_trained
+from ..core.evidence import check_trained
 from ..core.schedule import agp, check_rises
-from .pruner import Pruner, check_ratio, pruned_plan
+from .pruner import Pruner, check_layer_type, check_ratio, pruned_plan
 
 # %% ../../nbs/prune/02_prune_callback.ipynb #15bdde2f
 class PruneCallback(ScheduledCallback):
-    "Remove channels while training: `schedule` says how many, a `Pruner` says which"
+    """Remove channels while training: `schedule` says how many, a `Pruner` says which. What cannot go is told once a fit, and is in `left`: for each layer its number of `channels`,
+    how many are asked for (`dead`), how many were `removed`, and `why` not all"""
     column,resizes = 'pruned',True
     def __init__(self,
         pruning_ratio, # Percentage of the original channels at the end, or a dict of them by layer
@@ -33,29 +33,29 @@ class PruneCallback(ScheduledCallback):
         example_inputs=None, # Inputs to follow channels with, by default two of the validation set
     ):
         super().__init__(schedule, n_updates, example_inputs)
-        self.ratio,self.pruner = pruning_ratio,None
-        self.how = dict(context=context_of(context), criteria=criteria_of(criteria), round_to=round_to, ignored_layers=ignored_layers, layer_type=layer_type)
+        self.ratio,self.pruner,self.left = pruning_ratio,None,[]
+        self.how = dict(context=context_of(context), criteria=criteria_of(criteria), round_to=round_to, ignored_layers=ignored_layers, layer_type=check_layer_type(layer_type))
         for o in pruning_ratio.values() if isinstance(pruning_ratio, Mapping) else [pruning_ratio]: check_rises(self.schedule, check_ratio(o))
 
     def before_fit(self):
-        if isinstance(self.model, nn.parallel.DistributedDataParallel): raise ValueError('DistributedDataParallel counts on the sizes that parameters had when it was made: prune before or after')
         self.next = Pruner(self.whole, self.ratio, example_inputs=self.inputs, **self.how)
-        inputs = self.sample() if self.inputs is None else self.inputs
-        self.next.start(inputs, pruned_plan(self.whole)['widths'])
-        if 'grad' in needs(self.next.criteria): check_trained(self.next.criteria, self.next.weights)
         self.add_column()
 
     def before_train(self):
-        if self.next is not None: self.pruner,self.next,self.level,self.last = self.next,None,None,0
+        "Channels are followed where training begins: `validate` and `get_preds` need none"
+        if self.next is None: return
+        self.next.start(self.sample() if self.inputs is None else self.inputs, pruned_plan(self.whole)['widths'])
+        if 'grad' in needs(self.next.criteria): check_trained(self.next.criteria, self.next.weights)
+        self.pruner,self.next,self.level,self.last,self.left = self.next,None,None,0,[]
 
     def update(self, pct):
         level = self.at(pct, self.pruner.pruning_ratio)
         if level==self.level: return
-        if 'act' in needs(self.pruner.criteria): self.pruner.given = dict(act=act_norms(self.whole, self.xb, self.pruner.weights))
+        self.pruner.look(self.xb)
         if self.pruner.update(level, self.opt):
             for o in self.learn.cbs:
                 if {'every_epoch','best','comp'}<=vars(o).keys(): o.best = math.inf if o.comp is np.less else -math.inf  # a SaveModelCallback; importing it would change the default callbacks
-        self.level = level
+        self.level,self.left = level,self.pruner.left
 
     def reached(self): return self.pruner.reached()
 

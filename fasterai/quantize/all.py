@@ -1,5 +1,4 @@
-from ..core.all import *
-from .kmeans import *
-from .weight_sharing import *
-from .kmeans_callback import *
-from .compressed_file import *
+from .kmeans import kmeans
+from .weight_sharing import KMeansQuantizer, Quantizer
+from .kmeans_callback import KMeansCallback
+from .compressed_file import CompressedFileError, compression_report, load_compressed, save_compressed

@@ -8,6 +8,7 @@ __all__ = ['KMeansCallback']
 # %% ../../nbs/quantize/03_callbacks.ipynb #68e628d6
 from fastai.callback.core import Callback
 from ..callback import ScheduledCallback
+from ..core.brought import plain_model
 from ..core.schedule import check_rises
 from .weight_sharing import KMeansQuantizer, bits_by_name
 
@@ -27,7 +28,7 @@ class KMeansCallback(Callback):
         return super().__call__(event_name)
 
     @property
-    def _whole(self): return getattr(self.model, '_orig_mod', self.model)
+    def _whole(self): return plain_model(self.model)
 
     def before_fit(self):
         bits_by_name(self._whole, self.quantizer.bits)  # refused before anything is changed

@@ -8,6 +8,7 @@ __all__ = ['Quantizer', 'is_weight', 'check_bits', 'bits_by_name', 'SharedWeight
 # %% ../../nbs/quantize/02_weight_sharing.ipynb #db01ed1b
 import torch
 from torch import nn, Tensor
+from ..core.brought import check_weights, computed, made_of, plain_model, plain_name, told, warn
 from ..core.granularity import axes_of
 from ..core.registry import did_you_mean, named
 from .kmeans import inits, kmeans
@@ -29,7 +30,11 @@ def bits_by_name(
     model:nn.Module, # Model
     bits, # Number; a dict by layer or parameter; or a function of a parameter's name and the parameter that gives a number, or None to leave it
 )->dict: # Bits by name of the parameter
-    "How many bits each parameter gets that shares values; `ValueError` with the closest name if there is none of that name"
+    "How many bits each parameter gets that shares values, but for those that another weight is computed from; `ValueError` with the closest name if there is none of that name"
+    return _bits_and_left(model, bits)[0]
+
+def _bits_and_left(model, bits):
+    "Bits by name of the parameter; and by name of the layer, by what weights are computed that are left as they are"
     params,held = dict(model.named_parameters()),{}
     for n,m in model.named_modules():
         for a,p in m.named_parameters(n, recurse=False): held.setdefault(n, {})[a] = is_weight(m, a.rpartition('.')[2], p)
@@ -38,16 +43,19 @@ def bits_by_name(
     elif isinstance(bits, dict):
         res,layers = {},[n for n,ps in held.items() if n and any(ps.values())]
         for n,b in bits.items():
+            if n not in aliases and n not in held: n = plain_name(n)
             names = [n] if n in aliases else [a for a,w in held.get(n, {}).items() if w]
             if not names: raise ValueError(f'no layer or parameter {n!r}: {did_you_mean(n, layers+list(aliases))}')
             for o in names:
                 if b is not None: res[aliases[o]] = check_bits(b, o)
     else: res = {aliases[a]:bits for ps in held.values() for a,w in ps.items() if w} if check_bits(bits) else {}
-    if not res: raise ValueError('no weights to share: the model has no layer with a weight of two axes or more, and none was named')
-    for n in res:
-        if not params[n].is_floating_point(): raise ValueError(f'{n} is {params[n].dtype}: floating-point parameters share values')
-        if not params[n].isfinite().all(): raise ValueError(f'{n} has values that are nan or inf')
-    return res
+    made = {n:o for n,o in made_of(model).items() if n in res}
+    out = {layer or 'the model':computed(model.get_submodule(layer), attr) for layer,attr in made.values()}
+    if out and isinstance(bits, dict): raise ValueError(f'values cannot be shared where a weight is computed: {told(out, "of this kind")}')
+    res = {n:b for n,b in res.items() if n not in made}
+    if not res: raise ValueError(f'no weights to share: {told(out) if out else "the model has no layer with a weight of two axes or more, and none was named"}')
+    check_weights({n:params[n] for n in res}, 'they cannot share values')
+    return res,out
 
 # %% ../../nbs/quantize/02_weight_sharing.ipynb #07348b9c
 class SharedWeight:
@@ -122,8 +130,9 @@ class KMeansQuantizer:
         self.bits,self.init,self.per_channel,self.seed,self.rows = bits,named('init', inits, init),per_channel,seed,[]
 
     def _each(self, model):
-        model = getattr(model, '_orig_mod', model)  # of a compiled model, the one that it was made from
-        bits = bits_by_name(model, self.bits)
+        model = plain_model(model)
+        bits,out = _bits_and_left(model, self.bits)
+        if out: warn(told(out, 'left as it was' if len(out)==1 else 'left as they were'))
         self.rows = []
         for n,b in bits.items():
             p,m = model.get_parameter(n),model.get_submodule(n.rpartition('.')[0])

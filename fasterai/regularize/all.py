@@ -1,3 +1,3 @@
 from ..core.all import *
-from .penalties import *
-from .regularize_callback import *
+from .penalties import Penalty, penalties, penalty
+from .regularize_callback import RegularizationCallback, RegularizeCallback

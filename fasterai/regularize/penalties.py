@@ -9,6 +9,7 @@ __all__ = ['norm_types', 'penalties', 'penalty', 'Penalty']
 from typing import Callable
 from torch import nn, Tensor
 from ..core.criteria import Criteria, criteria_of, criterias, large_final, needs
+from ..core.brought import plain_model
 from ..core.granularity import axes_of, blocks, layer_axes
 from ..core.registry import did_you_mean, named
 
@@ -22,8 +23,9 @@ def penalty(
     criteria:Callable|str=large_final, # Score of a weight: a function of `w`, a name, or `Criteria` with another reducer than the mean
 ):
     "The sum over the blocks of `w` of their scores, as a tensor without axes that gradients flow through (FasterAI paper, §4)"
-    f,b = criteria_of(criteria),blocks(granularity, w.shape, axes)
-    return f.reduce(b.fold(f(w=_wide(w))), nan=b.padded).sum()
+    return _price(w, blocks(granularity, w.shape, axes), criteria_of(criteria))
+
+def _price(w, b, criteria): "The sum of the scores of blocks `b` of `w`"; return criteria.reduce(b.fold(criteria(w=_wide(w))), nan=b.padded).sum()
 
 # %% ../../nbs/regularize/01_penalties.ipynb #6208322b
 norm_types = nn.modules.batchnorm._NormBase,nn.GroupNorm
@@ -43,7 +45,7 @@ class Penalty:
         granularity='weight', # How weights split into blocks
         layer_types=None, # Type of layer, or a tuple of types; by default convolutions of two dimensions, for slimming normalizations
     ):
-        if not isinstance(model, nn.Module): raise TypeError(f'a model is an nn.Module, not {model!r}')
+        model = plain_model(model)
         given,default = named('penalty', criterias | penalties, criteria),nn.Conv2d
         if isinstance(given, tuple): given,default = given
         self.criteria,self.granularity = criteria_of(given),granularity
@@ -52,18 +54,26 @@ class Penalty:
         types = tuple(types) if isinstance(types, (tuple, list)) else (types,)
         for t in types:
             if not isinstance(t, type): raise TypeError(f'layer_types is a class of layers or a tuple of them, not {t!r}: {did_you_mean(t, [o.__name__ for o in layer_axes if isinstance(o, type)])}')
-        self.layers,seen = {},set()
+        self.layers,self.blocks,seen = {},{},set()
         for n,m in model.named_modules():
-            if not isinstance(m, types) or getattr(m, 'weight', None) is None or id(m.weight) in seen: continue
-            seen.add(id(m.weight))
-            axes = _axes(m)
-            blocks(granularity, m.weight.shape, axes, n or type(m).__name__)
-            self.layers[n] = m,axes
+            if not isinstance(m, types) or getattr(m, 'weight', None) is None: continue
+            w = m._parameters.get('weight')  # of a parametrized layer none, and what it computes is another tensor each time
+            if w is not None and id(w) in seen: continue
+            seen.add(id(w))
+            self.layers[n] = m,_axes(m)
+            self._blocks(n)
         if not self.layers: raise ValueError(f'the model has no layer of type {", ".join(t.__name__ for t in types)} with a weight; it has {", ".join(sorted({type(m).__name__ for m in model.modules() if getattr(m, "weight", None) is not None}))}')
-        m,axes = next(iter(self.layers.values()))
-        try: probe = penalty(nn.Parameter(m.weight.detach().clone()), granularity, axes, self.criteria)
+        n,(m,_) = next(iter(self.layers.items()))
+        try: probe = _price(nn.Parameter(m.weight.detach().clone()), self._blocks(n), self.criteria)
         except RuntimeError as e: raise ValueError(f'criteria {self.criteria.__name__!r} cannot be trained: {e}') from e
         if not probe.requires_grad: raise ValueError(f'criteria {self.criteria.__name__!r} does not depend on the weights in a way that they can be trained by')
 
-    def by_layer(self): "The penalty of each layer, by name"; return {n: penalty(m.weight, self.granularity, axes, self.criteria) for n,(m,axes) in self.layers.items()}
+    def _blocks(self, name):
+        "Blocks of the weight of a layer, found once for each shape that it has had"
+        m,axes = self.layers[name]
+        key = axes,tuple(m.weight.shape)
+        if key not in self.blocks: self.blocks[key] = blocks(self.granularity, key[1], axes, name or type(m).__name__)
+        return self.blocks[key]
+
+    def by_layer(self): "The penalty of each layer, by name"; return {n: _price(m.weight, self._blocks(n), self.criteria) for n,(m,_) in self.layers.items()}
     def __call__(self): "The penalty of all layers"; return sum(self.by_layer().values())

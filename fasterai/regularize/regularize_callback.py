@@ -34,7 +34,7 @@ class RegularizeCallback(Callback):
         self.penalty = None
 
     def before_fit(self):
-        self.penalty = Penalty(getattr(self.model, '_orig_mod', self.model), **self.how)
+        self.penalty = Penalty(self.model, **self.how)
         names = self.recorder.metric_names if hasattr(self.learn, 'recorder') else []
         if names: names.insert(len(names)-(names[-1]=='time'), 'penalty')
 

@@ -15,7 +15,7 @@ import torch
 from matplotlib.collections import PolyCollection
 from torch import nn
 from ..core.criteria import criteria_of, criterias, needs, score
-from ..core.granularity import axes_of, blocks, granularities, granularity_of, has_axes, numbered_by
+from ..core.granularity import axes_of, blocks, granularities, granularity_name, granularity_of, has_axes, numbered_by
 from ..core.schedule import schedule_of
 from ..core.selection import lowest
 from .tables import _unit
@@ -58,7 +58,7 @@ def show_blocks(
     ax.add_collection(PolyCollection(at, facecolors=np.where(gone.flatten(), GONE, GRAY), edgecolors='white', linewidths=.6))
     right,low = at.max((0,1))
     by = '' if hasattr(g, 'bind') else ' '.join(numbered_by('oihw', g))
-    ax.text(right/2, -1.9, _name(granularity), ha='center', fontsize=9)
+    ax.text(right/2, -1.9, granularity_name(granularity), ha='center', fontsize=9)
     ax.text(right/2, -.75, ' · '.join(filter(None, [by, f'{b.n} block{"s"*(b.n>1)}'])), ha='center', fontsize=7.5, color=INK)
     ax.set(xlim=(-1.2, right+1.3), ylim=(low+.9, -3), aspect='equal')
     ax.set_axis_off()

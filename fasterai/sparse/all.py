@@ -1,4 +1,4 @@
 from ..core.all import *
-from .sparsifier import *
-from .sparsify_callback import *
-from ..legacy import *
+from .sparsifier import LevelPruner, Sparsifier, hold_zeros
+from .sparsify_callback import KeepSparsity, SparsifyCallback
+from ..legacy import annealing_cos, annealing_gradual, annealing_linear, annealing_no

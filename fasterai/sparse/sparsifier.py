@@ -13,12 +13,13 @@ from functools import partial
 from numbers import Real
 import torch
 from torch import nn, Tensor
-from ..core.granularity import Blocks, axes_of, available, blocks, granularities, granularity_of, has_axes, head_parts, layer_axes, n_heads, pattern
+from ..core.granularity import Answers, axes_of, blocks, granularity_name, granularity_of, has_axes, head_parts, layer_axes, n_heads
 from ..core.registry import did_you_mean
+from ..core.brought import at_home, check_finite, computed, made_of, plain_model, plain_name, told, unfit, warn
 from ..core.criteria import criteria_of, large_final, needs
 from ..core.context import context_of, local, shares
 from ..core.selection import CHUNK, Scores, Source, check_percent, n_of, rounded_gone, select
-from ..core.graph import ChannelGraph
+from ..core.graph import ChannelGraph, layer_of
 from ..core.evidence import Weight, _wide, check_trained, evidence, weight_of
 from ..legacy import OldLevelPruner, old_prune, old_sparsifier
 
@@ -41,7 +42,7 @@ def zero_(w:Tensor, keep:Tensor): # Weight, int8 mask that broadcasts over it: -
 @dataclass(eq=False)
 class Part(Weight):
     "A weight, and the blocks that it splits into"
-    blocks:Blocks # How it splits
+    blocks:Answers # How it splits
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #6a3d3fce
 class Layer(Source):
@@ -52,7 +53,7 @@ class Layer(Source):
         self.name,self.parts,self.criteria = name,parts,criteria
         self.past,self.given,self.ready,self.whole,self.flat,self.masks = {},{},None,None,None,None
         self.needs,one = needs(criteria),torch.tensor([[-1.]], device='cpu')
-        self.by_piece = len(parts)==1 and b.zeros is None and b.single and criteria.pointwise and 'act' not in self.needs and bool(criteria.reducer(one)==-1)
+        self.by_piece = len(parts)==1 and b.in_order and criteria.pointwise and 'act' not in self.needs and bool(criteria.reducer(one)==-1)
 
     def known(self, i): # Which part
         "What the criteria asks for, by name"
@@ -63,6 +64,9 @@ class Layer(Source):
                 + ('pass `data` to the Sparsifier, or use it in a training step of weights that are not frozen' if o in ('grad','act') else 'nothing was remembered'))
             res[o] = x.detach()
         return res
+
+    @property
+    def partial(self): "Does only a part of a block go, as of a group n:m?"; return self.parts[0].blocks.partial
 
     @property
     def streams(self): "Are scores computed piece by piece, from the weights as they lie in memory?"; return self.by_piece and all(x.is_contiguous() for x in self.known(0).values())
@@ -84,21 +88,15 @@ class Layer(Source):
         for i,p in enumerate(self.parts):
             s = self.criteria.f(**{o: _wide(x) if self.criteria.pointwise else _wide(x).clone() for o,x in self.known(i).items()})  # a function of the user's may write to what it gets
             self.whole = s = s if s.is_floating_point() else s.float()
-            rows.append(p.blocks.fold(s))
-            nan |= p.blocks.padded
-        s = rows[0] if len(rows)==1 else torch.cat(rows, 1)
-        zeros = self.parts[0].blocks.zeros
-        if zeros:  # of a group n:m, only what would be zeroed counts
-            s,nan = s.nan_to_num(nan=-math.inf).sort(dim=1).values[:,:zeros],True
-            s = s.masked_fill(s==-math.inf, math.nan)
-        self.ready = self.criteria.reduce(s, nan=nan)
+            rows.append(p.blocks.at_stake(s))
+            nan |= p.blocks.padded or p.blocks.partial
+        self.ready = self.criteria.reduce(rows[0] if len(rows)==1 else torch.cat(rows, 1), nan=nan)
 
     def renew_masks(self):
         "Masks of the parts, from what is kept"
-        if self.parts[0].blocks.zeros:
-            s = self.whole if self.masks is None else self.whole.masked_fill(self.masks[0]==0, -math.inf)
-            self.masks = [self.parts[0].blocks.spread(self.keep==0, s).to(torch.int8).sub_(1)]
-        else: self.masks = [p.blocks.spread(self.keep) for p in self.parts]
+        s = self.whole
+        if self.partial and self.masks is not None: s = s.masked_fill(self.masks[0]==0, -math.inf)  # what is gone stays the lowest
+        self.masks = [p.blocks.mask(self.keep, s) for p in self.parts]
 
     def apply(self):
         "Zero what is masked"
@@ -120,8 +118,7 @@ def _weights(m):
 
 def _part(names, mod, attr, make, axes=''):
     w = getattr(mod, attr)
-    if id(w) not in names: raise ValueError(f'{attr} of a {type(mod).__name__} is not a parameter of the model but computed from others (by a parametrization, or `torch.nn.utils.prune`): make it permanent first')
-    if isinstance(w, nn.parameter.UninitializedParameter): raise ValueError(f'{names[id(w)]} has no shape yet: run the model once')
+    if why := unfit(w): raise ValueError(f'{names[id(w)]} {why}')
     return Part(mod, attr, names[id(w)], axes, make(w))
 
 def _types(layer_type):
@@ -130,26 +127,42 @@ def _types(layer_type):
         if not isinstance(t, type): raise TypeError(f'layer_type is a class of layers or a tuple of them, not {t!r}: {did_you_mean(t, [o.__name__ for o in layer_axes if isinstance(o, type)])}')
     return ts
 
-def find_layers(model, granularity, layer_type, criteria):
-    "Each layer of `layer_type` (each attention layer, for `head`) as a `Layer`; a weight that is shared comes once"
-    if not isinstance(model, nn.Module): raise TypeError(f'a model is an nn.Module, not {model!r}')
-    names,seen,res = {id(p):n for n,p in model.named_parameters()},set(),[]
-    head,types = granularity=='head',_types(layer_type)
+def _wanted(model, granularity, types):
+    "Name and module of each layer that is to be sparsified: of `types`, or for `head` with attention"
+    head = granularity=='head'
     for n,m in model.named_modules():
-        if head:
-            if n_heads(m) is None or not (types==(nn.Conv2d,) or isinstance(m, types)): continue
-            found = [[_part(names, mod, attr, lambda w: b) for mod,attr,b in head_parts(m)[0]]]
-        elif isinstance(m, types):
-            axes = axes_of(m)
-            found = [[_part(names, mod, attr, lambda w: blocks(granularity, w.shape, axes, n or type(m).__name__), axes)] for mod,attr in _weights(m) if getattr(mod, attr).numel()]
-        else: continue
-        for parts in found:
-            if seen.isdisjoint(p.name for p in parts) and parts[0].w.numel(): res.append(Layer(n if head else parts[0].name.removesuffix('.weight'), parts, criteria))
+        if head and n_heads(m) is not None and (types==(nn.Conv2d,) or isinstance(m, types)) or not head and isinstance(m, types): yield n,m
+
+def find_layers(model, granularity, layer_type, criteria):
+    "Each layer of `layer_type` (each attention layer, for `head`) as a `Layer`, a shared weight once; and by name, how the weights of others are computed, which are left out"
+    names,seen,res,out,empty = {id(p):n for n,p in model.named_parameters()},set(),[],{},[]
+    head,types = granularity=='head',_types(layer_type)
+    for n,m in _wanted(model, granularity, types):
+        found = head_parts(m)[0] if head else [(*o,None) for o in _weights(m)]
+        if made := next((o for mod,attr,_ in found if (o := computed(mod, attr))), None):
+            out[n or type(m).__name__] = made
+            continue
+        if head: groups = [[_part(names, mod, attr, lambda w: b) for mod,attr,b in found]]
+        else:
+            axes,called = axes_of(m),n or type(m).__name__
+            groups = [[_part(names, mod, attr, lambda w: blocks(granularity, w.shape, axes, called) if w.numel() else None, axes)] for mod,attr,_ in found]
+        for parts in groups:
+            if not parts[0].w.numel(): empty.append(parts[0].name)
+            elif seen.isdisjoint(p.name for p in parts): res.append(Layer(n if head else parts[0].name.removesuffix('.weight'), parts, criteria))
             seen.update(p.name for p in parts)
-    if res: return res
-    if head: raise ValueError('the model has no attention layer of a known form (nn.MultiheadAttention, a fused qkv, or separate projections)')
+    if not res: raise ValueError(_nothing(model, head, types, out, empty))
+    return res,out
+
+def _nothing(model, head, types, out, empty):
+    "Why there is no layer to sparsify"
+    if out: return f'nothing is left to sparsify: {told(out)}'
+    if head: return 'the model has no attention layer of a known form (nn.MultiheadAttention, a fused qkv, or separate projections)'
+    what = f'the model has no layer of type {", ".join(t.__name__ for t in types)}'
+    if empty: return f'{what} with weights: {", ".join(empty)} {"is" if len(empty)==1 else "are"} empty'
+    quantized = [n or 'the model' for n,m in model.named_modules() if 'quantized' in type(m).__module__.split('.') and hasattr(m, 'weight')]
+    if quantized: return f'{what} with floating-point weights: {", ".join(quantized[:5])} {"is" if len(quantized)==1 else "are"} quantized; sparsify the model before it is converted'
     there = sorted({type(m).__name__ for m in model.modules() if has_axes(m)})
-    raise ValueError(f'the model has no layer of type {", ".join(t.__name__ for t in types)}; it has {", ".join(there) or "none that can be sparsified"}')
+    return f'{what}; it has {", ".join(there) or "none that can be sparsified"}'
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #778d11c7
 def give(layers, found): # Layers; what was found, by what it is and name of the weight
@@ -163,17 +176,15 @@ def parts_of(layers): return [p for o in layers for p in o.parts]
 class Side:
     "A parameter with an entry a channel, whose entries go with the blocks of some layers"
     def __init__(self, mod, attr): self.mod,self.attr,self.follows,self.mask = mod,attr,[],None
-    def add(self, layer, blocks, rows=None, dim=0): # Layer, its blocks; entries of the parameter along `dim` that go with them
+    def add(self, layer, blocks, rows, dim=0): # Layer, some of its blocks; entries of the parameter along `dim` that go with these
         self.follows.append((layer, blocks, rows, dim))
     def renew(self):
         p = getattr(self.mod, self.attr)
         self.mask = torch.full(p.shape, -1, dtype=torch.int8, device=p.device)
         for layer,blocks,rows,dim in self.follows:
-            if isinstance(blocks, Blocks): self.mask &= blocks.spread(layer.keep)
-            else:
-                keep = torch.full((p.shape[dim],), -1, dtype=torch.int8, device=p.device)
-                keep[rows.to(p.device)] = layer.keep.to(p.device)[blocks.to(p.device)]
-                self.mask &= keep.view([-1 if i==dim else 1 for i in range(p.dim())])
+            keep = torch.full((p.shape[dim],), -1, dtype=torch.int8, device=p.device)
+            keep[rows.to(p.device)] = layer.keep.to(p.device)[blocks.to(p.device)]
+            self.mask &= keep.view([-1 if i==dim else 1 for i in range(p.dim())])
     def apply(self):
         if self.mask is not None: zero_(getattr(self.mod, self.attr), self.mask)
 
@@ -183,28 +194,72 @@ def _owner(model, name):
 
 def _side(sides, model, name): return sides.setdefault(name, Side(*_owner(model, name)))
 
+def _filters(o):
+    "The block that each filter of layer `o` belongs to, -1 for none; None if its blocks are not made of whole filters"
+    p = o.parts[0]
+    return p.blocks.channels(p.axes.index('o')) if p.axes else None
+
 def find_sides(model, layers, example_inputs=None):
     "By name, the parameters whose entries go with the filters (or heads) of `layers`"
-    sides = {}
-    filters = [o for o in layers if o.parts[0].axes and type(o.parts[0].blocks) is Blocks and o.parts[0].blocks.dims==(o.parts[0].axes.index('o'),)]
+    sides,params = {},dict(model.named_parameters())
+    filters = {o:number for o in layers if (number := _filters(o)) is not None}
     own = {p.name for o in filters for p in o.parts}
-    if filters and any(n not in own for n,_ in model.named_parameters()):
+    if filters and not params.keys()<=own:
         graph = ChannelGraph(model, example_inputs)
         makes = {s.name for s in graph.slices if s.role=='out'}
-        for o in filters:
-            if o.parts[0].name not in makes: continue  # never run, or of one filter, which stays
+        for o,number in filters.items():
+            if o.parts[0].name not in makes:  # never run, or of one filter, which stays, or read by an operation that is not known
+                if o.n>1 and o.parts[0].name not in graph.unused: _own_bias(sides, o, number, params)
+                continue
             for name,rows in graph.following(o.parts[0].name):
-                if len(rows)!=o.n: continue  # of a transposed convolution with a filter a group, which stays
-                some = (rows>=0).nonzero()[:,0]
-                _side(sides, model, name).add(o, some, rows[some])
-    names = {id(p):n for n,p in model.named_parameters()}
+                if len(rows)!=len(number) or name not in params: continue  # of a transposed convolution with a filter a group, which stays
+                some = ((rows>=0)&(number>=0)).nonzero()[:,0]
+                _side(sides, model, name).add(o, number[some], rows[some])
+        _tell_hidden(model, graph, filters, sides)
+    names = {id(p):n for n,p in params.items()}
     for o in layers:
         if o.parts[0].axes: continue
-        for mod,attr,b in head_parts(model.get_submodule(o.name))[1]: _side(sides, model, names[id(getattr(mod, attr))]).add(o, b)
+        for mod,attr,b in head_parts(model.get_submodule(o.name))[1]:
+            if id(getattr(mod, attr)) not in names: continue  # computed from others
+            heads = b.spread(torch.arange(b.n, device='cpu'))
+            _side(sides, model, names[id(getattr(mod, attr))]).add(o, heads, torch.arange(len(heads), device='cpu'))
     return sides
 
+def _own_bias(sides, layer, number, params):
+    "Let the bias of a layer go with its filters"
+    m,bias = layer.parts[0].mod,layer.parts[0].mod._parameters.get('bias')
+    name = next((n for n,p in params.items() if p is bias), None)
+    some = (number>=0).nonzero()[:,0]
+    if name and bias.shape==number.shape: sides.setdefault(name, Side(m, 'bias')).add(layer, number[some], some)
+
+def _reasons(graph, ids): "Why some of channels `ids` have to stay"; return graph.why(ids[graph.classes(ids)==0])
+
+def _unknown(graph, name):
+    "The operation that the graph does not know and that hides what becomes of the channels of weight `name`, or ''"
+    if name in graph.unused: return ''
+    made = next((s for s in graph.slices if s.name==name and s.role=='out'), None)
+    if made is None: return ', '.join(graph.unknown)
+    return next((why for why in _reasons(graph, made.ids) if why.split(' in ')[0] in graph.unknown), '')
+
+def _tell_hidden(model, graph, filters, sides):
+    "Warn of layers whose normalization may stand behind an operation that the graph does not know, or has a scale that cannot be zeroed"
+    norms = {n for n,m in model.named_modules() if isinstance(m, (nn.modules.batchnorm._NormBase,nn.GroupNorm,nn.LayerNorm)) and m.weight is not None}
+    free = norms-{layer_of(n) for n in sides}
+    found = {id(f[0]) for n,s in sides.items() if layer_of(n) in norms for f in s.follows}
+    hidden = {}
+    for o in filters:
+        if id(o) in found or o.n==1: continue
+        unknown = _unknown(graph, o.parts[0].name)
+        if unknown: hidden[o.name] = unknown
+    made = [n for n in sorted(norms & {layer_of(o) for o in sides}) if computed(model.get_submodule(n))]
+    if made: warn(f'the scale of {", ".join(made)} is no parameter but computed, and stays: what comes out for a zeroed filter may not be zero in eval mode')
+    if not (free and hidden): return
+    each = ', '.join(f'{n} ({why})' for n,why in list(hidden.items())[:5])
+    warn(f'the channel graph does not know what some layers are followed by, so no normalization goes along with the filters of {each}: '
+        f'where one does follow, as {", ".join(sorted(free)[:3])} may, what it makes of a zeroed filter is not zero')
+
 # %% ../../nbs/sparse/01_sparsifier.ipynb #39fba17a
-class _Tied(Blocks):
+class _Tied(Answers):
     "Filters of a weight by the block they belong to: `number[i]` for filter `i` of dimension `o`, -1 for none"
     def __init__(self, shape, o, number, n):
         self.shape,self.o,self.number,self.n = tuple(shape),o,number,n
@@ -215,6 +270,7 @@ class _Tied(Blocks):
         self.table = torch.full((n, int(at.max())+1 if len(at) else 1), -1, device='cpu')
         self.table[number[some],at] = some
         self.padded = bool((self.table<0).any())
+    def channels(self, axis=0): return self.number if axis==self.o else None
     def fold(self, x):
         x = x.movedim(self.o, 0).flatten(1)
         res = x[self.table.to(x.device)]
@@ -238,14 +294,53 @@ def _tied_part(model, p, name, dim, number, n):
     w = weight_of(model, name)
     return Part(w.mod, w.attr, name, w.axes, _Tied(p.shape, dim, number, n))
 
+def _barred(model, graph, makes):
+    "Channels that a computed weight makes, and why these stay: zeros that are written to what it is computed from may not come out as zeros"
+    res = {}
+    for n,(layer,attr) in made_of(model).items():
+        if n not in makes: continue
+        how,_ = computed(model.get_submodule(layer), attr)
+        res |= dict.fromkeys(graph.roots(makes[n].ids).unique().tolist(), f'made or shared by {layer}, whose weight is computed by {how}')
+    return res
+
+@dataclass
+class Stay:
+    "Filters of a layer that are asked for and cannot go"
+    layer:str # Name of the layer
+    channels:int # How many filters it has
+    stuck:int # How many of them have to stay
+    why:str # What they stay for
+    n:int # Blocks of the layer, of which a percentage is asked for
+    said:bool=False # Is it known already, or expected, as of the output?
+
+def _stays(graph, wanted, makes, barred):
+    "What of the filters of the weights `wanted` has to stay, and why"
+    for name,n in wanted.items():
+        layer = name.removesuffix('.weight')
+        if name not in makes:
+            why = 'it does not run with the example inputs' if name in graph.unused else 'the channel graph does not see what it makes'
+            unknown = _unknown(graph, name)
+            if n>1: yield Stay(layer, n, n, why+(f': {unknown} is not known' if unknown else ''), n)
+            continue
+        ids = makes[name].ids
+        roots,stuck = graph.roots(ids),graph.classes(ids)==0
+        whys = _reasons(graph, ids)+[barred[o] for o in dict.fromkeys(roots[~stuck].tolist()) if o in barred]
+        stuck |= torch.tensor([o in barred for o in roots.tolist()], device='cpu')
+        whys = list(dict.fromkeys(whys))
+        if stuck.any(): yield Stay(layer, n, int(stuck.sum()), '; '.join(whys), n, whys==['output of the model'])
+
 def couple(model, layers, criteria, example_inputs=None):
-    "`layers` regrouped so that filters that are tied are one block, with all else that makes these channels; and their side parameters"
-    graph,wanted = ChannelGraph(model, example_inputs),{p.name for o in layers for p in o.parts}
+    "`layers` regrouped so that filters that are tied are one block, with all else that makes these channels; their side parameters; and what has to `Stay`"
+    graph,wanted = ChannelGraph(model, example_inputs),{p.name:len(_filters(o)) for o in layers for p in o.parts}
     makes = {s.name:s for s in reversed(graph.slices) if s.role=='out'}
-    classes = {n:graph.classes(s.ids) for n,s in makes.items()}
-    params,res,sides = dict(model.named_parameters()),[],{}
-    affine = [(s,graph.classes(s.ids)) for s in graph.slices if s.role=='affine' and s.kind in ('bias','scale','shift','add') and s.name in params]
-    place,n_classes = {n:i for i,n in enumerate(params)},1+max(int(c.max()) for c in (*classes.values(), *(c for _,c in affine)))
+    barred,params,res,sides = _barred(model, graph, makes),dict(model.named_parameters()),[],{}
+    held = torch.tensor(sorted(barred), dtype=torch.long, device='cpu')
+    def classes_of(ids):
+        c = graph.classes(ids)
+        return c.masked_fill(torch.isin(c, held), 0)
+    classes = {n:classes_of(s.ids) for n,s in makes.items() if n in params}
+    affine = [(s,classes_of(s.ids)) for s in graph.slices if s.role=='affine' and s.kind in ('bias','scale','shift','add') and s.name in params]
+    place,n_classes = {n:i for i,n in enumerate(params)},1+max((int(c.max()) for c in (*classes.values(), *(c for _,c in affine)) if len(c)), default=0)
     for names in sorted((sorted(g, key=place.get) for g in _components(classes)), key=lambda g: place[g[0]]):
         cs = torch.cat([classes[n] for n in names if n in wanted] or [torch.zeros(1, dtype=torch.long, device='cpu')]).unique()
         cs,number = cs[cs>0],torch.full((n_classes,), -1, device='cpu')
@@ -257,8 +352,11 @@ def couple(model, layers, criteria, example_inputs=None):
         for s,c in affine:
             rows = (number[c]>=0).nonzero()[:,0]
             if len(rows): _side(sides, model, s.name).add(layer, number[c][rows], rows, s.dim)
-    if not res: raise ValueError(f'no filter of {", ".join(sorted(wanted))} can be removed: all are tied to the output or to something of fixed size')
-    return res,sides
+    stays = list(_stays(graph, wanted, makes, barred))
+    if not res:
+        each = '; '.join(f'{o.layer}: {o.why}' for o in stays[:5])
+        raise ValueError(f'no filter of {", ".join(sorted(wanted))} can be removed: all are tied to the output or to something of fixed size, or too few{f" ({each})" if each else ""}')
+    return res,sides,stays
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #b0451259
 def check_level(sparsity): # Percentage
@@ -268,7 +366,7 @@ def check_level(sparsity): # Percentage
 def check_sparsity(sparsity): # Percentage
     "`sparsity` if it is a percentage; `ValueError` otherwise, and a warning for what looks like a fraction"
     check_level(sparsity)
-    if 0<sparsity<1: warnings.warn(f'sparsity {sparsity} is in percent: did you mean {100*sparsity:g}?', stacklevel=4)
+    if 0<sparsity<1: warn(f'sparsity {sparsity} is in percent: did you mean {100*sparsity:g}?')
     return sparsity
 
 def _check_criteria(o):
@@ -284,6 +382,7 @@ def _check_criteria(o):
 class Sparsifier:
     "Zero the blocks of `model` that `criteria` finds least important"
     @old_sparsifier
+    @at_home()
     def __init__(self,
         model:nn.Module, # Model, zeroed in place
         granularity='weight', # How: a name of `granularities`, axes (`'o h'`), `block(r,c)`, a pattern such as `'2:4'`, or `'head'`
@@ -297,47 +396,96 @@ class Sparsifier:
         loss_func=None, # Loss for gradients from `data`; by default cross-entropy, or mean squared error for a float target
     ):
         if round_to is not None and (not isinstance(round_to, int) or round_to<1): raise ValueError(f'round_to is a whole number of blocks, at least 1, not {round_to!r}')
-        self.model = getattr(model, '_orig_mod', model)  # of a compiled model, the one that it was made from
+        self.model = plain_model(model)
         self.granularity,self.context,self.criteria = granularity_of(granularity),context_of(context),criteria_of(criteria)
         self.round_to,self.example_inputs,self.data,self.loss_func = round_to,example_inputs,data,loss_func
-        self.layers = find_layers(self.model, self.granularity, layer_type, self.criteria)
-        _check_criteria(min(self.layers, key=lambda o: o.parts[0].w.numel()))
+        self.layers,out = find_layers(self.model, self.granularity, layer_type, self.criteria)
+        self._check_finite()
+        for o in {o.parts[0].w.dtype:o for o in sorted(self.layers, key=lambda o: -o.parts[0].w.numel())}.values(): _check_criteria(o)
         if round_to and all(o.n<round_to for o in self.layers): raise ValueError(f'round_to={round_to}: no layer has so many blocks to keep, the largest has {max(o.n for o in self.layers)}')
-        self._gone,self._sides = {},None
+        self._gone,self._sides,self._asked,self._stays = {},None,0,[self._computed(n, how) for n,(how,_) in out.items()]
+        self._told = not coupled
         if coupled:
-            if granularity not in ('filter','o'): raise ValueError(f'coupled filters go with the granularity filter, not {granularity!r}')
-            self.layers,self._sides = couple(self.model, self.layers, self.criteria, example_inputs)
+            if any(number is None or not torch.equal(number, torch.arange(o.n, device='cpu')) for o in self.layers for number in [_filters(o)]):
+                raise ValueError(f'coupled filters go with the granularity filter, not {granularity_name(granularity)!r}')
+            self.layers,self._sides,stays = couple(self.model, self.layers, self.criteria, example_inputs)
+            self._stays += stays
         self._by_name = {o.name:o for o in self.layers}
         self.n_weights = sum(p.w.numel() for o in self.layers for p in o.parts)
         self.remember()
+        if out: self._tell_computed(out)
+
+    def _check_finite(self): check_finite([(p.name,p.w) for o in self.layers for p in o.parts], 'weights like these cannot be ranked')
+
+    def _tell_computed(self, out): warn(told(out))
+
+    def _computed(self, name, how):
+        "What is not asked for of the layer `name`, whose weight is computed"
+        m = self.model.get_submodule(name) if name in dict(self.model.named_modules()) else self.model
+        why = f'its weight is no parameter but computed by {how}'
+        if self.granularity=='head': return Stay(name, n_heads(m), n_heads(m), why, n_heads(m), True)
+        w,axes = getattr(*_weights(m)[0]),axes_of(m)
+        n = w.shape[axes.index('o')]
+        return Stay(name, n, n, why, blocks(self.granularity, w.shape, axes, name).n, True)
+
+    @property
+    def left(self):
+        """A row for each layer of which less can be zeroed than was asked for last: how many `channels` it has, how many blocks were `asked` for and `zeroed`, and `why`. The model's
+        output is among them, whose filters nobody expects to go"""
+        asked = lambda o: self._asked.get(o.layer, 0) if isinstance(self._asked, dict) else self._asked
+        return [dict(layer=o.layer, channels=o.channels, asked=n_of(o.n, 100*asked(o)/self.own), zeroed=self._zeroed(o.layer), why=o.why) for o in self._stays]
+
+    def _zeroed(self, name):
+        "How many filters of the layer `name` are masked"
+        found = [(o,p) for o in self.layers for p in o.parts if p.name.removesuffix('.weight')==name and o.masks]
+        return sum(int((p.blocks.spread(o.keep)==0).sum()) for o,p in found)
+
+    def tell_left(self, sparsity): # Percentage that is asked for, or a dict by layer
+        "Warn, once, of filters that are asked for and can never go, but for those of the model's output"
+        self._asked = sparsity
+        short = [o for o,row in zip(self._stays, self.left) if not o.said and row['asked']>row['zeroed']]
+        if self._told or not short: return
+        self._told = True
+        each = '; '.join(f'{o.stuck} of {o.channels} filters of {o.layer} have to stay ({o.why})' for o in short[:3])
+        more = f'; and some of {len(short)-3} other layers' if len(short)>3 else ''
+        warn(f'less can be zeroed than was asked for: {each}{more}. See `left`')
 
     prune = old_prune
 
+    @at_home()
     def remember(self):
         "Take the weights as they are now for `w0`, what the criteria calls the start of training"
         for o in self.layers: o.past = {k: [p.w.detach().clone() for p in o.parts] for k in ('w0','w_prev') if k in needs(self.criteria)}
 
+    @at_home()
     def sparsify_model(self, sparsity): # Percentage of blocks; a list of them in the order of the layers; or a dict by layer
         "Zero `sparsity` percent of the blocks, the least important first, and return the model"
         sparsity = self.targets(sparsity)
+        self._check_finite()
         self._learn(self.layers)
         self.update(sparsity)
+        self.tell_left(sparsity)
         return self.model
     prune_model = sparsify_model
 
+    @at_home()
     def sparsify_layer(self, m, sparsity): # Layer or its name, percentage
         "Zero `sparsity` percent of the blocks of one layer, and return it"
-        found = [o for o in self.layers if any(m in (o.name, p.name, p.mod) for p in o.parts)]
-        if not found: raise ValueError(f'no layer {m!r}: {did_you_mean(m, self._by_name)}')
+        called = {m, plain_name(m)} if isinstance(m, str) else {m}
+        found = [o for o in self.layers if any(called & {o.name, p.name, p.mod} for p in o.parts)]
+        if not found: raise ValueError(self._no_layer(m))
         self._check_reach(check_sparsity(sparsity))
+        self._check_finite()
         self._learn(found)
         self._renew(lambda: self._rounded({(o.name,): n_of(o.n, 100*sparsity/self.own) for o in found}), found)
         return found[0].parts[0].mod
     prune_layer = sparsify_layer
 
+    @at_home()
     def sparsify_below(self, threshold): # Number that scores of blocks are compared with
         "Zero the blocks that score below `threshold`, as a penalty has left them, but not the best of a layer, and return the model"
         if not isinstance(threshold, Real) or math.isnan(threshold): raise ValueError(f'a threshold is a number, not {threshold!r}')
+        self._check_finite()
         self._learn(self.layers)
         def counts(): return {(n,): int(((s<threshold) | (self._by_name[n].keep==0)).sum()) for n,s in self._scores(self.layers).items()}
         self._renew(lambda: self._rounded(counts()), self.layers)
@@ -347,20 +495,29 @@ class Sparsifier:
         asked,parts = {'grad','act'} & set(needs(self.criteria)),parts_of(layers)
         if self.data is None or not asked: return
         if 'grad' in asked: check_trained(self.criteria, parts)
-        give(layers, evidence(asked, self.data, self.model, parts, self.loss_func))
+        found = evidence(asked, self.data, self.model, parts, self.loss_func)
+        words = dict(grad='the gradient of', act='the inputs of')
+        for k,xs in found.items(): check_finite([(f'{words[k]} {n}',x) for n,x in xs.items()], 'these data cannot rank weights')
+        give(layers, found)
 
     @property
-    def own(self): "Percent of zeros that the granularity can reach: 100, or a pattern's own"; return self.granularity.sparsity if isinstance(self.granularity, pattern) else 100
+    def own(self): "Percent of zeros that the granularity can reach: 100, or a pattern's own"; return max(p.blocks.full for p in parts_of(self.layers))
 
     def _check_reach(self, sparsity):
-        if sparsity>self.own: raise ValueError(f'{self.granularity} has {self.own:g} % of zeros when every group obeys it: sparsity {sparsity:g} cannot be reached')
+        if sparsity>self.own+1e-9: raise ValueError(f'{granularity_name(self.granularity)} has {self.own:g} % of zeros when every group obeys it: sparsity {sparsity:g} cannot be reached')
+
+    def _no_layer(self, name):
+        "Why there is no layer of that name"
+        stay = next((o for o in self._stays if o.layer in (name, plain_name(str(name)))), None)
+        return f'no block of {name!r} can be zeroed: {stay.why}' if stay else f'no layer {name!r}: {did_you_mean(name, self._by_name)}'
 
     def targets(self, sparsity): # Percentage; a list of them in the order of the layers; or a dict by layer
         "`sparsity`, checked: one number, or a dict with a number for each layer"
         if isinstance(sparsity, dict):
             names = {k:o.name for o in self.layers for k in (o.name, *(p.name for p in o.parts))}
+            names |= {k:names[plain_name(k)] for k in sparsity if isinstance(k, str) and k not in names and plain_name(k) in names}
             for o in sparsity:
-                if o not in names: raise ValueError(f'no layer {o!r}: {did_you_mean(o, self._by_name)}')
+                if o not in names: raise ValueError(self._no_layer(o))
             sparsity = dict.fromkeys(self._by_name, 0.) | {names[o]:check_sparsity(s) for o,s in sparsity.items()}
         elif isinstance(sparsity, Iterable) and not isinstance(sparsity, (str, Tensor)):
             sparsity = list(sparsity)
@@ -373,7 +530,7 @@ class Sparsifier:
         self._check_reach(max(sparsity.values()))
         return sparsity
 
-    @torch.no_grad()
+    @at_home()
     def update(self, sparsity): # Percentage, or a dict by layer, as from a schedule: any number from 0 to 100
         "Renew the masks for `sparsity`, and apply them"
         for s in sparsity.values() if isinstance(sparsity, dict) else [sparsity]: check_level(s)
@@ -407,7 +564,7 @@ class Sparsifier:
         return {o.name: o.scores(0, o.n) for o in layers}
 
     @property
-    def _protect(self): return not (isinstance(self.granularity, pattern) or self.granularity is granularities['layer'])  # a pattern leaves something in each group; to drop layers is the point of `layer`
+    def _protect(self): "Does each layer keep its last block?"; return any(p.blocks.spares_last for p in parts_of(self.layers))
 
     def _rounded(self, ks):
         "Numbers by layer that leave a multiple of `round_to`, and never fewer than that"
@@ -452,14 +609,15 @@ class Sparsifier:
 
     def reached(self):
         "Percent of the blocks that are gone now; of a pattern, percent of zeros"
-        if isinstance(self.granularity, pattern): return 100*sum(int((m==0).sum()) for o in self.layers for m in o.masks or [])/sum(p.w.numel() for o in self.layers for p in o.parts)
+        if any(o.partial for o in self.layers): return 100*sum(int((m==0).sum()) for o in self.layers for m in o.masks or [])/sum(p.w.numel() for o in self.layers for p in o.parts)
         return 100*sum(o.gone for o in self.layers)/sum(o.n for o in self.layers)
 
     def state_dict(self):
         "What is kept, and what is remembered of the weights: tensors by name"
-        return {f'keep.{o.name}':o.keep for o in self.layers} | {f'mask.{p.name}':m for o in self.layers for p,m in zip(o.parts, o.masks or []) if p.blocks.zeros} | {
+        return {f'keep.{o.name}':o.keep for o in self.layers} | {f'mask.{p.name}':m for o in self.layers for p,m in zip(o.parts, o.masks or []) if o.partial} | {
             f'{k}.{p.name}':x for o in self.layers for k,xs in o.past.items() for p,x in zip(o.parts, xs)}
 
+    @at_home()
     def load_state_dict(self, state): # What `state_dict` of a Sparsifier with the same arguments gave
         "Go on with the masks of `state`; the weights are zeroed by the next `apply_masks` or update"
         want = {f'keep.{o.name}':o.keep for o in self.layers} | {f'{k}.{p.name}':x for o in self.layers for k,xs in o.past.items() for p,x in zip(o.parts, xs)}
@@ -470,7 +628,7 @@ class Sparsifier:
         for k,x in want.items(): x.copy_(state[k])
         for o in self.layers:
             o.left,ms = None,[state.get(f'mask.{p.name}') for p in o.parts]
-            if o.parts[0].blocks.zeros: o.masks = None if ms[0] is None else [m.to(o.keep.device, copy=True) for m in ms]
+            if o.partial: o.masks = None if ms[0] is None else [m.to(o.keep.device, copy=True) for m in ms]
             else: o.renew_masks()
         for o in self._sides.values(): o.renew()
         self._gone = {}
@@ -492,12 +650,19 @@ class Sparsifier:
 def _shape(p): "Shape of a part's weight, outputs first and inputs second"; return tuple(p.w.shape[p.axes.index(o)] for o in sorted(p.axes, key='oidhw'.index)) if p.axes else tuple(p.w.shape)
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #051d58d5
+class _Holder(Sparsifier):
+    def _tell_computed(self, out):
+        "Warn of layers with zeros that nobody holds: `torch.nn.utils.prune` holds its own"
+        zeros = {n:o for n,o in out.items() if o[0]!='torch.nn.utils.prune' and any((getattr(*w)==0).any() for w in _weights(self.model.get_submodule(n)))}
+        if zeros: warn(told(zeros, 'not held at zero'))
+
+@at_home()
 def hold_zeros(model:nn.Module, example_inputs=None): # Model, inputs that run it
     "A `Sparsifier` whose masks are the zeros of `model`: its `apply_masks` holds them"
-    model = getattr(model, '_orig_mod', model)
+    model = plain_model(model)
     types = tuple({type(m) for m in model.modules() if has_axes(m)})
     if not types: raise ValueError('the model has no layer whose zeros could be held')
-    sp = Sparsifier(model, 'weight', layer_type=types, example_inputs=example_inputs)
+    sp = _Holder(model, 'weight', layer_type=types, example_inputs=example_inputs)
     filters = []
     for o in sp.layers:
         p = o.parts[0]

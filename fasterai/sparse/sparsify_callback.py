@@ -75,6 +75,7 @@ class SparsifyCallback(ScheduledCallback):
         if self.next is not None:
             self.sparsifier,self.next,self.saved,self.level,self.last = self.next,None,None,0.,0
             self.target = self.sparsifier.targets(self.sparsity)
+            self.sparsifier.tell_left(self.target)
         if self.epoch==self.rewind_epoch and (self.lth or self.reset_end) and self.saved is None:
             self.saved = {k: v.detach().clone() for k,v in self.whole.state_dict().items()}
             self.sparsifier.remember()
