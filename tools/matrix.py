@@ -70,27 +70,33 @@ def versions(venv):
     return subprocess.run([venv/'bin'/'python', '-c', code], capture_output=True, text=True, check=True).stdout.strip().replace(' ,', ',')
 
 def run(venv, command, log):
-    "Seconds, success and the last lines of `command` in `venv`; the whole output goes to `log`"
+    "Whether `command` succeeds in `venv`, and its output, which goes to the end of `log` as well"
     env = {**os.environ, 'PATH':f'{venv/"bin"}:{os.environ["PATH"]}', 'PYTHONPATH':str(ROOT), 'OMP_NUM_THREADS':'1', 'VIRTUAL_ENV':str(venv)}
-    start = time.time()
-    with open(log, 'w') as f: code = subprocess.run(command, cwd=ROOT, env=env, stdout=f, stderr=subprocess.STDOUT).returncode
-    said = log.read_text(errors='replace').splitlines()
-    return time.time()-start, code==0, said
+    done = subprocess.run([venv/'bin'/command[0], *command[1:]], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
+    with open(log, 'a') as f: f.write(done.stdout)
+    ended = [f'ended by signal {-done.returncode}'] if done.returncode<0 else []
+    return done.returncode==0, done.stdout.splitlines()+ended
 
 def one(release, a):
-    "The row of `release`, and what failed"
+    "Whether all succeeds on `release`; a line is printed for each part that is run, in a process of its own, and for each failure"
     python = a.python if a.python and release=='oldest' else python_for(release)
     requirements = asked(release)
     key = newest(python, requirements, a.pip_args) if release=='newest' else requirements
     venv = environment(python, requirements, key, a.folder, a.pip_args)
-    print(f'{release}: {versions(venv)} in {venv}', flush=True)
-    row,failed = [release],[]
-    tests = [str(ROOT/'tests'/f'test_{o}.py') for o in a.tests or TESTS]
-    for name,command in dict(tests=['pytest','-q','-p','no:cacheprovider',*tests], notebooks=['nbdev-test',NOTEBOOKS,'--n-workers','0']).items():
-        seconds,ok,said = run(venv, [str(venv/'bin'/command[0]), *command[1:]], venv/f'{name}.log')
-        row.append(f'{name}: {"ok" if ok else "FAILED"} in {seconds:.0f} s ({said[-1] if said else ""})')
-        if not ok: failed += [o for o in said if re.match(r'(FAILED|ERROR) ', o)] or said[-20:]
-    return row,failed
+    log = venv/'matrix.log'
+    log.write_text('')
+    print(f'{release}: {versions(venv)}; all output in {log}', flush=True)
+    pytest = ['pytest', '-q', '-p', 'no:cacheprovider']
+    parts = {o:[*pytest, f'tests/test_{o}.py'] for o in a.tests or TESTS}
+    if not a.tests: parts[NOTEBOOKS] = ['nbdev-test', NOTEBOOKS, '--n-workers', '0']
+    good = True
+    for name,command in parts.items():
+        start = time.time()
+        ok,said = run(venv, command, log)
+        failed = [] if ok else [o for o in said if re.match(r'(FAILED|ERROR|ended by) ', o)] or said[-20:]
+        print('\n    '.join([f'{release} {name}: {"ok" if ok else "FAILED"} in {time.time()-start:.0f} s: {said[-1].strip("= ") if said else ""}', *failed]), flush=True)
+        good &= ok
+    return good
 
 if __name__=='__main__':
     a = argparse.ArgumentParser()
@@ -101,6 +107,5 @@ if __name__=='__main__':
     a.add_argument('--workers', type=int, default=1, help='releases at a time')
     a.add_argument('--pip-args', type=str.split, default=[], help='more options for pip')
     a = a.parse_args()
-    with ThreadPoolExecutor(a.workers) as ex: rows = list(ex.map(lambda o: one(o, a), a.releases))
-    for row,failed in rows: print('\n  '.join([*row, *failed]))
-    sys.exit(any(failed for _,failed in rows))
+    with ThreadPoolExecutor(a.workers) as ex: good = list(ex.map(lambda o: one(o, a), a.releases))
+    sys.exit(not all(good))
