@@ -97,7 +97,7 @@ def test_what_computes_the_same_is_not_faster(monkeypatch):
     clock,models = paced(monkeypatch, lambda: 40, lambda: 20)
     twin = Paced(clock, 'a', lambda: 20)
     rep = report(models[0], twin, example_inputs=torch.ones(1))
-    assert np.isclose(rep.speedup['after'], 2) and rep.notes==['after: computes what before does, with other numbers: ×2.00 (×2.00 to ×2.00) in time is the noise of this machine, and so may be differences like it']
+    assert np.isclose(rep.speedup['after'], 2) and rep.notes==['after: has the same layers as before, so their ratio in time, ×2.00 (×2.00 to ×2.00), is noise of this machine; other differences of this size may be noise, too']
 
 def test_waits_for_the_device_and_needs_no_cuda(monkeypatch):
     "The clock is read after the device of the model is done; nothing of CUDA is asked where the model is on the CPU"
@@ -107,6 +107,25 @@ def test_waits_for_the_device_and_needs_no_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'synchronize', no)
     latency(nn.Linear(2,2), example_inputs=torch.ones(1,2), repeats=2, warmup=0)
     assert waited==[()]*6
+
+def test_models_run_as_a_user_runs_them():
+    "What is timed is the model alone: tensors of other classes have their say, autocast goes on, and nothing stands between the model and torch"
+    seen = []
+    class Mine(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs)
+    class Net(nn.Linear):
+        def forward(self, x):
+            types.append(super().forward(x).dtype)
+            return x*self.scale
+    m,types = Net(2,2),[]
+    m.scale = torch.ones(2).as_subclass(Mine)
+    seen.clear()
+    with torch.autocast('cpu', dtype=torch.bfloat16): latency(m, example_inputs=torch.ones(1,2), repeats=1, warmup=0)
+    assert torch.mul in seen or torch.Tensor.mul in seen
+    assert set(types)=={torch.bfloat16}
 
 def test_one_thread_and_back():
     seen,was = [],torch.get_num_threads()
@@ -201,11 +220,12 @@ def test_segmentation_and_own_correctness():
     with torch.no_grad(): assert told_right(two, data=(x,y), correct=lambda out, y: (out>0)==y.bool()).sum()==((two(x)>0)==y.bool()).sum()
 
 @pytest.mark.parametrize('args,kwargs,says', [
-    ((), {}, 'takes models'), (({},), {}, 'takes models'), ((None,), {}, 'takes models'), (([1],), {}, 'takes models'), (('resnet18',), {}, 'takes models'),
+    ((), {}, 'takes models'), (({},), {}, 'takes models'), ((None,), {}, 'takes models'), (([1],), {}, 'nn.Module, not a list'), (('resnet18',), {}, 'nn.Module, not a str'), ((net(),None,X), {}, 'takes models'),
     ((net(),net(7)), dict(example_inputs=X), 'do not do the same'), ((net(),net()), dict(repeats=3), 'at least 6'), ((net(),net()), dict(repeats=True), 'at least 6'),
     ((net(),net()), dict(threads=0), 'threads'), ((net(),), dict(warmup=-1), 'warmup'), ((net(),[(X,torch.zeros(1, dtype=torch.long))]), dict(data=[1]), 'given twice'),
-    ((net(),5), {}, 'iterable of batches'), ((net(),[]), {}, 'batches'), ((net(),[X]), {}, 'data has batches'), ((net(),(X,torch.zeros(2, dtype=torch.long))), {}, 'differ in number'),
-    ((net(),[(X,3)]), {}, 'y a tensor'), ((net(),[(X,torch.zeros(1))]), {}, 'whole labels'), ((dict(a=net(), b=3),), {}, 'nn.Module'), ((nn.LazyLinear(3),), {}, 'no shape yet'),
+    ((net(),5), {}, 'iterable of batches'), ((net(),[]), {}, 'data has no batches'), ((net(),iter([])), {}, 'data has no batches'), ((net(),X[:0]), {}, 'data has no batches'), ((net(),(X,torch.zeros(2, dtype=torch.long))), {}, 'differ in number'),
+    ((net(),torch.tensor(1.)), {}, 'no axis'), ((net(),[(X,3)]), {}, 'labels of a batch are tensors, not int'), ((net(),[('a','b')]), {}, 'inputs of a batch are tensors, not str'), ((net(),[()]), {}, 'an empty tuple'), ((net(),'data'), {}, 'not a str'),
+    ((net(),torch.utils.data.TensorDataset(X)), {}, 'pass a DataLoader of it'), ((net(),X), dict(correct=torch.eq), 'data has no labels'), ((dict(a=net(), b=3),), {}, 'nn.Module'), ((nn.LazyLinear(3),), {}, 'no shape yet'),
     ((net(),net().to('meta')), dict(example_inputs=X), 'do not compare')])
 def test_wrong_arguments(args, kwargs, says):
     with pytest.raises(ValueError, match=says): report(*args, **kwargs)
@@ -214,7 +234,10 @@ def test_a_learner_is_told_from_its_model():
     class Learner: model = net()
     for f in (n_params, n_bytes, summary, report):
         with pytest.raises(ValueError): f(Learner())
-    with pytest.raises(ValueError, match='pass its `.model`'): n_params(Learner())
+    for f in (n_params, report, lambda o: report(o, (X,torch.zeros(1, dtype=torch.long))), lambda o: report(dict(a=o))):
+        with pytest.raises(ValueError, match='pass its `.model`'): f(Learner())
+    Learner.dls = None
+    with pytest.raises(ValueError, match='pass its `.dls`'): report(net(), Learner())
 
 def test_half_precision_beside_single():
     "Inputs are cast for each model"
@@ -241,9 +264,124 @@ def test_accuracy_within_chance_or_not():
         def forward(self, x): return torch.stack([x[:,0]<self.right,x[:,0]>=self.right], 1)*self.w
     x,y = torch.arange(1000.)[:,None],torch.zeros(1000, dtype=torch.long)
     notes = report(Says(900), Says(898), data=(x,y), repeats=6).notes
-    assert any('2 fewer right' in o and 'within the noise' in o for o in notes)
+    assert any('accuracy 89.80 %, 90.00 % with before' in o and 'within the noise' in o and 'before is right where the other is wrong on 2 of 1,000' in o for o in notes)
     notes = report(Says(900), Says(850), data=(x,y), repeats=6).notes
-    assert any('50 fewer right' in o and 'more than chance' in o for o in notes)
+    assert any('accuracy 85.00 %' in o and 'more than chance' in o for o in notes)
+    assert '90.00 % (88.0 – 91.7)' in repr(report(Says(900), data=(x,y), repeats=6))
+
+# --- data without labels, and labels that are no classes
+
+def quick(*args, **kwargs): return report(*args, repeats=6, warmup=0, progress=False, **kwargs)
+
+class Named(nn.Module):
+    def __init__(self, m):
+        super().__init__()
+        self.m = m
+    def forward(self, a, b=0.): return self.m(a+b)
+
+IMAGES = torch.randn(300, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+UNLABELLED = {'tensor': IMAGES, 'tuple of one': (IMAGES,), 'array': IMAGES.numpy(), 'dict': dict(a=IMAGES, b=IMAGES), 'dict of an array': dict(a=IMAGES.numpy()), 'dicts': [dict(a=IMAGES[:150]), dict(a=IMAGES[150:])],
+    'tensors': list(IMAGES.split(100)), 'tuples': [(o,) for o in IMAGES.split(100)], 'labels that are None': [(IMAGES,None)], 'generator': (o for o in IMAGES.split(100)),
+    'DataLoader': torch.utils.data.DataLoader(IMAGES, 100), 'DataLoader of tuples': torch.utils.data.DataLoader(torch.utils.data.TensorDataset(IMAGES), 100)}
+
+@pytest.mark.parametrize('name', UNLABELLED)
+def test_inputs_without_labels(name):
+    "Time and sizes as always; instead of accuracy, how far outputs agree"
+    a,b = Named(net()),Named(net())
+    with torch.no_grad():
+        for m in (a,b): m.m[-1].bias -= m.m.eval()(IMAGES).mean(0)  # so that all classes are likely
+        b.m[-1].weight[0] *= 1.5
+        x = IMAGES*2 if name=='dict' else IMAGES
+        want = int((a.eval()(x).argmax(1)==b.eval()(x).argmax(1)).sum()),float((a(x)-b(x)).abs().max())
+    rep = quick(a, b, UNLABELLED[name])
+    assert 0<want[0]<300 and rep.of.tolist()==[300,300] and rep.same.tolist()==[300,want[0]] and rep.difference['after']==pytest.approx(want[1], rel=1e-4) and 'accuracy' not in rep
+    assert rep.notes[0]=='accuracy is not measured: the data has no labels' and 'same class' in repr(rep) and 'largest difference' in rep._repr_html_() and len(show_report(rep))==3
+    assert rep.attrs['about'].startswith('1×3×16×16')
+
+def test_data_by_name_and_alone():
+    rep = quick(net(), data=IMAGES)
+    assert rep.same.tolist()==[300] and 'same class' not in repr(rep)
+    assert quick(dict(a=net(), b=net()), dict(input=IMAGES)).of.tolist()==[300,300]
+    assert 'of' not in quick(net(), net(), None, example_inputs=X)
+
+@pytest.mark.parametrize('y,says', [(torch.rand(40), 'numbers (float32)'), (torch.rand(40,4), 'numbers (float32)'), (torch.randint(0,2,(40,4)).float(), '(out>0)==y.bool()'),
+                                    (torch.randint(0,9,(40,9)), '(40, 9) do not fit'), ((torch.zeros(40), torch.ones(40)), 'several labels')])
+def test_labels_that_are_no_classes(y, says):
+    "No accuracy is invented: a note says why there is none, and what to pass"
+    rep = quick(net(), net(), [(IMAGES[:40], y)])if isinstance(y, torch.Tensor) else quick(net(), net(), Two((IMAGES[:40],*y)))
+    assert 'accuracy' not in rep and rep.difference.tolist()==[0,0] and says in rep.notes[0] and 'pass `correct`' in rep.notes[0]
+
+class Two(list):
+    "One batch of an input and two labels"
+    n_inp = 1
+    def __init__(self, batch): super().__init__([batch])
+
+def test_correct_sees_all_labels():
+    y,z = torch.randint(0,4,(40,)),torch.rand(40)
+    rep = quick(net(), net(), Two((IMAGES[:40],y,z)), correct=lambda out, ys: out.argmax(1)==ys[0])
+    assert rep.right['before']==told_right(net(), data=(IMAGES[:40],y)).sum()
+
+def test_one_output_is_no_class():
+    rep = quick(net(1), net(1), (IMAGES[:40], torch.randint(0,2,(40,))))
+    assert 'one output' in rep.notes[0] and 'same' not in rep and rep.difference['after']==0
+
+@pytest.mark.parametrize('shape', [(40,), (40,1)])
+@pytest.mark.parametrize('dtype', [torch.int8, torch.int64, torch.bool])
+def test_labels_in_a_column(shape, dtype):
+    "fastai's tables have labels [n, 1] of 8 bits"
+    y = torch.randint(0, 2, (40,))
+    assert quick(net(), (IMAGES[:40], y.view(shape).to(dtype))).right.iloc[0]==told_right(net(), data=(IMAGES[:40],y)).sum()
+
+def test_classes_come_second_or_last():
+    words = torch.randint(0, 30, (6,11))
+    class Words(nn.Sequential):
+        def forward(self, x): return super().forward(x),[x]
+    m,y = Words(nn.Embedding(30,8), nn.Linear(8,5)),torch.randint(0, 5, (6,11))
+    y[0,:4] = -100  # as PyTorch's losses, without these
+    rep = quick(m, m, (words,y))
+    with torch.no_grad(): want = int((m(words)[0].argmax(-1)==y).sum())
+    assert rep.right.tolist()==[want,want] and rep.of.tolist()==[62,62] and told_right(m, data=(words,y)).shape==(1,62)
+    assert quick(m, m, words).of.tolist()==[66,66]  # without labels, too
+
+def test_pixels_are_not_samples():
+    "Accuracy is of pixels; how sure it is depends on the number of images, and images are compared"
+    class Says(nn.Module):
+        def __init__(self, shift):
+            super().__init__()
+            self.shift,self.w = shift,nn.Parameter(torch.ones(1))
+        def forward(self, x): return torch.cat([x-self.shift,self.shift-x], 1)*self.w
+    x = torch.linspace(0, 1, 30)[:,None,None,None].expand(30,1,8,8)  # an image is right as a whole
+    rep = quick(Says(.5), Says(.2), (x, torch.zeros(30,8,8, dtype=torch.long)))
+    assert rep.of.tolist()==[1920]*2 and rep.right.tolist()==[15*64,24*64] and rep.accuracy_low['before']==pytest.approx(100*wilson(15,30)[0]) and 'on 1,920 labels of 30 samples' in rep.attrs['about']
+    assert any('before has more right answers than the other on 0 of 30 samples, after on 9' in o for o in rep.notes)
+
+def test_labels_that_no_class_has():
+    y = torch.randint(0, 4, (40,))
+    y[:3] = 255
+    assert '3 of 40 labels are no class of the model, so no answer to them is right' in quick(net(), (IMAGES[:40],y)).notes
+
+def test_correct_has_to_say_which():
+    for correct in (lambda out, y: (out.argmax(1)==y).float().mean(), lambda out, y: 1, lambda out, y: out.argmax(1)):
+        with pytest.raises(ValueError, match='returns a tensor of booleans'): quick(net(), (IMAGES, torch.zeros(300, dtype=torch.long)), correct=correct)
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_weights_that_are_no_numbers(bad):
+    m = net()
+    with torch.no_grad(): m[4].weight[1,2] = bad
+    rep = quick(net(), m, IMAGES[:8])
+    assert 'after: 9 of its parameters are NaN or infinite (4.weight), so its outputs may mean nothing' in rep.notes and not np.isfinite(rep.difference['after'])
+
+def test_subclasses_are_plain_tensors():
+    "Models and `correct` see plain tensors, and plain tensors are compared"
+    class Mine(torch.Tensor): pass
+    seen = []
+    class Looks(nn.Sequential):
+        def forward(self, x):
+            seen.append(type(x))
+            return super().forward(x).as_subclass(Mine)
+    y = torch.randint(0, 4, (40,)).as_subclass(Mine)
+    rep = quick(Looks(net()), Looks(net()), (IMAGES[:40].as_subclass(Mine), y))
+    assert set(seen)=={torch.Tensor} and rep.right['before']==told_right(net(), data=(IMAGES[:40],y)).sum()
 
 def test_notes_tell_uncounted_operations():
     class Spectral(nn.Sequential):

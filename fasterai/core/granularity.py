@@ -26,9 +26,12 @@ def axes_of(m:nn.Module): # Layer
         axes = layer_axes.get(t, layer_axes.get(t.__name__))
         if axes: return axes
     known = [t if isinstance(t, str) else t.__name__ for t in layer_axes]
-    raise TypeError(f'{type(m).__name__} has no known weight axes: {did_you_mean(type(m).__name__, known)} (add a type with `layer_axes[MyLayer] = "oihw"`)')
+    name = type(m).__name__
+    raise TypeError(f'{name} has no known weight axes: {did_you_mean(name, known)} (add a type with `layer_axes[MyLayer] = "oihw"`)')
 
-def has_axes(m:nn.Module): "Are the axes of `m`'s weight known?"; return any(t in layer_axes or t.__name__ in layer_axes for t in type(m).__mro__)
+def has_axes(m:nn.Module): # Any module
+    "Are the axes of `m`'s weight known?"
+    return any(t in layer_axes or t.__name__ in layer_axes for t in type(m).__mro__)
 
 # %% ../../nbs/core/01_granularity.ipynb #47a5fa55
 def _all(axes): return axes
@@ -39,9 +42,9 @@ def _spatial(axes): return axes.replace('o', '').replace('i', '') or None
 def _row(axes): return 'o' if axes in ('oi','io') else 'oih'
 def _column(axes): return 'i' if axes in ('oi','io') else 'oiw'
 
-granularities = dict(weight=_all, column=_column, row=_row, shared_weight=_all_but_o, channel=_all_but_i, kernel='o i', shared_channel=_spatial,
-    shared_column='i w', shared_row='i h', vertical_slice='o w', horizontal_slice='o h', shared_vertical_slice='w', shared_horizontal_slice='h',
-    shared_kernel='i', filter='o', layer=_none)
+granularities = dict(weight=_all, column=_column, row=_row, shared_weight=_all_but_o, channel=_all_but_i, kernel='o i',
+    shared_channel=_spatial, shared_column='i w', shared_row='i h', vertical_slice='o w', horizontal_slice='o h',
+    shared_vertical_slice='w', shared_horizontal_slice='h', shared_kernel='i', filter='o', layer=_none)
 
 def numbered_by(axes:str, granularity:str|Callable): # Axes of a weight; axes that number the blocks, or a function that picks them from `axes`
     "The `axes` that number the blocks, in the weight's own order; None if the weight lacks one of them"
@@ -131,35 +134,36 @@ class _Pattern(Answers):
         return s.masked_fill(s==float('-inf'), float('nan'))
     def mask(self, keep, scores): return self.spread(keep==0, scores).to(torch.int8).sub_(1)
 
-# %% ../../nbs/core/01_granularity.ipynb #ef287f28
+# %% ../../nbs/core/01_granularity.ipynb #88080e0a
 _ANSWERS = 'n','padded','full','spares_last','in_order','partial','channels','at_stake','mask'
+_OF_ALL = 'full','spares_last'  # what a granularity may say itself, of the blocks of all weights
 
 class _Own(Answers):
     "Blocks of a user's own, with the answers that neither they nor their granularity give"
     def __init__(self, granularity, own, shape, name):
-        self.own,self.shape,self.name,self.said = own,tuple(shape),f'granularity {granularity_name(granularity)} of {name}',[granularity,own]
+        self.own,self.shape = own,tuple(shape)
+        self.said = {o:getattr(p, o) for p in (own,granularity) for o in _OF_ALL if getattr(p, o, None) is not None}
+        self.name = f'granularity {granularity_name(granularity)} of {name}'
         sig = inspect.signature(own.spread).parameters.values()
         self.takes_scores = len(sig)>1 or any(p.kind is p.VAR_POSITIONAL for p in sig)
         at = self._places()
         self.n,size = at.shape
-        self.padded = self._says('padded', bool((at<0).any()))
+        self.padded = bool((at<0).any()) or getattr(own, 'padded', False)
         gone = self.spread(torch.ones(self.n, dtype=torch.bool, device='cpu')).flatten()
         going = gone[at.clamp(min=0)] & (at>=0)
         whole = torch.equal(going, at>=0)
-        self.full = float(self._says('full', 100 if whole else 100*int(going.sum(1).max())/size))
-        self.spares_last = self._says('spares_last', whole and self.n>1)  # one block a layer: its point is to drop layers
+        self.full = float(self.said.get('full', 100 if whole else 100*int(going.sum(1).max())/size))
+        self.spares_last = self.said.get('spares_last', whole and self.n>1)  # one block a layer: its point is to drop layers
         self.owner = self._owners(at) if self.full==100 else None
-
-    def _says(self, what, found):
-        "The answer that was given, or what was `found` out"
-        return next((getattr(o, what) for o in self.said if getattr(o, what, None) is not None), found)
 
     def _places(self):
         "Where in the flat weight the entries of each row of `fold` come from, -1 for those that only fill it: [n, size]"
         n = prod(self.shape)
         rows = self.own.fold(torch.arange(1, n+1, dtype=torch.float64, device='cpu').view(self.shape))
-        if not isinstance(rows, Tensor) or rows.dim()!=2: raise ValueError(f'{self.name}: fold lays out one block a row, [blocks, size], not {_shape_of(rows)}')
-        if len(rows)!=getattr(self.own, 'n', len(rows)): raise ValueError(f'{self.name}: fold gives {len(rows)} blocks, and n is {self.own.n}')
+        if not isinstance(rows, Tensor) or rows.dim()!=2:
+            raise ValueError(f'{self.name}: fold lays out one block a row, [blocks, size], not {_shape_of(rows)}')
+        if len(rows)!=getattr(self.own, 'n', len(rows)):
+            raise ValueError(f'{self.name}: fold gives {len(rows)} blocks, and n is {self.own.n}')
         return rows.nan_to_num(nan=0., posinf=0., neginf=0.).long().clamp(0, n)-1
 
     def _owners(self, at):
@@ -172,10 +176,11 @@ class _Own(Answers):
 
     def fold(self, x): return self.own.fold(x)
     def spread(self, flags, scores=None):
-        if not self.takes_scores: mask = self.own.spread(flags)
-        else: mask = self.own.spread(flags, torch.zeros((), device=flags.device).expand(self.shape) if scores is None else scores)
+        if scores is None: scores = torch.zeros((), device=flags.device).expand(self.shape)
+        mask = self.own.spread(flags, scores) if self.takes_scores else self.own.spread(flags)
         try: return torch.as_tensor(mask).bool().expand(self.shape)
-        except (RuntimeError,TypeError) as e: raise ValueError(f'{self.name}: spread gives a mask that broadcasts over {self.shape}, not {_shape_of(mask)}') from e
+        except (RuntimeError,TypeError) as e:
+            raise ValueError(f'{self.name}: spread gives a mask that broadcasts over {self.shape}, not {_shape_of(mask)}') from e
     def channels(self, axis=0):
         if self.owner is None: return None
         slices = self.owner.movedim(axis, 0).flatten(1)
@@ -191,9 +196,10 @@ def _shape_of(x): return f'a tensor of shape {tuple(x.shape)}' if isinstance(x, 
 def answering(granularity, own, shape, name):
     "The blocks `own` that `granularity` was bound to, with an answer to all that is asked of blocks"
     for o in ('fold','spread'):
-        if not callable(getattr(own, o, None)): raise TypeError(f'granularity {granularity_name(granularity)}: bind gives blocks, which have a method {o}, not {own!r}')
-    says_more = any(hasattr(granularity, o) for o in _ANSWERS)
-    return own if all(hasattr(own, o) for o in _ANSWERS) and not says_more else _Own(granularity, own, shape, name)
+        if not callable(getattr(own, o, None)):
+            raise TypeError(f'granularity {granularity_name(granularity)}: bind gives blocks, which have a method {o}, not {own!r}')
+    complete = all(hasattr(own, o) for o in _ANSWERS) and not any(hasattr(granularity, o) for o in _OF_ALL)
+    return own if complete else _Own(granularity, own, shape, name)
 
 # %% ../../nbs/core/01_granularity.ipynb #f198b5cc
 @dataclass(frozen=True)
@@ -242,7 +248,9 @@ def blocks(granularity, shape, axes, name='this layer'): # Granularity or its na
     g = granularity_of(granularity)
     if hasattr(g, 'bind'): return answering(g, g.bind(shape, axes), shape, name)
     names = numbered_by(axes, g)
-    if names is None: raise ValueError(f'{name}, whose weight has the axes {" ".join(axes)!r}, has no granularity {granularity!r}: {did_you_mean(granularity, available(axes))}')
+    if names is None:
+        raise ValueError(f'{name}, whose weight has the axes {" ".join(axes)!r}, has no granularity {granularity!r}: '
+            f'{did_you_mean(granularity, available(axes))}')
     return _Numbered(shape, [axes.index(o) for o in names])
 
 # %% ../../nbs/core/01_granularity.ipynb #01ae93d0
@@ -268,16 +276,20 @@ def n_heads(m:nn.Module): # Any module
 def _split_rows(mod, attr, k, n):
     "A weight whose rows are `k` projections of `n` heads each, and its bias"
     w = getattr(mod, attr)
-    if w.shape[0]%(k*n): raise ValueError(f'{w.shape[0]} rows of {attr} do not split into {k}×{n} heads: grouped queries have no heads of their own')
+    if w.shape[0]%(k*n):
+        raise ValueError(f'{w.shape[0]} rows of {attr} do not split into {k}×{n} heads: grouped queries have no heads of their own')
     return mod, attr, _Viewed(w.shape, (k,n,w.shape[0]//(k*n),*w.shape[1:]), (1,))
 
 def head_parts(m:nn.Module): # Attention layer
     "The weights that the heads of `m` are made of, and their biases: (module, attribute, `Blocks`), (module, attribute, `Blocks`)"
     n = n_heads(m)
     if isinstance(m, nn.MultiheadAttention):
-        rows = [(m,'in_proj_weight','in_proj_bias',3)] if m.in_proj_weight is not None else [(m,f'{o}_proj_weight',None,1) for o in 'qkv']
+        apart = [(m,f'{o}_proj_weight',None,1) for o in 'qkv']
+        rows = apart if m.in_proj_weight is None else [(m,'in_proj_weight','in_proj_bias',3)]
     elif isinstance(getattr(m, 'qkv', None), nn.Linear): rows = [(m.qkv,'weight','bias',3)]
-    else: rows = [(getattr(m, o),'weight','bias',1) for o in next(ps for ps in _projections if isinstance(getattr(m, ps[0], None), nn.Linear))]
+    else:
+        names = next(ps for ps in _projections if isinstance(getattr(m, ps[0], None), nn.Linear))
+        rows = [(getattr(m, o),'weight','bias',1) for o in names]
     ws = [_split_rows(mod, attr, k, n) for mod,attr,_,k in rows]
     bs = [_split_rows(mod, b, k, n) for mod,_,b,k in rows if b and getattr(mod, b, None) is not None]
     if isinstance(m, nn.MultiheadAttention) and not bs and m.in_proj_bias is not None: bs = [_split_rows(m, 'in_proj_bias', 3, n)]

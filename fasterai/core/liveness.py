@@ -14,7 +14,7 @@ import torch
 from torch import nn,Tensor
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
-from .graph import ChannelGraph,_Trace,_varying,spatial_dims,summed_by
+from .graph import ChannelGraph,_Trace,_varying,adds_slices,spatial_dims,summed_by
 from .ops import PRODUCTS,plain_of,values
 from .running import SLIPS,naming,untouched
 
@@ -282,6 +282,8 @@ def _grouped(c, table):
     ids = lambda v: (v[3] if len(v)>3 and v[3] is not None else v[0]).reshape(G, -1)
     return ids(read),ids(made),w,x.reshape(G, -1, prod(x.shape[1:]))
 
+_TELLS = 'ask','count',None  # a number that any other operation gives is a size
+
 class _Reading(_Trace):
     """A `_Trace` that runs on unknown inputs and remembers what each weight reads. With `forced`, a list of what the model is told when it asks for the truth of a value, it runs
     on known inputs, and a twin of each tensor tells what is unknown of it; with `None`, such a question ends all knowledge (`close`)"""
@@ -326,7 +328,7 @@ class _Reading(_Trace):
         if isinstance(out, bool) and self.forced is not None:
             out = self.forced[len(self.told)] if len(self.told)<len(self.forced) else out
             self.told.append(out)
-        elif c.counts or any(o is not None and not isinstance(o, Tensor) for o in tree_leaves(out)): self.close()
+        elif c.counts or c.meaning in _TELLS and any(o is not None and not isinstance(o, Tensor) for o in tree_leaves(out)): self.close()
         return out
 
     def close(self):
@@ -367,7 +369,7 @@ class _Reading(_Trace):
         "What depends on the input and does not show it by itself"
         for o in tree_leaves(out):
             if not isinstance(o, Tensor):
-                if o is not None and c.unknown: self.depends = self.depends or c.why
+                if o is not None and c.unknown and c.meaning in _TELLS: self.depends = self.depends or c.why
             elif not _exact(o):
                 if tainted or c.unknown: self.taint(o)
             elif tainted: o.fill_(torch.nan)
@@ -377,7 +379,7 @@ class _Reading(_Trace):
         "Channels that are summed over, and are not zero"
         x,dims,res = c.a['self'],set(c.dims()),[]
         for l in c.x.ids:
-            if not dims & set(_varying(l)): continue
+            if not dims & set(_varying(l)) or adds_slices(l, dims): continue
             zero = (x==0).all([d for d,n in enumerate(l.shape) if n==1], keepdim=True) if 1 in l.shape else x==0
             res.append(l[~zero.cpu()])
         return res
@@ -389,7 +391,7 @@ class _Reading(_Trace):
     def follow(self, call):
         super().follow(call)
         if not self.closed: self.sums += call.summed
-        elif call.meaning=='reduce' and summed_by(call): self.sums += [l for l in call.x.ids if set(call.dims()) & set(_varying(l))]
+        elif call.meaning=='reduce' and summed_by(call): self.sums += [l for l in call.x.ids if set(call.dims()) & set(_varying(l)) and not adds_slices(l, call.dims())]
         table = next((t for t in self.tables if {v[1] for v in t.values()}=={'in','out'}), None)
         self.tables = []
         if table: self.remember(call, table)

@@ -212,6 +212,7 @@ class Watch(TorchDispatchMode):
         self.apart = []  # what is being taken apart
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace=='prim': return func(*args, **(kwargs or {}))  # a question such as where a tensor is
         spec,kwargs = spec_of(func),kwargs or {}
         if spec.meaning is None and func not in self.apart:
             out = self.take_apart(func, args, kwargs)

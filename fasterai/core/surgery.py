@@ -6,12 +6,18 @@
 __all__ = ['plan_of', 'apply_plan', 'check_plan', 'copy_of', 'without', 'reshaped', 'legal', 'add_constants', 'cut', 'follow_cut']
 
 # %% ../../nbs/core/10_surgery.ipynb #9827a71b
-import copy
+import copy,os
+from dataclasses import dataclass
+from functools import cached_property
+from traceback import walk_tb
 import torch
 from torch import nn,Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 from .registry import did_you_mean
 from .graph import ChannelGraph
-from .running import tensors_of,call_with,untouched
+from .running import SLIPS,tensors_of,call_with,naming,untouched
+from .sizes import NOT_THE_MODELS,Attr,Axis,Watching,evaluate,is_layer
 
 # %% ../../nbs/core/10_surgery.ipynb #9ab53a14
 def plan_of(
@@ -19,7 +25,7 @@ def plan_of(
     graph:ChannelGraph, # Of `model`
     removed:Tensor, # Classes
     biases=(), # Layers that get a bias
-    also=(), # Modules that have shown that they reshape with numbers of their own
+    fitting=None, # What is known of the sizes in the code of `model`, if it is known already
 ):
     "The plan that removes the classes `removed`"
     gone = _flags(graph, removed)
@@ -32,7 +38,10 @@ def plan_of(
     for o in plan['biases']:
         w = _sub(o, 'weight')
         if (w,0) in stays: _keep(plan, _sub(o, 'bias'), 0, stays[w,0], state[w].shape[:1])
-    plan['attrs'] = {k:v for k,v in {**_sized(model, graph, gone), **_reshaping(model, graph, gone, also)}.items() if v}
+    fitting = fitting or _Fitting(model, graph)
+    fitting.fit(gone)
+    plan['attrs'] = fitting.attributes()
+    for name,attrs in _sized(model, graph, gone).items(): plan['attrs'].setdefault(name, {}).update(attrs)
     return plan
 
 def _sub(module, attr): return f'{module}.{attr}' if module else attr
@@ -55,44 +64,131 @@ def _sized(model, graph, gone):
     for s in graph.sized:
         m,n = model.get_submodule(s.name),int((~gone[graph.classes(s.ids)]).sum())
         if n==len(s.ids): continue
-        if hasattr(m, 'num_features'): attrs[s.name] = dict(num_features=n)
+        if hasattr(m, 'num_features'): attrs[s.name] = dict(num_features=n*m.num_features//len(s.ids))  # one instance norm may be run as one of all samples
         elif hasattr(m, 'num_channels'): attrs[s.name] = dict(num_channels=n, num_groups=n if m.num_groups==m.num_channels else m.num_groups)
         elif hasattr(m, 'normalized_shape'): attrs[s.name] = dict(normalized_shape=(*m.normalized_shape[:-1], n))
     return attrs
 
-def _sizes(graph, gone, layers):
-    "Sizes that change in a reshape, and those that stay"
-    new,same = {},set()
-    for l in layers:
-        keep = ~gone[graph.classes(l)]
-        for d in [d for d,n in enumerate(l.shape) if n>1]:
-            n = int(keep.any([e for e in range(l.dim()) if e!=d]).sum()) if l.dim()>1 else int(keep.sum())
-            if n==l.shape[d]: same.add(n)
-            else: new[l.shape[d]] = n
-        if not keep.all(): new[l.numel()] = int(keep.sum())
-    return new,same
+# %% ../../nbs/core/10_surgery.ipynb #5834e77f
+class _Count:
+    "How many entries are left along each axis that the code of a model mentions"
+    def __init__(self, graph):
+        axes = [o for e in (*graph.equations,*graph.sizings) for o in e.axes if o is not None]
+        self.axes = list(dict.fromkeys(axes))
+        self.rows = [_rows_of(graph, o) for o in self.axes]
+        sizes = torch.tensor([len(o) for o in self.rows], dtype=torch.long)
+        self.axis = torch.arange(len(sizes)).repeat_interleave(sizes)
+        width = torch.tensor([o.shape[1] for o in self.rows], dtype=torch.long)
+        self.row = torch.arange(len(self.axis)).repeat_interleave(width[self.axis])
+        self.classes = torch.cat([o.flatten() for o in self.rows] or [torch.zeros(0, dtype=torch.long)])
+    def left(self, gone):
+        "For each axis, how many of its entries have a class that is not `gone`"
+        keep = torch.zeros(len(self.axis), dtype=torch.bool)
+        keep[self.row[~gone[self.classes]]] = True
+        return dict(zip(self.axes, self.axis[keep].bincount(minlength=len(self.axes)).tolist()))
 
-_widths = 'dim','size','channel','width','feature','planes','embed','hidden'
+def _rows_of(graph, axis):
+    "Classes of each entry along `axis`: [entries, classes of one]"
+    if axis.param is None: return graph.classes(axis.rows())
+    found = next((s.ids for s in graph.slices if (s.name,s.dim)==axis.param), None)
+    return torch.zeros(axis.n, 1, dtype=torch.long) if found is None else graph.classes(found)[:,None]
 
-def _reshaping(model, graph, gone, also):
-    "Attributes that a module reshapes with, as far as that can be told"
-    attrs = {}
-    for old,new,where in [*graph.reshapes, *(o for o in graph.views if o[2] in also)]:
-        m = model.get_submodule(where)
-        if _typed(m) and _told_by_weight(m): continue
-        change,same = _sizes(graph, gone, (old,new))
-        if not change: continue
-        for k,v in vars(m).items():
-            told = lambda o: type(o) is int and o in change and (o not in same or any(w in k.lower() for w in _widths))
-            if told(v): attrs.setdefault(where, {})[k] = change[v]
-            elif type(v) in (tuple,list,torch.Size) and any(map(told, v)): attrs.setdefault(where, {})[k] = [change[o] if told(o) else o for o in v]
-    return attrs
+class _Fitting:
+    "Attributes of `model` that fit what is left of its channels"
+    def __init__(self, model, graph):
+        self.model,self.count,self.values = model,_Count(graph),{}
+        self.sure,self.unsure = ([e for e in graph.equations if e.sure is o] for o in (True,False))
+        self.rows = dict(zip(self.count.axes, self.count.rows))
+        self.cuts = [o for s in graph.sizings for o in s.axes if o is not None]
+
+    def fit(self, gone):
+        "Give attributes new numbers, with the classes `gone` removed; the equations that hold with none"
+        self.left,self.values,asked = self.count.left(gone),{},{}
+        for e in self.sure:
+            for attr,other in e.alone(): asked.setdefault(attr, []).append(evaluate(other, self.number))
+        self.values = {attr:max(ns) for attr,ns in asked.items() if None not in ns}  # where they differ, more channels stay
+        for e in self.sure:
+            for attr in [] if self.holds(e) else [o for o in e.attrs if o not in asked]: self.search(attr)
+        return [e for e in self.sure if not self.holds(e)]
+
+    def number(self, leaf):
+        "What an `Attr` or an `Axis` is, with the new numbers"
+        if isinstance(leaf, Axis): return self.left[leaf]
+        return self.values[leaf] if leaf in self.values else self.now(leaf)
+    def now(self, attr):
+        found = vars(self.model.get_submodule(attr.module))[attr.path[0]]
+        for k in attr.path[1:]: found = found[k]
+        return found
+    def holds(self, e):
+        a,b = evaluate(e.a, self.number),evaluate(e.b, self.number)
+        return a is None or b is None or a==b
+    def search(self, attr):
+        "A number for `attr` with which all of its equations hold, if there is one"
+        mine = [e for e in self.sure if attr in e.attrs]
+        was = self.now(attr)
+        share = [was*self.left[o]//len(self.rows[o]) for e in mine for o in e.axes if len(self.rows[o])]
+        for n in (*share,*range(was, 0, -1)):  # what has shrunk as the channels have is likelier
+            self.values[attr] = n
+            if all(map(self.holds, mine)): return
+        del self.values[attr]
+
+    def attributes(self):
+        "By name of a module, what its attributes have to become"
+        changes = {}
+        for attr,n in self.values.items():
+            if n==self.now(attr): continue
+            own,(k,*inside) = changes.setdefault(attr.module, {}),attr.path
+            own[k] = _replaced(own[k] if k in own else vars(self.model.get_submodule(attr.module))[k], inside, n)
+        return changes
+
+    def needed(self, gone):
+        "For each equation that cannot hold, and each piece that would be empty, which classes of `gone` have to stay and why"
+        for e in self.fit(gone):
+            stay = self.missing(e, gone)
+            if not len(stay): stay = self.all_of([o for other in self.sure if set(other.attrs)&set(e.attrs) for o in other.axes], gone)
+            yield stay,e.told
+        for o in self.cuts:
+            if not self.left[o] and len(self.rows[o]): yield self.rows[o][0].unique(),'nothing would be left of a piece of it'
+
+    def missing(self, e, gone):
+        "Classes that have to stay for `e` to hold: as many as an attribute asks for, or else all of its axes"
+        for a,axis in ((e.a,e.b),(e.b,e.a)):
+            if isinstance(axis, Axis) and isinstance(a, Attr): return self.first(axis, self.number(a), gone)
+        return self.all_of(e.axes, gone)
+    def all_of(self, axes, gone):
+        classes = torch.cat([self.rows[o].flatten() for o in axes] or [torch.zeros(0, dtype=torch.long)]).unique()
+        return classes[gone[classes]]
+    def first(self, axis, n, gone):
+        "Classes of `gone` that have to stay for `axis` to have `n` entries: some if these are enough, or all"
+        gone,stay = gone.clone(),[]
+        for c in self.all_of([axis], gone).tolist():
+            left = int((~gone[self.rows[axis]]).any(1).sum())
+            if left>=n: break
+            gone[c] = False
+            stay.append(c)
+        exact = int((~gone[self.rows[axis]]).any(1).sum())==n
+        return torch.tensor(stay, dtype=torch.long) if exact else torch.cat([torch.tensor(stay, dtype=torch.long),self.all_of([axis], gone)])
+
+def _replaced(v, path, n):
+    "`v` with number `n` at place `path`"
+    if not path: return n
+    if isinstance(v, dict): return {**v, path[0]:_replaced(v[path[0]], path[1:], n)}
+    return [_replaced(o, path[1:], n) if i==path[0] else o for i,o in enumerate(v)]
 
 # %% ../../nbs/core/10_surgery.ipynb #fe7e84b0
 def _pick(t, dims):
-    "`t` with the indices of `dims` only"
-    for d,keep in dims.items(): t = t.index_select(d, torch.tensor(keep, dtype=torch.long, device=t.device))
-    return t
+    "`t` with the indices of `dims` only, its memory in the same order"
+    small = t
+    for d,keep in dims.items(): small = small.index_select(d, torch.tensor(keep, dtype=torch.long, device=t.device))
+    last = _channels_last(t)
+    return small.clone(memory_format=last) if last and dims else small
+
+def _channels_last(t):
+    "The memory format of `t` if its channels come last, or else `None`"
+    last = {4:torch.channels_last, 5:torch.channels_last_3d}.get(t.dim())
+    if last is None or t.layout!=torch.strided: return None
+    strides = lambda f: torch.empty(t.shape, device='meta', memory_format=f).stride()
+    return last if t.stride()==strides(last)!=strides(torch.contiguous_format) else None
 
 def _cut_tensor(p, dims):
     "Cut `p` in place, and its gradient"
@@ -121,9 +217,6 @@ def _check_state(optimizer, named, plan):
         for k,v in (opt.state[p] if p in opt.state else {}).items():
             if isinstance(v, Tensor) and v.numel()>1 and not (v.dim()==p.dim() and all(m in (1,n) for m,n in zip(v.shape, p.shape))):
                 raise ValueError(f'the state of {type(opt).__name__} cannot be cut: {k!r} of {name}, whose shape is {tuple(p.shape)}, has shape {tuple(v.shape)}')
-
-def _typed(m): return isinstance(m, (nn.modules.conv._ConvNd,nn.Linear,nn.modules.batchnorm._NormBase,nn.LayerNorm,nn.GroupNorm,nn.Embedding,nn.EmbeddingBag,
-    nn.PReLU,nn.MultiheadAttention,nn.RNNBase)) or type(m).__name__ in ('RMSNorm','Conv1D')
 
 def _weight(m):
     "The weight of `m` as it is used, also where it is computed from others"
@@ -176,7 +269,7 @@ def apply_plan(
         p = state[name]
         if optimizer is not None: _cut_state(optimizer, p, p.shape, dims)
         _cut_tensor(p, dims)
-    told = {n:_told_by_weight(m) for n,m in model.named_modules() if _typed(m)}
+    told = {n:_told_by_weight(m) for n,m in model.named_modules() if is_layer(m)}
     for where,attrs in [*told.items(), *plan['attrs'].items()]: _mend(model.get_submodule(where), attrs)
     return model
 
@@ -184,7 +277,13 @@ def _mend(m, attrs):
     for k,v in attrs.items():
         was = getattr(m, k, None)
         if was is None or was==v: continue
-        setattr(m, k, type(was)(v) if type(was) in (tuple,list,torch.Size) else v)
+        setattr(m, k, _alike(v, was))
+
+def _alike(v, was):
+    "`v` in lists, tuples and sizes as `was` is"
+    if type(was) in (tuple,list,torch.Size): return type(was)(map(_alike, v, was))
+    if type(was) is dict: return {k:_alike(v[k], o) for k,o in was.items()}
+    return v
 
 def _add_bias(m, optimizer):
     m.bias = nn.Parameter(m.weight.detach().new_zeros(m.weight.shape[1]*m.groups if getattr(m, 'transposed', False) else m.weight.shape[0]), m.weight.requires_grad)
@@ -203,71 +302,190 @@ def check_plan(model, plan):
         if list(state[name].shape)!=list(shape):
             raise ValueError(f'the plan is for another architecture: {name} has shape {tuple(state[name].shape)} here, {tuple(shape)} there')
 
-# %% ../../nbs/core/10_surgery.ipynb #a61ed9d2
+# %% ../../nbs/core/10_surgery.ipynb #d100265c
+class _Copying(TorchFunctionMode):
+    "While a model is copied, `each` gives the copy of tensors that are no attributes of modules, as in lists"
+    def __init__(self, each):
+        super().__init__()
+        self.each = each
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not Tensor.__deepcopy__: return func(*args, **(kwargs or {}))
+        x,memo = args
+        if id(x) not in memo: memo[id(x)] = self.each(x)
+        return memo[id(x)]
+
 def copy_of(
     model:nn.Module, # Left as it is
 ):
-    "A deep copy, also of a model with weights that were computed (`torch.nn.utils.prune`)"
-    memo = {id(o):o.detach().clone() for m in model.modules() for o in vars(m).values() if isinstance(o, Tensor) and not o.is_leaf}
-    return copy.deepcopy(model, memo)
+    "A deep copy, also of a model that holds tensors that were computed: weights (`torch.nn.utils.prune`), or activations that it keeps, whatever holds them"
+    with _Computed(): return copy.deepcopy(model)
 
-def _failure(model, graph, shapes):
-    "Name of the module that does not run and the error, or `None` if outputs have `shapes`; where values decide on sizes, as many dimensions"
-    names,stack = {m:n for n,m in model.named_modules()},[]
-    enter = nn.modules.module.register_module_forward_pre_hook(lambda m,a: stack.append(names.get(m, stack[-1] if stack else '')))
-    leave = nn.modules.module.register_module_forward_hook(lambda m,a,o: (stack.pop(),None)[1])  # what raises does not leave
+class _Computed(TorchFunctionMode):
+    "`deepcopy` copies the values of computed tensors, too"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not Tensor.__deepcopy__ or args[0].is_leaf: return func(*args, **(kwargs or {}))
+        t,memo = args
+        return memo.setdefault(id(t), t.detach().clone())
+
+def _shell(model):
+    "A copy of `model` that has shapes instead of weights"
+    empty = lambda o: torch.empty_like(o, device='meta', requires_grad=False)
+    memo = {}
+    for m in model.modules():
+        for o in (*m._parameters.values(), *m._buffers.values(), *vars(m).values()):
+            if isinstance(o, Tensor): memo[id(o)] = nn.Parameter(empty(o), o.requires_grad) if isinstance(o, nn.Parameter) else empty(o)
+    with _Copying(empty): return copy.deepcopy(model, memo)
+
+# %% ../../nbs/core/10_surgery.ipynb #f312fc4f
+@dataclass
+class _Problem:
+    "Why a cut model is not what it should be"
+    told: str # In words
+    where: str = '' # Name of the module
+    error: Exception = None # Where it does not run
+    sizings: tuple = () # Operations that took other channels than before
+
+def _trial(
+    new, # The cut model, changed in nothing
+    graph, # Of the model that it was cut out of
+    left, # For each axis that the code mentions, how many entries are left
+    inputs, # To run it with
+):
+    "The `_Problem` of `new`, or `None`"
+    watch,error = Watching([]),None
     try:
-        with untouched(model): out = call_with(model, graph.example_inputs)
-    except (RuntimeError,ValueError,IndexError,AssertionError,TypeError,ZeroDivisionError) as e: return stack[-1] if stack else '',e
-    finally:
-        enter.remove()
-        leave.remove()
+        with untouched(new), naming(new, watch.stack), watch: out = call_with(new, inputs)
+    except SLIPS as e: error = e
+    misread = _misread(graph, watch, left)
+    if misread: return _Problem(f'{misread[0]} would take other channels', misread[0].where, error, tuple(misread))
+    if error is not None: return _failed(new, graph, watch, error)
     now = [tuple(o.shape) for o in tensors_of(out)]
-    if now!=shapes and not (graph.counts and list(map(len, now))==list(map(len, shapes))): return '',ValueError(f'outputs of shapes {now} instead of {shapes}')
+    same = now==graph.shapes or graph.counts and list(map(len, now))==list(map(len, graph.shapes))  # where values decide on sizes, as many dimensions
+    if not same: return _Problem(f'outputs would have shapes {now} instead of {graph.shapes}')
 
-def _spared(graph, removed, where):
-    "Classes of `removed` but for those that `where` reshapes; or else makes or reads; or else any module reshapes"
-    gone = _flags(graph, removed)
-    reshapes,views = ([(w,o.flatten()) for old,new,w in l for o in (old,new)] for l in (graph.reshapes,graph.views))
-    below = f'{where}.' if where else ''
-    for ids in ([o for w,o in reshapes if w==where], [o for w,o in views if w==where], [s.ids for s in graph.slices if s.layer==where or below and s.layer.startswith(below)], [o for _,o in (*reshapes,*views)]):
-        keep = graph.classes(torch.cat(ids)) if ids else torch.zeros(0, dtype=torch.long)
-        if gone[keep].any(): break
-    gone[keep] = False
-    return gone.nonzero().flatten()
+def _misread(graph, watch, left):
+    "Splits and reshapes that took other numbers than the channels that are left"
+    wrong = []
+    for s in graph.sizings:
+        now,calls = watch.numbers.get((s.where,s.nth)),watch.calls.get(s.where, [])
+        if now is None or calls!=graph.calls.get(s.where, [])[:len(calls)]: continue  # values decided that other code runs
+        want = [left[axis] if axis is not None else None if graph.counts else n for n,axis in zip(s.numbers, s.axes)]
+        if len(now)!=len(want) or any(a!=b for a,b in zip(now, want) if b is not None): wrong.append(s)
+    return wrong
 
-def _halved(graph, base, spared, fits):
-    "As many of the classes `spared` as can go with those of `base`, layer by layer: halves of what does not fit are tried"
-    gone,parts = _flags(graph, spared),[]
-    for s in [s for s in graph.slices if s.role=='out']:
-        c = graph.classes(s.ids).unique()
-        parts.append(c[gone[c]])
-        gone[c] = False
-    def grown(base, parts):
-        new = torch.cat([base,*parts])
-        if fits(new): return new
-        return base if len(parts)==1 else grown(grown(base, parts[:len(parts)//2]), parts[len(parts)//2:])
-    parts = [o for o in parts if len(o)]
-    return grown(base, parts).sort().values if parts else base
+def _failed(new, graph, watch, error):
+    "The `_Problem` that `new` does not run"
+    names,where,line = {m:n for n,m in new.named_modules()},'',''
+    for frame,number in walk_tb(error.__traceback__):
+        code = frame.f_code.co_filename
+        where = names.get(frame.f_locals.get('self'), where) if isinstance(frame.f_locals.get('self'), nn.Module) else where
+        if not code.startswith(NOT_THE_MODELS): line = f'{os.path.basename(code)}:{number}'
+    at = watch.now[-1] if watch.now else None  # it failed inside of this operation
+    sizings = tuple(s for s in graph.sizings if (s.where,s.nth)==at)
+    return _Problem(f'{where or "the model"} ({line}): {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}', where, error, sizings)
 
-def _kept_along(graph, gone, l):
-    "What is left along each dimension of layer `l` once `gone` is"
-    keep = ~gone[graph.classes(l)]
-    return [keep.any([e for e in range(l.dim()) if e!=d]) if l.dim()>1 else keep for d in range(l.dim())]
+# %% ../../nbs/core/10_surgery.ipynb #d15a9a95
+_MOST_TRIES = 16  # find the one of a hundred layers that is to blame
 
-def _misread(graph, removed, new):
-    """Classes that a reshape of the smaller model `new` takes for others: two groups of two, say, where one group of four is left. It runs, and computes something
-    else"""
-    gone = _flags(graph, removed)
-    was = [*graph.reshapes,*graph.pieces]
-    touched = [gone[graph.classes(l)].any() for _,l,_ in was]
-    if not any(touched): return removed[:0]
-    now = ChannelGraph(new, graph.example_inputs)
-    now = [*now.reshapes,*now.pieces]
-    if len(now)!=len(was): return removed[:0]
-    wrong = [l.flatten() for (_,l,_),(_,m,_),t in zip(was, now, touched) if t and list(m.shape)!=[int(k.sum()) for k in _kept_along(graph, gone, l)]]
-    ids = graph.classes(torch.cat(wrong)) if wrong else removed[:0]
-    return ids[gone[ids]].unique()
+class _Case:
+    "A model that some classes are to be cut out of"
+    def __init__(self, model, graph, biases, why):
+        self.model,self.graph,self.biases,self.why = model,graph,biases,why
+        self.fitting,self.tries = _Fitting(model, graph),_MOST_TRIES
+
+    def fitted(self, removed):
+        "`removed` but for what no attributes fit to"
+        gone = _flags(self.graph, removed)
+        while stays := [(stay,why) for stay,why in self.fitting.needed(gone) if len(stay)]:
+            for stay,why in stays: self.spare(gone, stay, why)
+        return gone.nonzero().flatten()
+    def spare(self, gone, stay, why):
+        for c in stay[gone[stay]].tolist(): self.why.setdefault(c, why)
+        gone[stay] = False
+
+    def tried(self, removed):
+        "The problem of a cut copy, which becomes `new`; `None` if it has none"
+        self.new,constants = copy_of(self.model),self.biases(removed)
+        self.plan = plan_of(self.model, self.graph, removed, constants, self.fitting)
+        add_constants(self.new, constants)
+        apply_plan(self.new, {**self.plan, 'biases':[]})
+        return _trial(self.new, self.graph, self.fitting.left, self.graph.example_inputs)
+
+    def tried_on_meta(self, removed):
+        "The problem of a cut copy without weights"
+        shell = _shell(self.model)
+        apply_plan(shell, plan_of(self.model, self.graph, removed, (), self.fitting))
+        inputs = tree_map(lambda o: o.to('meta') if isinstance(o, Tensor) else o, self.graph.example_inputs)
+        with torch.device('meta'): return _trial(shell, self.graph, self.fitting.left, inputs)
+
+    @cached_property
+    def on_meta(self):
+        "Does the model itself run without weights, as it does with them?"
+        return not self.graph.counts and self.tried_on_meta(torch.zeros(0, dtype=torch.long)) is None
+
+    def fewer(self, removed, problem):
+        "`removed` but for those that `problem` is about"
+        gone = _flags(self.graph, removed)
+        for axes,why in self.suspects(problem):
+            stay = self.fitting.all_of(axes, gone)
+            if len(stay):
+                self.spare(gone, stay, why)
+                return gone.nonzero().flatten()
+        return self.halved(gone, problem)
+
+    def suspects(self, problem):
+        "Axes that a problem may be about, with what the code counts on; the likeliest first"
+        untrue = [e for e in self.fitting.unsure if not self.fitting.holds(e)]
+        if problem.sizings:
+            first = problem.sizings[0]
+            numbers = [e for e in untrue if e.sizing is not None and e.sizing.line==first.line]  # the same code, perhaps in other modules
+            yield [o for e in numbers for o in e.axes],next((e.told for e in numbers), '')
+            yield [o for o in first.axes if o is not None],problem.told
+        for e in untrue:
+            if e.where==problem.where: yield e.axes,e.told
+
+    def halved(self, gone, problem):
+        "What the module with the `problem` makes and reads stays, or else anything; but as much of it can go as fits, layer by layer: what does not is tried in halves"
+        for layers in self.layers(problem.where):
+            parts = self.parts(layers, gone)
+            base = gone.clone()
+            for o in parts: base[o] = False
+            if not parts or layers is not None and self.problem(base): continue
+            self.tries = _MOST_TRIES
+            left = self.grown(base, parts)
+            self.spare(gone, (gone&~left).nonzero().flatten(), problem.told)
+            return gone.nonzero().flatten()
+        raise AssertionError(f'a copy of this {type(self.model).__name__} from which nothing was removed is not the same: {problem.told}') from problem.error
+
+    def layers(self, where):
+        "Slices of the module that is called `where`; `None` for those of all"
+        yield [s for s in self.graph.slices if where and (s.layer==where or s.layer.startswith(f'{where}.'))]
+        yield None
+
+    def parts(self, slices, gone):
+        "Classes of `gone` by layer"
+        gone,parts = gone.clone(),[]
+        for s in self.graph.slices if slices is None else slices:
+            c = self.graph.classes(s.ids).unique()
+            parts.append(c[gone[c]])
+            gone[c] = False
+        return [o for o in parts if len(o)]
+
+    def grown(self, base, parts):
+        "`base`, and as many of `parts` as fit"
+        more = base.clone()
+        for o in parts: more[o] = True
+        if self.tries<=0: return base
+        self.tries -= 1
+        if not self.problem(more): return more
+        if len(parts)==1: return base
+        half = len(parts)//2
+        return self.grown(self.grown(base, parts[:half]), parts[half:])
+
+    def problem(self, gone):
+        "Does anything speak against removing the classes `gone`?"
+        removed = gone.nonzero().flatten()
+        return self.fitting.fit(gone) or (self.tried_on_meta(removed) if self.on_meta else self.tried(removed))
 
 def without(graph, removed, classes):
     "`removed` but for `classes`"
@@ -284,33 +502,15 @@ def legal(
     graph:ChannelGraph, # Of `model`
     removed:Tensor, # Classes
     biases=lambda removed: {}, # For classes, what the bias of each layer takes over
+    why=None, # A dict that gets, for each class of `removed` that has to stay, what the code of the model counts on
 ):
     "A cut copy of `model` that runs, its plan, and the classes that could be removed: `removed` but for those that its code insists on"
-    with untouched(model): shapes = [tuple(o.shape) for o in tensors_of(call_with(model, graph.example_inputs))]
-    also = set()
-    def runs(removed):
-        new,add = copy_of(model),biases(removed)
-        plan = plan_of(model, graph, removed, add, also)
-        add_constants(new, add)
-        apply_plan(new, {**plan, 'biases':[]})
-        return _failure(new, graph, shapes),new,plan
-    while True:
-        failed,new,plan = runs(removed)
-        if failed is None:
-            wrong = _misread(graph, removed, new)
-            if not len(wrong): return new,plan,removed
-            removed = without(graph, removed, wrong)
-            continue
-        if failed[0] not in also and any(w==failed[0] for _,_,w in graph.views):
-            also.add(failed[0])
-            continue
-        fewer = _spared(graph, removed, failed[0])
-        spared = without(graph, removed, fewer) if len(fewer)<len(removed) else removed
-        def fits(removed):
-            failed,new,_ = runs(removed)
-            return failed is None and not len(_misread(graph, removed, new))
-        if len(spared)==len(removed) or runs(fewer)[0] is None: removed = _halved(graph, without(graph, removed, spared), spared, fits)
-        else: removed = fewer
+    case = _Case(model, graph, biases, {} if why is None else why)
+    removed = case.fitted(removed)
+    while problem := case.tried(removed):
+        removed = case.fitted(case.fewer(removed, problem))
+        while case.on_meta and (problem := case.tried_on_meta(removed)): removed = case.fitted(case.fewer(removed, problem))
+    return case.new,case.plan,removed
 
 @torch.no_grad()
 def add_constants(model, constants):
@@ -332,6 +532,11 @@ def cut(
     return plan,removed
 
 # %% ../../nbs/core/10_surgery.ipynb #778f0e2d
+def _kept_along(graph, gone, l):
+    "What is left along each dimension of layer `l` once `gone` is"
+    keep = ~gone[graph.classes(l)]
+    return [keep.any([e for e in range(l.dim()) if e!=d]) if l.dim()>1 else keep for d in range(l.dim())]
+
 def follow_cut(
     graph:ChannelGraph, # Of a model, changed in place
     removed:Tensor, # Classes that were cut out of it
@@ -346,5 +551,6 @@ def follow_cut(
         if s.grid is not None: s.grid = smaller(s.grid)
         s.ids = s.ids[left(s.ids)]
     graph.mixes = [(ids[left(ids)],why) for ids,why in graph.mixes]
-    graph.reshapes,graph.views,graph.pieces = ([(smaller(a),smaller(b),where) for a,b,where in l] for l in (graph.reshapes,graph.views,graph.pieces))
+    graph.reshapes = [(smaller(a),smaller(b),where) for a,b,where in graph.reshapes]
+    for o in _Count(graph).axes: o.layers = [smaller(l) for l in o.layers]
     graph._follow()

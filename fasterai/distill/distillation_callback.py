@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
+from fastai.callback.rnn import ModelResetter
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import apply, find_bs
 from fastcore.foundation import L
@@ -61,7 +62,12 @@ class KnowledgeDistillationCallback(Callback):
         if self.sums is None:
             self.ready,self.adapters = False,self.distiller.adapters
             if self.distiller.given: self.learn._do_one_batch = self._watched_batch
+        self._reset()
         self.sums,self.n = {},0
+
+    def _reset(self):
+        "The teacher forgets earlier batches whenever the model does"
+        if any(isinstance(o, ModelResetter) for o in self.learn.cbs): self.distiller.reset()
 
     def _watched_batch(self):
         with ExitStack() as self.stack:
@@ -96,7 +102,13 @@ class KnowledgeDistillationCallback(Callback):
         elif not self.ready:
             self.distiller.prepare(self.model)
             self.ready = True
-        self.kd = self.distiller.loss(apply(_plain, self.pred), *apply(_plain, tuple(self.xb)), target=self._target()) if self.distiller.weight_at(self.pct) else None
+        if not self.distiller.weight_at(self.pct): self.kd = None
+        else: self.kd = self.distiller.loss(apply(_plain, self.pred), *apply(_plain, tuple(self.xb)), target=self._target(), axis=self._axis())
+
+    def _axis(self):
+        "The axis of the classes that fastai's losses know: 1 for masks, the last one for words"
+        axis = getattr(self.learn.loss_func, 'axis', None)
+        return axis if isinstance(axis, int) else None
 
     def _note(self, **terms):
         for o,v in terms.items(): self.sums[o] = self.sums.get(o, 0.)+v
@@ -126,6 +138,7 @@ class KnowledgeDistillationCallback(Callback):
         self.kd = None
         if self.distiller is None: return
         self.distiller.kept.clear()
+        self._reset()
         ours = {id(p):p for p in self.distiller.parameters()}
         if self.learn.opt is None or not ours: return
         self.learn.opt.param_lists = L([L([p for p in ps if id(p) not in ours]) for ps in self.learn.opt.param_lists])

@@ -13,9 +13,9 @@ import torch
 from torch import nn, Tensor
 from torch.nn.parallel import DistributedDataParallel
 from ..core.registry import did_you_mean
-from ..core.running import call_with, example_inputs_for, untouched
+from ..core.running import call_with, example_inputs_for, tensors_of, untouched
 from ..core.schedule import schedule_of
-from .losses import SoftTarget, compares_any_shape, loss_name, loss_needs, loss_of, meet
+from .losses import SoftTarget, compares_any_shape, loss_name, loss_needs, loss_of, meet, takes_axis
 
 # %% ../../nbs/distill/02_distiller.ipynb #960164a9
 def _bare(model):
@@ -174,34 +174,49 @@ class Distiller:
             for m in training: m.training = True
         return pred,_maps(kept, self.teacher_names, 'teacher')
 
-    def teach(self, *xb): # Inputs of a batch
+    def teach(self,
+        *xb, # Inputs of a batch
+        like=None, # Output of the student: if it is a tensor, the first tensor of the teacher's output is taken
+    ):
         "The teacher's output and the list of its feature maps: without a graph, in eval mode, and every flag as before"
         self._to_device(xb)
-        if not self.cache: return self._run(xb)
+        if not self.cache: return self._answer(xb, like)
         keys = _keys(xb)
         rows = [self.known.get(o) for o in keys]
         if keys and None not in rows:
             pred,*maps = map(torch.stack, zip(*rows))
             return pred,maps
-        pred,maps = self._run(xb)
+        pred,maps = self._answer(xb, like)
         if not all(isinstance(o, Tensor) and len(o)==len(keys) for o in (pred,*maps)): raise ValueError('cache keeps outputs that are tensors with a row for each sample: leave it out')
         self.known.update(list(zip(keys, zip(pred, *maps)))[:max(0, self.cache-len(self.known))])
         return pred,maps
 
+    def _answer(self, xb, like):
+        "What `_run` gives, where the student's output is one tensor and the teacher's holds several only the first of them"
+        pred,maps = self._run(xb)
+        if isinstance(like, Tensor) and not isinstance(pred, Tensor) and (ts := tensors_of(pred)): pred = ts[0]
+        return pred,maps
+
+    def reset(self):
+        "Have a teacher that remembers earlier batches, as recurrent networks do, begin anew; others are left alone"
+        if callable(f := getattr(_bare(self.teacher), 'reset', None)): f()
+
     def loss(self,
-        pred, # Output of the student
+        pred, # Output of the student; where it is one tensor and the teacher returns several, as recurrent networks do, the teacher's first one is compared
         *xb, # Inputs of the batch, for the teacher
         target=None, # Labels, for losses that name them
+        axis:int|None=None, # Axis of the classes in the outputs, for losses that have one; by default theirs, 1
     )->Tensor: # Scalar
         "`L_kd`; each loss in it is in `terms` afterwards, by name, without a graph"
         if self.given and not self.kept: raise RuntimeError('no feature maps of the student: run its forward pass inside `with distiller.watch(student):`')
         fm_s = _maps(self.kept, self.names, 'student')
         self.kept.clear()
-        teacher_pred,fm_t = self.teach(*xb)
+        teacher_pred,fm_t = self.teach(*xb, like=pred)
         known = dict(pred=pred, teacher_pred=teacher_pred, target=target, fm_s=fm_s, fm_t=fm_t)
         pairs = [self._fitted(str(i), s, t) for i,(s,t) in enumerate(zip(fm_s, fm_t))] if self.exact else []
         fitted = known|dict(fm_s=[s for s,_ in pairs], fm_t=[t for _,t in pairs])
-        terms = {o: f(**{k:(fitted if o in self.exact else known)[k] for k in loss_needs(f)}) for o,f in self.losses.items()}
+        along = lambda f: dict(axis=axis) if axis is not None and takes_axis(f) else {}
+        terms = {o: f(**{k:(fitted if o in self.exact else known)[k] for k in loss_needs(f)}, **along(f)) for o,f in self.losses.items()}
         self.terms = {o:v.detach() for o,v in terms.items()}
         logits,maps = (sum(v for o,v in terms.items() if (o in self.of_maps)==k) for k in (False,True))
         return self.alpha*logits+(1-self.alpha)*maps if 0<len(self.of_maps)<len(terms) else logits+maps

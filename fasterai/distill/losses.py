@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['kd_losses', 'LOSS_NEEDS', 'SoftTarget', 'Logits', 'Mutual', 'DecoupledKD', 'NormalizedDecoupledKD', 'NormalizedKD',
            'DIST', 'meet', 'any_shape', 'Attention', 'FitNet', 'ActivationBoundaries', 'Similarity', 'RKD',
-           'loss_needs', 'compares_any_shape', 'loss_name', 'loss_of']
+           'loss_needs', 'takes_axis', 'compares_any_shape', 'loss_name', 'loss_of']
 
 # %% ../../nbs/distill/01_losses.ipynb #7feb7d5a
 import inspect
@@ -43,6 +43,11 @@ def _full(f):
     return _f
 
 # %% ../../nbs/distill/01_losses.ipynb #62adc64f
+def _check_classes(name, pred, axis):
+    "`ValueError` unless `pred` has scores of classes along `axis`"
+    if -pred.ndim<=axis<pred.ndim and pred.shape[axis]>1: return
+    raise ValueError(f'{name} compares the scores of at least 2 classes, and outputs of shape {tuple(pred.shape)} have none along axis {axis}: give another `axis`, or choose Logits, which compares outputs of any meaning')
+
 @_full
 def SoftTarget(
     pred:Tensor, # Logits of the student
@@ -51,6 +56,7 @@ def SoftTarget(
     axis:int=1, # Axis of the classes
 )->Tensor: # Scalar
     "`T²·KL(softmax(teacher/T) ‖ softmax(student/T))`, mean over all but the classes (Hinton et al., arXiv 1503.02531, §2)"
+    _check_classes('SoftTarget', pred, axis)
     return T*T*F.kl_div(F.log_softmax(pred/T, axis), F.log_softmax(teacher_pred/T, axis), reduction='none', log_target=True).sum(axis).mean()
 
 @_full
@@ -66,8 +72,10 @@ def Mutual(pred:Tensor, teacher_pred:Tensor, axis:int=1)->Tensor:
 # %% ../../nbs/distill/01_losses.ipynb #609d8366
 def _split(name, pred, teacher_pred, target, axis):
     "Logits of both as rows [n, classes], and the mask of each row's target"
-    if pred.shape[axis]<2: raise ValueError(f'{name} tells a target from the other classes: at least 2 classes are needed, axis {axis} has {pred.shape[axis]}')
+    _check_classes(name, pred, axis)
     rows = [o.movedim(axis, -1) for o in (pred,teacher_pred)]
+    wide = lambda shape: [o for o in shape if o!=1]
+    if isinstance(target, Tensor) and wide(target.shape)==wide(rows[0].shape[:-1]): target = target.reshape(rows[0].shape[:-1])  # labels of tables are [n, 1]
     if not isinstance(target, Tensor) or target.is_floating_point() or target.shape!=rows[0].shape[:-1]:
         given = f'{target.dtype} of shape {tuple(target.shape)}' if isinstance(target, Tensor) else type(target).__name__
         raise ValueError(f'{name} needs one target class a sample, whole numbers of shape {tuple(rows[0].shape[:-1])}, not {given}: with soft labels (MixUp, CutMix) choose SoftTarget or DIST')
@@ -126,6 +134,7 @@ def DIST(
     axis:int=1, # Axis of the classes
 )->Tensor: # Scalar
     "`T²·(beta·inter + gamma·intra)`, each 1 − Pearson's correlation (Huang et al., Knowledge distillation from a stronger teacher, arXiv 2205.10536, eq. 8 to 10)"
+    _check_classes('DIST', pred, axis)
     s,t = (F.softmax(o.movedim(axis, -1).reshape(-1, o.shape[axis])/T, 1) for o in (pred,teacher_pred))
     def apart(d): return (1-F.cosine_similarity(s-s.mean(d, keepdim=True), t-t.mean(d, keepdim=True), d)).mean()
     return T*T*(beta*apart(1)+gamma*apart(0))
@@ -236,6 +245,14 @@ def loss_needs(f): # Loss
 def _bare_loss(f):
     while isinstance(f, partial): f = f.func
     return f
+
+def takes_axis(f):
+    "Does the loss `f` compare outputs along an `axis` of classes that is not fixed by `partial`?"
+    if 'axis' not in inspect.signature(f).parameters or 'pred' not in loss_needs(f): return False
+    while isinstance(f, partial):
+        if 'axis' in f.keywords: return False
+        f = f.func
+    return True
 
 def compares_any_shape(f): "Does the loss `f` compare feature maps of different shapes as they are?"; return getattr(_bare_loss(f), 'any_shape', False)
 

@@ -163,6 +163,8 @@ def _smaller(model, inputs, verify):
     _remember(new, plan)
     return new,left_of_zeros(model, graph, life, dead, removed),len(removed),[o for o in notes if o]
 
+def _about(bystanders): return f'these hooks may only read, which could not be told, so they were taken for a part of the model: {some(map(str, bystanders.untold))}'
+
 def _unused(model, graph):
     "A note on layers that did not run, and cannot be cut to fit"
     idle = [o for o in dict.fromkeys(layer_of(n) for n in graph.unused) if o and isinstance(model.get_submodule(o), (nn.modules.conv._ConvNd,nn.Linear))]
@@ -290,7 +292,7 @@ class Pruner:
         if isinstance(o, nn.Module) and o in names: return names[o]
         if isinstance(o, str) and o in names.values(): return o
         layers = [n for m,n in names.items() if n and any(p.dim()>1 for p in m.parameters())]
-        said = f'a {type(o).__name__} that is not in the model' if isinstance(o, nn.Module) else repr(o)
+        said = f'like this {type(o).__name__} is in the model' if isinstance(o, nn.Module) else repr(o)
         like = str(o).translate(_ALIKE)
         hint = f'did you mean {like!r}? ' if like!=str(o) and like in layers or not isinstance(o, str) and like in layers else ''
         raise ValueError(f'no layer {said}: {hint}{did_you_mean("" if hint else o, layers)[:400]}')
@@ -322,9 +324,9 @@ class Pruner:
         with bystanders.aside(): new,self.left,n,notes = _smaller(model, inputs, self.verify)
         bystanders.follow(new)
         if self.left:
-            notes.insert(0, f'of the channels that are zero, unread or constant, {missing(self.left):,} stay: {told(self.left)}')
+            notes.insert(0, f'of the channels that are zero, unread or constant, {missing(self.left):,} did not go: {told(self.left)}')
         elif not n: notes.insert(0, f'nothing to remove: no channel of this {type(model).__name__} is zero, unread or constant. With a ratio, as in Pruner(model, 50), the least important ones go')
-        if self.left and bystanders.others: notes.append(f'hooks that do more than read stayed in place: {some(map(str, bystanders.others))}')
+        if self.left and bystanders.untold: notes.append(_about(bystanders))
         if notes: warnings.warn('. '.join(notes), stacklevel=4)
         return new
 
@@ -445,8 +447,8 @@ class Pruner:
         self.known |= {o['layer'] for o in new}
         if not new: return
         said = f'pruning_ratio {final:g}' if not isinstance(final, Mapping) else 'pruning_ratio'
-        hooks = f'. Hooks that do more than read stayed in place: {some(map(str, self.bystanders.others))}' if self.bystanders.others else ''
-        warnings.warn(f'of the {asked:,} channels that {said} asks for, {missing(self.left):,} stay: {told(self.left, "{layers} kept {n} channels", "{layers} kept all channels")}{hooks}', stacklevel=7)
+        hooks = f'. {_about(self.bystanders)}' if self.bystanders.untold else ''
+        warnings.warn(f'of the {asked:,} channels that {said} asks for, {missing(self.left):,} did not go: {told(self.left, kept_all="{layers} kept all channels")}{hooks}', stacklevel=7)
 
     def _left(self, ratio):
         "A row for each layer that keeps what `ratio` asks for, and how many channels are asked for in all; the output of the model is not, nor is what the user spares"

@@ -8,7 +8,7 @@ __all__ = ['Quantizer', 'is_weight', 'check_bits', 'bits_by_name', 'SharedWeight
 # %% ../../nbs/quantize/02_weight_sharing.ipynb #db01ed1b
 import torch
 from torch import nn, Tensor
-from ..core.brought import check_weights, computed, made_of, plain_model, plain_name, told, warn
+from ..core.brought import check_weights, computed, made_of, plain_model, plain_name, still, told, warn
 from ..core.granularity import axes_of
 from ..core.registry import did_you_mean, named
 from .kmeans import inits, kmeans
@@ -33,9 +33,17 @@ def bits_by_name(
     "How many bits each parameter gets that shares values, but for those that another weight is computed from; `ValueError` with the closest name if there is none of that name"
     return _bits_and_left(model, bits)[0]
 
+def _made(model):
+    "By name of each parameter that a weight is computed from, the layer of that weight"
+    with still(model): return {n:layer for n,(layer,attr) in made_of(model).items() if is_weight(m := model.get_submodule(layer), attr, getattr(m, attr))}
+
+def _left(model, layers):
+    "By what the weights of `layers` are computed"
+    return {layer or 'the model':computed(model.get_submodule(layer), attr) for layer,attr in made_of(model).values() if layer in layers}
+
 def _bits_and_left(model, bits):
     "Bits by name of the parameter; and by name of the layer, by what weights are computed that are left as they are"
-    params,held = dict(model.named_parameters()),{}
+    params,held,made = dict(model.named_parameters()),{},_made(model)
     for n,m in model.named_modules():
         for a,p in m.named_parameters(n, recurse=False): held.setdefault(n, {})[a] = is_weight(m, a.rpartition('.')[2], p)
     aliases = {n: next(k for k,q in params.items() if q is p) for n,p in model.named_parameters(remove_duplicate=False)}  # of tied weights, the first name counts
@@ -44,14 +52,13 @@ def _bits_and_left(model, bits):
         res,layers = {},[n for n,ps in held.items() if n and any(ps.values())]
         for n,b in bits.items():
             if n not in aliases and n not in held: n = plain_name(n)
+            if n in made or n in made.values(): raise ValueError(f'values cannot be shared where a weight is computed: {told(_left(model, {made.get(n, n)}), "of this kind")}')
             names = [n] if n in aliases else [a for a,w in held.get(n, {}).items() if w]
             if not names: raise ValueError(f'no layer or parameter {n!r}: {did_you_mean(n, layers+list(aliases))}')
             for o in names:
                 if b is not None: res[aliases[o]] = check_bits(b, o)
     else: res = {aliases[a]:bits for ps in held.values() for a,w in ps.items() if w} if check_bits(bits) else {}
-    made = {n:o for n,o in made_of(model).items() if n in res}
-    out = {layer or 'the model':computed(model.get_submodule(layer), attr) for layer,attr in made.values()}
-    if out and isinstance(bits, dict): raise ValueError(f'values cannot be shared where a weight is computed: {told(out, "of this kind")}')
+    out = _left(model, {layer for n,layer in made.items() if n in res or not callable(bits) and not isinstance(bits, dict)})
     res = {n:b for n,b in res.items() if n not in made}
     if not res: raise ValueError(f'no weights to share: {told(out) if out else "the model has no layer with a weight of two axes or more, and none was named"}')
     check_weights({n:params[n] for n in res}, 'they cannot share values')

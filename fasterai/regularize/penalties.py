@@ -9,7 +9,7 @@ __all__ = ['norm_types', 'penalties', 'penalty', 'Penalty']
 from typing import Callable
 from torch import nn, Tensor
 from ..core.criteria import Criteria, criteria_of, criterias, large_final, needs
-from ..core.brought import plain_model
+from ..core.brought import plain_model, still
 from ..core.granularity import axes_of, blocks, layer_axes
 from ..core.registry import did_you_mean, named
 
@@ -54,26 +54,34 @@ class Penalty:
         types = tuple(types) if isinstance(types, (tuple, list)) else (types,)
         for t in types:
             if not isinstance(t, type): raise TypeError(f'layer_types is a class of layers or a tuple of them, not {t!r}: {did_you_mean(t, [o.__name__ for o in layer_axes if isinstance(o, type)])}')
-        self.layers,self.blocks,seen = {},{},set()
-        for n,m in model.named_modules():
-            if not isinstance(m, types) or getattr(m, 'weight', None) is None: continue
-            w = m._parameters.get('weight')  # of a parametrized layer none, and what it computes is another tensor each time
-            if w is not None and id(w) in seen: continue
-            seen.add(id(w))
-            self.layers[n] = m,_axes(m)
-            self._blocks(n)
+        self.layers,self.blocks = {},{}
+        with still(model): self._find(model, types)
         if not self.layers: raise ValueError(f'the model has no layer of type {", ".join(t.__name__ for t in types)} with a weight; it has {", ".join(sorted({type(m).__name__ for m in model.modules() if getattr(m, "weight", None) is not None}))}')
         n,(m,_) = next(iter(self.layers.items()))
-        try: probe = _price(nn.Parameter(m.weight.detach().clone()), self._blocks(n), self.criteria)
+        with still(model): w = nn.Parameter(m.weight.detach().clone())
+        try: probe = self._price(n, w)
         except RuntimeError as e: raise ValueError(f'criteria {self.criteria.__name__!r} cannot be trained: {e}') from e
         if not probe.requires_grad: raise ValueError(f'criteria {self.criteria.__name__!r} does not depend on the weights in a way that they can be trained by')
 
-    def _blocks(self, name):
-        "Blocks of the weight of a layer, found once for each shape that it has had"
+    def _find(self, model, types):
+        "Look up the layers of `types`, those with a weight that another has once"
+        seen = set()
+        for n,m in model.named_modules():
+            w = getattr(m, 'weight', None) if isinstance(m, types) else None
+            if w is None or not w.numel(): continue  # a table without numbers has a norm of no features
+            own = m._parameters.get('weight')  # of a parametrized layer none, and what it computes is another tensor each time
+            if own is not None and id(own) in seen: continue
+            seen.add(id(own))
+            self.layers[n] = m,_axes(m)
+            self._blocks(n, w)
+
+    def _blocks(self, name, w):
+        "Blocks of the weight `w` of a layer, found once for each shape that it has had"
         m,axes = self.layers[name]
-        key = axes,tuple(m.weight.shape)
+        key = axes,tuple(w.shape)
         if key not in self.blocks: self.blocks[key] = blocks(self.granularity, key[1], axes, name or type(m).__name__)
         return self.blocks[key]
 
-    def by_layer(self): "The penalty of each layer, by name"; return {n: _price(m.weight, self._blocks(n), self.criteria) for n,(m,_) in self.layers.items()}
+    def _price(self, name, w): return _price(w, self._blocks(name, w), self.criteria)
+    def by_layer(self): "The penalty of each layer, by name"; return {n: self._price(n, m.weight) for n,(m,_) in self.layers.items()}
     def __call__(self): "The penalty of all layers"; return sum(self.by_layer().values())

@@ -245,7 +245,7 @@ def show_report(
     if 'right' in rep:
         ax,mid = rest[-1],rep.accuracy
         ax.errorbar(mid, at, xerr=(mid-rep.accuracy_low,rep.accuracy_high-mid), fmt='o', ms=4, color=KEPT, ecolor=INK, lw=1, capsize=2)
-        ax.set_title(f'% right of {rep.of.iloc[0]:,}', fontsize=9)
+        ax.set_title(f'accuracy, % of {rep.of.iloc[0]:,}', fontsize=9)
         ax.spines['bottom'].set_color(GRAY)
     for ax in axs:
         ax.set(ylim=(len(rep)-.5,-.5), yticks=at, yticklabels=rep.index if ax is axs[0] else [])

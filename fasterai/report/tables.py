@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from ..analyze.counts import (labeled_batches,check_models,effective_parameters,latency,most_likely,n_bytes,n_params,place_of,placed,
-                                     running,sign_test,speedup,told_right,wilson)
+from ..analyze.counts import (accuracy_interval,answers,check_models,effective_parameters,inputs_and_labels,latency,loader_of,most_likely,
+                                     n_bytes,n_params,place_of,placed,running,sign_test,speedup)
 from ..core.graph import ChannelGraph
 from ..core.running import tensors_of,call_with,example_inputs_for,untouched
 from ..core.liveness import Liveness
@@ -124,22 +124,32 @@ def _speed_note(a, b, prev, layouts):
     elif s.high<1: verdict = f'slower than {a["stage"]}: {_ratio(s)}'
     else: verdict = ''
     if _sizes(a['model'])==_sizes(b['model']):
-        same = 'within the noise' if s.low<=1<=s.high else 'the noise of this machine, and so may be differences like it'
-        return [f'{b["stage"]}: computes what {a["stage"]} does, with other numbers: {_ratio(s)} in time is {same}']
+        noise = 'the noise' if s.low<=1<=s.high else 'noise of this machine; other differences of this size may be noise, too'
+        return [f'{b["stage"]}: has the same layers as {a["stage"]}, so their ratio in time, {_ratio(s)}, is {noise}']
     if verdict and macs<1.02: res.append(f'{verdict}, and it computes as much')
-    elif verdict: res.append(f'{verdict}, for ×{macs:.2f} fewer MACs{why}')
-    elif macs>s.high: res.append(f'×{macs:.2f} fewer MACs are worth {_ratio(s)} in time{why}')
-    elif macs<s.low: res.append(f'faster by {_ratio(s)} for ×{macs:.2f} fewer MACs: what went took time that MACs do not count')
+    elif verdict: res.append(f'{verdict}, with ×{macs:.2f} fewer MACs{why}')
+    elif macs>s.high: res.append(f'faster by {_ratio(s)}, less than its ×{macs:.2f} fewer MACs{why}')
+    elif macs<s.low: res.append(f'faster by {_ratio(s)}, more than its ×{macs:.2f} fewer MACs: what was removed took time that MACs do not count')
     if prev is not a and (t := speedup(prev['ms'], b['ms'])).low<=1<=t.high: res.append(f'no faster than {prev["stage"]}: {_ratio(t)} is within the noise')
     return [f'{b["stage"]}: {o}' for o in res]
 
 def _accuracy_note(a, b, prev):
-    if a['right'] is None or prev is not a and torch.equal(prev['right'], b['right']): return []
-    lost,won = int((a['right']&~b['right']).sum()),int((b['right']&~a['right']).sum())
-    if lost==won: return []
-    p = sign_test(lost, won)
-    what = f'{b["stage"]}: {abs(lost-won):,} {"fewer" if lost>won else "more"} right than {a["stage"]}'
-    return [f'{what}, {"within the noise" if p>.05 else "more than chance"}: of {lost+won:,} that only one of the two tells right, the split is {lost:,} to {won:,} (p = {p:.2g})']
+    "How sure it is that stage `b` is better or worse than the first, `a`, unless the one before it, `prev`, has the same answers"
+    if 'right' not in b or prev is not a and torch.equal(prev['right'], b['right']): return []
+    lost,won = int((a['right']>b['right']).sum()),int((b['right']>a['right']).sum())
+    if lost==won==0: return []
+    p,one = sign_test(lost, won),bool((a['labels']==1).all())
+    share = lambda o: f'{100*int(o["right"].sum())/int(o["labels"].sum()):.2f} %'
+    what = 'is right where the other is wrong' if one else 'has more right answers than the other'
+    where = f'{a["stage"]} {what} on {lost:,} of {len(a["labels"]):,} samples, {b["stage"]} on {won:,}'
+    return [f'{b["stage"]}: accuracy {share(b)}, {share(a)} with {a["stage"]}; the difference is {"within the noise" if p>.05 else "more than chance"}: {where} (p = {p:.2g})']
+
+def _nan_note(stage, model):
+    "Parameters of a stage that are no numbers"
+    bad = {f'{layer}.{name}'.lstrip('.'): n for layer,name,w in effective_parameters(model) if (n := int((~torch.isfinite(w)).sum()))}
+    if not bad: return []
+    n,some = sum(bad.values()),', '.join(list(bad)[:3])+(', …' if len(bad)>3 else '')
+    return [f'{stage}: {n:,} of its parameters are NaN or infinite ({some}), so its outputs may mean nothing']
 
 # %% ../../nbs/report/02_tables.ipynb #bddc1ee3
 class Report(Table):
@@ -159,35 +169,49 @@ class Report(Table):
             col = lambda o: self[f'{k}{o}']
             res[f'ms{title}'] = [f'{m:.3g} {between(lo,hi)}' for m,lo,hi in zip(col('ms'), col('ms_low'), col('ms_high'))]
             if several: res[f'faster{title}'] = ['' if not i else f'×{m:.2f} (×{lo:.2f} – ×{hi:.2f})' for i,(m,lo,hi) in enumerate(zip(col('speedup'), col('speedup_low'), col('speedup_high')))]
-        if 'right' in self:
-            res['right'] = [f'{k:,} of {n:,}: {a:.2f} % ({lo:.1f} – {hi:.1f})' for k,n,a,lo,hi in zip(self.right, self.of, self.accuracy, self.accuracy_low, self.accuracy_high)]
+        if 'accuracy' in self:
+            res['accuracy'] = [f'{a:.2f} % ({lo:.1f} – {hi:.1f})' for a,lo,hi in zip(self.accuracy, self.accuracy_low, self.accuracy_high)]
+        if 'same' in self and several: res['same class'] = ['' if not i else f'{100*k/n:.2f} % of {n:,}' for i,(k,n) in enumerate(zip(self.same, self.of))]
+        if 'difference' in self and several: res['largest difference'] = ['' if not i else f'{o:.3g}' for i,o in enumerate(self.difference)]
         return res
+
+def _is_models(o): return isinstance(o, nn.Module) or isinstance(o, Mapping) and any(isinstance(m, nn.Module) for m in o.values())
 
 def _stages(args, data):
     "Models by name, and the data, from what `report` was given"
-    *ms,last = args or [None]
-    if isinstance(last, (nn.Module,Mapping)): ms.append(last)
-    elif ms and last is not None:
-        if data is not None: raise ValueError(f'data is given twice, as the last argument, a {type(last).__name__}, and by name')
-        data = last
+    ms = list(args)
+    if len(ms)>1 and not _is_models(ms[-1]):
+        last = ms.pop()
+        if data is not None and last is not None: raise ValueError(f'data is given twice, as the last argument, a {type(last).__name__}, and by name')
+        data = last if data is None else data
     if len(ms)==1 and isinstance(ms[0], Mapping): stages = {str(k):m for k,m in ms[0].items()}
     else: stages = dict(zip(('before','after') if len(ms)==2 else (f'model {i}' for i in range(1, len(ms)+1)), ms))
-    if not stages: raise ValueError('report takes models, or a dict of models by name, and then the data')
+    if not stages or None in stages.values(): raise ValueError('report takes models, or a dict of models by name, and then the data')
     check_models(stages.values())
     return stages,data
+
+def _one(o, n):
+    "The first of `n` samples in `o`"
+    if isinstance(o, torch.Tensor): return o[:1] if o.dim() and len(o)==n else o
+    if isinstance(o, Mapping): return {k:_one(v, n) for k,v in o.items()}
+    if isinstance(o, (tuple,list)) and len(o)==n and all(isinstance(v, torch.Tensor) for v in o): return o[:1]  # images of several sizes
+    return o
 
 def _sample(stages, data, example_inputs):
     "Inputs for one sample of the first batch, if there is no other, and the data"
     model = next(iter(stages.values()))
-    if example_inputs is not None: return placed(model, example_inputs),data
-    if data is None: return example_inputs_for(model),data
-    data = labeled_batches(data)
+    loader = None if data is None else loader_of(data)
+    if example_inputs is not None: return placed(model, example_inputs),loader
+    if loader is None: return example_inputs_for(model),None
     with running(*stages.values()):
-        it = iter(data)
+        it = iter(loader)
         first = next(it, None)
-    if not isinstance(first, (tuple,list)) or len(first)<2: raise ValueError(f'data has batches (x, y), not a {type(first).__name__}')
-    if it is data: data = itertools.chain([first], data)
-    return placed(model, tuple(o[:1] if isinstance(o, torch.Tensor) else o for o in first[:-1])),data
+    if first is None: raise ValueError('data has no batches')
+    xb,_ = inputs_and_labels(first, getattr(loader, 'n_inp', None))
+    parts = list(xb.values()) if isinstance(xb, dict) else list(xb)
+    n = len(tensors_of(parts)[0]) if isinstance(parts[0], torch.Tensor) and parts[0].dim() else len(parts[0]) if isinstance(parts[0], (tuple,list)) else 1
+    one = _one(xb, n) if isinstance(xb, dict) else tuple(_one(o, n) for o in xb)
+    return placed(model, one),itertools.chain([first], loader) if it is loader else loader
 
 def _check_alike(stages, inputs):
     "`ValueError` unless all models are on one device, run with `inputs` and return the same shapes"
@@ -202,39 +226,43 @@ def _check_alike(stages, inputs):
 # %% ../../nbs/report/02_tables.ipynb #518768dc
 def report(
     *models, # Models, or a dict of them by name, each compared with the first; then, if any, the data
-    data=None, # Batches (x, y), a fastai DataLoaders (its `valid` is taken), or two tensors: accuracy is measured on it
+    data=None, # What accuracy is measured on: a fastai DataLoaders (its `valid` is taken), a loader, batches, or tensors (x, y); inputs alone tell how far the outputs agree
     example_inputs=None, # What latency and MACs are measured with; by default one sample of the data, or a size that runs
     repeats:int=15, # Measurements of latency, at least 6
     warmup:int=3, # Calls of each model before
     threads:int|None=None, # Of PyTorch, by default as many as now
     channels_last:bool=False, # Measure latency in both layouts
-    correct=most_likely, # Function of a model's output and the labels that tells which are right
+    correct=most_likely, # Function of a model's output and the labels that returns booleans: which answers are right; by default the class with the highest score is the answer
     progress:bool=True, # Show a bar
 ):
     """A row for each model: parameters, those not zero, bytes of a saved file, multiply-accumulates, median latency with its quartiles, how many times faster than the first,
-    accuracy in percent with its interval; `notes` say why nothing became faster, and what is within the noise"""
+    accuracy in percent with its interval, or how far outputs agree with those of the first where accuracy cannot be measured; `notes` say why nothing became faster, what is within the noise, and what was not measured"""
     stages,data = _stages(models, data)
     if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats<6: raise ValueError(f'repeats is a whole number, at least 6, not {repeats!r}: fewer tell nothing')
     inputs,data = _sample(stages, data, example_inputs)
     _check_alike(stages, inputs)
     ms = list(stages.values())
-    right = [None]*len(ms) if data is None else told_right(*ms, data=data, correct=correct, progress=progress)
+    found = None if data is None else answers(*ms, data=data, correct=correct, progress=progress)
     times = {k:latency(*ms, example_inputs=inputs, repeats=repeats, warmup=warmup, threads=threads, channels_last=bool(k), progress=progress) for k in ('','cl_')[:1+channels_last]}
     shapes = [tuple(o.shape) for o in tensors_of(inputs)]
     batch = next((o[0] for o in shapes if o), 1)
     rows,seen = [],[]
+    notes = [o for stage,m in stages.items() for o in _nan_note(stage, m)] + _data_notes(found)
     for i,(stage,m) in enumerate(stages.items()):
         graph = ChannelGraph(m, placed(m, inputs))
         counts = dict(stage=stage, params=n_params(m), nonzero=sum(int(w.count_nonzero()) for _,_,w in effective_parameters(m)), bytes=n_bytes(m), macs=sum(graph.macs().values()))
-        seen.append(dict(counts, model=m, graph=graph, batch=batch, right=right[i], ms=times[''][i]))
-        rows.append({**counts, 'macs_ratio':seen[0]['macs']/max(counts['macs'], 1), **_timed(times, i), **_rightness(right[i])})
-    notes = [o for b in seen for o in _zeros_note(b)]
+        seen.append(dict(counts, model=m, graph=graph, batch=batch, ms=times[''][i]))
+        if hasattr(found, 'right'): seen[-1] |= dict(right=found.right[i], labels=found.labels)
+        rows.append({**counts, 'macs_ratio':seen[0]['macs']/max(counts['macs'], 1), **_timed(times, i), **_answered(found, i)})
+    notes += [o for b in seen for o in _zeros_note(b)]
     for prev,b in zip(seen, seen[1:]): notes += _speed_note(seen[0], b, prev, channels_last) + _accuracy_note(seen[0], b, prev)
     unknown = {op for o in seen for op in o['graph'].unknown}
     if unknown: notes.append(f'operations whose MACs are not counted, if they have some: {", ".join(sorted(unknown))}')
     res = Report(pd.DataFrame(rows).set_index('stage'))
     size = ' and '.join('×'.join(map(str, o)) for o in shapes)
-    res.attrs = dict(notes=notes, about=f'{size} on {place_of(ms[0])[0]}, threads: {threads or torch.get_num_threads()}; ms: median of {repeats} turns and quartiles; faster: median over the turns, 95 %; right: 95 %')
+    about = [f'{size} on {place_of(ms[0])[0]}, threads: {threads or torch.get_num_threads()}', f'ms: median of {repeats} turns and quartiles']
+    if len(ms)>1: about.append('faster: median over the turns and its 95 % interval')
+    res.attrs = dict(notes=notes, about='; '.join(about+_about_answers(found)))
     return res
 
 # %% ../../nbs/report/02_tables.ipynb #84db8a1d
@@ -247,9 +275,24 @@ def _timed(times, i):
         res |= {f'{k}ms':mid, f'{k}ms_low':lo, f'{k}ms_high':hi, f'{k}speedup':s.median, f'{k}speedup_low':s.low, f'{k}speedup_high':s.high}
     return res
 
-def _rightness(right):
-    "Columns of accuracy"
-    if right is None: return {}
-    k,n = int(right.sum()),len(right)
-    lo,hi = wilson(k, n)
-    return dict(right=k, of=n, accuracy=100*k/n, accuracy_low=100*lo, accuracy_high=100*hi)
+def _answered(found, i):
+    "Columns of accuracy of stage `i`, or of its agreement with the first"
+    if found is None: return {}
+    if hasattr(found, 'right'):
+        k,n = int(found.right[i].sum()),int(found.labels.sum())
+        lo,hi = accuracy_interval(found.right[i], found.labels)
+        return dict(right=k, of=n, accuracy=100*k/n, accuracy_low=100*lo, accuracy_high=100*hi)
+    return ({} if found.same is None else dict(same=found.same[i], of=found.of)) | dict(difference=found.difference[i])
+
+def _about_answers(found):
+    "What the figures of accuracy were measured on"
+    if not hasattr(found, 'right'): return []
+    n,samples = int(found.labels.sum()),len(found.labels)
+    what = f'{n:,} samples' if n==samples else f'{n:,} labels of {samples:,} samples'
+    return [f'accuracy: on {what}, with its 95 % interval']
+
+def _data_notes(found):
+    "What could not be measured, and why"
+    if found is None: return []
+    if hasattr(found, 'why'): return [f'accuracy is not measured: {found.why}']
+    return [f'{found.strange:,} of {int(found.labels.sum()):,} labels are no class of the model, so no answer to them is right'] if found.strange else []

@@ -13,9 +13,11 @@ from functools import partial
 from numbers import Real
 import torch
 from torch import nn, Tensor
-from ..core.granularity import Answers, axes_of, blocks, granularity_name, granularity_of, has_axes, head_parts, layer_axes, n_heads
+from ..core.granularity import Answers, axes_of, blocks, granularity_name, granularity_of, has_axes
+from ..core.granularity import head_parts, layer_axes, n_heads
 from ..core.registry import did_you_mean
-from ..core.brought import at_home, check_finite, computed, made_of, plain_model, plain_name, told, unfit, warn
+from ..core.brought import at_home, check_finite, computed, made_of, plain_model, plain_name, still, told
+from ..core.brought import unfit, warn
 from ..core.criteria import criteria_of, large_final, needs
 from ..core.context import context_of, local, shares
 from ..core.selection import CHUNK, Scores, Source, check_percent, n_of, rounded_gone, select
@@ -31,7 +33,8 @@ def zero_(w:Tensor, keep:Tensor): # Weight, int8 mask that broadcasts over it: -
     w = w.detach()
     if w.device.type!='cpu': return w.masked_fill_(keep==0, 0)
     bits = w.view(_ints[w.element_size()])
-    if keep.shape!=w.shape or not (w.is_contiguous() and keep.is_contiguous()): return bits.bitwise_and_(keep.to(bits.dtype))
+    if keep.shape!=w.shape or not (w.is_contiguous() and keep.is_contiguous()):
+        return bits.bitwise_and_(keep.to(bits.dtype))
     bits,keep = bits.view(-1),keep.view(-1)
     buf = torch.empty(min(CHUNK, len(keep)), dtype=bits.dtype, device=bits.device)
     for i in range(0, len(keep), CHUNK):
@@ -53,23 +56,29 @@ class Layer(Source):
         self.name,self.parts,self.criteria = name,parts,criteria
         self.past,self.given,self.ready,self.whole,self.flat,self.masks = {},{},None,None,None,None
         self.needs,one = needs(criteria),torch.tensor([[-1.]], device='cpu')
-        self.by_piece = len(parts)==1 and b.in_order and criteria.pointwise and 'act' not in self.needs and bool(criteria.reducer(one)==-1)
+        alone = criteria.pointwise and 'act' not in self.needs and bool(criteria.reducer(one)==-1)
+        self.by_piece = len(parts)==1 and b.in_order and alone
 
     def known(self, i): # Which part
         "What the criteria asks for, by name"
-        p,res = self.parts[i],{}
+        p = self.parts[i]
+        found = dict(w=p.w, grad=p.w.grad) | {k:xs[i] for k,xs in (self.given | self.past).items()}
         for o in self.needs:
-            x = p.w if o=='w' else self.past[o][i] if o in self.past else self.given[o][i] if o in self.given else p.w.grad if o=='grad' else None
-            if x is None: raise ValueError(f'criteria {self.criteria.__name__!r} needs {o!r}, and {p.name} has none: '
-                + ('pass `data` to the Sparsifier, or use it in a training step of weights that are not frozen' if o in ('grad','act') else 'nothing was remembered'))
-            res[o] = x.detach()
-        return res
+            if found.get(o) is None: raise ValueError(f'criteria {self.criteria.__name__!r} needs {o!r}, and {p.name} has none: {self._remedy(o)}')
+        return {o:found[o].detach() for o in self.needs}
+
+    def _remedy(self, need):
+        "What to do about what is missing"
+        if need not in ('grad','act'): return 'nothing was remembered'
+        return 'pass `data` to the Sparsifier, or use it in a training step of weights that are not frozen'
 
     @property
     def partial(self): "Does only a part of a block go, as of a group n:m?"; return self.parts[0].blocks.partial
 
     @property
-    def streams(self): "Are scores computed piece by piece, from the weights as they lie in memory?"; return self.by_piece and all(x.is_contiguous() for x in self.known(0).values())
+    def streams(self):
+        "Are scores computed piece by piece, from the weights as they lie in memory?"
+        return self.by_piece and all(x.is_contiguous() for x in self.known(0).values())
 
     def open(self):
         "Make `scores` ready to be asked, until `close`; a criteria that fails does so here"
@@ -86,7 +95,9 @@ class Layer(Source):
         "Compute the scores of all blocks, and keep them until `close`"
         rows,nan = [],False
         for i,p in enumerate(self.parts):
-            s = self.criteria.f(**{o: _wide(x) if self.criteria.pointwise else _wide(x).clone() for o,x in self.known(i).items()})  # a function of the user's may write to what it gets
+            known = {o:_wide(x) for o,x in self.known(i).items()}
+            if not self.criteria.pointwise: known = {o:x.clone() for o,x in known.items()}  # a user's function may write to what it gets
+            s = self.criteria.f(**known)
             self.whole = s = s if s.is_floating_point() else s.float()
             rows.append(p.blocks.at_stake(s))
             nan |= p.blocks.padded or p.blocks.partial
@@ -95,7 +106,8 @@ class Layer(Source):
     def renew_masks(self):
         "Masks of the parts, from what is kept"
         s = self.whole
-        if self.partial and self.masks is not None: s = s.masked_fill(self.masks[0]==0, -math.inf)  # what is gone stays the lowest
+        if self.partial and self.masks is not None:
+            s = s.masked_fill(self.masks[0]==0, -math.inf)  # what is gone stays the lowest
         self.masks = [p.blocks.mask(self.keep, s) for p in self.parts]
 
     def apply(self):
@@ -114,7 +126,8 @@ class Layer(Source):
 def _weights(m):
     "Attributes of the weights of `m`, and the module that holds each"
     if not isinstance(m, nn.MultiheadAttention): return [(m,'weight')]
-    return [(m,o) for o in ('in_proj_weight','q_proj_weight','k_proj_weight','v_proj_weight') if getattr(m, o) is not None]+[(m.out_proj,'weight')]
+    projections = 'in_proj_weight','q_proj_weight','k_proj_weight','v_proj_weight'
+    return [(m,o) for o in projections if computed(m, o) or m._parameters[o] is not None]+[(m.out_proj,'weight')]
 
 def _part(names, mod, attr, make, axes=''):
     w = getattr(mod, attr)
@@ -123,32 +136,38 @@ def _part(names, mod, attr, make, axes=''):
 
 def _types(layer_type):
     ts = tuple(layer_type) if isinstance(layer_type, (tuple, list)) else (layer_type,)
+    known = [o.__name__ for o in layer_axes if isinstance(o, type)]
     for t in ts:
-        if not isinstance(t, type): raise TypeError(f'layer_type is a class of layers or a tuple of them, not {t!r}: {did_you_mean(t, [o.__name__ for o in layer_axes if isinstance(o, type)])}')
+        if not isinstance(t, type): raise TypeError(f'layer_type is a class of layers or a tuple of them, not {t!r}: {did_you_mean(t, known)}')
     return ts
 
 def _wanted(model, granularity, types):
     "Name and module of each layer that is to be sparsified: of `types`, or for `head` with attention"
-    head = granularity=='head'
-    for n,m in model.named_modules():
-        if head and n_heads(m) is not None and (types==(nn.Conv2d,) or isinstance(m, types)) or not head and isinstance(m, types): yield n,m
+    if granularity!='head': return [(n,m) for n,m in model.named_modules() if isinstance(m, types)]
+    any_type = types==(nn.Conv2d,)  # nobody has chosen one
+    return [(n,m) for n,m in model.named_modules() if n_heads(m) is not None and (any_type or isinstance(m, types))]
+
+def _layer_parts(names, name, m, granularity):
+    "The parts of each `Layer` that is in `m`: one for the heads of an attention layer, else one for each weight"
+    if granularity=='head': return [[_part(names, mod, attr, lambda w: b) for mod,attr,b in head_parts(m)[0]]]
+    axes = axes_of(m)
+    split = lambda w: blocks(granularity, w.shape, axes, name or type(m).__name__) if w.numel() else None
+    return [[_part(names, mod, attr, split, axes)] for mod,attr in _weights(m)]
 
 def find_layers(model, granularity, layer_type, criteria):
-    "Each layer of `layer_type` (each attention layer, for `head`) as a `Layer`, a shared weight once; and by name, how the weights of others are computed, which are left out"
+    """Each layer of `layer_type` (each attention layer, for `head`) as a `Layer`, where a shared weight comes once; and by name how the weights of others are
+    computed, which are left out"""
     names,seen,res,out,empty = {id(p):n for n,p in model.named_parameters()},set(),[],{},[]
     head,types = granularity=='head',_types(layer_type)
     for n,m in _wanted(model, granularity, types):
-        found = head_parts(m)[0] if head else [(*o,None) for o in _weights(m)]
-        if made := next((o for mod,attr,_ in found if (o := computed(mod, attr))), None):
+        holders = [o[:2] for o in head_parts(m)[0]] if head else _weights(m)
+        if made := next((o for mod,attr in holders if (o := computed(mod, attr))), None):
             out[n or type(m).__name__] = made
             continue
-        if head: groups = [[_part(names, mod, attr, lambda w: b) for mod,attr,b in found]]
-        else:
-            axes,called = axes_of(m),n or type(m).__name__
-            groups = [[_part(names, mod, attr, lambda w: blocks(granularity, w.shape, axes, called) if w.numel() else None, axes)] for mod,attr,_ in found]
-        for parts in groups:
+        for parts in _layer_parts(names, n, m, granularity):
+            name = n if head else parts[0].name.removesuffix('.weight')
             if not parts[0].w.numel(): empty.append(parts[0].name)
-            elif seen.isdisjoint(p.name for p in parts): res.append(Layer(n if head else parts[0].name.removesuffix('.weight'), parts, criteria))
+            elif seen.isdisjoint(p.name for p in parts): res.append(Layer(name, parts, criteria))
             seen.update(p.name for p in parts)
     if not res: raise ValueError(_nothing(model, head, types, out, empty))
     return res,out
@@ -156,11 +175,13 @@ def find_layers(model, granularity, layer_type, criteria):
 def _nothing(model, head, types, out, empty):
     "Why there is no layer to sparsify"
     if out: return f'nothing is left to sparsify: {told(out)}'
-    if head: return 'the model has no attention layer of a known form (nn.MultiheadAttention, a fused qkv, or separate projections)'
+    if head: return 'the model has no attention layer of a known form (MultiheadAttention, a fused qkv, or separate projections)'
     what = f'the model has no layer of type {", ".join(t.__name__ for t in types)}'
-    if empty: return f'{what} with weights: {", ".join(empty)} {"is" if len(empty)==1 else "are"} empty'
-    quantized = [n or 'the model' for n,m in model.named_modules() if 'quantized' in type(m).__module__.split('.') and hasattr(m, 'weight')]
-    if quantized: return f'{what} with floating-point weights: {", ".join(quantized[:5])} {"is" if len(quantized)==1 else "are"} quantized; sparsify the model before it is converted'
+    be = lambda names: f'{", ".join(names[:5])} {"is" if len(names)==1 else "are"}'
+    if empty: return f'{what} with weights: {be(empty)} empty'
+    in_bits = lambda m: 'quantized' in type(m).__module__.split('.') and hasattr(m, 'weight')
+    if quantized := [n or 'the model' for n,m in model.named_modules() if in_bits(m)]:
+        return f'{what} with floating-point weights: {be(quantized)} quantized; sparsify the model before it is converted'
     there = sorted({type(m).__name__ for m in model.modules() if has_axes(m)})
     return f'{what}; it has {", ".join(there) or "none that can be sparsified"}'
 
@@ -176,7 +197,7 @@ def parts_of(layers): return [p for o in layers for p in o.parts]
 class Side:
     "A parameter with an entry a channel, whose entries go with the blocks of some layers"
     def __init__(self, mod, attr): self.mod,self.attr,self.follows,self.mask = mod,attr,[],None
-    def add(self, layer, blocks, rows, dim=0): # Layer, some of its blocks; entries of the parameter along `dim` that go with these
+    def add(self, layer, blocks, rows, dim=0): # Layer, some of its blocks; entries along `dim` that go with these
         self.follows.append((layer, blocks, rows, dim))
     def renew(self):
         p = getattr(self.mod, self.attr)
@@ -199,6 +220,11 @@ def _filters(o):
     p = o.parts[0]
     return p.blocks.channels(p.axes.index('o')) if p.axes else None
 
+def _by_filter(o):
+    "Is each block of layer `o` one filter?"
+    number = _filters(o)
+    return number is not None and torch.equal(number, torch.arange(o.n, device='cpu'))
+
 def find_sides(model, layers, example_inputs=None):
     "By name, the parameters whose entries go with the filters (or heads) of `layers`"
     sides,params = {},dict(model.named_parameters())
@@ -208,11 +234,11 @@ def find_sides(model, layers, example_inputs=None):
         graph = ChannelGraph(model, example_inputs)
         makes = {s.name for s in graph.slices if s.role=='out'}
         for o,number in filters.items():
-            if o.parts[0].name not in makes:  # never run, or of one filter, which stays, or read by an operation that is not known
+            if o.parts[0].name not in makes:  # it never ran, or has one filter, or is read by an operation that is not known
                 if o.n>1 and o.parts[0].name not in graph.unused: _own_bias(sides, o, number, params)
                 continue
             for name,rows in graph.following(o.parts[0].name):
-                if len(rows)!=len(number) or name not in params: continue  # of a transposed convolution with a filter a group, which stays
+                if len(rows)!=len(number) or name not in params: continue  # a transposed convolution with a filter a group
                 some = ((rows>=0)&(number>=0)).nonzero()[:,0]
                 _side(sides, model, name).add(o, number[some], rows[some])
         _tell_hidden(model, graph, filters, sides)
@@ -241,22 +267,24 @@ def _unknown(graph, name):
     if made is None: return ', '.join(graph.unknown)
     return next((why for why in _reasons(graph, made.ids) if why.split(' in ')[0] in graph.unknown), '')
 
+def _is_norm(m): return isinstance(m, (nn.modules.batchnorm._NormBase,nn.GroupNorm,nn.LayerNorm)) and m.weight is not None
+
 def _tell_hidden(model, graph, filters, sides):
-    "Warn of layers whose normalization may stand behind an operation that the graph does not know, or has a scale that cannot be zeroed"
-    norms = {n for n,m in model.named_modules() if isinstance(m, (nn.modules.batchnorm._NormBase,nn.GroupNorm,nn.LayerNorm)) and m.weight is not None}
-    free = norms-{layer_of(n) for n in sides}
+    "Warn of layers whose normalization may stand behind an operation that the graph does not know, or has a scale that stays"
+    norms = {n for n,m in model.named_modules() if _is_norm(m)}
+    met = norms & {layer_of(o) for o in sides}
+    if made := [n for n in sorted(met) if computed(model.get_submodule(n))]:
+        warn(f'the scale of {", ".join(made)} is no parameter but computed, and stays: in eval mode, what comes out for a zeroed filter may not be zero')
     found = {id(f[0]) for n,s in sides.items() if layer_of(n) in norms for f in s.follows}
     hidden = {}
     for o in filters:
         if id(o) in found or o.n==1: continue
         unknown = _unknown(graph, o.parts[0].name)
         if unknown: hidden[o.name] = unknown
-    made = [n for n in sorted(norms & {layer_of(o) for o in sides}) if computed(model.get_submodule(n))]
-    if made: warn(f'the scale of {", ".join(made)} is no parameter but computed, and stays: what comes out for a zeroed filter may not be zero in eval mode')
-    if not (free and hidden): return
+    if not (norms-met and hidden): return
     each = ', '.join(f'{n} ({why})' for n,why in list(hidden.items())[:5])
     warn(f'the channel graph does not know what some layers are followed by, so no normalization goes along with the filters of {each}: '
-        f'where one does follow, as {", ".join(sorted(free)[:3])} may, what it makes of a zeroed filter is not zero')
+        f'where one does follow, as {", ".join(sorted(norms-met)[:3])} may, what it makes of a zeroed filter is not zero')
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #39fba17a
 class _Tied(Answers):
@@ -287,7 +315,8 @@ def _components(classes): # Class of each filter, by weight
     for name,c in classes.items():
         c = set(c[c>0].tolist())
         meets = [g for g in groups if g[1]&c]
-        groups = [g for g in groups if not g[1]&c]+[([n for g in meets for n in g[0]]+[name], c.union(*(g[1] for g in meets)))]
+        joined = [n for g in meets for n in g[0]]+[name], c.union(*(g[1] for g in meets))
+        groups = [g for g in groups if not g[1]&c]+[joined]
     return [names for names,c in groups if c]
 
 def _tied_part(model, p, name, dim, number, n):
@@ -295,12 +324,13 @@ def _tied_part(model, p, name, dim, number, n):
     return Part(w.mod, w.attr, name, w.axes, _Tied(p.shape, dim, number, n))
 
 def _barred(model, graph, makes):
-    "Channels that a computed weight makes, and why these stay: zeros that are written to what it is computed from may not come out as zeros"
+    "Channels that a computed weight makes, and why these stay: of zeros in what it is computed from, something else may come out"
     res = {}
     for n,(layer,attr) in made_of(model).items():
         if n not in makes: continue
         how,_ = computed(model.get_submodule(layer), attr)
-        res |= dict.fromkeys(graph.roots(makes[n].ids).unique().tolist(), f'made or shared by {layer}, whose weight is computed by {how}')
+        why = f'made or shared by {layer}, whose weight is computed by {how}'
+        res |= dict.fromkeys(graph.roots(makes[n].ids).unique().tolist(), why)
     return res
 
 @dataclass
@@ -318,8 +348,8 @@ def _stays(graph, wanted, makes, barred):
     for name,n in wanted.items():
         layer = name.removesuffix('.weight')
         if name not in makes:
-            why = 'it does not run with the example inputs' if name in graph.unused else 'the channel graph does not see what it makes'
-            unknown = _unknown(graph, name)
+            idle,unknown = name in graph.unused,_unknown(graph, name)
+            why = 'it does not run with the example inputs' if idle else 'the channel graph does not see what it makes'
             if n>1: yield Stay(layer, n, n, why+(f': {unknown} is not known' if unknown else ''), n)
             continue
         ids = makes[name].ids
@@ -330,7 +360,8 @@ def _stays(graph, wanted, makes, barred):
         if stuck.any(): yield Stay(layer, n, int(stuck.sum()), '; '.join(whys), n, whys==['output of the model'])
 
 def couple(model, layers, criteria, example_inputs=None):
-    "`layers` regrouped so that filters that are tied are one block, with all else that makes these channels; their side parameters; and what has to `Stay`"
+    """`layers` regrouped so that filters that are tied are one block, with all else that makes these channels; their side parameters; and what has to
+    `Stay`"""
     graph,wanted = ChannelGraph(model, example_inputs),{p.name:len(_filters(o)) for o in layers for p in o.parts}
     makes = {s.name:s for s in reversed(graph.slices) if s.role=='out'}
     barred,params,res,sides = _barred(model, graph, makes),dict(model.named_parameters()),[],{}
@@ -339,24 +370,33 @@ def couple(model, layers, criteria, example_inputs=None):
         c = graph.classes(ids)
         return c.masked_fill(torch.isin(c, held), 0)
     classes = {n:classes_of(s.ids) for n,s in makes.items() if n in params}
-    affine = [(s,classes_of(s.ids)) for s in graph.slices if s.role=='affine' and s.kind in ('bias','scale','shift','add') and s.name in params]
-    place,n_classes = {n:i for i,n in enumerate(params)},1+max((int(c.max()) for c in (*classes.values(), *(c for _,c in affine)) if len(c)), default=0)
+    is_affine = lambda s: s.role=='affine' and s.kind in ('bias','scale','shift','add') and s.name in params
+    affine = [(s,classes_of(s.ids)) for s in graph.slices if is_affine(s)]
+    place = {n:i for i,n in enumerate(params)}
+    n_classes = 1+max((int(c.max()) for c in (*classes.values(), *(c for _,c in affine)) if len(c)), default=0)
     for names in sorted((sorted(g, key=place.get) for g in _components(classes)), key=lambda g: place[g[0]]):
-        cs = torch.cat([classes[n] for n in names if n in wanted] or [torch.zeros(1, dtype=torch.long, device='cpu')]).unique()
+        asked = [classes[n] for n in names if n in wanted]
+        if not asked: continue
+        cs = torch.cat(asked).unique()
         cs,number = cs[cs>0],torch.full((n_classes,), -1, device='cpu')
         if not len(cs): continue
         number[cs] = torch.arange(len(cs), device='cpu')
         names = [n for n in names if (number[classes[n]]>=0).any()]
-        layer = Layer(names[0].removesuffix('.weight'), [_tied_part(model, params[n], n, makes[n].dim, number[classes[n]], len(cs)) for n in names], criteria)
+        parts = [_tied_part(model, params[n], n, makes[n].dim, number[classes[n]], len(cs)) for n in names]
+        layer = Layer(names[0].removesuffix('.weight'), parts, criteria)
         res.append(layer)
         for s,c in affine:
             rows = (number[c]>=0).nonzero()[:,0]
             if len(rows): _side(sides, model, s.name).add(layer, number[c][rows], rows, s.dim)
     stays = list(_stays(graph, wanted, makes, barred))
-    if not res:
-        each = '; '.join(f'{o.layer}: {o.why}' for o in stays[:5])
-        raise ValueError(f'no filter of {", ".join(sorted(wanted))} can be removed: all are tied to the output or to something of fixed size, or too few{f" ({each})" if each else ""}')
+    if not res: raise ValueError(_none_goes(wanted, stays))
     return res,sides,stays
+
+def _none_goes(wanted, stays):
+    "Why no filter of the weights `wanted` can be removed"
+    each = '; '.join(f'{o.layer}: {o.why}' for o in stays[:5])
+    return (f'no filter of {", ".join(sorted(wanted))} can be removed: all are tied to the output or to something of fixed size, or too few'
+        + (f' ({each})' if each else ''))
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #b0451259
 def check_level(sparsity): # Percentage
@@ -370,14 +410,18 @@ def check_sparsity(sparsity): # Percentage
     return sparsity
 
 def _check_criteria(o):
-    "Call the criteria of a layer once on copies, so that one that fails, or that gives something else than a score for each weight, does so before anything is changed"
+    """Call the criteria of a layer once on copies, so that one that fails, or that gives something else than a score for each weight, does so before
+    anything is changed"""
     p,f = o.parts[0],o.criteria
     known = dict.fromkeys(('w','w0','w_prev'), p.w.detach())
     known = {k: _wide(known[k]).clone() if k in known else torch.ones_like(_wide(p.w.detach())) for k in o.needs}
     versions = {k: x._version for k,x in known.items()}
     s = f.f(**known)
-    if not isinstance(s, Tensor) or s.shape!=p.w.shape: raise ValueError(f'criteria {f.__name__!r} must give a score for each weight: for {p.name} a tensor of shape {tuple(p.w.shape)}, not {tuple(s.shape) if isinstance(s, Tensor) else s!r}')
-    if f.pointwise and any(x._version!=versions[k] for k,x in known.items()): raise ValueError(f'criteria {f.__name__!r} is marked pointwise and writes to its arguments')
+    if not isinstance(s, Tensor) or s.shape!=p.w.shape:
+        got = tuple(s.shape) if isinstance(s, Tensor) else repr(s)
+        raise ValueError(f'criteria {f.__name__!r} must give a score for each weight: for {p.name} a tensor of shape {tuple(p.w.shape)}, not {got}')
+    if f.pointwise and any(x._version!=versions[k] for k,x in known.items()):
+        raise ValueError(f'criteria {f.__name__!r} is marked pointwise and writes to its arguments')
 
 class Sparsifier:
     "Zero the blocks of `model` that `criteria` finds least important"
@@ -389,24 +433,28 @@ class Sparsifier:
         context='local', # Where: a name of `contexts` or a function
         criteria=large_final, # What: a function of what its parameters name, or a name of `criterias`
         layer_type=nn.Conv2d, # Type of layer, or a tuple of types
-        coupled:bool=False, # Score and zero together the filters that are tied by an addition, a concatenation or a depthwise convolution, so that they can be removed
+        coupled:bool=False, # Score and zero together the filters that are tied (added, concatenated, depthwise), so that they can be removed
         round_to:int|None=None, # Keep a multiple of so many blocks in each layer
-        example_inputs=None, # Inputs that run the model (a tensor, a tuple or a dict), to follow filters to their normalization; by default a size that runs is looked for
+        example_inputs=None, # Inputs that run the model (a tensor, a tuple or a dict), to follow filters with; by default a size that runs is found
         data=None, # Batches for a criteria that needs `grad` or `act`: one (x, y), a list or a DataLoader
         loss_func=None, # Loss for gradients from `data`; by default cross-entropy, or mean squared error for a float target
     ):
-        if round_to is not None and (not isinstance(round_to, int) or round_to<1): raise ValueError(f'round_to is a whole number of blocks, at least 1, not {round_to!r}')
+        if round_to is not None and (not isinstance(round_to, int) or round_to<1):
+            raise ValueError(f'round_to is a whole number of blocks, at least 1, not {round_to!r}')
         self.model = plain_model(model)
         self.granularity,self.context,self.criteria = granularity_of(granularity),context_of(context),criteria_of(criteria)
         self.round_to,self.example_inputs,self.data,self.loss_func = round_to,example_inputs,data,loss_func
-        self.layers,out = find_layers(self.model, self.granularity, layer_type, self.criteria)
+        with still(self.model):
+            self.layers,out = find_layers(self.model, self.granularity, layer_type, self.criteria)
+            self._stays = [self._computed(n, how) for n,(how,_) in out.items()]
         self._check_finite()
-        for o in {o.parts[0].w.dtype:o for o in sorted(self.layers, key=lambda o: -o.parts[0].w.numel())}.values(): _check_criteria(o)
-        if round_to and all(o.n<round_to for o in self.layers): raise ValueError(f'round_to={round_to}: no layer has so many blocks to keep, the largest has {max(o.n for o in self.layers)}')
-        self._gone,self._sides,self._asked,self._stays = {},None,0,[self._computed(n, how) for n,(how,_) in out.items()]
-        self._told = not coupled
+        smallest = {o.parts[0].w.dtype:o for o in sorted(self.layers, key=lambda o: -o.parts[0].w.numel())}
+        for o in smallest.values(): _check_criteria(o)
+        most = max(o.n for o in self.layers)
+        if round_to and most<round_to: raise ValueError(f'round_to={round_to}: no layer has so many blocks to keep, the largest has {most}')
+        self._gone,self._sides,self._asked,self._told = {},None,0,not coupled
         if coupled:
-            if any(number is None or not torch.equal(number, torch.arange(o.n, device='cpu')) for o in self.layers for number in [_filters(o)]):
+            if not all(map(_by_filter, self.layers)):
                 raise ValueError(f'coupled filters go with the granularity filter, not {granularity_name(granularity)!r}')
             self.layers,self._sides,stays = couple(self.model, self.layers, self.criteria, example_inputs)
             self._stays += stays
@@ -415,7 +463,7 @@ class Sparsifier:
         self.remember()
         if out: self._tell_computed(out)
 
-    def _check_finite(self): check_finite([(p.name,p.w) for o in self.layers for p in o.parts], 'weights like these cannot be ranked')
+    def _check_finite(self): check_finite([(p.name,p.w) for p in parts_of(self.layers)], 'weights like these cannot be ranked')
 
     def _tell_computed(self, out): warn(told(out))
 
@@ -430,14 +478,15 @@ class Sparsifier:
 
     @property
     def left(self):
-        """A row for each layer of which less can be zeroed than was asked for last: how many `channels` it has, how many blocks were `asked` for and `zeroed`, and `why`. The model's
-        output is among them, whose filters nobody expects to go"""
-        asked = lambda o: self._asked.get(o.layer, 0) if isinstance(self._asked, dict) else self._asked
-        return [dict(layer=o.layer, channels=o.channels, asked=n_of(o.n, 100*asked(o)/self.own), zeroed=self._zeroed(o.layer), why=o.why) for o in self._stays]
+        """A row for each `layer` with something that can never be zeroed: how many `channels` it has, how many blocks were `asked` for last and are `zeroed`, and
+        `why` not all. The model's output is among them, whose filters nobody expects to go"""
+        percent = lambda o: self._asked.get(o.layer, 0) if isinstance(self._asked, dict) else self._asked
+        asked = lambda o: n_of(o.n, 100*percent(o)/self.own)
+        return [dict(layer=o.layer, channels=o.channels, asked=asked(o), zeroed=self._zeroed(o.layer), why=o.why) for o in self._stays]
 
     def _zeroed(self, name):
         "How many filters of the layer `name` are masked"
-        found = [(o,p) for o in self.layers for p in o.parts if p.name.removesuffix('.weight')==name and o.masks]
+        found = [(o,p) for o in self.layers if o.masks for p in o.parts if p.name.removesuffix('.weight')==name]
         return sum(int((p.blocks.spread(o.keep)==0).sum()) for o,p in found)
 
     def tell_left(self, sparsity): # Percentage that is asked for, or a dict by layer
@@ -455,10 +504,11 @@ class Sparsifier:
     @at_home()
     def remember(self):
         "Take the weights as they are now for `w0`, what the criteria calls the start of training"
-        for o in self.layers: o.past = {k: [p.w.detach().clone() for p in o.parts] for k in ('w0','w_prev') if k in needs(self.criteria)}
+        needed = [k for k in ('w0','w_prev') if k in needs(self.criteria)]
+        for o in self.layers: o.past = {k: [p.w.detach().clone() for p in o.parts] for k in needed}
 
     @at_home()
-    def sparsify_model(self, sparsity): # Percentage of blocks; a list of them in the order of the layers; or a dict by layer
+    def sparsify_model(self, sparsity): # Percentage of blocks; a list in the order of the layers; or a dict by layer
         "Zero `sparsity` percent of the blocks, the least important first, and return the model"
         sparsity = self.targets(sparsity)
         self._check_finite()
@@ -487,8 +537,8 @@ class Sparsifier:
         if not isinstance(threshold, Real) or math.isnan(threshold): raise ValueError(f'a threshold is a number, not {threshold!r}')
         self._check_finite()
         self._learn(self.layers)
-        def counts(): return {(n,): int(((s<threshold) | (self._by_name[n].keep==0)).sum()) for n,s in self._scores(self.layers).items()}
-        self._renew(lambda: self._rounded(counts()), self.layers)
+        def below(name, scores): return int(((scores<threshold) | (self._by_name[name].keep==0)).sum())
+        self._renew(lambda: self._rounded({(n,): below(n, s) for n,s in self._scores(self.layers).items()}), self.layers)
         return self.model
 
     def _learn(self, layers):
@@ -497,36 +547,45 @@ class Sparsifier:
         if 'grad' in asked: check_trained(self.criteria, parts)
         found = evidence(asked, self.data, self.model, parts, self.loss_func)
         words = dict(grad='the gradient of', act='the inputs of')
-        for k,xs in found.items(): check_finite([(f'{words[k]} {n}',x) for n,x in xs.items()], 'these data cannot rank weights')
+        for k,xs in found.items():
+            check_finite([(f'{words[k]} {n}',x) for n,x in xs.items()], 'these data cannot rank weights')
         give(layers, found)
 
     @property
-    def own(self): "Percent of zeros that the granularity can reach: 100, or a pattern's own"; return max(p.blocks.full for p in parts_of(self.layers))
+    def own(self):
+        "Percent of zeros that the granularity can reach: 100, or a pattern's own"
+        return max(p.blocks.full for p in parts_of(self.layers))
 
     def _check_reach(self, sparsity):
-        if sparsity>self.own+1e-9: raise ValueError(f'{granularity_name(self.granularity)} has {self.own:g} % of zeros when every group obeys it: sparsity {sparsity:g} cannot be reached')
+        if sparsity<=self.own+1e-9: return
+        name = granularity_name(self.granularity)
+        raise ValueError(f'{name} has {self.own:g} % of zeros when every group obeys it: sparsity {sparsity:g} cannot be reached')
 
     def _no_layer(self, name):
         "Why there is no layer of that name"
         stay = next((o for o in self._stays if o.layer in (name, plain_name(str(name)))), None)
-        return f'no block of {name!r} can be zeroed: {stay.why}' if stay else f'no layer {name!r}: {did_you_mean(name, self._by_name)}'
+        if stay: return f'no block of {name!r} can be zeroed: {stay.why}'
+        return f'no layer {name!r}: {did_you_mean(plain_name(str(name)), self._by_name)}'
 
     def targets(self, sparsity): # Percentage; a list of them in the order of the layers; or a dict by layer
         "`sparsity`, checked: one number, or a dict with a number for each layer"
         if isinstance(sparsity, dict):
             names = {k:o.name for o in self.layers for k in (o.name, *(p.name for p in o.parts))}
-            names |= {k:names[plain_name(k)] for k in sparsity if isinstance(k, str) and k not in names and plain_name(k) in names}
+            plain = {k:plain_name(k) for k in sparsity if isinstance(k, str)}
+            names = {k:names[o] for k,o in plain.items() if o in names} | names
             for o in sparsity:
                 if o not in names: raise ValueError(self._no_layer(o))
             sparsity = dict.fromkeys(self._by_name, 0.) | {names[o]:check_sparsity(s) for o,s in sparsity.items()}
         elif isinstance(sparsity, Iterable) and not isinstance(sparsity, (str, Tensor)):
             sparsity = list(sparsity)
-            if len(sparsity)!=len(self.layers): raise ValueError(f'{len(sparsity)} sparsities for {len(self.layers)} layers: {", ".join(self._by_name)}')
+            if len(sparsity)!=len(self.layers):
+                raise ValueError(f'{len(sparsity)} sparsities for {len(self.layers)} layers: {", ".join(self._by_name)}')
             sparsity = {o.name:check_sparsity(s) for o,s in zip(self.layers, sparsity)}
         else:
             self._check_reach(check_sparsity(sparsity))
             return sparsity
-        if self.context is not local: raise ValueError('a sparsity for each layer leaves nothing to share: it goes with the context local')
+        if self.context is not local:
+            raise ValueError('a sparsity for each layer leaves nothing to share: it goes with the context local')
         self._check_reach(max(sparsity.values()))
         return sparsity
 
@@ -540,7 +599,8 @@ class Sparsifier:
         "Have `counts()` blocks of `layers` gone: how many, by the layers that compete for them"
         for o in self.layers: o.follow_device()
         if self._sides is None: self._sides = find_sides(self.model, self.layers, self.example_inputs)
-        for o in layers: o.apply() if not o.streams else None  # what is gone scores as a zero, not as what the optimizer made of it
+        for o in layers:
+            if not o.streams: o.apply()  # what is gone scores as a zero, not as what the optimizer made of it
         try:
             for o in layers: o.open()
             self._select(counts())
@@ -554,8 +614,10 @@ class Sparsifier:
         "How many blocks are gone at `sparsity`, by the layers that compete for it"
         sizes = {o.name:o.n for o in self.layers}
         if isinstance(sparsity, dict): return {(o,): n_of(n, 100*sparsity[o]/self.own) for o,n in sizes.items()}
-        return shares(self.context, sizes, sparsity=100*sparsity/self.own, room={o: n-self._protect for o,n in sizes.items()},
-            gone=lambda: {o: self._n_gone((o,)) for o in sizes}, shapes=lambda: {o.name: _shape(o.parts[0]) for o in self.layers},
+        return shares(self.context, sizes, sparsity=100*sparsity/self.own,
+            room={o: n-self._protect for o,n in sizes.items()},
+            gone=lambda: {o: self._n_gone((o,)) for o in sizes},
+            shapes=lambda: {o.name: _shape(o.parts[0]) for o in self.layers},
             scores=lambda: self._scores(self.layers))
 
     def _scores(self, layers):
@@ -564,7 +626,9 @@ class Sparsifier:
         return {o.name: o.scores(0, o.n) for o in layers}
 
     @property
-    def _protect(self): "Does each layer keep its last block?"; return any(p.blocks.spares_last for p in parts_of(self.layers))
+    def _protect(self):
+        "Does each layer keep its last block?"
+        return any(p.blocks.spares_last for p in parts_of(self.layers))
 
     def _rounded(self, ks):
         "Numbers by layer that leave a multiple of `round_to`, and never fewer than that"
@@ -576,7 +640,8 @@ class Sparsifier:
                 trial = [Scores(s, o.keep.clone()) for s,o in zip(self._scores(layers).values(), layers)]
                 select(trial, self._n_gone(names), k, self._protect)
                 k = [o.gone for o in trial]
-            res |= {(o.name,): rounded_gone(o.n, min(n, o.n-self._protect), self.round_to) for o,n in zip(layers, k if len(names)>1 else [k])}
+            each = k if len(names)>1 else [k]
+            res |= {(o.name,): rounded_gone(o.n, min(n, o.n-self._protect), self.round_to) for o,n in zip(layers, each)}
         return res
 
     def _n_gone(self, names):
@@ -591,8 +656,10 @@ class Sparsifier:
         for names,os in pools.items():
             k,before = min(ks[names], sum(o.n for o in os)-len(os)*self._protect),self._n_gone(names)
             if k==before: continue
-            if k<before: [o.apply() for o in os]
-            self._gone = {o:n for o,n in self._gone.items() if set(names).isdisjoint(o)} | {names: select(os, before, k, self._protect)}
+            if k<before:
+                for o in os: o.apply()
+            others = {o:n for o,n in self._gone.items() if set(names).isdisjoint(o)}
+            self._gone = others | {names: select(os, before, k, self._protect)}
             for o in os: o.renew_masks()
         for o in self._sides.values(): o.renew()
 
@@ -604,26 +671,37 @@ class Sparsifier:
     @property
     def masks(self):
         "Boolean masks by parameter name, `True` where the weight is kept, of the parameter's shape"
-        kept = {p.name: (m!=0).expand(p.w.shape).contiguous() for o in self.layers for p,m in zip(o.parts, o.masks or [torch.ones((), device=p.w.device) for p in o.parts])}
-        return kept | {n: o.mask!=0 for n,o in (self._sides or {}).items() if o.mask is not None}
+        with at_home():
+            res = {}
+            for o in self.layers:
+                masks = o.masks or [torch.ones((), device=p.w.device) for p in o.parts]
+                res |= {p.name: (m!=0).expand(p.w.shape).contiguous() for p,m in zip(o.parts, masks)}
+            return res | {n: o.mask!=0 for n,o in (self._sides or {}).items() if o.mask is not None}
 
     def reached(self):
         "Percent of the blocks that are gone now; of a pattern, percent of zeros"
-        if any(o.partial for o in self.layers): return 100*sum(int((m==0).sum()) for o in self.layers for m in o.masks or [])/sum(p.w.numel() for o in self.layers for p in o.parts)
+        if any(o.partial for o in self.layers):
+            return 100*sum(int((m==0).sum()) for o in self.layers for m in o.masks or [])/self.n_weights
         return 100*sum(o.gone for o in self.layers)/sum(o.n for o in self.layers)
+
+    def _remembered(self):
+        "What is kept, and what is remembered of the weights, by name"
+        kept = {f'keep.{o.name}':o.keep for o in self.layers}
+        return kept | {f'{k}.{p.name}':x for o in self.layers for k,xs in o.past.items() for p,x in zip(o.parts, xs)}
 
     def state_dict(self):
         "What is kept, and what is remembered of the weights: tensors by name"
-        return {f'keep.{o.name}':o.keep for o in self.layers} | {f'mask.{p.name}':m for o in self.layers for p,m in zip(o.parts, o.masks or []) if o.partial} | {
-            f'{k}.{p.name}':x for o in self.layers for k,xs in o.past.items() for p,x in zip(o.parts, xs)}
+        masks = {f'mask.{p.name}':m for o in self.layers if o.partial for p,m in zip(o.parts, o.masks or [])}
+        return self._remembered() | masks
 
     @at_home()
     def load_state_dict(self, state): # What `state_dict` of a Sparsifier with the same arguments gave
         "Go on with the masks of `state`; the weights are zeroed by the next `apply_masks` or update"
-        want = {f'keep.{o.name}':o.keep for o in self.layers} | {f'{k}.{p.name}':x for o in self.layers for k,xs in o.past.items() for p,x in zip(o.parts, xs)}
+        want = self._remembered()
         for k,x in want.items():
             if k not in state: raise ValueError(f'the state has no {k!r}: {did_you_mean(k, state)}')
-            if state[k].shape!=x.shape: raise ValueError(f'{k} has shape {tuple(state[k].shape)} in the state, and {tuple(x.shape)} here: was it made with another granularity?')
+            there,here = tuple(state[k].shape),tuple(x.shape)
+            if there!=here: raise ValueError(f'{k} has shape {there} in the state, and {here} here: was it made with another granularity?')
         if self._sides is None: self._sides = find_sides(self.model, self.layers, self.example_inputs)
         for k,x in want.items(): x.copy_(state[k])
         for o in self.layers:
@@ -636,8 +714,9 @@ class Sparsifier:
     def report(self):
         "Zeros of each layer, as a DataFrame"
         import pandas as pd
-        rows = [dict(layer=o.name if len(o.parts)==1 else p.name.removesuffix('.weight'), type=type(p.mod).__name__, shape=tuple(p.w.shape), weights=p.w.numel(), zeros=int((p.w==0).sum())) for o in self.layers for p in o.parts]
-        df = pd.DataFrame(rows)
+        def row(o, p): return dict(layer=o.name if len(o.parts)==1 else p.name.removesuffix('.weight'), type=type(p.mod).__name__,
+            shape=tuple(p.w.shape), weights=p.w.numel(), zeros=int((p.w==0).sum()))
+        df = pd.DataFrame([row(o, p) for o in self.layers for p in o.parts])
         df['sparsity'] = 100*df.zeros/df.weights
         return df
 
@@ -647,13 +726,17 @@ class Sparsifier:
         for o in df.itertuples(): print(f'Sparsity in {o.type} {o.layer}: {o.sparsity:.2f}%')
         print(f'Sparsity of all: {100*df.zeros.sum()/df.weights.sum():.2f}%')
 
-def _shape(p): "Shape of a part's weight, outputs first and inputs second"; return tuple(p.w.shape[p.axes.index(o)] for o in sorted(p.axes, key='oidhw'.index)) if p.axes else tuple(p.w.shape)
+def _shape(p):
+    "Shape of a part's weight, outputs first and inputs second"
+    order = [p.axes.index(o) for o in sorted(p.axes, key='oidhw'.index)] if p.axes else range(p.w.dim())
+    return tuple(p.w.shape[i] for i in order)
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #051d58d5
 class _Holder(Sparsifier):
     def _tell_computed(self, out):
         "Warn of layers with zeros that nobody holds: `torch.nn.utils.prune` holds its own"
-        zeros = {n:o for n,o in out.items() if o[0]!='torch.nn.utils.prune' and any((getattr(*w)==0).any() for w in _weights(self.model.get_submodule(n)))}
+        def has_zeros(name): return any(bool((getattr(*w)==0).any()) for w in _weights(self.model.get_submodule(name)))
+        with still(self.model): zeros = {n:o for n,o in out.items() if o[0]!='torch.nn.utils.prune' and has_zeros(n)}
         if zeros: warn(told(zeros, 'not held at zero'))
 
 @at_home()
