@@ -1149,6 +1149,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.core.surgery._named': ('core/surgery.html#_named', 'fasterai/core/surgery.py'),
                                        'fasterai.core.surgery._of_conv': ('core/surgery.html#_of_conv', 'fasterai/core/surgery.py'),
                                        'fasterai.core.surgery._pick': ('core/surgery.html#_pick', 'fasterai/core/surgery.py'),
+                                       'fasterai.core.surgery._put_anew': ('core/surgery.html#_put_anew', 'fasterai/core/surgery.py'),
                                        'fasterai.core.surgery._replaced': ('core/surgery.html#_replaced', 'fasterai/core/surgery.py'),
                                        'fasterai.core.surgery._rows_of': ('core/surgery.html#_rows_of', 'fasterai/core/surgery.py'),
                                        'fasterai.core.surgery._shell': ('core/surgery.html#_shell', 'fasterai/core/surgery.py'),

@@ -18,7 +18,7 @@ import fasterai.sparse.sparsify_callback as module
 from fasterai.core.schedule import cos, sched_cos
 from fasterai.sparse.all import *
 from reference import exact
-from tiny import At, DATA, X, Y, convs, fit, learner, net, raises, same, state, zeros
+from tiny import FAKE_GPU, At, DATA, X, Y, convs, fit, learner, net, raises, same, state, zeros
 
 HALF = [108,288]  # zeros of `net` at 50 %, weight by weight
 
@@ -616,15 +616,15 @@ def test_state_of_another_is_refused():
 @pytest.mark.parametrize('context', ['local','global'])
 @pytest.mark.parametrize('granularity', ['weight','kernel','filter','2:4','block(2,3)','layer'])
 def test_no_waiting_for_the_device(granularity, context):
-    "On (fake) CUDA weights, where asking for a value raises, masks are renewed and applied, and live on the weight's device"
+    "On fake CUDA weights, where asking for a value raises, masks are renewed and applied, and live on the weight's device"
     from torch._subclasses.fake_tensor import FakeTensorMode
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = nn.Sequential(nn.Conv2d(4,8,3, bias=False, device='cuda'), nn.Conv2d(8,8,3, bias=False, device='cuda'))
+        model = nn.Sequential(nn.Conv2d(4,8,3, bias=False, device=FAKE_GPU), nn.Conv2d(8,8,3, bias=False, device=FAKE_GPU))
         sp = Sparsifier(model, granularity, context)
         for level in (10,30,20,50):
             sp.update(level)
             sp.apply_masks()
-        assert all(m.device.type=='cuda' for m in sp.masks.values()) and all(o.keep.device.type=='cuda' for o in sp.layers)
+        assert all(m.device.type==FAKE_GPU for m in sp.masks.values()) and all(o.keep.device.type==FAKE_GPU for o in sp.layers)
 
 def test_default_device_does_not_matter():
     "Work is done where the weights are, not where torch makes new tensors"

@@ -211,6 +211,9 @@ def test_flatten_and_pool():
     (lambda m, x: m.norm(m.a(x)[:, 1:5]), False),
     (lambda m, x: torch.cat([m.norm((y:=m.a(x))[:, :4]), y[:, 4:].sigmoid()], 1), False),
     (lambda m, x: torch.cat([m.norm((y:=m.a(x))[:, :4]), y[:, 3:].sigmoid()], 1), True),
+    (lambda m, x: torch.cat([m.norm((y:=m.a(x))[:, :4]), y.transpose(2, 3)[:, 4:].sigmoid()], 1), False),
+    (lambda m, x: torch.cat([m.norm((y:=m.a(x))[:, :4]), y.transpose(2, 3)[:, 3:].sigmoid()], 1), True),
+    (lambda m, x: (m.norm((y:=m.a(x))[:, :4]), y.transpose(2, 3)), True),
     (lambda m, x: m.norm(m.a(x).chunk(2, 1)[1]), False),
     (lambda m, x: m.norm(m.a(x).permute(0, 2, 3, 1).permute(0, 3, 1, 2)[:, :4]), False),
     (lambda m, x: m.norm(m.a(x)[:, :4].flip(2).roll(1, 3)), False),
@@ -657,13 +660,19 @@ def stays(m, why, inputs=None):
 def pair(**kwargs): return randomized(nn.Sequential(nn.Conv2d(3, 4, 3, **kwargs), nn.BatchNorm2d(4)))
 
 def test_no_running_statistics(): stays(randomized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))), 'no running statistics')
+def bn(n, bias=True, **kwargs):
+    "Only newer releases of PyTorch have an argument `bias`"
+    m = nn.BatchNorm2d(n, **kwargs)
+    if not bias: m.bias = None
+    return m
+
 @pytest.mark.parametrize('kwargs', [dict(affine=False),dict(bias=False)])
-def test_not_affine(kwargs): fold(randomized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, **kwargs))))
+def test_not_affine(kwargs): fold(randomized(nn.Sequential(nn.Conv2d(3, 4, 3), bn(4, **kwargs))))
 
 @pytest.mark.parametrize('kwargs', [dict(affine=False),dict(bias=False),{}])
 @pytest.mark.parametrize('after', [True,False])
 def test_a_norm_takes_a_norm(kwargs, after):
-    first,second = nn.BatchNorm2d(3, **kwargs),nn.BatchNorm2d(3)
+    first,second = bn(3, **kwargs),bn(3)
     if after: m = randomized(Net(lambda m, x: m.b(m.a(x.sin())).tanh(), a=first, b=second))
     else: m = randomized(Net(lambda m, x: m.b(m.a(x.sin())).tanh(), a=second, b=first))
     fold(m, left=['b'])

@@ -11,6 +11,7 @@ from fasterai.core.ops import Watch, channels, ops, scales, values
 from fasterai.misc.bn_folding import BN_Folder
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.sparsifier import Sparsifier
+from tiny import FAKE_GPU
 
 aten = torch.ops.aten
 
@@ -112,7 +113,7 @@ def same_graph(a, b):
 def on_fake_gpu(m, x):
     "Model `m`, turned, and `x` as they would be on a GPU, without values"
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = lambda o: mode.from_tensor(o.data).to('cuda')
+        fake = lambda o: mode.from_tensor(o.data).to(FAKE_GPU)
         for l in m.modules():
             l._parameters.update({k:nn.Parameter(fake(p)) for k,p in l._parameters.items() if p is not None})
             l._buffers.update({k:fake(b) for k,b in l._buffers.items() if b is not None and b.is_floating_point()})  # an index has values, there as here

@@ -17,6 +17,9 @@ class Items(list):
 
 DATA = Items(zip(X, Y))
 
+# Fake tensors of PyTorch 2.5 that are on a GPU need its driver; without it they have no value either, but are on the CPU
+FAKE_GPU = 'cuda' if hasattr(torch._C, '_ensureCUDADeviceGuardSet') or torch.cuda.is_available() else 'cpu'
+
 def net(seed=0, norm=nn.BatchNorm2d):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Conv2d(3,8,3,padding=1), norm(8), nn.ReLU(), nn.Conv2d(8,8,3,padding=1), norm(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,4))

@@ -271,7 +271,15 @@ def apply_plan(
         _cut_tensor(p, dims)
     told = {n:_told_by_weight(m) for n,m in model.named_modules() if is_layer(m)}
     for where,attrs in [*told.items(), *plan['attrs'].items()]: _mend(model.get_submodule(where), attrs)
+    for m in model.modules(): _put_anew(m)
     return model
+
+def _put_anew(m):
+    "The compiler of PyTorch 2.5 asks for new sizes only where a module's dict of tensors was written to"
+    for own in (m._parameters,m._buffers):
+        for k,t in own.items():
+            own[k] = None
+            own[k] = t
 
 def _mend(m, attrs):
     for k,v in attrs.items():

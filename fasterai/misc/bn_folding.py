@@ -639,8 +639,11 @@ class _Plan:
         return [e for v,*st in self.passed(c, y, s, t, True) for e in self.up(v, *st, c)]
 
     def missed(self, c, y, s, t):
-        "Does `c` read only what stays as it is?"
-        return _rule(c) is _moved and all(_idle(*st) for _,*st in _moved(c, y, s, t, False))
+        "Does `c`, or who reads the view that it makes, read only what stays as it is?"
+        if _rule(c) is not _moved: return False
+        for view,*st in _moved(c, y, s, t, False):
+            if not (_idle(*st) or not view.kept and all(self.missed(o, view, *st) for o in view.readers)): return False
+        return True
 
     def passed(self, c, v, s, t, up):
         rule = _rule(c)
