@@ -230,7 +230,7 @@ def test_scores_of_no_classes_are_refused():
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('mk', [lambda t, w: RegularizationCallback('filter', w, layer_types=t), lambda t, w: RegularizeCallback('group_lasso', 'filter', w, layer_types=t),
-                                lambda t, w: RegularizeCallback('slimming', weight=w), lambda t, w: RegularizeCallback(large_final, 'weight', w, layer_types=t, schedule=cos)], ids=['filter','lasso','slimming','cos'])
+                                lambda t, w: RegularizeCallback('slimming', weight=w), lambda t, w: RegularizeCallback(large_final, 'weight', w, layer_types=t, schedule='cos')], ids=['filter','lasso','slimming','cos'])
 def test_penalty(kind, mk):
     "What has its price becomes smaller than without one"
     priced,free = (column(fitted(kind, mk(OF[kind], w), n=2, lr=1e-2), 'penalty') for w in (1e-1,0))

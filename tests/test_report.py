@@ -81,6 +81,9 @@ def test_noise_is_called_noise(monkeypatch):
     rep = report(*models, example_inputs=torch.ones(1))
     assert rep.speedup_low['after']<1<rep.speedup_high['after'] and any('within the noise' in o and o.startswith('after') for o in rep.notes)
 
+def test_long_times_are_written_out(monkeypatch):
+    assert '12,000 (12,000 – 12,000)' in repr(report(paced(monkeypatch, lambda: 12_000)[1][0], example_inputs=torch.ones(1)))
+
 def test_slower_is_called_slower(monkeypatch):
     clock,models = paced(monkeypatch, lambda: 20, lambda: 40, lambda: 40)
     rep = report(*models, example_inputs=torch.ones(1))

@@ -124,7 +124,7 @@ def _speed_note(a, b, prev, layouts):
     elif s.high<1: verdict = f'slower than {a["stage"]}: {_ratio(s)}'
     else: verdict = ''
     if _sizes(a['model'])==_sizes(b['model']):
-        noise = 'the noise' if s.low<=1<=s.high else 'noise of this machine; other differences of this size may be noise, too'
+        noise = 'noise' if s.low<=1<=s.high else 'noise of this machine; other differences of this size may be noise, too'
         return [f'{b["stage"]}: has the same layers as {a["stage"]}, so their ratio in time, {_ratio(s)}, is {noise}']
     if verdict and macs<1.02: res.append(f'{verdict}, and it computes as much')
     elif verdict: res.append(f'{verdict}, with ×{macs:.2f} fewer MACs{why}')
@@ -161,13 +161,13 @@ class Report(Table):
         res['not zero'] = self.nonzero.map('{:,}'.format)
         res['file'] = self.bytes.map(lambda o: _unit(o, ('B','kB','MB','GB')))
         res['MACs'] = self.macs.map(_unit)
-        between = lambda lo, hi: f'({lo:.3g} – {hi:.3g})'
+        three = lambda o: f'{o:.3g}' if o<999.5 else f'{o:,.0f}'
         several = len(self)>1
         if several: res['fewer'] = self.macs_ratio.map('×{:.2f}'.format)
         for k,title in (('',''),('cl_',', channels-last')):
             if f'{k}ms' not in self: continue
             col = lambda o: self[f'{k}{o}']
-            res[f'ms{title}'] = [f'{m:.3g} {between(lo,hi)}' for m,lo,hi in zip(col('ms'), col('ms_low'), col('ms_high'))]
+            res[f'ms{title}'] = [f'{three(m)} ({three(lo)} – {three(hi)})' for m,lo,hi in zip(col('ms'), col('ms_low'), col('ms_high'))]
             if several: res[f'faster{title}'] = ['' if not i else f'×{m:.2f} (×{lo:.2f} – ×{hi:.2f})' for i,(m,lo,hi) in enumerate(zip(col('speedup'), col('speedup_low'), col('speedup_high')))]
         if 'accuracy' in self:
             res['accuracy'] = [f'{a:.2f} % ({lo:.1f} – {hi:.1f})' for a,lo,hi in zip(self.accuracy, self.accuracy_low, self.accuracy_high)]
