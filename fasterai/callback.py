@@ -8,7 +8,7 @@ __all__ = ['two_of', 'ScheduledCallback']
 # %% ../nbs/98_callback.ipynb #b674df18
 import torch
 from fastai.callback.core import Callback
-from .core.running import map_parts, plain, plain_model, tensors_of
+from .core.running import followable, map_parts, plain, tensors_of
 from .core.schedule import due, n_due, schedule_of
 
 # %% ../nbs/98_callback.ipynb #45ef345a
@@ -40,7 +40,7 @@ class ScheduledCallback(Callback):
         return super().__call__(event_name)
 
     @property
-    def whole(self): "The model inside of its wrappers"; return plain_model(self.model, self.resizes)
+    def whole(self): "The model inside of its wrappers"; return followable(self.model, self.resizes)
 
     @property
     def step(self): "Batches seen in this fit, and how many there are"; return self.epoch*self.n_iter+self.iter+1, self.n_epoch*self.n_iter

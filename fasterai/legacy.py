@@ -11,7 +11,7 @@ __all__ = ['annealing_cos', 'annealing_linear', 'annealing_gradual', 'annealing_
 import inspect, warnings
 from functools import wraps
 from torch import nn
-from .core.brought import plain_model
+from .core.running import plain_model
 from .core.granularity import granularity_of, layer_axes
 from .core.schedule import sched_agp, sched_cos, sched_lin, sched_one_shot
 

@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.testing._internal.two_tensor import TwoTensor
 from torchvision.models import mobilenet_v2, resnet18, squeezenet1_1
-from fasterai.core.brought import check_finite, computed, made_of, plain_model, unfit
+from fasterai.core.brought import check_finite, computed, made_of, unfit
+from fasterai.core.running import plain_model
 from fasterai.quantize.all import KMeansCallback, KMeansQuantizer
 from fasterai.regularize.all import Penalty, RegularizeCallback
 from fasterai.sparse.all import *

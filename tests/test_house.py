@@ -107,7 +107,7 @@ def test_words_not_used(path):
     for o in ast.walk(tree):
         if isinstance(o, ast.Call) and isinstance(o.func, ast.Name) and o.func.id=='print': assert inside.get(id(o), '').startswith('print_'), f'{path}:{o.lineno}'
         if isinstance(o, ast.ExceptHandler):
-            names = [getattr(t, 'id', getattr(t, 'attr', None)) for t in (o.type.elts if isinstance(o.type, ast.Tuple) else [o.type])]
+            names = [getattr(t, 'id', getattr(t, 'attr', None)) for t in (t.value if isinstance(t, ast.Starred) else t for t in (o.type.elts if isinstance(o.type, ast.Tuple) else [o.type]))]
             assert not {None,'Exception','BaseException'} & set(names), f'{path}:{o.lineno} catches everything'
         if isinstance(o, ast.Call) and isinstance(o.func, ast.Attribute): assert o.func.attr not in ('cuda','manual_seed','seed') or 'enerator' in ast.unparse(o.func.value), f'{path}:{o.lineno}'
         if isinstance(o, ast.Global): raise AssertionError(f'{path}:{o.lineno} has a global')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SLIPS', 'tensors_of', 'map_parts', 'plain', 'at_home', 'restored', 'untouched', 'call_with', 'batches_of',
-           'inputs_of', 'readers_of', 'Bystanders', 'without_readers', 'plain_model', 'check_finite', 'check_shapes',
-           'example_inputs_for', 'inputs_for', 'fitting', 'as_in_training', 'naming']
+           'inputs_of', 'readers_of', 'Bystanders', 'without_readers', 'is_fake', 'plain_model', 'followable',
+           'check_shapes', 'example_inputs_for', 'inputs_for', 'fitting', 'as_in_training', 'naming']
 
 # %% ../../nbs/core/06_running.ipynb #97aac5d9
 import copy,math,sys,warnings
@@ -96,11 +96,12 @@ _outside = ContextVar('_outside', default=None)  # the default device that is se
 @contextmanager
 def at_home():
     """What is set around a call has no effect inside: inference mode, autocast, and a default device; new tensors are on the
-    CPU. Also a decorator"""
+    CPU, and nothing asks for gradients. Also a decorator"""
     with ExitStack() as stack:
         token = _outside.set(_outside.get() or torch.get_default_device())
         stack.callback(_outside.reset, token)
         if torch.is_inference_mode_enabled(): stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())  # the line above switches gradients on
         for o in ('cpu','cuda','mps','xpu'):
             if torch.is_autocast_enabled(o): stack.enter_context(torch.autocast(o, enabled=False))
         if torch.get_default_device().type!='cpu': stack.enter_context(torch.device('cpu'))
@@ -384,23 +385,27 @@ def without_readers(
 def _given(o):
     "What was given, in words"
     if isinstance(o, (int,float,str,type(None))): return repr(o)
-    return f'the class {o.__name__}' if isinstance(o, type) else f'a {type(o).__name__}'
+    name = type(o).__name__
+    return f'the class {o.__name__}' if isinstance(o, type) else f'{"an" if name[0] in "AEIOU" else "a"} {name}'
+
+def _instead(o):
+    "What to pass instead of `o`, which is no model"
+    if isinstance(o, type) and issubclass(o, nn.Module): return f': make one, {o.__name__}(…)'
+    if isinstance(getattr(o, 'model', None), nn.Module): return ': it has a `.model`, pass that'
+    if isinstance(o, Mapping) and tensors_of(o): return ': a state dict is no model, load it into one (`load_state_dict`) and pass that'
+    if callable(o) and not isinstance(o, type): return ': call it, and pass what it gives'
+    return ''
 
 _DDP = nn.parallel.DistributedDataParallel
 def _is_script(m): return isinstance(m, torch.jit.ScriptModule)
 
 def _check_is_model(o):
-    "`ValueError` if `o` is no model, or one that cannot be looked into"
+    "`TypeError` if `o` is no model, `ValueError` if it is one that cannot be looked into"
+    if not isinstance(o, nn.Module): raise TypeError(f'a model is an nn.Module, not {_given(o)}{_instead(o)}')
     if _is_script(o):
-        raise ValueError(f'a {type(o).__name__} of TorchScript keeps its shapes: pass the model that it was made from, and script the result')
+        raise ValueError(f'a {type(o).__name__} of TorchScript has no layers to look into: pass the model that it was made from, and script the result')
     if hasattr(o, '_fsdp_wrapped_module'):
-        raise ValueError('FullyShardedDataParallel has only a part of each parameter here: pass the model before it is sharded')
-    if isinstance(o, nn.Module): return
-    hint = ''
-    if isinstance(o, type) and issubclass(o, nn.Module): hint = f': make one, {o.__name__}(…)'
-    elif isinstance(getattr(o, 'model', None), nn.Module): hint = ': pass its model, `.model`'
-    elif isinstance(o, Mapping) and tensors_of(o): hint = ': a state dict has no code; load it into a model, and pass that'
-    raise ValueError(f'a model, a torch.nn.Module, is expected, not {_given(o)}{hint}')
+        raise ValueError('FullyShardedDataParallel holds only a part of each parameter in one process: pass the model before it is sharded')
 
 def _inside(model):
     "The model that `model` is a wrapper of, or `None`"
@@ -419,49 +424,40 @@ def _check_parts(model):
     for n,p in model.named_parameters():
         if type(p).__name__=='DTensor':
             raise ValueError(f'{n} is a DTensor, of which other processes hold parts: prune the whole model, and distribute it after that')
-        if _has_own_code(p) and not _is_fake(p):
+        if _has_own_code(p) and not is_fake(p):
             raise ValueError(f'{n} is a {type(p).__name__}, which computes its values by code of its own: pass a model with plain parameters')
         if p.layout!=torch.strided:
             raise ValueError(f'{n} is stored as {p.layout}: pass the model with dense parameters (`to_dense`)')
 
-def _is_fake(t):
+def is_fake(t):
     module = sys.modules.get('torch._subclasses.fake_tensor')  # if there are some, it is there
     return module is not None and isinstance(t, module.FakeTensor)
 
+def _unwrapped_models(model):
+    "`model`, and what is inside of each wrapper in turn"
+    while model is not None:
+        _check_is_model(model)
+        yield model
+        model = _inside(model)
+
 def plain_model(
     model, # What a user takes for a model
-    resizes:bool=False, # Is it to lose channels in place?
-):
+)->nn.Module:
     """The model inside of its wrappers: compiled, `DataParallel`, `DistributedDataParallel`, `AveragedModel`, in any order.
-    `ValueError` for what is no model, and for models that cannot be followed, with the reason"""
-    while True:
-        _check_is_model(model)
-        if resizes and isinstance(model, _DDP):
-            raise ValueError('DistributedDataParallel averages gradients of the sizes that parameters had when it was made, and would '
-                             'do so no more: prune its `.module` first, and wrap it after that')
-        inner = _inside(model)
-        if inner is None: break
-        model = inner
-    _check_parts(model)
-    return model
+    `TypeError` for what is no model, `ValueError` for a model that cannot be looked into"""
+    return [*_unwrapped_models(model)][-1]
 
-def _told(model):
-    "Parameters, and statistics of normalizations, by name"
-    yield from model.named_parameters()
-    for n,m in model.named_modules():
-        if isinstance(m, nn.modules.batchnorm._NormBase):
-            yield from ((f'{n}.{k}' if n else k,b) for k,b in m._buffers.items() if b is not None)
-
-def check_finite(
-    model:nn.Module, # Left as it is
-):
-    "`ValueError` if a parameter of `model`, or a statistic of a normalization, has no values, or some that are nan or infinite"
-    for n,p in _told(model):
-        if p.is_meta or _is_fake(p): raise ValueError(f'{n} is on the meta device and has no values: nothing can be told of what matters')
-        if not p.is_floating_point(): continue
-        if p.element_size()>1 and p.detach().sum().isfinite(): continue  # quick; a sum may overflow, so nothing is said by one that is not
-        if bad := int((~p.detach().double().isfinite()).sum()):
-            raise ValueError(f'{bad:,} of {p.numel():,} numbers of {n} are nan or infinite: nothing can be told of what matters')
+def followable(
+    model, # What a user takes for a model
+    resizes:bool=False, # Is it to lose channels in place?
+)->nn.Module:
+    "The `plain_model`, if its channels can be followed and removed; `ValueError` with the reason if not"
+    models = [*_unwrapped_models(model)]
+    if resizes and any(isinstance(o, _DDP) for o in models):
+        raise ValueError('DistributedDataParallel averages gradients of the sizes that parameters had when it was made, and would '
+                         'do so no more: prune its `.module` first, and wrap it after that')
+    _check_parts(models[-1])
+    return models[-1]
 
 # %% ../../nbs/core/06_running.ipynb #6d4591da
 _SIZES = (32,64,75,96,112,128,160,192,224,227,256,299,320,384,512,28,48,84,16,8)

@@ -19,7 +19,8 @@ from ..core.criteria import criteria_of,large_final,needs
 from ..core.registry import did_you_mean
 from ..core.graph import ChannelGraph,layer_of
 from .left import COUNTED,LAST,OUTPUT,add_row,fixed,left_of_zeros,made_by,missing,rows_of,some,told
-from ..core.running import Bystanders,at_home,call_with,check_finite,check_shapes,fitting,inputs_for,plain_model,untouched
+from ..core.running import Bystanders,at_home,call_with,check_shapes,fitting,followable,inputs_for,plain_model,untouched
+from ..core.brought import check_values
 from ..core.liveness import Liveness,spare_last
 from ..core.evidence import _wide,act_norms,check_trained,evidence,weight_of
 from ..core.proof import TOLERANCE,check_same,random_like
@@ -105,7 +106,7 @@ def load_pruned(
     model:nn.Module, # Fresh, of the original architecture; cut in place
 ):
     "Cut `model` as the file says, and load its parameters and buffers; nothing is run from the file"
-    given,model = model,plain_model(model, resizes=True)
+    given,model = model,followable(model, resizes=True)
     state,plan = _read(path)
     _check_fits(state, plan, model)
     apply_plan(model, plan)
@@ -284,7 +285,7 @@ class Pruner:
             raise ValueError(f'the model comes first, then the ratio: Pruner(model, {model!r}), not Pruner({model!r})')
         if pruning_ratio is not None and model is None: raise ValueError('a pruning_ratio needs a model: Pruner(model, pruning_ratio)')
         self.context,self.criteria,self.layer_type = context_of(context),criteria_of(criteria),check_layer_type(layer_type)
-        self.model = None if model is None else plain_model(model, resizes=pruning_ratio is not None)
+        self.model = None if model is None else followable(model, resizes=pruning_ratio is not None)
         self.example_inputs,self.round_to,self.verify,self.data,self.loss_func = example_inputs,round_to,verify,data,loss_func
         self.pruning_ratio = None if pruning_ratio is None else self._checked(pruning_ratio)
         if isinstance(ignored_layers, (str,nn.Module)): ignored_layers = [ignored_layers]
@@ -323,7 +324,7 @@ class Pruner:
         "A smaller copy of `model` with the same outputs; or, with a ratio, the pruned model itself"
         inputs = self.example_inputs if example_inputs is None else example_inputs
         if model is None and self.model is None: raise ValueError('prune_model takes a model: Pruner().prune_model(model)')
-        model = self.model if model is None else plain_model(model, resizes=self.pruning_ratio is not None)
+        model = self.model if model is None else followable(model, resizes=self.pruning_ratio is not None)
         if self.pruning_ratio is None: return self.shrunk(model, inputs)
         if model is not self.model: raise ValueError('this Pruner was made for another model: pass the model and its ratio together')
         return self.prune_by_ratio(inputs, optimizer)
@@ -332,7 +333,7 @@ class Pruner:
     def shrunk(self, model, inputs=None):
         "A smaller copy of `model` with the same outputs; what only observes `model` stays with it"
         check_shapes(model)
-        check_finite(model)
+        check_values(model)
         bystanders = Bystanders(model, inputs := inputs_for(model, inputs))
         with bystanders.aside(): new,self.left,n,notes = _smaller(model, inputs, self.verify)
         bystanders.follow(new)
@@ -364,7 +365,7 @@ class Pruner:
     def start(self, example_inputs=None, widths={}): # Inputs that run the model; by name of a group how many channels it has had, if more than now
         "Follow the channels of the model: what `update` removes is counted from the widths of now, or from `widths`"
         check_shapes(self.model)
-        check_finite(self.model)
+        check_values(self.model)
         inputs = inputs_for(self.model, self.example_inputs if example_inputs is None else example_inputs)
         self.bystanders = Bystanders(self.model, inputs)
         with self.bystanders.aside():
@@ -401,7 +402,7 @@ class Pruner:
         "Have `ratio` percent of the channels gone that there were at the `start`, the least important of those that are left; what is gone stays so. How many went now"
         for r in ratio.values() if isinstance(ratio, Mapping) else [ratio]: check_percent('pruning_ratio', r)
         if self.graph is None: self.start()
-        check_finite(self.model)
+        check_values(self.model)
         with self.bystanders.aside(): n = self._update(ratio, self._targets(ratio), optimizer)
         self.given = {}
         self._tell(ratio)

@@ -8,7 +8,7 @@ __all__ = ['KMeansCallback']
 # %% ../../nbs/quantize/03_callbacks.ipynb #68e628d6
 from fastai.callback.core import Callback
 from ..callback import ScheduledCallback
-from ..core.brought import plain_model
+from ..core.running import plain_model
 from ..core.schedule import check_rises
 from .weight_sharing import KMeansQuantizer, bits_by_name
 

@@ -8,7 +8,8 @@ __all__ = ['Quantizer', 'is_weight', 'check_bits', 'bits_by_name', 'SharedWeight
 # %% ../../nbs/quantize/02_weight_sharing.ipynb #db01ed1b
 import torch
 from torch import nn, Tensor
-from ..core.brought import check_weights, computed, made_of, plain_model, plain_name, still, told, warn
+from ..core.running import plain_model
+from ..core.brought import check_weights, computed, made_of, plain_name, still, told, warn
 from ..core.granularity import axes_of
 from ..core.registry import did_you_mean, named
 from .kmeans import inits, kmeans

@@ -9,7 +9,8 @@ __all__ = ['norm_types', 'penalties', 'penalty', 'Penalty']
 from typing import Callable
 from torch import nn, Tensor
 from ..core.criteria import Criteria, criteria_of, criterias, large_final, needs
-from ..core.brought import plain_model, still
+from ..core.running import plain_model
+from ..core.brought import still
 from ..core.granularity import axes_of, blocks, layer_axes
 from ..core.registry import did_you_mean, named
 

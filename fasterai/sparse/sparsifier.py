@@ -16,7 +16,8 @@ from torch import nn, Tensor
 from ..core.granularity import Answers, axes_of, blocks, granularity_name, granularity_of, has_axes
 from ..core.granularity import head_parts, layer_axes, n_heads
 from ..core.registry import did_you_mean
-from ..core.brought import at_home, check_finite, computed, made_of, plain_model, plain_name, still, told
+from ..core.running import at_home, plain_model
+from ..core.brought import check_finite, computed, made_of, plain_name, still, told
 from ..core.brought import unfit, warn
 from ..core.criteria import criteria_of, large_final, needs
 from ..core.context import context_of, local, shares
