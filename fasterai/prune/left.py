@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OUTPUT', 'COUNTED', 'LAST', 'used_weight', 'Made', 'made_by', 'fixed', 'left_of_zeros', 'add_row', 'rows_of', 'some',
-           'told', 'missing']
+           'in_words', 'missing']
 
 # %% ../../nbs/prune/00_left.ipynb #801c90b2
 from collections import Counter
@@ -168,7 +168,7 @@ def some(names):
 
 _MOST_REASONS = 4
 
-def told(
+def in_words(
     left:list, # Rows as from `left_of_zeros`
     kept:str='{n} in {layers}', # How to say that `layers` keep `n` channels
     kept_all:str='', # The same, for layers that lose none; by default as `kept`

@@ -18,7 +18,7 @@ from ..core.context import shares,context_of,local
 from ..core.criteria import criteria_of,large_final,needs
 from ..core.registry import did_you_mean
 from ..core.graph import ChannelGraph,layer_of
-from .left import COUNTED,LAST,OUTPUT,add_row,fixed,left_of_zeros,made_by,missing,rows_of,some,told
+from .left import COUNTED,LAST,OUTPUT,add_row,fixed,left_of_zeros,made_by,missing,rows_of,some,in_words
 from ..core.running import Bystanders,at_home,call_with,check_shapes,fitting,followable,inputs_for,plain_model,untouched
 from ..core.brought import check_values
 from ..core.liveness import Liveness,spare_last
@@ -338,7 +338,7 @@ class Pruner:
         with bystanders.aside(): new,self.left,n,notes = _smaller(model, inputs, self.verify)
         bystanders.follow(new)
         left = [o for o in self.left if o['why']!=LAST or not n]
-        if left: notes.insert(0, f'of the channels that are zero, unread or constant, {missing(left):,} did not go: {told(left)}')
+        if left: notes.insert(0, f'of the channels that are zero, unread or constant, {missing(left):,} did not go: {in_words(left)}')
         elif not n: notes.insert(0, f'{_nothing(model)}. With a ratio, as in Pruner(model, 50), the least important ones go')
         if left and bystanders.untold: notes.append(_about(bystanders))
         if notes: warnings.warn('. '.join(notes), stacklevel=4)
@@ -438,7 +438,7 @@ class Pruner:
         if groups: return groups
         rows = {}
         for layer,(n,whys) in self.kept.items(): add_row(rows, layer, n, sum(whys.values()), 0, whys)
-        why = told(rows_of(rows), '{layers}') or 'no layer makes channels'
+        why = in_words(rows_of(rows), '{layers}') or 'no layer makes channels'
         raise ValueError(f'no channel of this {type(self.model).__name__} can be removed: {why}')
 
     def _spared(self, layer):
@@ -469,7 +469,7 @@ class Pruner:
         self.known |= new
         if not new: return
         ratio = '' if isinstance(final, Mapping) else f' {final:g}'
-        why = told(self.left, kept_all='{layers} kept all channels')
+        why = in_words(self.left, kept_all='{layers} kept all channels')
         hooks = f'. {_about(self.bystanders)}' if self.bystanders.untold else ''
         warnings.warn(f'of the {asked:,} channels that pruning_ratio{ratio} asks for, {missing(self.left):,} did not go: {why}{hooks}', stacklevel=7)
 
