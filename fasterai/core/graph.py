@@ -369,7 +369,7 @@ class _Trace(Watch, _Shared):
 
     def give_up(self, call):
         "All that `call` touches is pinned"
-        self.unknown.setdefault(call.spec.name, []).append(call.why)
+        self.unknown.setdefault(call.op, []).append(call.why)
         for o in call.shadows:
             for l in o.ids: self.pin(l, call.why)
             self.hold(o.par, call.why)

@@ -101,7 +101,7 @@ ops = {o:meaning for meaning,names in _MEANINGS.items() for o in _spelled(names)
 @dataclass
 class Spec:
     "What is known of an operation before it is called"
-    op: str # As it was called, `relu_`
+    op: str # As it was called, `relu_`; with its library, unless that is PyTorch's own
     name: str # As it stands in the table: in place or not is the same; with its library, unless that is PyTorch's own
     meaning: str|None # As in the table
     inplace: bool # Does it write to its first argument?
@@ -116,7 +116,7 @@ def _look_up(func):
     op = func.overloadpacket.__name__
     inplace = schema.is_mutable and op.endswith('_') and not op.endswith('__')
     name = op[:-1] if inplace else op
-    if func.namespace!='aten': name = f'{func.namespace}::{name}'
+    if func.namespace!='aten': op,name = (f'{func.namespace}::{o}' for o in (op,name))
     meaning = ops.get(name)
     if meaning is None and func.namespace=='aten' and torch.Tag.pointwise in func.tags: meaning = 'each'
     defaults = {o.name:o.default_value for o in schema.arguments}

@@ -435,10 +435,12 @@ def is_fake(t):
 
 def _unwrapped_models(model):
     "`model`, and what is inside of each wrapper in turn"
-    while model is not None:
+    while True:
         _check_is_model(model)
         yield model
-        model = _inside(model)
+        inner = _inside(model)
+        if inner is None: return
+        model = inner
 
 def plain_model(
     model, # What a user takes for a model

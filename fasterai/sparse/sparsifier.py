@@ -267,7 +267,7 @@ def _unknown(graph, name):
     if name in graph.unused: return ''
     made = next((s for s in graph.slices if s.name==name and s.role=='out'), None)
     if made is None: return ', '.join(graph.unknown)
-    return next((why for why in _reasons(graph, made.ids) if why.split(' in ')[0] in graph.unknown), '')
+    return next((why for why in _reasons(graph, made.ids) if why.split(' ')[0] in graph.unknown), '')
 
 def _is_norm(m): return isinstance(m, (nn.modules.batchnorm._NormBase,nn.GroupNorm,nn.LayerNorm)) and m.weight is not None
 
