@@ -149,6 +149,18 @@ def test_linear(shape, bias):
     m = randomized(Net(lambda m, x: m.b(torch.tanh(turn(m.norm2(turn(m.a(turn(m.norm1(turn(x)))))))),), a=nn.Linear(6, 7, bias=bias), norm1=nn.BatchNorm1d(6), norm2=nn.BatchNorm1d(7), b=nn.Linear(7, 2)))
     fold(m, torch.randn(shape).double())
 
+def test_rows_of_sequences():
+    "A norm of rows, flattened for it and back, as LeViT has it"
+    class Rows(nn.Module):
+        def __init__(self, i, o):
+            super().__init__()
+            self.linear,self.bn = nn.Linear(i, o, bias=False),nn.BatchNorm1d(o)
+        def forward(self, x):
+            x = self.linear(x)
+            return self.bn(x.flatten(0, 1)).reshape_as(x)
+    new = fold(randomized(nn.Sequential(Rows(6, 5), nn.Hardswish(), Rows(5, 4))), torch.randn(2, 3, 6).double())
+    assert identities(new)==['0.bn','2.bn']
+
 # a norm before a layer
 
 @pytest.mark.parametrize('kind,k,n', [(nn.Conv1d,3,1),(nn.Conv2d,3,2),(nn.Conv3d,2,3),(nn.ConvTranspose2d,1,2)])
