@@ -1068,6 +1068,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fasterai.core.sizes._normalized': ('core/sizes.html#_normalized', 'fasterai/core/sizes.py'),
                                      'fasterai.core.sizes._number': ('core/sizes.html#_number', 'fasterai/core/sizes.py'),
                                      'fasterai.core.sizes._plain': ('core/sizes.html#_plain', 'fasterai/core/sizes.py'),
+                                     'fasterai.core.sizes._same': ('core/sizes.html#_same', 'fasterai/core/sizes.py'),
                                      'fasterai.core.sizes._shaped': ('core/sizes.html#_shaped', 'fasterai/core/sizes.py'),
                                      'fasterai.core.sizes._slices': ('core/sizes.html#_slices', 'fasterai/core/sizes.py'),
                                      'fasterai.core.sizes._source_of': ('core/sizes.html#_source_of', 'fasterai/core/sizes.py'),

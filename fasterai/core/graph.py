@@ -321,10 +321,12 @@ def _shape_of_product(c):
     "Shape of the result of a convolution or a product of matrices, `None` for other operations"
     if c.name in ('mm','bmm','addmm','baddbmm'):
         a,b,_ = PRODUCTS[c.name]
-        return (*c.a[a].shape[:-1],c.a[b].shape[-1])
+        fits = c.a[a].shape[-1]==c.a[b].shape[-2]
+        return (*c.a[a].shape[:-1],c.a[b].shape[-1]) if fits else None  # else the operation itself says what is wrong
     if c.name!='convolution' or c.a['input'].is_mkldnn: return
     x,w,n = c.a['input'],c.a['weight'],c.a['input'].dim()-2
     if not (x.is_contiguous() and w.is_contiguous()): return  # the layout of the result is another matter
+    if x.shape[1]!=(w.shape[0] if c.a['transposed'] else w.shape[1]*c.a['groups']): return
     stride,pad,dilation,extra = ([*o]*(n if len(o)==1 else 1) for o in (c.a['stride'],c.a['padding'],c.a['dilation'],c.a['output_padding']))
     span = [d*(k-1)+1 for d,k in zip(dilation, w.shape[2:])]
     if c.a['transposed']: return (len(x),w.shape[1]*c.a['groups'],*((o-1)*s-2*p+k+e for o,s,p,k,e in zip(x.shape[2:], stride, pad, span, extra)))

@@ -144,6 +144,14 @@ def _plain(v):
         return type(v)(new) if any(a is not b for a,b in zip(new, v)) else v
     return v
 
+def _same(a, b):
+    "Is all in `a` what is in `b`, numbers by value and anything else the same object?"
+    if a is b: return True
+    if type(a) is not type(b): return False
+    if isinstance(a, dict): return a.keys()==b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, (list,tuple)): return len(a)==len(b) and all(map(_same, a, b))
+    return isinstance(a, (int,float,str)) and a==b
+
 class _Attributes:
     "The attributes of a model, as numbers that tell: from `start` to `stop`"
     def __init__(self, model, by): self.modules,self.by,self.was = dict(model.named_modules()),by,[]
@@ -167,8 +175,8 @@ class _Attributes:
         for m,k,v,new in self.was:
             if vars(m).get(k) is not new: continue  # the code has put something else there
             vars(m)[k] = v
-            if type(v) is list and (now:=_plain(new))!=v: v[:] = now  # or has changed it
-            if type(v) is dict and (now:=_plain(new))!=v: v.clear(),v.update(now)
+            if type(v) is list and not _same(now:=_plain(new), v): v[:] = now  # or has changed it
+            if type(v) is dict and not _same(now:=_plain(new), v): v.clear(),v.update(now)
         for m in self.modules.values():
             for k,v in [*vars(m).items()]:
                 if k not in _OWN and (now:=_plain(v)) is not v: vars(m)[k] = now

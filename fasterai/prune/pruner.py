@@ -112,7 +112,9 @@ def load_pruned(
     apply_plan(model, plan)
     for k,v in model.state_dict(keep_vars=True).items():
         if v.dtype!=state[k].dtype: v.data = v.data.to(state[k].dtype)
-    model.load_state_dict(state)
+    own = model.state_dict()
+    own.update(state)  # keeps what versions its modules have
+    model.load_state_dict(own)
     model._pruned = plan
     return given
 
