@@ -129,8 +129,12 @@ def _telling(v, tell, path):
     "`v` with each whole number in it told"
     if type(v) is int: return tell(v, path)
     if type(v) in (list,tuple,torch.Size,dict) and len(v)>_MOST or len(path)>3: return v
-    if type(v) is dict: return {k:_telling(o, tell, (*path,k)) if type(k) is str else o for k,o in v.items()}
-    if type(v) in (list,tuple,torch.Size): return type(v)([_telling(o, tell, (*path,i)) for i,o in enumerate(v)])
+    if type(v) is dict:
+        new = {k:_telling(o, tell, (*path,k)) if type(k) is str else o for k,o in v.items()}
+        return new if any(new[k] is not o for k,o in v.items()) else v  # what holds no numbers stays: others may hold it, too
+    if type(v) in (list,tuple,torch.Size):
+        new = [_telling(o, tell, (*path,i)) for i,o in enumerate(v)]
+        return type(v)(new) if any(a is not b for a,b in zip(new, v)) else v
     return v
 
 def _plain(v):
