@@ -467,7 +467,7 @@ class _Case:
             left = self.grown(base, parts)
             self.spare(gone, (gone&~left).nonzero().flatten(), problem.told)
             return gone.nonzero().flatten()
-        raise AssertionError(f'a copy of this {type(self.model).__name__} from which nothing was removed is not the same: {problem.told}') from problem.error
+        raise ValueError(f'a copy of this {type(self.model).__name__} does not run as the model does, so nothing can be tried: {problem.told}') from problem.error
 
     def layers(self, where):
         "Slices of the module that is called `where`; `None` for those of all"
