@@ -1521,8 +1521,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'fasterai.misc.bn_folding._told': ('misc/bn_folding.html#_told', 'fasterai/misc/bn_folding.py'),
                                           'fasterai.misc.bn_folding._told_none': ( 'misc/bn_folding.html#_told_none',
                                                                                    'fasterai/misc/bn_folding.py'),
-                                          'fasterai.misc.bn_folding._unread': ( 'misc/bn_folding.html#_unread',
-                                                                                'fasterai/misc/bn_folding.py'),
                                           'fasterai.misc.bn_folding._unwrapped': ( 'misc/bn_folding.html#_unwrapped',
                                                                                    'fasterai/misc/bn_folding.py'),
                                           'fasterai.misc.bn_folding._values': ( 'misc/bn_folding.html#_values',

@@ -1,7 +1,6 @@
 "What may be folded, and that nothing else is"
 import copy,pickle,warnings
 from collections import Counter
-from types import SimpleNamespace
 import pytest,torch
 import torch.nn.functional as F
 import torchvision
@@ -149,18 +148,6 @@ def test_linear(shape, bias):
     m = randomized(Net(lambda m, x: m.b(torch.tanh(turn(m.norm2(turn(m.a(turn(m.norm1(turn(x)))))))),), a=nn.Linear(6, 7, bias=bias), norm1=nn.BatchNorm1d(6), norm2=nn.BatchNorm1d(7), b=nn.Linear(7, 2)))
     fold(m, torch.randn(shape).double())
 
-def test_rows_of_sequences():
-    "A norm of rows, flattened for it and back, as LeViT has it"
-    class Rows(nn.Module):
-        def __init__(self, i, o):
-            super().__init__()
-            self.linear,self.bn = nn.Linear(i, o, bias=False),nn.BatchNorm1d(o)
-        def forward(self, x):
-            x = self.linear(x)
-            return self.bn(x.flatten(0, 1)).reshape_as(x)
-    new = fold(randomized(nn.Sequential(Rows(6, 5), nn.Hardswish(), Rows(5, 4))), torch.randn(2, 3, 6).double())
-    assert identities(new)==['0.bn','2.bn']
-
 # a norm before a layer
 
 @pytest.mark.parametrize('kind,k,n', [(nn.Conv1d,3,1),(nn.Conv2d,3,2),(nn.Conv3d,2,3),(nn.ConvTranspose2d,1,2)])
@@ -245,9 +232,6 @@ def test_flatten_and_pool():
     (lambda m, x: m.norm(m.c(x)).add_(1).relu_(), False),
     (lambda m, x: m.norm((y:=m.c(x))) + y, True),
     (lambda m, x: (m.norm(y:=m.c(x)), y), True),
-    (lambda m, x: (m.norm(y:=m.c(x)), y.sum()*2)[0], False),
-    (lambda m, x: m.norm(y) if (y:=m.c(x)).sum().item()<1e9 else y, True),
-    (lambda m, x: m.norm(y) if (y:=m.c(x)).relu().max()<1e9 else y, True),
     (lambda m, x: m.norm(m.c(m.c3(x)) + m.c(m.d3(x))), True),
     (lambda m, x: m.norm(m.c(x).mul_(2.)), False),
     (lambda m, x: m.norm((y:=m.c(x), y.view(-1).mul_(2.))[0]), True),
@@ -559,20 +543,16 @@ def test_every_spelling(op):
 
 def test_spellings_of_other_devices():
     "Told by their arguments"
+    from fasterai.core.graph import _Call
     from fasterai.misc.bn_folding import _by_batch,_normalizes
     x,v = torch.ones(2, 3, 4, 4),torch.ones(3)
-    def call(name, args):
-        a = dict(zip((o.name for o in getattr(torch.ops.aten, name).default._schema.arguments), args))
-        return SimpleNamespace(a=a, tensors={k:o for k,o in a.items() if isinstance(o, torch.Tensor)})
     calls = dict(cudnn_batch_norm=(x,v,v,v,v,False,.1,1e-5), miopen_batch_norm=(x,v,v,v,v,False,.1,1e-5), batch_norm=(x,v,v,v,v,False,.1,1e-5,True), instance_norm=(x,v,v,v,v,False,.1,1e-5,True))
     for name,args in calls.items():
         for training in (False,True):
-            c = call(name, [training if o is False else o for o in args])
+            c = _Call(getattr(torch.ops.aten, name).default, [training if o is False else o for o in args], {}, lambda t: t, '')
             assert _normalizes(c) and _by_batch(c)==training, name
     for name,args in dict(native_layer_norm=(x,[4],None,None,1e-5), native_group_norm=(x,v,v,2,3,16,1,1e-5)).items():
-        assert not _normalizes(call(name, args))
-    backward = dict(native_batch_norm_backward=(x,x,v,v,v,v,v,False,1e-5,[True]*3))
-    for name,args in backward.items(): assert not _normalizes(call(name, args))
+        assert not _normalizes(_Call(getattr(torch.ops.aten, name).default, args, {}, lambda t: t, ''))
 
 def test_a_norm_in_float32_in_a_network_in_half():
     class Wide(nn.BatchNorm2d):

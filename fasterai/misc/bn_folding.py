@@ -509,7 +509,7 @@ def _without(module, rest):
     new.training = module.training
     return new
 
-# %% ../../nbs/misc/01_bn_folding.ipynb #699c0224
+# %% ../../nbs/misc/01_bn_folding.ipynb #f70c1f9d
 class _Found:
     "The norms of a model, what remains of their modules, and why some will stay"
     def __init__(self, model, flow):
@@ -519,7 +519,6 @@ class _Found:
         self.names = list(dict.fromkeys([*_norms(model), *self.runs]))
         self.left = {k:why for k in self.names if (why := self.stands(model, flow, k))}
         self.relaid = [k for k,runs in self.runs.items() if any(o.x.stride!=o.outs[0].stride for o in runs)]
-        self.unread = _unread(flow)
         for o in [o for runs in self.runs.values() for o in runs]:  # from here on each run is one operation
             x,y = o.x,o.outs[0]
             x.readers[x.readers.index(o.steps[0])] = o
@@ -533,14 +532,6 @@ class _Found:
         try: lines = [o.line() for o in runs]
         except (_No,*SLIPS) as e: return f'its scale and shift are not understood ({type(e).__name__}: {e})'
         return '' if all(o.isfinite().all() for line in lines for o in line) else 'its scale or shift is not finite'
-
-def _unread(flow):
-    "Operations of which nothing comes: nobody reads what they make, or only such operations do. A number for the code is something"
-    steps = set()
-    for c in reversed(flow.steps):
-        lost = all(not v.kept and steps.issuperset(v.readers) for v in c.outs)
-        if c.outs and not c.inplace and lost: steps.add(c)
-    return steps
 
 def _why_not_found(m, name, flow, fixed):
     "Why nothing that ran is norm `name`, module `m`"
@@ -636,8 +627,8 @@ class _Plan:
 
     def up(self, y, s, t, by):
         "Edits that make value `y`, which `by` reads, `s*y+t`"
-        c,others = y.maker,[o for o in y.readers if o not in self.found.unread]
-        if by in others: others.remove(by)
+        c,others = y.maker,list(y.readers)
+        others.remove(by)
         if not (c or y.name): raise _No('an input of the model')
         at = y if y.name else c
         if y.kept: raise _No('{} is '+y.kept, at)
@@ -668,7 +659,7 @@ class _Plan:
         "Edits with which the readers of `v` give the same though it is not `s*v+t`; `shared` if its memory is another's then"
         if v.kept: raise _No(f'its output is {v.kept}')
         edits = []
-        for c in dict.fromkeys(o for o in v.readers if o not in self.found.unread):
+        for c in dict.fromkeys(v.readers):
             if isinstance(c, _Norm): edits += self.down(c.outs[0], s, t, shared) if c.key in self.into else self.by_norm(c, s, t, False)
             elif l := self.layer(c): edits += self.before_layer(l, v, s, t)
             else:
