@@ -543,16 +543,18 @@ def test_every_spelling(op):
 
 def test_spellings_of_other_devices():
     "Told by their arguments"
-    from fasterai.core.graph import _Call
+    from fasterai.core.ops import Call,spec_of
     from fasterai.misc.bn_folding import _by_batch,_normalizes
     x,v = torch.ones(2, 3, 4, 4),torch.ones(3)
     calls = dict(cudnn_batch_norm=(x,v,v,v,v,False,.1,1e-5), miopen_batch_norm=(x,v,v,v,v,False,.1,1e-5), batch_norm=(x,v,v,v,v,False,.1,1e-5,True), instance_norm=(x,v,v,v,v,False,.1,1e-5,True))
     for name,args in calls.items():
         for training in (False,True):
-            c = _Call(getattr(torch.ops.aten, name).default, [training if o is False else o for o in args], {}, lambda t: t, '')
+            func = getattr(torch.ops.aten, name).default
+            c = Call(func, spec_of(func), [training if o is False else o for o in args], {}, lambda t: t, '')
             assert _normalizes(c) and _by_batch(c)==training, name
     for name,args in dict(native_layer_norm=(x,[4],None,None,1e-5), native_group_norm=(x,v,v,2,3,16,1,1e-5)).items():
-        assert not _normalizes(_Call(getattr(torch.ops.aten, name).default, args, {}, lambda t: t, ''))
+        func = getattr(torch.ops.aten, name).default
+        assert not _normalizes(Call(func, spec_of(func), args, {}, lambda t: t, ''))
 
 def test_a_norm_in_float32_in_a_network_in_half():
     class Wide(nn.BatchNorm2d):
