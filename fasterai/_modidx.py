@@ -19,6 +19,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fasterai/analyze/counts.py'),
                                          'fasterai.analyze.counts._in_channels_last': ( 'analyze/counts.html#_in_channels_last',
                                                                                         'fasterai/analyze/counts.py'),
+                                         'fasterai.analyze.counts._is_whole': ( 'analyze/counts.html#_is_whole',
+                                                                                'fasterai/analyze/counts.py'),
                                          'fasterai.analyze.counts._judged': ('analyze/counts.html#_judged', 'fasterai/analyze/counts.py'),
                                          'fasterai.analyze.counts._no_accuracy': ( 'analyze/counts.html#_no_accuracy',
                                                                                    'fasterai/analyze/counts.py'),

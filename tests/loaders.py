@@ -45,18 +45,31 @@ def sentences():
 
 # --- what the fits are made with
 
-def images(): return ImageDataLoaders.from_name_func(folder(), files(), lambda name: name.split('_')[0], item_tfms=Resize(SIDE), batch_tfms=aug_transforms(size=SIDE), bs=8, seed=0, **quiet)
-def masks(): return SegmentationDataLoaders.from_label_func(folder(), files(), lambda f: folder()/'masks'/f.name, codes=['dark','gray','bright'], batch_tfms=aug_transforms(size=SIDE), bs=8, seed=0, **quiet)
-def tables(y='label'): return TabularDataLoaders.from_df(table(), procs=[Categorify,FillMissing,Normalize], cat_names=['kind'], cont_names=['size','age'], y_names=y, bs=16, seed=0, **quiet)
+def images():
+    tfms = dict(item_tfms=Resize(SIDE), batch_tfms=aug_transforms(size=SIDE))
+    return ImageDataLoaders.from_name_func(folder(), files(), lambda name: name.split('_')[0], **tfms, bs=8, seed=0, **quiet)
+
+def masks():
+    mask,codes = lambda f: folder()/'masks'/f.name,['dark','gray','bright']
+    return SegmentationDataLoaders.from_label_func(folder(), files(), mask, codes=codes, batch_tfms=aug_transforms(size=SIDE), bs=8, seed=0, **quiet)
+
+def tables(y='label'):
+    columns = dict(cat_names=['kind'], cont_names=['size','age'], y_names=y)
+    return TabularDataLoaders.from_df(table(), procs=[Categorify,FillMissing,Normalize], **columns, bs=16, seed=0, **quiet)
+
 def texts(): return TextDataLoaders.from_df(sentences(), text_col='text', label_col='label', bs=16, seq_len=16, seed=0, **quiet)
 
 # --- others, that a report has to deal with
 
-def block(*blocks, getters, n_inp=1): return DataBlock(blocks, getters=getters, n_inp=n_inp, item_tfms=Resize(SIDE), splitter=RandomSplitter(seed=0)).dataloaders(files(), bs=8, **quiet)
+def block(*blocks, getters, n_inp=1):
+    how = DataBlock(blocks, getters=getters, n_inp=n_inp, item_tfms=Resize(SIDE), splitter=RandomSplitter(seed=0))
+    return how.dataloaders(files(), bs=8, **quiet)
+
+def number(f): return int(f.stem.split('_')[1])
 def folders(): return ImageDataLoaders.from_folder(folder()/'sorted', valid_pct=.25, item_tfms=Resize(SIDE), bs=8, seed=0, **quiet)
-def numbers(): return block(ImageBlock, RegressionBlock, getters=[noop, lambda f: float(int(f.stem.split('_')[1]))])
+def numbers(): return block(ImageBlock, RegressionBlock, getters=[noop, lambda f: float(number(f))])
 def points(): return block(ImageBlock, PointBlock, getters=[noop, lambda f: torch.tensor([[1.,2.],[3.,4.]])])
-def several(): return block(ImageBlock, MultiCategoryBlock, getters=[noop, lambda f: [color(f), 'even' if int(f.stem.split('_')[1])%4<2 else 'odd']])
+def several(): return block(ImageBlock, MultiCategoryBlock, getters=[noop, lambda f: [color(f), 'low' if number(f)%4<2 else 'high']])
 def pairs(): return block(ImageBlock, ImageBlock, CategoryBlock, getters=[noop, noop, color], n_inp=2)
 def two_labels(): return block(ImageBlock, CategoryBlock, RegressionBlock, getters=[noop, color, lambda f: 1.])
 def words(): return TextDataLoaders.from_df(sentences(), text_col='text', is_lm=True, bs=4, seq_len=16, seed=0, **quiet)

@@ -36,12 +36,14 @@ class Residual(nn.Module):
         self.a,self.b,self.norm = nn.Conv2d(n,n,3,padding=1),nn.Conv2d(n,n,3,padding=1),nn.BatchNorm2d(n)
     def forward(self, x): return self.norm(x+self.b(self.a(x).relu())).relu()
 
+def residual(): return nn.Sequential(nn.Conv2d(3,12,3,2), nn.ReLU(), Residual(12), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12,2))
+
 TINY = dict(emb_sz=8, n_hid=12, n_layers=2)
 data = {o: cache(getattr(loaders, o)) for o in ('images','folders','masks','tables','texts','words','numbers','points','several','pairs','two_labels')}
 
 LEARNERS = dict(
     vision=lambda: vision_learner(data['images'](), small, cut=-3, pretrained=False, lin_ftrs=[16]),
-    plain =lambda: Learner(data['images'](), nn.Sequential(nn.Conv2d(3,12,3,2), nn.ReLU(), Residual(12), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12,2)), loss_func=CrossEntropyLossFlat()),
+    plain =lambda: Learner(data['images'](), residual(), loss_func=CrossEntropyLossFlat()),
     unet  =lambda: unet_learner(data['masks'](), small, cut=-3, pretrained=False),
     table =lambda: tabular_learner(data['tables'](), layers=[32,16]),
     text  =lambda: text_classifier_learner(data['texts'](), AWD_LSTM, config=awd_lstm_clas_config|TINY, pretrained=False))
@@ -89,7 +91,9 @@ def fitted(kind, *cbs, **kwargs):
 # --- zeros
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('how', [dict(), dict(granularity='filter'), dict(context='global', criteria=taylor), dict(criteria='wanda'), dict(criteria=movement, schedule=agp), dict(lth=True, schedule=iterative), dict(granularity='filter', lth=True, rewind_epoch=1, schedule=Schedule(sched_agp, start_pct=.5))], ids=str)
+@pytest.mark.parametrize('how', [dict(), dict(granularity='filter'), dict(context='global', criteria=taylor), dict(criteria='wanda'),
+    dict(criteria=movement, schedule=agp), dict(lth=True, schedule=iterative),
+    dict(granularity='filter', lth=True, rewind_epoch=1, schedule=Schedule(sched_agp, start_pct=.5))], ids=str)
 def test_sparsify(kind, how):
     learn = fitted(kind, SparsifyCallback(50, layer_type=OF[kind], **how), n=1+how.get('rewind_epoch', 0))
     dead = lambda m: ((m.weight==0).flatten(1).all(1) if how.get('granularity')=='filter' else m.weight==0)
@@ -147,7 +151,8 @@ def test_prune(kind, how):
     assert (30 if 'round_to' in how else 40 if how else 48)<=column(learn, 'pruned')<=50
     at = state(learn.model)
     fit(learn)
-    assert n_params(learn.model)==now and not any(torch.equal(p, at[n]) for n,p in learn.model.named_parameters() if p.grad is not None and p.grad.any())
+    still = [n for n,p in learn.model.named_parameters() if p.dim()>1 and torch.equal(p, at[n])]
+    assert n_params(learn.model)==now and still==[]
 
 @pytest.mark.parametrize('kind', ['vision','plain'])
 def test_prune_halves_every_convolution(kind):
@@ -160,15 +165,17 @@ def test_prune_a_unet_on_resnet18():
     learn = unet_learner(data['masks'](), resnet18, pretrained=False)
     before,x = n_params(learn.model),batch(learn)
     fit(learn, PruneCallback(50, n_updates=2))
-    assert n_params(learn.model)<.3*before and answer(learn.model, x).shape==(len(x[0]),3,loaders.SIDE,loaders.SIDE) and 48<=column(learn, 'pruned')<=50
+    assert n_params(learn.model)<.3*before and 48<=column(learn, 'pruned')<=50
+    assert answer(learn.model, x).shape==(len(x[0]),3,loaders.SIDE,loaders.SIDE)
 
 # --- teachers
 
-MAPS = dict(vision=('0.1','0.1'), plain=('2.b','2.a'), unet=('layers.0.2','layers.0.2'), table=('layers.0.0','layers.0.0'), text=('1.layers.0.2','1.layers.0.2'))
+MAPS = dict(vision=['0.1']*2, plain=['2.b','2.a'], unet=['layers.0.2']*2, table=['layers.0.0']*2, text=['1.layers.0.2']*2)
 LOGITS = [SoftTarget, 'Logits', 'Mutual', DecoupledKD, 'NormalizedDecoupledKD', 'NormalizedKD', 'DIST']
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('how', [dict(), dict(loss=LOGITS), dict(loss=[SoftTarget,FitNet], maps=True, alpha=.5), dict(loss='Similarity', maps=True, schedule=lin), dict(cache=100)], ids=str)
+@pytest.mark.parametrize('how', [dict(), dict(loss=LOGITS), dict(loss=[SoftTarget,FitNet], maps=True, alpha=.5),
+                                 dict(loss='Similarity', maps=True, schedule=lin), dict(cache=100)], ids=str)
 def test_teacher(kind, how):
     "A learner of the same kind as the teacher, which stays as it is; a column for each loss"
     how = dict(how)
@@ -177,7 +184,8 @@ def test_teacher(kind, how):
     pairs = MAPS[kind] if how.pop('maps', False) else ()
     losses = how.pop('loss', SoftTarget)
     learn = fitted(kind, cb := KnowledgeDistillationCallback(teacher, losses, *pairs, **how))
-    assert marks(teacher.model)==had and all(torch.equal(v, before[k]) for k,v in teacher.model.state_dict().items()) and modes==[m.training for m in teacher.model.modules()]
+    assert marks(teacher.model)==had and all(torch.equal(v, before[k]) for k,v in teacher.model.state_dict().items())
+    assert modes==[m.training for m in teacher.model.modules()]
     for o in losses if isinstance(losses, list) else [losses]:
         assert 0<column(learn, getattr(o, '__name__', o))<20
     assert column(learn, 'task')>0
@@ -187,7 +195,9 @@ def test_a_teacher_is_imitated(kind):
     "The nearer to the teacher, the more weight it has"
     teacher = fit(learner(kind, seed=1))
     x = batch(teacher)
-    apart = lambda weight: float((answer(fit(learner(kind), KnowledgeDistillationCallback(teacher, Logits, weight=weight), n=4, lr=1e-2).model, x)-answer(teacher.model, x)).square().mean())
+    def apart(weight):
+        learn = fit(learner(kind), KnowledgeDistillationCallback(teacher, Logits, weight=weight), n=4, lr=1e-2)
+        return float((answer(learn.model, x)-answer(teacher.model, x)).square().mean())
     assert apart(1.)<apart(0.)
 
 class Teller(nn.Module):
@@ -216,8 +226,10 @@ def language_model(seed=0):
 def test_words_have_their_classes_last():
     "A language model's teacher is compared along the axis that the learner's loss knows"
     teacher = fit(language_model(1))
-    learn = fit(language_model(), KnowledgeDistillationCallback(teacher, [SoftTarget,DecoupledKD,partial(SoftTarget, axis=-1),partial(SoftTarget, axis=1)]))
-    assert 0<column(learn, 'SoftTarget')==column(learn, 'SoftTarget_2')!=column(learn, 'SoftTarget_3') and column(learn, 'DecoupledKD')>0
+    losses = [SoftTarget, DecoupledKD, partial(SoftTarget, axis=-1), partial(SoftTarget, axis=1)]
+    learn = fit(language_model(), KnowledgeDistillationCallback(teacher, losses))
+    known,last,first = (column(learn, o) for o in ('SoftTarget','SoftTarget_2','SoftTarget_3'))
+    assert 0<known==last!=first and column(learn, 'DecoupledKD')>0
 
 def test_scores_of_no_classes_are_refused():
     "A softmax over one output would be 1 whatever the output is"
@@ -229,8 +241,11 @@ def test_scores_of_no_classes_are_refused():
 # --- penalties
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('mk', [lambda t, w: RegularizationCallback('filter', w, layer_types=t), lambda t, w: RegularizeCallback('group_lasso', 'filter', w, layer_types=t),
-                                lambda t, w: RegularizeCallback('slimming', weight=w), lambda t, w: RegularizeCallback(large_final, 'weight', w, layer_types=t, schedule='cos')], ids=['filter','lasso','slimming','cos'])
+@pytest.mark.parametrize('mk', [
+    lambda types, weight: RegularizationCallback('filter', weight, layer_types=types),
+    lambda types, weight: RegularizeCallback('group_lasso', 'filter', weight, layer_types=types),
+    lambda types, weight: RegularizeCallback('slimming', weight=weight),
+    lambda types, weight: RegularizeCallback(large_final, 'weight', weight, layer_types=types, schedule='cos')], ids=['filter','lasso','slimming','cos'])
 def test_penalty(kind, mk):
     "What has its price becomes smaller than without one"
     priced,free = (column(fitted(kind, mk(OF[kind], w), n=2, lr=1e-2), 'penalty') for w in (1e-1,0))
@@ -262,19 +277,23 @@ def test_zeros_are_kept_while_values_are_shared(kind):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_zeros_a_teacher_and_a_penalty(kind):
-    learn = fitted(kind, SparsifyCallback(50, 'filter', layer_type=OF[kind]), KnowledgeDistillationCallback(learner(kind, 1)), RegularizationCallback('filter', 1e-3, layer_types=OF[kind]), GradientAccumulation(16))
+    sparsify,penalty = SparsifyCallback(50, 'filter', layer_type=OF[kind]),RegularizationCallback('filter', 1e-3, layer_types=OF[kind])
+    learn = fitted(kind, sparsify, KnowledgeDistillationCallback(learner(kind, 1)), penalty, GradientAccumulation(16))
     assert 45<=column(learn, 'sparsity')<=50 and min(column(learn, o) for o in ('SoftTarget','task','penalty'))>0
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_fewer_channels_a_teacher_and_a_penalty(kind):
     learn = learner(kind)
     before,x = n_params(learn.model),batch(learn)
-    fit(learn, PruneCallback(50), KnowledgeDistillationCallback(learner(kind, 1)), RegularizeCallback('group_lasso', 'filter', 1e-3, layer_types=OF[kind]))
-    assert n_params(learn.model)<.75*before and len(answer(learn.model, x))==len(x[0]) and column(learn, 'pruned')>=48 and column(learn, 'SoftTarget')>0
+    penalty = RegularizeCallback('group_lasso', 'filter', 1e-3, layer_types=OF[kind])
+    fit(learn, PruneCallback(50), KnowledgeDistillationCallback(learner(kind, 1)), penalty)
+    assert n_params(learn.model)<.75*before and len(answer(learn.model, x))==len(x[0])
+    assert column(learn, 'pruned')>=48 and column(learn, 'SoftTarget')>0
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_shared_values_that_become_zero_beside_a_teacher(kind):
-    learn = fitted(kind, KMeansCallback(4), SparsifyCallback(50, layer_type=OF[kind], schedule=agp), KnowledgeDistillationCallback(learner(kind, 1)))
+    sparsify = SparsifyCallback(50, layer_type=OF[kind], schedule=agp)
+    learn = fitted(kind, KMeansCallback(4), sparsify, KnowledgeDistillationCallback(learner(kind, 1)))
     assert max(shared(learn.model, kind))<=16 and column(learn, 'sparsity')>=49
 
 def test_mixed_images():
@@ -305,7 +324,8 @@ def test_report_after_a_fit(kind):
     before,after = learner(kind),fit(learner(kind), PruneCallback(50))
     rep = report(before.model, after.model, after.dls, repeats=6, warmup=0, progress=False)
     y = torch.cat([o[-1].flatten() for o in after.dls.valid])
-    assert rep.params['after']<rep.params['before'] and rep.macs['after']<rep.macs['before'] and rep.of.tolist()==[len(y)]*2 and not [o for o in rep.notes if 'not measured' in o]
+    assert rep.params['after']<rep.params['before'] and rep.macs['after']<rep.macs['before']
+    assert rep.of.tolist()==[len(y)]*2 and not [o for o in rep.notes if 'not measured' in o]
     preds,targs = after.get_preds()
     axis = 1 if kind=='unet' else -1
     assert rep.right['after']==int((preds.argmax(axis).flatten()==targs.flatten()).sum())
@@ -323,19 +343,23 @@ def mixed(kind):
 
 quick = partial(report, repeats=6, warmup=0, progress=False)
 
-@pytest.mark.parametrize('kind,says', [('folders',None), ('pairs',None), ('numbers','the labels are numbers (float32)'), ('points','the labels are numbers'), ('several','correct=lambda out, y: (out>0)==y.bool()'), ('two_labels','several labels')])
+@pytest.mark.parametrize('kind,says', [('folders',None), ('pairs',None), ('numbers','the labels are numbers (float32)'),
+    ('points','the labels are numbers'), ('several','correct=lambda out, y: (out>0)==y.bool()'), ('two_labels','several labels')])
 def test_report_on_other_loaders(kind, says):
     dls = data[kind]()
     a,b = mixed(kind),mixed(kind)
     for part in (dls, dls.valid, dls.train):
         rep = quick(a, b, part)
         assert rep.attrs['about'].startswith('1×3×32×32')
+        n = len(dls.train.items)//dls.bs*dls.bs if part is dls.train else len(dls.valid.items)  # what is left over is not trained on
         if says: assert 'accuracy' not in rep and says in rep.notes[0] and rep.difference['after']>0
-        else: assert rep.of['after']==len(part.items if part is not dls else dls.valid.items)//dls.bs*dls.bs if part is dls.train else len(dls.valid.items)
+        else: assert rep.of['after']==n
 
 def test_report_with_a_function_of_several_labels():
-    assert quick(mixed('several'), data['several'](), correct=lambda out, y: (out>0)==y.bool()).of.iloc[0]==4*len(data['several']().valid.items)
-    assert quick(mixed('two_labels'), data['two_labels'](), correct=lambda out, y: out.argmax(1)==y[0]).of.iloc[0]==len(data['two_labels']().valid.items)
+    def n_labels(kind, correct): return quick(mixed(kind), data[kind](), correct=correct).of.iloc[0]
+    n = len(data['several']().valid.items)
+    assert n_labels('several', lambda out, y: (out>0)==y.bool())==4*n
+    assert n_labels('two_labels', lambda out, y: out.argmax(1)==y[0])==n
 
 def test_report_on_tables_of_numbers():
     learn = tabular_learner(loaders.tables('price'), layers=[8])
@@ -349,7 +373,8 @@ def test_report_on_new_data(kind):
     items = dict(table=loaders.table()[:20], text=loaders.sentences()[:20]).get(kind, loaders.files()[:20])
     bare = learn.dls.test_dl(items.drop(columns=['label','price']) if kind=='table' else items)
     rep = quick(learn.model, other.model, bare)
-    assert 'the data has no labels' in rep.notes[0] and rep.of['after']==20*(loaders.SIDE**2 if kind=='unet' else 1) and 0<=rep.same['after']<=rep.of['after'] and rep.difference['after']>0
+    n = 20*(loaders.SIDE**2 if kind=='unet' else 1)
+    assert 'the data has no labels' in rep.notes[0] and rep.of['after']==n>=rep.same['after']>=0 and rep.difference['after']>0
     if kind in ('table','unet'): assert 'accuracy' in quick(learn.model, learn.dls.test_dl(items, with_labels=kind=='unet'))
 
 def test_report_on_words():
@@ -357,11 +382,13 @@ def test_report_on_words():
     learn = fit(language_model(), n=2, lr=.1)
     rep = quick(learn.model, learn.dls)
     learn.model.reset()
-    with torch.no_grad(): right = [(answer(learn.model, (x.as_subclass(torch.Tensor),)).argmax(-1)==y).flatten() for x,y in learn.dls.valid]
+    plain = lambda o: o.as_subclass(torch.Tensor)
+    right = [(answer(learn.model, (plain(x),)).argmax(-1)==plain(y)).flatten() for x,y in learn.dls.valid]
     assert rep.right.iloc[0]==int(torch.cat(right).sum())>0 and rep.of.iloc[0]==len(torch.cat(right)) and rep.attrs['about'].startswith('1×16')
 
 def test_report_on_loaders_without_a_validation_set():
-    whole = loaders.ImageDataLoaders.from_name_func(loaders.folder(), loaders.files(), lambda name: name[0], valid_pct=0., item_tfms=loaders.Resize(32), bs=8, num_workers=0)
+    how = dict(valid_pct=0., item_tfms=loaders.Resize(32), bs=8, num_workers=0)
+    whole = loaders.ImageDataLoaders.from_name_func(loaders.folder(), loaders.files(), lambda name: name[0], **how)
     for dls in (whole, loaders.DataLoaders(whole.train)):
         with pytest.raises(ValueError, match='pass its `train`'): quick(mixed('folders'), dls)
     assert quick(mixed('folders'), whole.train).of.iloc[0]==32

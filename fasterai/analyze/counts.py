@@ -99,7 +99,7 @@ def running(
     *models, # Left as they were, also after an error
     threads:int|None=None, # Of PyTorch, by default as many as now
 ):
-    "Run `models` in eval mode without gradients, as a user would: compiled, with fused attention, under autocast, wherever that is on"
+    "Run `models` in eval mode without gradients, and else as a user would: compiled, fused, under autocast, wherever that is on"
     if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads<1):
         raise ValueError(f'threads is a whole number, at least 1, not {threads!r}')
     was = torch.get_num_threads()
@@ -121,14 +121,16 @@ def placed(
     model:nn.Module, # Left as it is
     inputs, # Anything with tensors or arrays in it
 ):
-    "Copies of the tensors in `inputs` on the device of `model`, floats of its type; subclasses such as fastai's `TensorImage` become plain tensors"
+    """Copies of the tensors in `inputs` on the device of `model`, floats of its type; subclasses such as fastai's `TensorImage` become plain
+    tensors"""
     device,dtype = place_of(model)
     new = lambda o: o.detach().as_subclass(torch.Tensor).to(device, dtype if o.is_floating_point() else o.dtype, copy=True)
     return tree_map(lambda o: new(o) if isinstance(o, torch.Tensor) else o, _as_tensors(inputs))
 
 def _as_tensors(o):
     "`o` with tensors where it has NumPy's arrays, and a dict where it is another mapping"
-    return tree_map(lambda v: torch.as_tensor(v) if isinstance(v, np.ndarray) else v, dict(o) if isinstance(o, Mapping) else o)
+    o = dict(o) if isinstance(o, Mapping) else o
+    return tree_map(lambda v: torch.as_tensor(v) if isinstance(v, np.ndarray) else v, o)
 
 def with_bar(
     it, # Iterable with a length
@@ -166,7 +168,8 @@ def _call(model, inputs):
     inputs = placed(model, inputs)
     device = place_of(model)[0]
     module = torch.get_device_module(device)
-    return lambda: _called(model, inputs), module.synchronize if device.type in ('cpu','mps') else lambda: module.synchronize(device)
+    wait = module.synchronize if device.type in ('cpu','mps') else lambda: module.synchronize(device)
+    return lambda: _called(model, inputs), wait
 
 # %% ../../nbs/analyze/01_counts.ipynb #2a5f4bcd
 def latency(
@@ -223,9 +226,11 @@ def _valid(data):
     "The validation set of a fastai `DataLoaders`; anything else is what it is"
     static = lambda o, k: inspect.getattr_static(o, k, None) is not None  # a loader would hand the question on to its dataset
     if static(type(data), 'dataloaders') or not static(data, 'valid'): return data
+    name,advice = type(data).__name__,'pass its `train`, or another loader'
     try: loader = data.valid
-    except IndexError as e: raise ValueError(f'this {type(data).__name__} has no validation set: pass its `train`, or another loader') from e
-    if hasattr(loader, '__len__') and not len(loader): raise ValueError(f'data has no batches: the validation set of this {type(data).__name__} is empty; pass its `train`, or another loader')
+    except IndexError as e: raise ValueError(f'this {name} has no validation set: {advice}') from e
+    if hasattr(loader, '__len__') and not len(loader):
+        raise ValueError(f'data has no batches: the validation set of this {name} is empty; {advice}')
     return loader
 
 def _pieces(o):
@@ -246,12 +251,15 @@ def loader_of(
     if isinstance(data, (tuple,list)) and data and all(isinstance(o, (torch.Tensor,np.ndarray)) for o in data):
         ts = _as_tensors(data)
         if isinstance(data, list) and len({(t.dtype,t.shape[1:]) for t in ts})==1: return ts  # batches of inputs
-        if any(not t.dim() for t in ts): raise ValueError('a tensor of inputs has its samples along the first axis, and this one has no axis')
-        if len({len(t) for t in ts})>1: raise ValueError(f'inputs and labels differ in number: {", ".join(str(len(t)) for t in ts)}')
+        if any(not t.dim() for t in ts):
+            raise ValueError('a tensor of inputs has its samples along the first axis, and this one has no axis')
+        sizes = [len(t) for t in ts]
+        if len(set(sizes))>1: raise ValueError(f'inputs and labels differ in number: {", ".join(map(str, sizes))}')
         return _pieces(tuple(ts))
     samples = inspect.getattr_static(type(data), 'dataloaders', None) is not None  # fastai's datasets and blocks
     if samples or not hasattr(data, '__iter__'):
-        hint = '; pass its `.dls`' if hasattr(data, 'dls') else '; pass a DataLoader of it' if hasattr(data, '__getitem__') else ''
+        hint = '; pass a DataLoader of it' if hasattr(data, '__getitem__') else ''
+        if hasattr(data, 'dls'): hint = '; pass its `.dls`'
         raise ValueError(f'data is a DataLoaders, an iterable of batches, or tensors, not a {type(data).__name__}{hint}')
     return data
 
@@ -267,14 +275,17 @@ def inputs_and_labels(
         n = n_inp or max(1, len(batch)-1)
         xb,y = tuple(batch[:n]),tuple(batch[n:])
         if len(y)<2: y = y[0] if y else None
-    else: raise ValueError(f'a batch is a tensor, a tuple (x, y) or a dict of inputs, not {"an empty" if isinstance(batch, (tuple,list)) else "a"} {type(batch).__name__}')
+    else:
+        was = ('an empty ' if isinstance(batch, (tuple,list)) else 'a ')+type(batch).__name__
+        raise ValueError(f'a batch is a tensor, a tuple (x, y) or a dict of inputs, not {was}')
     for what,o in (('inputs',xb),('labels',y)):
         if o is not None and not tensors_of(o): raise ValueError(f'the {what} of a batch are tensors, not {_types(o)}')
     return xb,y
 
 def _types(o):
     "Names of the types in `o`"
-    return ', '.join(type(v).__name__ for v in (o.values() if isinstance(o, Mapping) else o if isinstance(o, (tuple,list)) else [o])) or 'nothing'
+    if isinstance(o, Mapping): o = list(o.values())
+    return ', '.join(type(v).__name__ for v in (o if isinstance(o, (tuple,list)) else [o])) or 'nothing'
 
 # %% ../../nbs/analyze/01_counts.ipynb #3e84b6f1
 _IGNORED = -100 # the label that PyTorch's losses leave out
@@ -286,12 +297,14 @@ def scores_of(
     ts = tensors_of(out)
     return ts[0].as_subclass(torch.Tensor) if ts else None
 
+def _is_whole(y): return isinstance(y, torch.Tensor) and not (y.is_floating_point() or y.is_complex())
+
 def class_axis(
     out, # Scores, a tensor
     y, # Labels, a tensor
 )->int|None:
     "The axis of `out` along which there is a score for each class, if `y` are labels of classes: 1 or the last one"
-    if not isinstance(out, torch.Tensor) or not isinstance(y, torch.Tensor) or y.is_floating_point() or y.is_complex(): return None
+    if not isinstance(out, torch.Tensor) or not _is_whole(y): return None
     wide = lambda shape: [o for o in shape if o!=1]  # fastai's tables have labels [n, 1]
     for axis in (1, -1) if out.dim()>1 else ():
         rest = list(out.shape)
@@ -307,7 +320,8 @@ def most_likely(
     axis = class_axis(scores, y)
     if axis is None:
         was = tuple(scores.shape) if scores is not None else _types(out)
-        raise ValueError(f'scores [n, classes, …] do not agree with whole labels [n, …]: {was} and {tuple(y.shape)} of {y.dtype}; '
+        what = 'scores [n, classes, …] do not agree with whole labels [n, …]'
+        raise ValueError(f'{what}: {was} and {tuple(y.shape)} of {y.dtype}; '
                          'pass a function correct(out, y) that tells which answers are right')
     return scores.argmax(axis).view(y.shape)==y
 
@@ -352,8 +366,10 @@ def told_right(
     return torch.stack([torch.cat(r) for r in res])
 
 # %% ../../nbs/analyze/01_counts.ipynb #c81f2e05
-Accuracy = namedtuple('Accuracy', 'right labels strange') # right answers [models, samples]; labels [samples]; labels that are no class
-Agreement = namedtuple('Agreement', 'same of difference why') # answers like the first model's, [models], or None; their number; largest difference [models]; why there is no accuracy
+# right answers [models, samples], labels [samples], number of labels that are no class
+Accuracy = namedtuple('Accuracy', 'right labels strange')
+# answers like the first model's [models], or None, of so many; largest difference [models]; why there is no accuracy
+Agreement = namedtuple('Agreement', 'same of difference why')
 
 # %% ../../nbs/analyze/01_counts.ipynb #2f40ab9e
 def _no_accuracy(out, y, correct):
@@ -369,7 +385,8 @@ def _no_accuracy(out, y, correct):
     if not isinstance(y, torch.Tensor): return f'a sample has several labels: {ask}'
     if y.is_floating_point():
         if y.shape==scores.shape and y.dim()>1 and y.shape[1]>1 and ((y==0)|(y==1)).all():
-            return 'a sample may have several classes: pass `correct`, for instance `correct=lambda out, y: (out>0)==y.bool()` if the outputs are logits'
+            example = '`correct=lambda out, y: (out>0)==y.bool()` if the outputs are logits'
+            return f'a sample may have several classes: pass `correct`, for instance {example}'
         return f'the labels are numbers ({str(y.dtype).removeprefix("torch.")}), not classes: {ask}'
     if scores.dim()<2 or scores.shape[1]==1: return f'the model has one output for a sample, not one for each class: {ask}'
     return f'labels of shape {tuple(y.shape)} do not fit to outputs of shape {tuple(scores.shape)}: {ask}'
@@ -387,14 +404,16 @@ def _per_sample(outs, y, correct):
 
 def _agreement(outs, xb, y):
     "Answers of each model like the first one's, their number, and the largest difference of an output"
-    first,*rest = scores = [scores_of(o) for o in outs]
-    if any(o is None or o.shape!=first.shape for o in scores): raise ValueError(f'the models return {", ".join(str(tuple(o.shape)) if o is not None else "no tensor" for o in scores)}: they do not do the same')
-    x = tensors_of(xb)[0]
-    axis = -1 if first.dim()>2 and not x.is_floating_point() and first.shape[:x.dim()]==x.shape else 1  # words have their scores behind them
-    classes = first.is_floating_point() and first.dim()>1 and first.shape[axis]>1 and not (isinstance(y, torch.Tensor) and y.is_floating_point())
+    scores = [scores_of(o) for o in outs]
+    shapes = ['no tensor' if o is None else str(tuple(o.shape)) for o in scores]
+    if len(set(shapes))>1: raise ValueError(f'the models return {", ".join(shapes)}: they do not do the same')
+    first,x = scores[0],tensors_of(xb)[0]
+    words = first.dim()>2 and _is_whole(x) and first.shape[:x.dim()]==x.shape  # each has its scores behind it
+    axis = -1 if words else 1
+    numbers = isinstance(y, torch.Tensor) and not _is_whole(y)
+    classes = first.is_floating_point() and first.dim()>1 and first.shape[axis]>1 and not numbers
     best = [o.argmax(axis) for o in scores] if classes else []
-    wide = lambda o: o.double() if o.is_floating_point() else o.to(torch.float64)
-    difference = [float((wide(o)-wide(first)).abs().max()) if o.numel() else 0. for o in scores]
+    difference = [float((o.double()-first.double()).abs().max()) if o.numel() else 0. for o in scores]
     return [int((o==best[0]).sum()) for o in best] or None, best[0].numel() if best else 0, difference
 
 def answers(
@@ -402,7 +421,7 @@ def answers(
     data, # Anything that `loader_of` takes, with or without labels
     correct=most_likely, # Function of a model's output and the labels that returns booleans: which answers are right
     progress:bool=True, # Show a bar
-)->'Accuracy|Agreement': # `right` [models, samples], `labels` [samples]; or `same` and `difference` [models], `of`, and `why`
+)->'Accuracy|Agreement': # `right` [models, samples] and `labels` [samples]; or `same`, `of`, `difference` and `why`
     "Right answers of each model in each sample; where that cannot be measured, how far they agree with the first one"
     check_models(models)
     res,why = [],None

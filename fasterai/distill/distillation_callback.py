@@ -102,8 +102,10 @@ class KnowledgeDistillationCallback(Callback):
         elif not self.ready:
             self.distiller.prepare(self.model)
             self.ready = True
-        if not self.distiller.weight_at(self.pct): self.kd = None
-        else: self.kd = self.distiller.loss(apply(_plain, self.pred), *apply(_plain, tuple(self.xb)), target=self._target(), axis=self._axis())
+        self.kd = None
+        if not self.distiller.weight_at(self.pct): return
+        pred,xb = apply(_plain, self.pred),apply(_plain, tuple(self.xb))
+        self.kd = self.distiller.loss(pred, *xb, target=self._target(), axis=self._axis())
 
     def _axis(self):
         "The axis of the classes that fastai's losses know: 1 for masks, the last one for words"

@@ -192,7 +192,7 @@ class Distiller:
         return pred,maps
 
     def _answer(self, xb, like):
-        "What `_run` gives, where the student's output is one tensor and the teacher's holds several only the first of them"
+        "What `_run` gives; of the teacher's output its first tensor, if the student's is one tensor"
         pred,maps = self._run(xb)
         if isinstance(like, Tensor) and not isinstance(pred, Tensor) and (ts := tensors_of(pred)): pred = ts[0]
         return pred,maps
@@ -202,7 +202,7 @@ class Distiller:
         if callable(f := getattr(_bare(self.teacher), 'reset', None)): f()
 
     def loss(self,
-        pred, # Output of the student; where it is one tensor and the teacher returns several, as recurrent networks do, the teacher's first one is compared
+        pred, # Output of the student; if it is one tensor, and the teacher returns several, the teacher's first one is compared
         *xb, # Inputs of the batch, for the teacher
         target=None, # Labels, for losses that name them
         axis:int|None=None, # Axis of the classes in the outputs, for losses that have one; by default theirs, 1
@@ -215,8 +215,10 @@ class Distiller:
         known = dict(pred=pred, teacher_pred=teacher_pred, target=target, fm_s=fm_s, fm_t=fm_t)
         pairs = [self._fitted(str(i), s, t) for i,(s,t) in enumerate(zip(fm_s, fm_t))] if self.exact else []
         fitted = known|dict(fm_s=[s for s,_ in pairs], fm_t=[t for _,t in pairs])
-        along = lambda f: dict(axis=axis) if axis is not None and takes_axis(f) else {}
-        terms = {o: f(**{k:(fitted if o in self.exact else known)[k] for k in loss_needs(f)}, **along(f)) for o,f in self.losses.items()}
+        def asked(o, f):
+            res = {k:(fitted if o in self.exact else known)[k] for k in loss_needs(f)}
+            return res|dict(axis=axis) if axis is not None and takes_axis(f) else res
+        terms = {o: f(**asked(o, f)) for o,f in self.losses.items()}
         self.terms = {o:v.detach() for o,v in terms.items()}
         logits,maps = (sum(v for o,v in terms.items() if (o in self.of_maps)==k) for k in (False,True))
         return self.alpha*logits+(1-self.alpha)*maps if 0<len(self.of_maps)<len(terms) else logits+maps

@@ -46,7 +46,8 @@ def _full(f):
 def _check_classes(name, pred, axis):
     "`ValueError` unless `pred` has scores of classes along `axis`"
     if -pred.ndim<=axis<pred.ndim and pred.shape[axis]>1: return
-    raise ValueError(f'{name} compares the scores of at least 2 classes, and outputs of shape {tuple(pred.shape)} have none along axis {axis}: give another `axis`, or choose Logits, which compares outputs of any meaning')
+    raise ValueError(f'{name} compares the scores of at least 2 classes, and outputs of shape {tuple(pred.shape)} have none along axis {axis}: '
+                     'give another `axis`, or choose Logits, which compares outputs of any meaning')
 
 @_full
 def SoftTarget(
@@ -75,7 +76,8 @@ def _split(name, pred, teacher_pred, target, axis):
     _check_classes(name, pred, axis)
     rows = [o.movedim(axis, -1) for o in (pred,teacher_pred)]
     wide = lambda shape: [o for o in shape if o!=1]
-    if isinstance(target, Tensor) and wide(target.shape)==wide(rows[0].shape[:-1]): target = target.reshape(rows[0].shape[:-1])  # labels of tables are [n, 1]
+    if isinstance(target, Tensor) and wide(target.shape)==wide(rows[0].shape[:-1]):
+        target = target.reshape(rows[0].shape[:-1])  # labels of tables are [n, 1]
     if not isinstance(target, Tensor) or target.is_floating_point() or target.shape!=rows[0].shape[:-1]:
         given = f'{target.dtype} of shape {tuple(target.shape)}' if isinstance(target, Tensor) else type(target).__name__
         raise ValueError(f'{name} needs one target class a sample, whole numbers of shape {tuple(rows[0].shape[:-1])}, not {given}: with soft labels (MixUp, CutMix) choose SoftTarget or DIST')

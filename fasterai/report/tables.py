@@ -129,12 +129,13 @@ def _speed_note(a, b, prev, layouts):
     if verdict and macs<1.02: res.append(f'{verdict}, and it computes as much')
     elif verdict: res.append(f'{verdict}, with ×{macs:.2f} fewer MACs{why}')
     elif macs>s.high: res.append(f'faster by {_ratio(s)}, less than its ×{macs:.2f} fewer MACs{why}')
-    elif macs<s.low: res.append(f'faster by {_ratio(s)}, more than its ×{macs:.2f} fewer MACs: what was removed took time that MACs do not count')
+    elif macs<s.low:
+        res.append(f'faster by {_ratio(s)}, more than its ×{macs:.2f} fewer MACs: what was removed took time that MACs do not count')
     if prev is not a and (t := speedup(prev['ms'], b['ms'])).low<=1<=t.high: res.append(f'no faster than {prev["stage"]}: {_ratio(t)} is within the noise')
     return [f'{b["stage"]}: {o}' for o in res]
 
 def _accuracy_note(a, b, prev):
-    "How sure it is that stage `b` is better or worse than the first, `a`, unless the one before it, `prev`, has the same answers"
+    "How sure it is that stage `b` is better or worse than the first, `a`; nothing if the one before it, `prev`, has the same answers"
     if 'right' not in b or prev is not a and torch.equal(prev['right'], b['right']): return []
     lost,won = int((a['right']>b['right']).sum()),int((b['right']>a['right']).sum())
     if lost==won==0: return []
@@ -142,11 +143,13 @@ def _accuracy_note(a, b, prev):
     share = lambda o: f'{100*int(o["right"].sum())/int(o["labels"].sum()):.2f} %'
     what = 'is right where the other is wrong' if one else 'has more right answers than the other'
     where = f'{a["stage"]} {what} on {lost:,} of {len(a["labels"]):,} samples, {b["stage"]} on {won:,}'
-    return [f'{b["stage"]}: accuracy {share(b)}, {share(a)} with {a["stage"]}; the difference is {"within the noise" if p>.05 else "more than chance"}: {where} (p = {p:.2g})']
+    verdict = 'within the noise' if p>.05 else 'more than chance'
+    return [f'{b["stage"]}: accuracy {share(b)}, {share(a)} with {a["stage"]}; the difference is {verdict}: {where} (p = {p:.2g})']
 
 def _nan_note(stage, model):
     "Parameters of a stage that are no numbers"
-    bad = {f'{layer}.{name}'.lstrip('.'): n for layer,name,w in effective_parameters(model) if (n := int((~torch.isfinite(w)).sum()))}
+    count = {f'{layer}.{name}'.lstrip('.'): int((~torch.isfinite(w)).sum()) for layer,name,w in effective_parameters(model)}
+    bad = {name:n for name,n in count.items() if n}
     if not bad: return []
     n,some = sum(bad.values()),', '.join(list(bad)[:3])+(', …' if len(bad)>3 else '')
     return [f'{stage}: {n:,} of its parameters are NaN or infinite ({some}), so its outputs may mean nothing']
@@ -171,8 +174,10 @@ class Report(Table):
             if several: res[f'faster{title}'] = ['' if not i else f'×{m:.2f} (×{lo:.2f} – ×{hi:.2f})' for i,(m,lo,hi) in enumerate(zip(col('speedup'), col('speedup_low'), col('speedup_high')))]
         if 'accuracy' in self:
             res['accuracy'] = [f'{a:.2f} % ({lo:.1f} – {hi:.1f})' for a,lo,hi in zip(self.accuracy, self.accuracy_low, self.accuracy_high)]
-        if 'same' in self and several: res['same class'] = ['' if not i else f'{100*k/n:.2f} % of {n:,}' for i,(k,n) in enumerate(zip(self.same, self.of))]
-        if 'difference' in self and several: res['largest difference'] = ['' if not i else f'{o:.3g}' for i,o in enumerate(self.difference)]
+        beside = lambda texts: ['',*texts][:len(self)]  # the first is what the others are compared with
+        if 'same' in self and several:
+            res['same class'] = beside(f'{100*k/n:.2f} % of {n:,}' for k,n in zip(self.same[1:], self.of[1:]))
+        if 'difference' in self and several: res['largest difference'] = beside(f'{o:.3g}' for o in self.difference[1:])
         return res
 
 def _is_models(o): return isinstance(o, nn.Module) or isinstance(o, Mapping) and any(isinstance(m, nn.Module) for m in o.values())
@@ -182,7 +187,8 @@ def _stages(args, data):
     ms = list(args)
     if len(ms)>1 and not _is_models(ms[-1]):
         last = ms.pop()
-        if data is not None and last is not None: raise ValueError(f'data is given twice, as the last argument, a {type(last).__name__}, and by name')
+        if data is not None and last is not None:
+            raise ValueError(f'data is given twice, as the last argument, a {type(last).__name__}, and by name')
         data = last if data is None else data
     if len(ms)==1 and isinstance(ms[0], Mapping): stages = {str(k):m for k,m in ms[0].items()}
     else: stages = dict(zip(('before','after') if len(ms)==2 else (f'model {i}' for i in range(1, len(ms)+1)), ms))
@@ -194,8 +200,8 @@ def _one(o, n):
     "The first of `n` samples in `o`"
     if isinstance(o, torch.Tensor): return o[:1] if o.dim() and len(o)==n else o
     if isinstance(o, Mapping): return {k:_one(v, n) for k,v in o.items()}
-    if isinstance(o, (tuple,list)) and len(o)==n and all(isinstance(v, torch.Tensor) for v in o): return o[:1]  # images of several sizes
-    return o
+    images = isinstance(o, (tuple,list)) and len(o)==n and all(isinstance(v, torch.Tensor) for v in o)  # of several sizes
+    return o[:1] if images else o
 
 def _sample(stages, data, example_inputs):
     "Inputs for one sample of the first batch, if there is no other, and the data"
@@ -208,8 +214,8 @@ def _sample(stages, data, example_inputs):
         first = next(it, None)
     if first is None: raise ValueError('data has no batches')
     xb,_ = inputs_and_labels(first, getattr(loader, 'n_inp', None))
-    parts = list(xb.values()) if isinstance(xb, dict) else list(xb)
-    n = len(tensors_of(parts)[0]) if isinstance(parts[0], torch.Tensor) and parts[0].dim() else len(parts[0]) if isinstance(parts[0], (tuple,list)) else 1
+    lead = next(iter(xb.values() if isinstance(xb, dict) else xb))
+    n = len(lead) if isinstance(lead, (tuple,list)) or isinstance(lead, torch.Tensor) and lead.dim() else 1
     one = _one(xb, n) if isinstance(xb, dict) else tuple(_one(o, n) for o in xb)
     return placed(model, one),itertools.chain([first], loader) if it is loader else loader
 
@@ -226,17 +232,18 @@ def _check_alike(stages, inputs):
 # %% ../../nbs/report/02_tables.ipynb #518768dc
 def report(
     *models, # Models, or a dict of them by name, each compared with the first; then, if any, the data
-    data=None, # What accuracy is measured on: a fastai DataLoaders (its `valid` is taken), a loader, batches, or tensors (x, y); inputs alone tell how far the outputs agree
+    data=None, # For accuracy: a fastai DataLoaders (its `valid` is taken), a loader, batches, or tensors (x, y); for agreement: inputs alone
     example_inputs=None, # What latency and MACs are measured with; by default one sample of the data, or a size that runs
     repeats:int=15, # Measurements of latency, at least 6
     warmup:int=3, # Calls of each model before
     threads:int|None=None, # Of PyTorch, by default as many as now
     channels_last:bool=False, # Measure latency in both layouts
-    correct=most_likely, # Function of a model's output and the labels that returns booleans: which answers are right; by default the class with the highest score is the answer
+    correct=most_likely, # Function of a model's output and the labels that returns booleans: which answers are right
     progress:bool=True, # Show a bar
 ):
     """A row for each model: parameters, those not zero, bytes of a saved file, multiply-accumulates, median latency with its quartiles, how many times faster than the first,
-    accuracy in percent with its interval, or how far outputs agree with those of the first where accuracy cannot be measured; `notes` say why nothing became faster, what is within the noise, and what was not measured"""
+    accuracy in percent with its interval (of labels: in a segmentation, of pixels). Where accuracy cannot be measured: how far outputs agree with
+    those of the first. `notes` say why nothing became faster, what is within the noise, and what was not measured"""
     stages,data = _stages(models, data)
     if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats<6: raise ValueError(f'repeats is a whole number, at least 6, not {repeats!r}: fewer tell nothing')
     inputs,data = _sample(stages, data, example_inputs)
@@ -295,4 +302,5 @@ def _data_notes(found):
     "What could not be measured, and why"
     if found is None: return []
     if hasattr(found, 'why'): return [f'accuracy is not measured: {found.why}']
-    return [f'{found.strange:,} of {int(found.labels.sum()):,} labels are no class of the model, so no answer to them is right'] if found.strange else []
+    if not found.strange: return []
+    return [f'{found.strange:,} of {int(found.labels.sum()):,} labels are no class of the model, so no answer to them is right']
