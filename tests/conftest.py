@@ -1,7 +1,19 @@
-"Hypothesis repeats itself from run to run; `pytest --hypothesis-profile=hunt` looks further"
+"""Hypothesis repeats itself from run to run; `pytest --hypothesis-profile=hunt` looks further. `pytest --device cuda` puts models and data on a GPU"""
+import torch
 from hypothesis import HealthCheck, settings
 
 quiet = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 settings.register_profile('same', derandomize=True, max_examples=60, **quiet)
 settings.register_profile('hunt', max_examples=1000, print_blob=True, **quiet)
 settings.load_profile('same')
+
+def pytest_addoption(parser): parser.addoption('--device', default='cpu', help='where tensors and layers are made that do not say where')
+
+def pytest_configure(config):
+    device = config.getoption('device')
+    if device=='cpu': return
+    torch.set_default_device(device)
+    class Generator(torch.Generator):
+        "One whose numbers are made where all tensors are"
+        def __new__(cls, where=device): return super().__new__(cls, where)
+    torch.Generator = Generator
