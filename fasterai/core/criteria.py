@@ -107,7 +107,10 @@ class Criteria:
     def __call__(self, **known): return self.f(**known)
     def reduce(self, s, nan=False): # Scores with a block in each row: [blocks, size]; does nan fill the rows of smaller blocks?
         "Score of each block: [blocks]"
-        return self.normalize(self.reducer(s, nan=nan) if self.reducer in reducers.values() else self.reducer(s))
+        return self.normalize(self.lump(s, nan))
+    def lump(self, s, nan=False):
+        "As `reduce`, before it is normalized"
+        return self.reducer(s, nan=nan) if self.reducer in reducers.values() else self.reducer(s)
     def normalize(self, s):
         if self.normalizer is None: return s
         return s/self.normalizer(s.abs()[None]).clamp_min(torch.finfo(s.dtype).tiny) if self.by_name else self.normalizer(s)

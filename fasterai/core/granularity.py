@@ -72,6 +72,7 @@ class Answers(Blocks):
     full = 100. # Percent of a block's weights that go with it
     spares_last = True # Does a layer keep its last block?
     in_order = False # Is every block one weight, in the order of the weight?
+    members = None # How many slices each block has, where that differs: [n]
     @property
     def partial(self): "Is a block more than what goes of it?"; return self.full<100
     def channels(self, axis=0): # Axis of the weight

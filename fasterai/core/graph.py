@@ -142,7 +142,7 @@ class _Facts:
         return torch.stack([a[~fixed],b[~fixed]]),pins
 
     def fix(self, l, dims, why):
-        "An operation counts on the sizes of layer `l` along `dims`: nothing may go that varies along them"
+        "An operation counts on the sizes of layer `l` along `dims`: what varies along them has to stay, or goes together"
         dims = [d for d in dims if l.shape[d]>1]
         if dims: self.fixes.append((l,dims,why))
 
@@ -666,7 +666,8 @@ def _joined(tr, c):
     if c.name=='stack': parts = [p.each(lambda l: l.unsqueeze(d), (*p.shape[:d],1,*p.shape[d:])) for p in parts]
     parts = [p for p in parts if p.shape!=(0,)]  # cat has always skipped these
     if all(p.par and not p.ids for p in parts): return _side_by_side(tr, c, parts, d)
-    if not any(p.ids for p in parts) or any(len(p.along(d))>1 for p in parts): raise _Unknown
+    if not any(p.ids for p in parts): return [tr.hold(p.par, c.why) for p in parts]
+    if any(len(p.along(d))>1 for p in parts): raise _Unknown
     rest = [_Shadow((*p.shape[:d],1,*p.shape[d+1:]), p.beside(d), {k:j for k,j in p.par.items() if j.shape[d]==1}, p.kind) for p in parts]
     for p in parts: tr.hold({k:j for k,j in p.par.items() if j.shape[d]>1}, c.why)
     ids = tr.meet(rest, c.why, same=len(parts)==1, kind='cat')
@@ -932,8 +933,11 @@ def _convolve(tr, c, back, b):
     if not (back or G>1) and pointwise: tr.made_by_linear(outs.flatten(), ins.flatten())
     rest = []
     for l in x.beside(1):  # channels along an axis that this convolution takes for space
-        if pointwise and tuple(c.y.shape[2:])==x.shape[2:]: rest.append(l)
-        else: tr.pin(l, c.why)
+        if tuple(c.y.shape[2:])!=x.shape[2:]: tr.pin(l, c.why)
+        elif pointwise: rest.append(l)
+        else:  # each is made of its neighbours
+            tr.mix(l, range(2, n), c.why)
+            rest.append(tr.fresh(l, c.why))
     y = _Shadow(tuple(c.y.shape), [outs.reshape([-1 if d==1 else 1 for d in range(n)]), *rest])
     tr.put(c.y, _biased(tr, c, y, b, 1))
 
@@ -1144,13 +1148,27 @@ class ChannelGraph:
         "Classes from ties; then what is pinned"
         pairs,pins = tr.settle()
         self._root = connected(tr.n, *pairs)
+        whole = [fix for fix in tr.fixes if self._tie_along(*fix)]
         for l,why in tr.splits: pins += self._grid(l, why)
         for l,dims,why in tr.fixes:
-            r = self._root[l]
-            if any((r!=r.narrow(d, 0, 1)).any() for d in dims): pins.append((l[l>0],why))
+            if self._varies(l, dims): pins.append((l[l>0],why))
+        for l,_,why in whole:
+            if len(self._root[l[l>0]].unique())==1: pins.append((l[l>0],why))  # nothing could go by itself
         self._why,self._pin = [why for _,why in pins],torch.full([tr.n], -1)
         for i,(ids,_) in reversed(list(enumerate(pins))): self._pin[self._root[ids]] = i
         self._pin[0] = -1  # no channel
+
+    def _varies(self, l, dims):
+        r = self._root[l]
+        return any((r!=r.narrow(d, 0, 1)).any() for d in dims)
+
+    def _tie_along(self, l, dims, why):
+        "Where sizes along `dims` are fixed, what stands at one place of the other dimensions of layer `l` goes together: whole heads. Was there anything to tie?"
+        if len(dims)==len(_varying(l)) or not self._varies(l, dims): return False
+        first = l.amax(dims, keepdim=True)
+        a,b = (o.flatten() for o in torch.broadcast_tensors(l, first))
+        self._root = connected(len(self._root), a[a>0], b[a>0], self._root)
+        return True
 
     def _mixed(self, l, dims):
         "Channels of `l` that depend on others along `dims`: not those that only go together with these"

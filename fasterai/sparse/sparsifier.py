@@ -94,15 +94,27 @@ class Layer(Source):
 
     def prepare(self):
         "Compute the scores of all blocks, and keep them until `close`"
-        rows,nan = [],False
+        scored = []
         for i,p in enumerate(self.parts):
             known = {o:_wide(x) for o,x in self.known(i).items()}
             if not self.criteria.pointwise: known = {o:x.clone() for o,x in known.items()}  # a user's function may write to what it gets
             s = self.criteria.f(**known)
             self.whole = s = s if s.is_floating_point() else s.float()
-            rows.append(p.blocks.at_stake(s))
-            nan |= p.blocks.padded or p.blocks.partial
-        self.ready = self.criteria.reduce(rows[0] if len(rows)==1 else torch.cat(rows, 1), nan=nan)
+            scored.append((p.blocks,s))
+        self.ready = self.criteria.normalize(self._by_size(scored) if any(b.members is not None and b.padded for b,_ in scored) else self._lumped(scored))
+
+    def _lumped(self, scored):
+        rows = [b.at_stake(s) for b,s in scored]
+        return self.criteria.lump(rows[0] if len(rows)==1 else torch.cat(rows, 1), nan=any(b.padded or b.partial for b,_ in scored))
+
+    def _by_size(self, scored):
+        "Scores of blocks of different sizes, without a row for all weights of each: those of one size at a time"
+        sizes,which = torch.stack([b.members for b,_ in scored], 1).unique(dim=0, return_inverse=True)
+        ready = scored[0][1].new_empty(len(which))
+        for k,some in enumerate(sizes):
+            ids = (which==k).nonzero()[:,0]
+            ready[ids.to(ready.device)] = self.criteria.lump(torch.cat([b.fold(s, ids) for (b,s),n in zip(scored, some.tolist()) if n], 1))
+        return ready
 
     def renew_masks(self):
         "Masks of the parts, from what is kept"
@@ -299,12 +311,15 @@ class _Tied(Answers):
         at = torch.arange(len(some), device='cpu')-first[number[some]]  # place of a filter in its block
         self.table = torch.full((n, int(at.max())+1 if len(at) else 1), -1, device='cpu')
         self.table[number[some],at] = some
+        self.members = (self.table>=0).sum(1)
         self.padded = bool((self.table<0).any())
     def channels(self, axis=0): return self.number if axis==self.o else None
-    def fold(self, x):
-        x = x.movedim(self.o, 0).flatten(1)
-        res = x[self.table.to(x.device)]
-        if self.padded: res = res.masked_fill((self.table<0).to(x.device)[...,None], math.nan)
+    def fold(self, x, ids=None): # Tensor of the weight's shape; which blocks, all by default
+        "`x` with one block a row, nan where it has fewer filters than the largest"
+        table = self.table if ids is None else self.table[ids]
+        table = table[:,:int((table>=0).sum(1).max())]
+        res = x.movedim(self.o, 0).flatten(1)[table.to(x.device)]
+        if (table<0).any(): res = res.masked_fill((table<0).to(x.device)[...,None], math.nan)
         return res.flatten(1)
     def spread(self, flags, scores=None):
         number = self.number.to(flags.device)
@@ -425,6 +440,8 @@ def _check_criteria(o):
     if f.pointwise and any(x._version!=versions[k] for k,x in known.items()):
         raise ValueError(f'criteria {f.__name__!r} is marked pointwise and writes to its arguments')
 
+_ENOUGH = .75  # share of what was asked for, below which sets that are too large are told of
+
 class Sparsifier:
     "Zero the blocks of `model` that `criteria` finds least important"
     @old_sparsifier
@@ -454,7 +471,7 @@ class Sparsifier:
         for o in smallest.values(): _check_criteria(o)
         most = max(o.n for o in self.layers)
         if round_to and most<round_to: raise ValueError(f'round_to={round_to}: no layer has so many blocks to keep, the largest has {most}')
-        self._gone,self._sides,self._asked,self._told = {},None,0,not coupled
+        self._gone,self._sides,self._asked,self._coupled,self._told = {},None,0,coupled,not coupled
         if coupled:
             if not all(map(_by_filter, self.layers)):
                 raise ValueError(f'coupled filters go with the granularity filter, not {granularity_name(granularity)!r}')
@@ -480,11 +497,24 @@ class Sparsifier:
 
     @property
     def left(self):
-        """A row for each `layer` with something that can never be zeroed: how many `channels` it has, how many blocks were `asked` for last and are `zeroed`, and
-        `why` not all. The model's output is among them, whose filters nobody expects to go"""
+        """A row for each `layer` with something that can never be zeroed, or whose filters go together in few large sets: how many `channels` it has, how many
+        blocks were `asked` for last and are `zeroed`, and `why` not all. The model's output is among them, whose filters nobody expects to go"""
         percent = lambda o: self._asked.get(o.layer, 0) if isinstance(self._asked, dict) else self._asked
         asked = lambda o: n_of(o.n, 100*percent(o)/self.own)
-        return [dict(layer=o.layer, channels=o.channels, asked=asked(o), zeroed=self._zeroed(o.layer), why=o.why) for o in self._stays]
+        return [dict(layer=o.layer, channels=o.channels, asked=asked(o), zeroed=self._zeroed(o.layer), why=o.why) for o in self._stays]+self._coarse()
+
+    def _coarse(self):
+        "Rows of `left` for layers of which much less is zeroed than was asked for, since their filters go together in few sets"
+        if not self._coupled or self.context is not local: return []
+        rows,known = [],{o.layer for o in self._stays}
+        for o in self.layers:
+            percent = self._asked.get(o.name, 0) if isinstance(self._asked, dict) else self._asked
+            for p in o.parts if o.masks else ():
+                gone,name = p.blocks.spread(o.keep)==0,p.name.removesuffix('.weight')
+                row = dict(layer=name, channels=gone.numel(), asked=n_of(gone.numel(), percent), zeroed=int(gone.sum()),
+                    why=f'its filters go together in {o.n} sets of {gone.numel()/o.n:g}, and a part of a set cannot go')
+                if name not in known and row['zeroed']<_ENOUGH*row['asked'] and gone.numel()>o.n: rows.append(row)
+        return rows
 
     def _zeroed(self, name):
         "How many filters of the layer `name` are masked"
@@ -494,10 +524,12 @@ class Sparsifier:
     def tell_left(self, sparsity): # Percentage that is asked for, or a dict by layer
         "Warn, once, of filters that are asked for and can never go, but for those of the model's output"
         self._asked = sparsity
-        short = [o for o,row in zip(self._stays, self.left) if not o.said and row['asked']>row['zeroed']]
+        rows = self.left
+        short = [f'{o.stuck} of {o.channels} filters of {o.layer} have to stay ({o.why})' for o,row in zip(self._stays, rows) if not o.said and row['asked']>row['zeroed']]
+        short += [f"{o['zeroed']} of {o['asked']} filters of {o['layer']} were zeroed ({o['why']})" for o in rows[len(self._stays):]]
         if self._told or not short: return
         self._told = True
-        each = '; '.join(f'{o.stuck} of {o.channels} filters of {o.layer} have to stay ({o.why})' for o in short[:3])
+        each = '; '.join(short[:3])
         more = f'; and some of {len(short)-3} other layers' if len(short)>3 else ''
         warn(f'less can be zeroed than was asked for: {each}{more}. See `left`')
 
