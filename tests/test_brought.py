@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.testing._internal.two_tensor import TwoTensor
 from torchvision.models import mobilenet_v2, resnet18, squeezenet1_1
+from fasterai.core.criteria import Criteria, large_final
 from fasterai.core.brought import check_finite, computed, made_of, unfit
 from fasterai.core.running import plain_model
 from fasterai.quantize.all import KMeansCallback, KMeansQuantizer
@@ -494,6 +495,34 @@ def test_a_part_of_a_layer():
     gone = (model.d.weight==0).flatten(1).all(1)
     assert not gone[8:].any() and gone.sum()==6 and torch.equal(gone[:8], (model.a.weight==0).flatten(1).all(1))
     assert {o['layer']:(o['channels'],o['asked'],o['zeroed']) for o in sp.left}=={'c':(4,3,0), 'd':(12,9,6)}
+
+def test_sets_of_filters():
+    "Filters that go together in few large sets: `left` has what rounding takes from the share that was asked for, and a warning if it is much"
+    def make(): return nn.Sequential(conv(3,64), conv(64,64,groups=16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64,4))
+    model = make()
+    sp = Sparsifier(model, 'filter', coupled=True, example_inputs=x)
+    with said('16 of 25 filters of 0 were zeroed (its filters go together in 4 sets of 16'): sp.sparsify_model(40)
+    assert {o['layer']:(o['channels'],o['asked'],o['zeroed']) for o in sp.left}=={'0':(64,25,16), '1':(64,25,16)}
+    model = make()
+    with silent(): sp = Sparsifier(model, 'filter', coupled=True, example_inputs=x).sparsify_model(50)
+    assert filters(model)[:2]==[32,32]
+
+@pytest.mark.parametrize('reducer', ['mean','sum','max','l2'])
+def test_sets_of_different_sizes(reducer):
+    "Scores of sets of one, two and three filters in two layers are those of all their weights, whatever else is in the layer"
+    torch.manual_seed(0)
+    def forward(s, x):
+        a,b = s.a(x).split(s.sizes, 1)
+        return s.head(F.relu(torch.cat([a+s.b(x), b], 1)).mean((2,3)))
+    model = Net(forward, a=conv(3,12), b=conv(3,4), head=nn.Linear(12,4)).double()
+    model.sizes = 4,8
+    sp = Sparsifier(model, 'filter', criteria=Criteria(large_final, reducer), coupled=True, example_inputs=x.double())
+    layer, = (o for o in sp.layers if o.name=='a')
+    layer.open()
+    a,b = model.a.weight.abs().flatten(1),model.b.weight.abs().flatten(1)
+    rows = [torch.cat([a[i],b[i]]) for i in range(4)]+list(a[4:])
+    want = torch.stack([dict(mean=o.mean, sum=o.sum, max=o.max, l2=o.norm)[reducer]() for o in rows])
+    torch.testing.assert_close(layer.scores(0, len(rows)), want.detach())
 
 def test_layers_that_do_not_run():
     model = Net(lambda s,x: s.fc(s.b(s.a(x)).mean((2,3))), a=conv(3,8), b=conv(8,8), idle=conv(3,8), fc=nn.Linear(8,4))

@@ -30,6 +30,7 @@ FILE_MOST = 30e6      # parameters of the largest network that is written to a c
 ZEROED,RATIO = 40,30  # percent of the filters that are zeroed; percent of the channels that a ratio takes
 ENOUGH = .75          # share of what was asked for below which a warning is due
 PATIENCE = 10         # how many times longer than its time of the processor a process may take, on a busy machine
+MIXED = 'takes all channels together'  # the reason of `Pruner.left` why zeros have to stay if outputs are to
 SLOW = 10             # seconds that a removal may take on two quiet cores
 LOSSLESS = dict(float64=1e-4, float32=1e-3)  # largest relative differences of outputs
 FOLDED = dict(float64=1e-10, float32=1e-3)
@@ -418,8 +419,11 @@ class Trial:
     def lossless(self):
         from fasterai.prune.pruner import Pruner
         was,start = self.state(self.zeroed),clock()
-        self.slim = Pruner().prune_model(self.zeroed, self.inputs)
+        pruner = Pruner()
+        self.slim = pruner.prune_model(self.zeroed, self.inputs)
         self.tell(seconds=clock()-start, after=size(self.slim), gone=self.row['filters']-filters(self.slim))
+        whys = Counter(why for o in pruner.left for why in o['why'].split('; '))
+        self.tell(whys=[why for why,_ in whys.most_common() if MIXED not in why][:3])
         self.tell(untouched=self.same_state(self.zeroed, was))
         self.compare(self.zeroed, self.slim, self.inputs, self.larger)
 
@@ -527,7 +531,8 @@ def problems(row):
     elif 'zeros' in zero and zero['zeros']<ENOUGH*row['filters']*ZEROED/100: less('zero', zero['zeros'], round(row['filters']*ZEROED/100), 'filters were zeroed')
     if 'gone' in lossless:
         asked = zero['zeros']
-        some = lossless['gone']>0 and (lossless.get('warnings') or zero['how']=='by hand')  # not all can: a norm over channels reads zeros, too
+        # not all can: a norm over channels reads zeros, too
+        some = lossless.get('warnings') and (lossless['gone'] or not lossless['whys']) or lossless['gone'] and zero['how']=='by hand'
         if lossless['gone']<ENOUGH*asked and not some: less('lossless', lossless['gone'], asked, 'zero filters went')
     if 'gone' in ratio:
         asked = round(row['filters']*RATIO/100)
