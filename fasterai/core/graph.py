@@ -9,6 +9,7 @@ __all__ = ['connected', 'Slice', 'layer_of', 'adds_slices', 'summed_by', 'spatia
 import difflib,gc,math,re,warnings,weakref
 from collections import Counter
 from dataclasses import dataclass,field
+from functools import cache
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -96,6 +97,7 @@ class Slice:
     @property
     def layer(self): return layer_of(self.name)
 
+@cache
 def layer_of(name):
     "Name of the module that a parameter belongs to"
     return name.split('.parametrizations.')[0] if '.parametrizations.' in name else name.rpartition('.')[0]
@@ -109,6 +111,7 @@ class _Facts:
         named = [(n,p) for it in (model.named_parameters(), model.named_buffers()) for n,p in it if p.is_floating_point() or p.is_complex()]
         self.params,self.names = dict(named),{id(p):n for n,p in named}
         self.numbers = torch.arange(max([1,*(m for p in self.params.values() for m in p.shape)]), device='cpu')
+        self.none = torch.zeros_like(self.numbers)
         self.whole = {id(b):n for n,b in model.named_buffers() if not b.is_floating_point()}
         self.n = 1 # the next channel number
         self.ties,self.pins,self.splits,self.fixes = [],[],[],[]  # (a, b, why, pins before); (ids, why); layers; (layer, dims, why)
@@ -187,6 +190,10 @@ class _Facts:
     def hold(self, par, why):
         "Parameters indexed by the layers of `par` keep their size"
         for (name,dim),j in par.items():
+            if (name,dim) not in self.bound and self.in_order(j, n:=self.params[name].shape[dim]):
+                self.bound[name,dim] = self.none[:n]
+                self.order.setdefault(layer_of(name))
+                continue
             j = j[j>=0].unique()
             self.use(name, dim, j, torch.zeros_like(j), why)
 
@@ -332,12 +339,39 @@ def _shape_of_product(c):
     if c.a['transposed']: return (len(x),w.shape[1]*c.a['groups'],*((o-1)*s-2*p+k+e for o,s,p,k,e in zip(x.shape[2:], stride, pad, span, extra)))
     return (len(x),len(w),*((o+2*p-k)//s+1 for o,s,p,k in zip(x.shape[2:], stride, pad, span)))
 
+_SAME_TYPE = frozenset('''relu relu6 hardtanh hardsigmoid hardswish leaky_relu elu celu selu gelu silu mish softplus sigmoid tanh exp sqrt rsqrt square
+    clamp clamp_min clamp_max add sub mul div neg'''.split())
+
+class _Blanks(dict):
+    "Tensors of zeros that share their memory: nothing has to be written"
+    def like(self, x, shape):
+        if type(x) not in (torch.Tensor,nn.Parameter) or x.device.type!='cpu': return x.new_zeros(shape)
+        n = math.prod(shape)
+        if x.dtype not in self or self[x.dtype].numel()<n: self[x.dtype] = x.new_zeros(n)
+        strides = [math.prod(shape[i+1:]) for i in range(len(shape))]
+        return x.new_empty(0).set_(self[x.dtype].untyped_storage(), 0, shape, strides)
+
+def _empty_result(c, blank): # A call, and a function that gives zeros of the type of a tensor
+    "What has the shape and the type of the result of operation `c`, without its values; `None` if that is more than a question of shapes"
+    shape = _shape_of_product(c)
+    if shape is not None: return blank(c.a[c.first], shape)
+    if c.name=='native_batch_norm' and not c.a['training'] and c.a['input'].is_contiguous():
+        x = c.a['input']
+        return blank(x, x.shape),x.new_zeros(0),x.new_zeros(0)
+    if c.name not in _SAME_TYPE: return
+    xs = [o for o in c.a.values() if isinstance(o, torch.Tensor)]
+    x = c.a[c.first]
+    if not all(o.dtype is x.dtype and o.device==x.device and o.is_contiguous() for o in xs) or not x.is_floating_point(): return
+    shape = x.shape if all(o.shape==x.shape for o in xs) else torch.broadcast_shapes(*(o.shape for o in xs))
+    if not c.spec.mutable: return blank(x, shape)
+    if c.spec.inplace and shape==x.shape: return x
+
 class _Trace(Watch, _Shared):
     "Runs along with a model and has each operation say what it does to the channels"
     def __init__(self, model, hollow=False):
         Watch.__init__(self)
         _Shared.__init__(self, model)
-        self.hollow = hollow  # compute no large products: shapes will do
+        self.hollow,self.blanks = hollow,_Blanks()  # compute nothing that is only a question of shapes
         self.keys,self.writing = 0,False  # what is written into part of a tensor is read as that tensor
         self.shadows,self.cache,self.stack,self.zeros,self.unread = WeakTensorKeyDictionary(),{},[],{},{}
         self.telling = None  # knows where sizes in the model's code come from, where somebody asks for that
@@ -353,8 +387,8 @@ class _Trace(Watch, _Shared):
 
     def compute(self, call, func, args, kwargs):
         "What `func` gives, for those who want to know more than channel numbers"
-        shape = _shape_of_product(call) if self.hollow else None
-        return func(*args, **kwargs) if shape is None else call.a[call.first].new_zeros(shape)
+        out = _empty_result(call, self.blanks.like) if self.hollow else None
+        return func(*args, **kwargs) if out is None else out
 
     def follow(self, call):
         "Apply the rule for `call`; without one, or where it does not fit, pin all that `call` touches"
@@ -1118,7 +1152,10 @@ class ChannelGraph:
         with untouched(model): self.shapes = self._run(model, tr, self.example_inputs)
         return tr
 
-    def _follow(self): self._followers = [(s.name,self._alone(s)) for s in self.slices if s.role=='affine' and s.kind in ('bias','scale','shift')]
+    def _follow(self):
+        by = {}
+        for s in self.slices: by.setdefault((s.name,s.dim), []).append(s)
+        self._followers = [(s.name,self._alone(s, by[s.name,s.dim])) for s in self.slices if s.role=='affine' and s.kind in ('bias','scale','shift')]
 
     def _run(self, model, tr, inputs):
         "Trace a forward, and pin what leaves the model; the shapes of that"
@@ -1236,9 +1273,9 @@ class ChannelGraph:
                 if (rows>=0).any(): res.append((name,rows))
         return res
 
-    def _alone(self, s):
+    def _alone(self, s, twins): # A slice, and all of the same dimension of the same parameter
         "Channels of slice `s`, 0 for the entries that serve others as well"
-        twins = [o.ids for o in self.slices if o.name==s.name and o.dim==s.dim and o is not s]
+        twins = [o.ids for o in twins if o is not s]
         return s.ids.where((torch.stack(twins)==s.ids).all(0), 0) if twins else s.ids
 
     def macs(self):

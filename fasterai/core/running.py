@@ -86,7 +86,7 @@ class _Plain(TorchFunctionMode):
         if not isinstance(o, Tensor) or _has_own_code(o) or id(o) in self.own: return o
         return _unwrapped(o)
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if not types: return func(*args, **(kwargs or {}))
+        if all(t in (Tensor,nn.Parameter) for t in types): return func(*args, **(kwargs or {}))
         args,kwargs = tree_map(self.plain, (args,kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass(): return func(*args, **kwargs)
 
