@@ -906,7 +906,8 @@ class ChannelGraph:
         tr.telling = Telling(model, tr)
         with untouched(model): self.shapes = self._run(model, tr, self.example_inputs)
         self.n_eval,self.idle = tr.n,tr.idle  # how many numbers; what did not run
-        self.calls,tr.telling.sure = {k:[*v] for k,v in tr.telling.calls.items()},False  # what is seen in training only cannot be tried later
+        self.calls = {k:[*v] for k,v in tr.telling.calls.items()}
+        tr.telling.only_again()
         self.counts,self.settled = tr.counts,tr.settled  # where values decided on sizes for the first time, and the layers before
         if self.idle: self._train(model, tr)
         self.slices,self.merges,self.order,self._names = _slices(tr.uses),tr.merges,list(tr.order),tr.names

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['NOT_THE_MODELS', 'Attr', 'Axis', 'evaluate', 'Told', 'is_layer', 'Watching', 'Sizing', 'Equation', 'Telling']
 
-# %% ../../nbs/core/07_sizes.ipynb #1d86df78
+# %% ../../nbs/core/07_sizes.ipynb #e067c398
 import operator,os,sys
 from dataclasses import dataclass,field
 import torch
 from torch import nn,Tensor
 from torch.overrides import TorchFunctionMode
 
-# %% ../../nbs/core/07_sizes.ipynb #f3408565
+# %% ../../nbs/core/07_sizes.ipynb #addefd8a
 @dataclass(frozen=True)
 class Attr:
     "A number that a module holds: in an attribute, or inside of a list or dict that is one"
@@ -70,7 +70,7 @@ def _written(source):
     if isinstance(source, tuple): return f'{_written(source[1])}{source[0]}{_written(source[2])}'
     return str(source)
 
-# %% ../../nbs/core/07_sizes.ipynb #9b4d879b
+# %% ../../nbs/core/07_sizes.ipynb #1f8c3684
 class Told(int):
     "A whole number that knows where it comes from"
     def __new__(cls, n, source, by=None): # `by` hears of all that it is compared with
@@ -104,7 +104,7 @@ def _joined(sign, a, b):
 for _name,_sign in dict(add='+', sub='-', mul='*', floordiv='//', mod='%').items():
     for _k,_f in _arithmetic(_name, _sign).items(): setattr(Told, _k, _f)
 
-# %% ../../nbs/core/07_sizes.ipynb #5c01f643
+# %% ../../nbs/core/07_sizes.ipynb #320c1ba0
 _LAYERS = (nn.modules.conv._ConvNd,nn.Linear,nn.modules.batchnorm._NormBase,nn.LayerNorm,nn.GroupNorm,nn.Embedding,nn.EmbeddingBag,
     nn.PReLU,nn.MultiheadAttention,nn.RNNBase)
 def is_layer(
@@ -173,7 +173,7 @@ class _Attributes:
             for k,v in [*vars(m).items()]:
                 if k not in _OWN and (now:=_plain(v)) is not v: vars(m)[k] = now
 
-# %% ../../nbs/core/07_sizes.ipynb #3a2fa431
+# %% ../../nbs/core/07_sizes.ipynb #91270e53
 @dataclass
 class _Place:
     "A number that an operation takes or makes"
@@ -269,7 +269,7 @@ class Watching(TorchFunctionMode):
     def note(self, name, places, where, nth): self.numbers[where,nth] = [p.n for p in places]
     def size(self, x, dim): return x.shape[dim]
 
-# %% ../../nbs/core/07_sizes.ipynb #cb5d31e4
+# %% ../../nbs/core/07_sizes.ipynb #a3f63eef
 @dataclass(eq=False)
 class Sizing:
     "An operation that cuts or reshapes channels"
@@ -318,7 +318,7 @@ class Telling(Watching):
     def __init__(self, model, trace):
         super().__init__(trace.stack)
         self.model,self.trace = model,trace
-        self.sizings,self.equations,self.sure,self.running = [],[],True,False
+        self.sizings,self.equations,self.running,self.tried,self.line = [],[],False,None,''
 
     def __enter__(self):
         self.attributes = _Attributes(self.model, self)
@@ -329,6 +329,12 @@ class Telling(Watching):
         super().__exit__(*args)
         self.running = False
         self.attributes.stop()
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if self.tried is not None: self.line = _line()
+        return super().__torch_function__(func, types, args, kwargs)
+    def only_again(self):
+        "From here on, only what has run before is explained: what runs in training alone cannot be tried"
+        self.tried = {(s.where,s.line) for s in self.sizings}
 
     def about(self, t):
         "The name of `t`, if it is a parameter or buffer; and its shadow, if it has one"
@@ -399,8 +405,9 @@ class Telling(Watching):
         stop=None, # Of a slice; where it is open, a number that is larger than any size will do
     ):
         "Does the operation that is running split or slice at positions whose source is known?"
-        if self.now is None or not self.sure: return False
-        name,args,kwargs,_ = self.now
+        if self.now is None: return False
+        name,args,kwargs,(where,_) = self.now
+        if self.tried is not None and (where,self.line) not in self.tried: return False
         known = lambda o: isinstance(o, Told) and o.source is not None
         if name in ('split','split_with_sizes'):
             given = _argument(args, kwargs, 1, 'split_size_or_sections', 'split_size', 'split_sizes')

@@ -69,7 +69,7 @@ def _sized(model, graph, gone):
         elif hasattr(m, 'normalized_shape'): attrs[s.name] = dict(normalized_shape=(*m.normalized_shape[:-1], n))
     return attrs
 
-# %% ../../nbs/core/10_surgery.ipynb #5834e77f
+# %% ../../nbs/core/10_surgery.ipynb #e2b4fd41
 class _Count:
     "How many entries are left along each axis that the code of a model mentions"
     def __init__(self, graph):
@@ -302,7 +302,7 @@ def check_plan(model, plan):
         if list(state[name].shape)!=list(shape):
             raise ValueError(f'the plan is for another architecture: {name} has shape {tuple(state[name].shape)} here, {tuple(shape)} there')
 
-# %% ../../nbs/core/10_surgery.ipynb #d100265c
+# %% ../../nbs/core/10_surgery.ipynb #fabda86e
 class _Copying(TorchFunctionMode):
     "While a model is copied, `each` gives the copy of tensors that are no attributes of modules, as in lists"
     def __init__(self, each):
@@ -330,7 +330,7 @@ def _shell(model):
             if isinstance(o, Tensor): memo[id(o)] = nn.Parameter(empty(o), o.requires_grad) if isinstance(o, nn.Parameter) else empty(o)
     with _Copying(empty): return copy.deepcopy(model, memo)
 
-# %% ../../nbs/core/10_surgery.ipynb #f312fc4f
+# %% ../../nbs/core/10_surgery.ipynb #34147c3e
 @dataclass
 class _Problem:
     "Why a cut model is not what it should be"
@@ -378,7 +378,7 @@ def _failed(new, graph, watch, error):
     sizings = tuple(s for s in graph.sizings if (s.where,s.nth)==at)
     return _Problem(f'{where or "the model"} ({line}): {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}', where, error, sizings)
 
-# %% ../../nbs/core/10_surgery.ipynb #d15a9a95
+# %% ../../nbs/core/10_surgery.ipynb #5c991420
 _MOST_TRIES = 16  # find the one of a hundred layers that is to blame
 
 class _Case:
