@@ -154,7 +154,7 @@ class _Fitting:
         return changes
 
     def needed(self, gone):
-        "For each equation that cannot hold, and each piece that would be empty, which classes of `gone` have to stay and why"
+        "Which classes of `gone` have to stay and why, for each equation that cannot hold and each piece that would be empty"
         for e in self.fit(gone):
             stay = self.missing(e, gone)
             related = [o for o in self.sure if set(o.attrs)&set(e.attrs)]
@@ -215,7 +215,9 @@ def _cut_state(optimizer, p, shape, dims):
     opt = getattr(optimizer, 'opt', None) or optimizer
     state = opt.state[p] if p in opt.state else {}
     for k,v in state.items():
-        if isinstance(v, Tensor) and v.dim()==len(shape): state[k] = _pick(v, {d:i for d,i in dims.items() if v.shape[d]==shape[d]})  # a factored moment has size 1 along some
+        if not isinstance(v, Tensor) or v.dim()!=len(shape): continue
+        own = {d:i for d,i in dims.items() if v.shape[d]==shape[d]}  # a factored moment has size 1 along some
+        state[k] = _pick(v, own)
     for slow,ps in zip(getattr(optimizer, 'slow_weights', None) or [], optimizer.param_groups):  # fastai's Lookahead
         for i,o in enumerate(ps['params']):
             if o is p: slow[i] = _pick(slow[i], dims)
@@ -226,8 +228,10 @@ def _check_state(optimizer, named, plan):
     for name in plan['kept']:
         p = named.get(name)  # none yet: a bias to come
         for k,v in (opt.state[p] if p in opt.state else {}).items():
-            if isinstance(v, Tensor) and v.numel()>1 and not (v.dim()==p.dim() and all(m in (1,n) for m,n in zip(v.shape, p.shape))):
-                raise ValueError(f'the state of {type(opt).__name__} cannot be cut: {k!r} of {name}, whose shape is {tuple(p.shape)}, has shape {tuple(v.shape)}')
+            if not isinstance(v, Tensor) or v.numel()<=1: continue
+            if v.dim()==p.dim() and all(m in (1,n) for m,n in zip(v.shape, p.shape)): continue
+            raise ValueError(f'the state of {type(opt).__name__} cannot be cut: {k!r} of {name}, whose shape is {tuple(p.shape)}, '
+                             f'has shape {tuple(v.shape)}')
 
 def _weight(m):
     "The weight of `m` as it is used, also where it is computed from others"
@@ -297,21 +301,24 @@ def _alike(v, was):
     return v
 
 def _add_bias(m, optimizer):
-    m.bias = nn.Parameter(m.weight.detach().new_zeros(m.weight.shape[1]*m.groups if getattr(m, 'transposed', False) else m.weight.shape[0]), m.weight.requires_grad)
+    n = m.weight.shape[1]*m.groups if getattr(m, 'transposed', False) else m.weight.shape[0]
+    m.bias = nn.Parameter(m.weight.detach().new_zeros(n), m.weight.requires_grad)
     for g in getattr(optimizer, 'param_groups', []):
         if any(p is m.weight for p in g['params']): g['params'].append(m.bias)
 
 def check_plan(model, plan):
     "`ValueError` if `plan` was not made for the architecture of `model`"
     modules,state = dict(model.named_modules()),_named(model)
+    other = 'the plan is for another architecture: '
+    lacks = lambda what, o, names: f'{other}this {type(model).__name__} has no {what}{o!r}; {did_you_mean(o, names)[:300]}'
     for o in [*plan['biases'],*plan['attrs']]:
-        if o not in modules: raise ValueError(f'the plan is for another architecture: this {type(model).__name__} has no module {o!r}; {did_you_mean(o, modules)[:300]}')
+        if o not in modules: raise ValueError(lacks('module ', o, modules))
     new = {_sub(o, 'bias') for o in plan['biases']}
     for name,shape in plan['sizes'].items():
         if name in new: continue
-        if name not in state: raise ValueError(f'the plan is for another architecture: this {type(model).__name__} has no {name!r}; {did_you_mean(name, state)[:300]}')
+        if name not in state: raise ValueError(lacks('', name, state))
         if list(state[name].shape)!=list(shape):
-            raise ValueError(f'the plan is for another architecture: {name} has shape {tuple(state[name].shape)} here, {tuple(shape)} there')
+            raise ValueError(f'{other}{name} has shape {tuple(state[name].shape)} here, {tuple(shape)} there')
 
 # %% ../../nbs/core/10_surgery.ipynb #fabda86e
 def copy_of(
@@ -452,8 +459,8 @@ class _Case:
             if e.where==problem.where: yield e.axes,e.told
 
     def halved(self, gone, problem):
-        """What the module with the `problem` makes and reads stays, or else anything. But as much of it can go as fits, layer by layer: what does not fit
-        is tried in halves"""
+        """What the module with the `problem` makes and reads stays, or else anything. But as much of it can go as fits, layer by layer:
+        what does not fit is tried in halves"""
         for layers in self.layers(problem.where):
             parts = self.parts(layers, gone)
             base = gone.clone()
@@ -463,7 +470,8 @@ class _Case:
             left = self.grown(base, parts)
             self.spare(gone, (gone&~left).nonzero().flatten(), problem.told)
             return gone.nonzero().flatten()
-        raise ValueError(f'this {type(self.model).__name__} runs otherwise each time, so nothing can be cut out of it: {problem.told}') from problem.error
+        name = type(self.model).__name__
+        raise ValueError(f'this {name} runs otherwise each time, so nothing can be cut out of it: {problem.told}') from problem.error
 
     def layers(self, where):
         "Slices of the module that is called `where`; `None` for those of all"
