@@ -25,7 +25,7 @@ from ..core.running import call_with
 from ..core.liveness import spare_last
 from ..core.evidence import check_trained,evidence
 from ..core.selection import Scores,n_of,rounded_gone,select
-from ..core.surgery import _mend,_told_by_weight,copy_of,legal,plan_of
+from ..core.surgery import _mend,_told_by_weight,copy_of,kept_by,legal
 from ..legacy import old_function
 from ..prune.pruner import Pruner,check_ratio,group_scores
 from ..quantize.weight_sharing import KMeansQuantizer,bits_by_name,check_bits
@@ -140,7 +140,7 @@ class _Pruning:
     def plan(self, name, level, round_to=None):
         "What is kept, by tensor and axis"
         k = name,level,round_to
-        if k not in self.plans: self.plans[k] = plan_of(self.model, self.graph, self.classes(*k))['kept']
+        if k not in self.plans: self.plans[k] = kept_by(self.model, self.graph, self.classes(*k))
         return self.plans[k]
     def held(self, name):
         own = dict(self.model.named_parameters())
