@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SLIPS', 'tensors_of', 'map_parts', 'plain', 'at_home', 'restored', 'untouched', 'call_with', 'batches_of',
            'inputs_of', 'readers_of', 'Bystanders', 'without_readers', 'is_fake', 'plain_model', 'followable',
-           'check_shapes', 'example_inputs_for', 'inputs_for', 'fitting', 'as_in_training', 'naming']
+           'check_shapes', 'example_inputs_for', 'inputs_for', 'check_runs', 'as_in_training', 'naming']
 
 # %% ../../nbs/core/06_running.ipynb #97aac5d9
 import copy,math,sys,warnings
@@ -557,17 +557,16 @@ def _takes(model):
         if what: return f'; {n or "it"}, a {type(m).__name__}, takes {what}'
     return ''
 
-@contextmanager
-def fitting(model, inputs):
-    "Around code that runs `model` with `inputs`: if these do not fit, the `ValueError` says what was given and what is taken"
-    try: yield
+def check_runs(
+    model:nn.Module, # Left as it is
+    inputs, # As from `inputs_for`
+):
+    "`ValueError` if `model` does not run with `inputs`: what was given, what went wrong, and what is taken"
+    try:
+        with untouched(model): call_with(model, inputs)
     except SLIPS as e:
-        try:
-            with untouched(model): call_with(model, inputs)
-        except SLIPS as why:
-            raise ValueError(f'this {type(model).__name__} does not run with example_inputs {_shown(inputs)}: {type(why).__name__}: {why}'
-                             f'{_takes(model)}. Pass a tensor, a tuple of arguments or a dict of keyword arguments') from why
-        raise e
+        raise ValueError(f'this {type(model).__name__} does not run with example_inputs {_shown(inputs)}: {type(e).__name__}: {e}'
+                         f'{_takes(model)}. Pass a tensor, a tuple of arguments or a dict of keyword arguments') from e
 
 # %% ../../nbs/core/06_running.ipynb #fe28e0ef
 @contextmanager
