@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SLIPS', 'tensors_of', 'map_parts', 'plain', 'at_home', 'restored', 'untouched', 'call_with', 'batches_of',
-           'inputs_of', 'readers_of', 'Bystanders', 'without_readers', 'is_fake', 'plain_model', 'followable',
-           'check_shapes', 'example_inputs_for', 'inputs_for', 'check_runs', 'as_in_training', 'naming']
+           'inputs_of', 'readers_of', 'Bystanders', 'without_readers', 'is_fake', 'innermost', 'plain_model',
+           'followable', 'check_shapes', 'example_inputs_for', 'inputs_for', 'check_runs', 'as_in_training', 'naming']
 
 # %% ../../nbs/core/06_running.ipynb #97aac5d9
 import copy,math,sys,warnings
@@ -441,6 +441,13 @@ def _unwrapped_models(model):
         inner = _inside(model)
         if inner is None: return
         model = inner
+
+def innermost(
+    model, # Anything
+):
+    "What is inside of the wrappers of `model`, in any order, and whatever it is: for what only runs it, or takes its tensors"
+    while isinstance(model, nn.Module) and (inner := _inside(model)) is not None: model = inner
+    return model
 
 def plain_model(
     model, # What a user takes for a model
