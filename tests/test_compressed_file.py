@@ -4,10 +4,12 @@ import numpy as np, pytest, torch, torchvision
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from torch.nn.utils import prune
+from fasterai.core.running import innermost
 from fasterai.prune.pruner import Pruner
 from fasterai.quantize import compressed_file as cf
 from fasterai.quantize.compressed_file import CompressedFileError, compression_report, load_compressed, save_compressed
 from fasterai.sparse.sparsifier import Sparsifier
+from tiny import WRAPPERS
 
 def bits(t): return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) if t.numel() else torch.zeros(0, dtype=torch.uint8)
 def snap(model): return {k:(v.dtype,v.shape,bits(v).clone()) for k,v in model.state_dict().items()}
@@ -130,7 +132,7 @@ def test_tied_weights(tmp_path):
     same(snap(fresh), before)
 
 def test_models_of_every_state(tmp_path):
-    "Pruned ones, compiled ones, ones without a tensor, masked ones by `torch.nn.utils.prune`"
+    "Pruned ones, ones without a tensor, masked ones by `torch.nn.utils.prune`"
     net = lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8*16, 4))
     cut = lambda: Pruner(net(), 50, example_inputs=torch.zeros(1, 3, 8, 8)).prune_model()
     round_trip(cut(), cut(), tmp_path/'m')
@@ -139,8 +141,17 @@ def test_models_of_every_state(tmp_path):
     model,fresh = net(),net()
     for o in (model,fresh): prune.l1_unstructured(o[3], 'weight', .8)
     round_trip(model, fresh, tmp_path/'m')
-    save_compressed(torch.compile(model), tmp_path/'compiled')
-    assert (tmp_path/'compiled').read_bytes()==(tmp_path/'m').read_bytes()
+
+@pytest.mark.parametrize('wrap', [*WRAPPERS.values(),torch.jit.script], ids=[*WRAPPERS,'scripted'])
+def test_wrappers_are_not_in_the_file(wrap, tmp_path):
+    net = lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    model,fresh = net(),net()
+    save_compressed(model, tmp_path/'m')
+    save_compressed(wrap(model), tmp_path/'w')
+    assert (tmp_path/'w').read_bytes()==(tmp_path/'m').read_bytes()
+    wrapped = wrap(fresh)
+    assert load_compressed(tmp_path/'m', wrapped) is wrapped
+    same(snap(innermost(wrapped)), snap(model))
 
 def test_same_bytes_from_any_memory_format(tmp_path):
     "What is written depends on the values alone"

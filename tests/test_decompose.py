@@ -9,6 +9,7 @@ from fasterai.core.factorization import LowRank, allot
 from fasterai.core.graph import ChannelGraph
 from fasterai.core.running import example_inputs_for, untouched
 from fasterai.misc.all import Conv_Decomposer, FC_Decomposer, conv_methods
+from tiny import WRAPPERS
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')
 METHODS = list(conv_methods)
@@ -336,6 +337,16 @@ def test_refused_models():
     net = nn.Linear(8, 8)
     net.weight.data[0,0] = float('nan')
     with pytest.raises(ValueError, match='not all finite'): FC_Decomposer().decompose(net, .8)
+
+@pytest.mark.parametrize('wrap', WRAPPERS.values(), ids=WRAPPERS)
+def test_wrappers(wrap):
+    "What is inside is decomposed, and comes out"
+    net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 32)).eval()
+    x = (torch.randn(1, 8, 4, 4, generator=gen()),)
+    for d in (FC_Decomposer(),Conv_Decomposer()):
+        want,got = d.decompose(net, .5, example_inputs=x),d.decompose(wrap(net), .5, example_inputs=x)
+        assert type(got) is nn.Sequential and count(got)==count(want)<count(net)
+        close(run(got, x), run(want, x), 1e-5)
 
 def test_layers_and_exclude():
     net,d = nn.Sequential(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), nn.Linear(32, 32)),FC_Decomposer()

@@ -20,7 +20,7 @@ from fasterai.core.schedule import Schedule, cos, lin, sched_cos
 from fasterai.distill.all import *
 from fasterai.distill.losses import loss_needs
 from fasterai.sparse.all import SparsifyCallback
-from tiny import At, X, Y, fit, learner, net, raises, same, state
+from tiny import WRAPPERS, At, X, Y, fit, learner, net, raises, same, state
 
 def wide(seed=7):
     "A teacher of twice the width"
@@ -301,6 +301,23 @@ def test_compiled_student(backend, before):
 def test_compiled_teacher():
     t = wide()
     for how in (dict(), BOTH): fit(learner(), 1, KnowledgeDistillationCallback(torch.compile(t, backend='eager'), **how))
+
+@pytest.mark.parametrize('wrap', [o for k,o in WRAPPERS.items() if 'compiled' not in k], ids=[k for k in WRAPPERS if 'compiled' not in k])
+def test_wrapped_teacher(wrap):
+    "Layers have the names that they have inside, or in the wrapper"
+    t,x = wide().eval(),X[:4]
+    want = Distiller(t, **BOTH).prepare(net(), x).teach(x)
+    for names in (['2','5'],['module.2','module.5']):
+        got = Distiller(wrap(t), **{**BOTH, 'activations_teacher':names}).prepare(net(), x).teach(x)
+        assert torch.equal(got[0], want[0]) and all(map(torch.equal, got[1], want[1]))
+    assert match_feature_layers(net(), wrap(t), x)==match_feature_layers(net(), t, x)
+    with pytest.raises(ValueError, match="the teacher has no layer '17'"): Distiller(wrap(t), **{**BOTH, 'activations_teacher':['2','module.17']})
+
+def test_scripted_teacher():
+    "Without pairs of layers, nobody looks into it"
+    kd = Distiller(torch.jit.script(wide().eval())).prepare(net(), X[:4])
+    kd.reset()
+    assert torch.allclose(kd.teach(X[:4])[0], wide().eval()(X[:4]))
 
 def test_no_host_sync():
     "No step asks a tensor for a number"

@@ -234,7 +234,7 @@ def SMALL(): return dict(  # network, input, classes that can be removed of each
     gated=(Net(lambda s,x: (lambda p: s.head(F.silu(p[0])*p[1]))(s.a(x).chunk(2, -1)), a=nn.Linear(5,16), head=head(8)), seq, [8,0]),
     glu=(nn.Sequential(nn.Linear(5,16), nn.GLU(), nn.Linear(8,6), head(6)), seq, [8,6,0]),
     uneven=(Net(lambda s,x: (lambda p: s.head(p[0])+s.more(p[1]))(s.a(x).split([6,10], -1)), a=nn.Linear(5,16), head=head(6), more=head(10)), seq, [0,0,0]),
-    halves=(Net(lambda s,x: (lambda h: s.head(torch.cat([h[:,:4],s.b(h[:,4:])], 1).mean((2,3))))(s.a(x)), a=C(3,8), b=C(4,4), head=head(8)), img, [0,4,0]),
+    halves=(Net(lambda s,x: (lambda h: s.head(torch.cat([h[:,:4],s.b(h[:,4:])], 1).mean((2,3))))(s.a(x)), a=C(3,8), b=C(4,4), head=head(8)), img, [4,4,0]),
     four_steps=(Net(lambda s,x: (lambda p: s.head(s.o(torch.cat([p[0],s.b(p[1]),s.c(p[2]+p[3])], 1)).mean((2,3))))(s.a(x).chunk(4, 1)), a=C(3,12), b=C(3,3), c=C(3,3),
                    o=C(9,4), head=head(4)), img, [3,3,3,4,0]),
     moved=(Net(lambda s,x: (lambda h: s.head(h.repeat(1,2,1,1).mean((2,3)).view(2,2,-1).sum(1)))((lambda h: h.roll(2, 2)+s.b(h).flip(1))(s.a(x))), a=C(3,8), b=C(8,8),

@@ -10,9 +10,11 @@ from torchvision.models import mobilenet_v2, resnet18, shufflenet_v2_x0_5, squee
 from fasterai.analyze.all import *
 from fasterai.analyze.budget import isotonic
 from fasterai.core.graph import ChannelGraph
+from fasterai.core.running import plain_model
 from fasterai.prune.pruner import Pruner
 from fasterai.quantize.weight_sharing import KMeansQuantizer
 from fasterai.sparse.sparsifier import Sparsifier
+from tiny import WRAPPERS
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -52,6 +54,17 @@ def test_untouched(model, how):
         return total(m.eval())
     s = sensitivity(model, shakes, **how)
     assert unchanged(model, before) and modes(model)==was and torch.equal(torch.get_rng_state(), rng) and len(s.to_df())>=6
+
+@pytest.mark.parametrize('how', [dict(),dict(kind='pruning'),dict(kind='bits')], ids=['sparsity','pruning','bits'])
+@pytest.mark.parametrize('wrap', WRAPPERS.values(), ids=WRAPPERS)
+def test_wrapped(model, wrap, how):
+    "`evaluate` gets the wrapper, and the result has the names that layers have inside"
+    wrapped,seen = wrap(model),set()
+    def inside(m):
+        seen.add(type(m))
+        return total(plain_model(m))
+    want,got = (sensitivity(m, f, levels=[4], **how) for m,f in ((model,total),(wrapped,inside)))
+    assert got.metrics==want.metrics and seen=={type(wrapped)}
 
 @pytest.mark.parametrize('how', WAYS, ids=range(len(WAYS)))
 @pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])

@@ -83,6 +83,15 @@ def test_a_slice_by_attributes(f, lo):
         if f is slim_dots: assert o.rest<4 and o.all==o.a.out_channels
         else: assert o.out_chs==o.b.in_channels
 
+@pytest.mark.parametrize('cut,stays', [(lambda y: y[:, :3],{0,1,2}), (lambda y: y[:, 3:],{0,1,2}), (lambda y: y[:, :-3],{5,6,7}), (lambda y: y[:, -3:],{5,6,7}),
+    (lambda y: y.narrow(1, 0, 3),{0,1,2}), (lambda y: y[:, 2:-2],{0,1,6,7}), (lambda y: y[:, ::2],set(range(8))), (lambda y: y[:, [0,3,4]],set(range(8)))])
+def test_a_slice_by_numbers(cut, stays):
+    "What a number counts has to stay, and nothing else"
+    m = net(lambda m,x: m.head(m.b(cut(F.relu(m.a(x))))), a=conv(3,8), b=conv(cut(torch.zeros(1,8)).shape[1],6), head=head(6))
+    off(m.a, 1, 4, 6)
+    left = set(kept(lossless(m), 'a.weight')) if {1,4,6}-stays else set(range(8))
+    assert {1,4,6}&left=={1,4,6}&stays and stays<=left
+
 def partial(m, x):
     "As in FasterNet: the rest goes by"
     y = m.a(x)

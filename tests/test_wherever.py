@@ -17,7 +17,7 @@ from fastai.vision.models.unet import DynamicUnet
 from fasterai.callback import two_of
 from fasterai.core.brought import check_values
 from fasterai.core.graph import ChannelGraph
-from fasterai.core.running import (Bystanders, at_home, call_with, fitting, map_parts, plain, plain_model, readers_of,
+from fasterai.core.running import (Bystanders, at_home, call_with, map_parts, plain, plain_model, readers_of,
     tensors_of, untouched, without_readers)
 from fasterai.prune.all import PruneCallback, Pruner, load_pruned, save_pruned
 from fasterai.prune.pruner import pruned_plan
@@ -179,10 +179,6 @@ def test_inputs_that_do_not_fit(inputs, said):
         was = state(m)
         with pytest.raises(ValueError, match=f'(?s){said}'): f(m)
         assert same(was, state(m))
-
-def test_an_error_of_our_own_is_no_error_of_the_inputs():
-    with pytest.raises(KeyError, match='ours'):
-        with fitting(fresh(Images), Images.x): raise KeyError('ours')
 
 # --- what is set around the call
 

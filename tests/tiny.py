@@ -24,6 +24,9 @@ def net(seed=0, norm=nn.BatchNorm2d):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Conv2d(3,8,3,padding=1), norm(8), nn.ReLU(), nn.Conv2d(8,8,3,padding=1), norm(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,4))
 
+WRAPPERS = dict(compiled=torch.compile, parallel=nn.DataParallel, averaged=torch.optim.swa_utils.AveragedModel,
+    compiled_parallel=lambda m: torch.compile(nn.DataParallel(m)))
+
 class Net(nn.Module):
     "A `forward` given as a function of the net and its inputs, and layers by name"
     def __init__(self, f, **layers):

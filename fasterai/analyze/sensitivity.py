@@ -21,11 +21,11 @@ from ..core.criteria import criteria_of,large_final,needs
 from ..core.granularity import granularity_name, has_axes
 from ..core.registry import did_you_mean,named
 from ..core.graph import ChannelGraph,layer_of
-from ..core.running import call_with
+from ..core.running import call_with,plain_model
 from ..core.liveness import spare_last
 from ..core.evidence import check_trained,evidence
 from ..core.selection import Scores,n_of,rounded_gone,select
-from ..core.surgery import _mend,_told_by_weight,copy_of,legal,plan_of
+from ..core.surgery import _mend,_told_by_weight,copy_of,kept_by,legal
 from ..legacy import old_function
 from ..prune.pruner import Pruner,check_ratio,group_scores
 from ..quantize.weight_sharing import KMeansQuantizer,bits_by_name,check_bits
@@ -140,7 +140,7 @@ class _Pruning:
     def plan(self, name, level, round_to=None):
         "What is kept, by tensor and axis"
         k = name,level,round_to
-        if k not in self.plans: self.plans[k] = plan_of(self.model, self.graph, self.classes(*k))['kept']
+        if k not in self.plans: self.plans[k] = kept_by(self.model, self.graph, self.classes(*k))
         return self.plans[k]
     def held(self, name):
         own = dict(self.model.named_parameters())
@@ -259,7 +259,7 @@ class _Bits:
     "The weights of one layer share values"
     budgets,ascending = ('bytes',),False
     def __init__(self, model, levels, layer_type=None):
-        self.model,self.layer_type = getattr(model, '_orig_mod', model),layer_type
+        self.model,self.layer_type = model,layer_type
         for o in levels: check_bits(o)
         modules = dict(self.model.named_modules())
         names = [n for n in bits_by_name(self.model, 8) if layer_type is None or isinstance(modules[layer_of(n)], layer_type)]
@@ -422,7 +422,7 @@ def sensitivity(
     given = {k:v for k,v in dict(granularity=granularity, criteria=criteria, layer_type=layer_type, example_inputs=example_inputs, data=data, loss_func=loss_func).items() if v is not None}
     for o in given:
         if o not in inspect.signature(make).parameters: raise ValueError(f'{o} has no meaning for kind {kind!r}')
-    how = make(getattr(model, '_orig_mod', model), levels, **given)
+    how = make(plain_model(model), levels, **given)
     res = Sensitivity(how, f'{kind} {how.said} {_checksum(how.model)}', higher_is_better)
     res.inputs = example_inputs
     _go_on(res, resume)

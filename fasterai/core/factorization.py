@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from .registry import did_you_mean
 from .graph import ChannelGraph
-from .running import tensors_of,call_with,example_inputs_for,untouched
+from .running import tensors_of,call_with,example_inputs_for,plain_model,untouched
 from .surgery import copy_of
 
 # %% ../../nbs/core/11_factorization.ipynb #f5bf5a23
@@ -280,8 +280,7 @@ class Decomposer:
 
     def _decompose(self, model, percent_removed, energy_threshold, params, macs, layers, exclude, example_inputs):
         how = _how(percent_removed, energy_threshold, params, macs)
-        if not isinstance(model, nn.Module): raise TypeError(f'a model is an nn.Module, not {model!r}')
-        model = getattr(model, '_orig_mod', model)  # of a compiled model, the one that it was made from
+        model = plain_model(model)
         names = [n for n,m in model.named_modules() if isinstance(m, self.types)]
         kinds = ' or '.join(t.__name__ for t in self.types)
         if not names: raise ValueError(f'this {type(model).__name__} has no {kinds} to decompose')

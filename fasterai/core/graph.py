@@ -448,9 +448,15 @@ class _Trace(Watch, _Shared):
     def unexpanded(self, o, t):
         "_Shadow `o` of tensor `t` with size 1 where `t` is expanded: like any broadcast, it follows the size of what it meets"
         return _Shadow(tuple(1 if st==0 else n for n,st in zip(o.shape, t.stride())), o.ids, o.par, o.kind, o.direct, o.mixed)
-    def explained(self, *at):
-        "Is it known where the sizes come from that a split is given, or a slice with positions `at`?"
-        return self.telling is not None and self.telling.explains(*at)
+    def slice_at(self, l, d, c):
+        "A slice of layer `l` along `d`: what comes before a number in the code stays, or what comes after, if that counts from the end"
+        start,stop = c.a.get('start') or 0,c.a.get('end')
+        known = self.telling.explains_slice(start, stop) if self.telling and c.a.get('step')==1 else None
+        if known is None: return self.fix(l, [d], c.why)
+        for at,is_known in zip((start,stop), known):
+            if is_known: continue
+            n = min(abs(at), l.shape[d])
+            self.pin(l.narrow(d, 0, n) if at>=0 else l.narrow(d, l.shape[d]-n, n), c.why)
     def put_ids(self, t, ids): self.put(t, _Shadow(tuple(t.shape), ids))
     def count(self, call, n, weights):
         "`n` multiply-accumulates, of the layer that has the first of the arguments `weights` that is a parameter"
@@ -502,12 +508,11 @@ def _repeated(tr, c):
 
 @channels('slice')
 def _sliced(tr, c):
-    "Positions along that dimension: what varies there has to stay, unless all is taken or the code says where the positions come from"
+    "Positions along that dimension: what varies there has to stay, unless all is taken, or as far as numbers in the code count"
     d, = c.dims()
     flat = 'select' in c.name
     if tuple(c.y.shape)!=c.x.shape:
-        for l in c.x.ids:
-            if flat or c.a.get('step', 1)!=1 or not tr.explained(c.a.get('start') or 0, c.a.get('end')): tr.fix(l, [d], c.why)
+        for l in c.x.along(d): tr.slice_at(l, d, c)
     def f(l):
         if l.shape[d]>1: return _shrink(c.redo(l))
         return l.squeeze(d) if flat else l
@@ -520,7 +525,7 @@ def _pieces(tr, c):
     if 'unbind' in c.name: sizes = [1]*len(c.out)
     else: sizes = [o.shape[d] for o in c.out]
     for l in c.x.along(d):
-        if 'unbind' in c.name or len(set(sizes))>1 and not tr.explained(): tr.fix(l, [d], c.why)
+        if 'unbind' in c.name or len(set(sizes))>1 and not (tr.telling and tr.telling.explains_split()): tr.fix(l, [d], c.why)
         elif len(set(sizes))==1:
             for o in l.split(sizes, d)[1:]: tr.tie(o, l.narrow(d, 0, sizes[0]), c.why)
     def piece(l, start, n):
@@ -1132,7 +1137,8 @@ class ChannelGraph:
         try: tr = self._traced(model, True)
         except _NEEDS_VALUES: tr = self._traced(model, False)  # the code asks for values, or minds what they are
         self.n_eval,self.idle = tr.n,tr.idle  # how many numbers; what did not run
-        self.calls,tr.telling.sure = {k:[*v] for k,v in tr.telling.calls.items()},False  # what is seen in training only cannot be tried later
+        self.calls = {k:[*v] for k,v in tr.telling.calls.items()}
+        tr.telling.only_again()
         self.counts,self.settled = tr.counts,tr.settled  # where values decided on sizes for the first time, and the layers before
         if self.idle: self._train(model, tr)
         self.slices,self.order,self._names = _slices(tr.uses),list(tr.order),tr.names

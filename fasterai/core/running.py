@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SLIPS', 'tensors_of', 'map_parts', 'plain', 'at_home', 'restored', 'untouched', 'call_with', 'batches_of',
-           'inputs_of', 'readers_of', 'Bystanders', 'without_readers', 'is_fake', 'plain_model', 'followable',
-           'check_shapes', 'example_inputs_for', 'inputs_for', 'fitting', 'as_in_training', 'naming']
+           'inputs_of', 'readers_of', 'Bystanders', 'without_readers', 'is_fake', 'innermost', 'plain_model',
+           'followable', 'check_shapes', 'example_inputs_for', 'inputs_for', 'check_runs', 'as_in_training', 'naming']
 
 # %% ../../nbs/core/06_running.ipynb #97aac5d9
 import copy,math,sys,warnings
@@ -442,6 +442,13 @@ def _unwrapped_models(model):
         if inner is None: return
         model = inner
 
+def innermost(
+    model, # Anything
+):
+    "What is inside of the wrappers of `model`, in any order, and whatever it is: for what only runs it, or takes its tensors"
+    while isinstance(model, nn.Module) and (inner := _inside(model)) is not None: model = inner
+    return model
+
 def plain_model(
     model, # What a user takes for a model
 )->nn.Module:
@@ -557,17 +564,16 @@ def _takes(model):
         if what: return f'; {n or "it"}, a {type(m).__name__}, takes {what}'
     return ''
 
-@contextmanager
-def fitting(model, inputs):
-    "Around code that runs `model` with `inputs`: if these do not fit, the `ValueError` says what was given and what is taken"
-    try: yield
+def check_runs(
+    model:nn.Module, # Left as it is
+    inputs, # As from `inputs_for`
+):
+    "`ValueError` if `model` does not run with `inputs`: what was given, what went wrong, and what is taken"
+    try:
+        with untouched(model): call_with(model, inputs)
     except SLIPS as e:
-        try:
-            with untouched(model): call_with(model, inputs)
-        except SLIPS as why:
-            raise ValueError(f'this {type(model).__name__} does not run with example_inputs {_shown(inputs)}: {type(why).__name__}: {why}'
-                             f'{_takes(model)}. Pass a tensor, a tuple of arguments or a dict of keyword arguments') from why
-        raise e
+        raise ValueError(f'this {type(model).__name__} does not run with example_inputs {_shown(inputs)}: {type(e).__name__}: {e}'
+                         f'{_takes(model)}. Pass a tensor, a tuple of arguments or a dict of keyword arguments') from e
 
 # %% ../../nbs/core/06_running.ipynb #fe28e0ef
 @contextmanager

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['NOT_THE_MODELS', 'Attr', 'Axis', 'evaluate', 'Told', 'is_layer', 'Watching', 'Sizing', 'Equation', 'Telling']
 
-# %% ../../nbs/core/07_sizes.ipynb #1d86df78
+# %% ../../nbs/core/07_sizes.ipynb #e067c398
 import operator,os,sys
 from dataclasses import dataclass,field
 import torch
 from torch import nn,Tensor
 from torch.overrides import TorchFunctionMode
 
-# %% ../../nbs/core/07_sizes.ipynb #f3408565
+# %% ../../nbs/core/07_sizes.ipynb #addefd8a
 @dataclass(frozen=True)
 class Attr:
     "A number that a module holds: in an attribute, or inside of a list or dict that is one"
@@ -34,7 +34,8 @@ class Axis:
     def settle(self):
         "Find out what it is of, as soon as the model has run; is that known?"
         if self.stop is not None: self.layers = [o.narrow(self.dim, 0, self.stop) for o in self.layers]
-        whole = [k for k,rows in (self.par or {}).items() if rows.numel()==self.n and torch.equal(rows.flatten(), torch.arange(self.n))]
+        every = torch.arange(self.n)
+        whole = [k for k,rows in (self.par or {}).items() if torch.equal(rows.flatten(), every)]
         if whole: self.param = whole[0]
         self.stop = self.par = None
         return bool(self.layers or self.param)
@@ -70,7 +71,7 @@ def _written(source):
     if isinstance(source, tuple): return f'{_written(source[1])}{source[0]}{_written(source[2])}'
     return str(source)
 
-# %% ../../nbs/core/07_sizes.ipynb #9b4d879b
+# %% ../../nbs/core/07_sizes.ipynb #1f8c3684
 class Told(int):
     "A whole number that knows where it comes from"
     def __new__(cls, n, source, by=None): # `by` hears of all that it is compared with
@@ -104,7 +105,7 @@ def _joined(sign, a, b):
 for _name,_sign in dict(add='+', sub='-', mul='*', floordiv='//', mod='%').items():
     for _k,_f in _arithmetic(_name, _sign).items(): setattr(Told, _k, _f)
 
-# %% ../../nbs/core/07_sizes.ipynb #5c01f643
+# %% ../../nbs/core/07_sizes.ipynb #320c1ba0
 _LAYERS = (nn.modules.conv._ConvNd,nn.Linear,nn.modules.batchnorm._NormBase,nn.LayerNorm,nn.GroupNorm,nn.Embedding,nn.EmbeddingBag,
     nn.PReLU,nn.MultiheadAttention,nn.RNNBase)
 def is_layer(
@@ -123,12 +124,12 @@ def _counted(m):
     return dict(num_features=0, num_channels=0)
 
 _OWN = {*vars(nn.Module())}  # what every module has
-_MOST = 64  # longer lists are no sizes
+_MOST,_DEEPEST = 64,3  # longer lists are no sizes; what is deeper inside is not looked at, as it may contain itself
 
 def _telling(v, tell, path):
     "`v` with each whole number in it told"
     if type(v) is int: return tell(v, path)
-    if type(v) in (list,tuple,torch.Size,dict) and len(v)>_MOST or len(path)>3: return v
+    if type(v) in (list,tuple,torch.Size,dict) and (len(v)>_MOST or len(path)>_DEEPEST): return v
     if type(v) is dict:
         new = {k:_telling(o, tell, (*path,k)) if type(k) is str else o for k,o in v.items()}
         return new if any(new[k] is not o for k,o in v.items()) else v  # what holds no numbers stays: others may hold it, too
@@ -169,9 +170,11 @@ class _Attributes:
             new = _telling(v, lambda n,path: Told(n, Attr(name, path), self.by), (k,))
             if new is not v: self.put(m, k, v, new)
     def tell_layer(self, name, m):
-        weight = m._parameters.get('weight')
-        for k,dim in (_counted(m) if weight is not None else {}).items():
-            if type(v:=vars(m).get(k)) is int: self.put(m, k, v, Told(v, Axis(v, param=(f'{name}.weight' if name else 'weight',dim)), self.by))
+        if m._parameters.get('weight') is None: return
+        weight = f'{name}.weight' if name else 'weight'
+        for k,dim in _counted(m).items():
+            v = vars(m).get(k)
+            if type(v) is int: self.put(m, k, v, Told(v, Axis(v, param=(weight,dim)), self.by))
     def put(self, m, k, v, new):
         self.was.append((m,k,v,new))
         vars(m)[k] = new
@@ -185,7 +188,7 @@ class _Attributes:
             for k,v in [*vars(m).items()]:
                 if k not in _OWN and (now:=_plain(v)) is not v: vars(m)[k] = now
 
-# %% ../../nbs/core/07_sizes.ipynb #3a2fa431
+# %% ../../nbs/core/07_sizes.ipynb #91270e53
 @dataclass
 class _Place:
     "A number that an operation takes or makes"
@@ -196,7 +199,9 @@ class _Place:
     stop: int = None # Or a position along it: so many come before
 
 def _number(o): return o if isinstance(o, int) and not isinstance(o, bool) and o!=-1 else None
-def _argument(args, kwargs, i, *names): return args[i] if len(args)>i else next((kwargs[k] for k in names if k in kwargs), None)
+def _argument(args, kwargs, i, *names):
+    if len(args)>i: return args[i]
+    return next((kwargs[k] for k in names if k in kwargs), None)
 
 def _shaped(name, args, kwargs, out, size):
     "A new shape, or one that is expanded to"
@@ -211,9 +216,10 @@ def _unflattened(name, args, kwargs, out, size):
     if isinstance(dim, int): given[dim%x.dim():dim%x.dim()+len(sizes)] = map(_number, sizes)
     return [_Place(o, n, out, d) for d,(o,n) in enumerate(zip(given, out.shape))]
 
+def _pieces_of(args, kwargs): return _argument(args, kwargs, 1, 'split_size_or_sections', 'split_size', 'split_sizes')
+
 def _split(name, args, kwargs, out, size):
-    x,sizes,dim = args[0],_argument(args, kwargs, 1, 'split_size_or_sections', 'split_size', 'split_sizes'),_argument(args, kwargs, 2, 'dim') or 0
-    dim = dim%x.dim()
+    sizes,dim = _pieces_of(args, kwargs),(_argument(args, kwargs, 2, 'dim') or 0)%args[0].dim()
     if 'split' not in name or name=='tensor_split': sizes = [None]*len(out)  # a number of pieces
     elif isinstance(sizes, int): sizes = [sizes if o.shape[dim]==int(sizes) else None for o in out]
     return [_Place(_number(s), o.shape[dim], o, dim) for s,o in zip(sizes, out)]
@@ -222,10 +228,9 @@ def _bounds(x, dim, start, stop, size):
     "Two positions along dimension `dim` of `x`"
     n,places = x.shape[dim],[]
     for given,at in ((start,0),(stop,n)):
-        told = given if given is None or isinstance(given, Told) and given>=0 else size(x, dim)+given if isinstance(given, Told) else None
-        at = at if given is None else min(max(int(given)+(n if given<0 else 0), 0), n)
-        if told is None and given is not None and int(given)>=0: told = given
-        places.append(_Place(told, at, x, dim, at))
+        if given is not None: at = min(max(int(given)+(n if given<0 else 0), 0), n)
+        if given is not None and given<0: given = size(x, dim)+given if isinstance(given, Told) else None  # from the end
+        places.append(_Place(given, at, x, dim, at))
     return places
 
 def _slices(x, index):
@@ -257,9 +262,10 @@ def _normalized(name, args, kwargs, out, size):
     dims = range(x.dim()-len(shape), x.dim())
     return [_Place(_number(o), x.shape[d], x, d) for d,o in zip(dims, shape)]
 
-_PLACES = {**dict.fromkeys(('view','reshape','expand','broadcast_to','view_as','reshape_as','expand_as','flatten'), _shaped), 'unflatten':_unflattened,
-    **dict.fromkeys(('split','split_with_sizes','unsafe_split','unsafe_split_with_sizes','chunk','unsafe_chunk','tensor_split'), _split),
-    '__getitem__':_indexed, '__setitem__':_indexed, 'narrow':_narrowed, 'layer_norm':_normalized, 'rms_norm':_normalized}
+_PLACES = {'unflatten':_unflattened, 'narrow':_narrowed,
+    **dict.fromkeys('view reshape expand broadcast_to view_as reshape_as expand_as flatten'.split(), _shaped),
+    **dict.fromkeys('split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk tensor_split'.split(), _split),
+    **dict.fromkeys(('__getitem__','__setitem__'), _indexed), **dict.fromkeys(('layer_norm','rms_norm'), _normalized)}
 
 class Watching(TorchFunctionMode):
     "Runs along with a model and notes the numbers that its code cuts and reshapes with"
@@ -281,7 +287,7 @@ class Watching(TorchFunctionMode):
     def note(self, name, places, where, nth): self.numbers[where,nth] = [p.n for p in places]
     def size(self, x, dim): return x.shape[dim]
 
-# %% ../../nbs/core/07_sizes.ipynb #cb5d31e4
+# %% ../../nbs/core/07_sizes.ipynb #a3f63eef
 @dataclass(eq=False)
 class Sizing:
     "An operation that cuts or reshapes channels"
@@ -330,7 +336,7 @@ class Telling(Watching):
     def __init__(self, model, trace):
         super().__init__(trace.stack)
         self.model,self.trace = model,trace
-        self.sizings,self.equations,self.sure,self.running = [],[],True,False
+        self.sizings,self.equations,self.running,self.tried,self.line = [],[],False,None,''
 
     def __enter__(self):
         self.attributes = _Attributes(self.model, self)
@@ -341,6 +347,12 @@ class Telling(Watching):
         super().__exit__(*args)
         self.running = False
         self.attributes.stop()
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if self.tried is not None: self.line = _line()
+        return super().__torch_function__(func, types, args, kwargs)
+    def only_again(self):
+        "From here on, only what has run before is explained: what runs in training alone cannot be tried"
+        self.tried = {(s.where,s.line) for s in self.sizings}
 
     def about(self, t):
         "The name of `t`, if it is a parameter or buffer; and its shadow, if it has one"
@@ -375,7 +387,8 @@ class Telling(Watching):
     def note(self, name, places, where, nth):
         about = {id(p.of):self.about(p.of) for p in places}
         axes = [self.axis(p.of, p.dim, p.stop, about[id(p.of)]) for p in places]
-        if not any(isinstance(o, Axis) for o in axes) and not any(isinstance(p.given, Told) and _leaves(p.given.source) for p in places): return
+        told = [o for p in places if isinstance(p.given, Told) for o in _leaves(p.given.source)]
+        if not told and not any(isinstance(o, Axis) for o in axes): return
         numbers = [None if o is None else p.n for p,o in zip(places, axes)]
         sizing = Sizing(name, where, nth, _line(), numbers, [o if isinstance(o, Axis) else None for o in axes])
         self.sizings.append(sizing)
@@ -406,18 +419,32 @@ class Telling(Watching):
             for i,o in enumerate(s.axes):
                 if o in unknown: s.numbers[i] = s.axes[i] = None
 
-    def explains(self,
-        start=0, # Of a slice
-        stop=None, # Of a slice; where it is open, a number that is larger than any size will do
+    def seen(self):
+        "Name and arguments of the operation that is running, if it can be tried"
+        if self.now is None: return None,(),{}
+        name,args,kwargs,(where,_) = self.now
+        return (name,args,kwargs) if self.tried is None or (where,self.line) in self.tried else (None,(),{})
+
+    def explains_split(self):
+        "Does the code split into sizes whose source is known?"
+        name,args,kwargs = self.seen()
+        if name not in ('split','split_with_sizes'): return False
+        given = _pieces_of(args, kwargs)
+        return all(map(_is_known, given if isinstance(given, (tuple,list)) else [given]))
+
+    def explains_slice(self,
+        start, # A position, as the code gives it
+        stop, # Another one; where it is open, a number that is larger than any size will do
     ):
-        "Does the operation that is running split or slice at positions whose source is known?"
-        if self.now is None or not self.sure: return False
-        name,args,kwargs,_ = self.now
-        known = lambda o: isinstance(o, Told) and o.source is not None
-        if name in ('split','split_with_sizes'):
-            given = _argument(args, kwargs, 1, 'split_size_or_sections', 'split_size', 'split_sizes')
-            return all(map(known, given if isinstance(given, (tuple,list)) else [given]))
-        if name=='narrow': return all(known(o) or o==0 for o in (_argument(args, kwargs, 2, 'start'),_argument(args, kwargs, 3, 'length')))
-        if name not in ('__getitem__','__setitem__'): return False
+        "Is it known where the two positions come from? `None` if that is nothing that the code has sliced"
+        name,args,kwargs = self.seen()
+        if name=='narrow':
+            given,length = (_argument(args, kwargs, i, k) for i,k in ((2,'start'),(3,'length')))
+            first = _is_known(given) or start==0
+            return first, first and _is_known(length)
+        if name not in ('__getitem__','__setitem__'): return None
         alike = [o for _,o in _slices(args[0], args[1]) if (o.start or 0)==start and (o.stop is None or o.stop==stop)]
-        return bool(alike) and all(known(b) or b is None or type(b) is int and b==0 for o in alike for b in (o.start,o.stop))
+        if not alike: return None
+        return start==0 or all(_is_known(o.start) for o in alike), all(o.stop is None or _is_known(o.stop) for o in alike)
+
+def _is_known(n): return isinstance(n, Told) and n.source is not None

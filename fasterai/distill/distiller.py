@@ -11,26 +11,24 @@ from contextlib import contextmanager
 from functools import partial
 import torch
 from torch import nn, Tensor
-from torch.nn.parallel import DistributedDataParallel
+from ..core.brought import plain_name
 from ..core.registry import did_you_mean
-from ..core.running import call_with, example_inputs_for, tensors_of, untouched
+from ..core.running import call_with, example_inputs_for, innermost, tensors_of, untouched
 from ..core.schedule import schedule_of
 from .losses import SoftTarget, compares_any_shape, loss_name, loss_needs, loss_of, meet, takes_axis
 
 # %% ../../nbs/distill/02_distiller.ipynb #960164a9
-def _bare(model):
-    "`model` without what `torch.compile` and data parallelism wrap it in"
-    while isinstance(model, DistributedDataParallel) or hasattr(model, '_orig_mod'): model = getattr(model, '_orig_mod', None) or model.module
-    return model
-
 def _names(given): return [] if given is None else [given] if isinstance(given, (str,nn.Module)) else list(given)
 
 def _layers(model, given, whose):
     "Names of the layers `given`, in their order, and these layers of `model` by name; `ValueError` with the closest name"
     if not given: return [],{}
-    known = {n:m for n,m in _bare(model).named_modules(remove_duplicate=False) if n}
+    known = {n:m for n,m in innermost(model).named_modules(remove_duplicate=False) if n}
     by_id = {m:n for n,m in reversed(known.items())}
-    names = [by_id.get(o, type(o).__name__) if isinstance(o, nn.Module) else o for o in given]
+    def name_of(o):
+        if isinstance(o, nn.Module): return by_id.get(o, type(o).__name__)
+        return o if o in known or not isinstance(o, str) else plain_name(o)
+    names = list(map(name_of, given))
     for o in names:
         if o not in known: raise ValueError(f'the {whose} has no layer {o!r}: {did_you_mean(o, known)}')
     return names,{o:known[o] for o in names}
@@ -133,12 +131,13 @@ class Distiller:
         names,layers = self.check(student)
         self.known = {}
         if names:
-            kept,copied = _overwritten(layers, _bare(student), xb)
+            kept,copied = _overwritten(layers, innermost(student), xb)
             fm_s = _maps(kept, names, 'student')
             self._to_device(xb)
-            self.copied = copied,_overwritten(self.teacher_layers, _bare(self.teacher), self._cast(xb))[1]
+            self.copied = copied,_overwritten(self.teacher_layers, innermost(self.teacher), self._cast(xb))[1]
             self._fit_adapters(names, fm_s, self._run(xb)[1])
-            if hasattr(student, '_orig_mod'): torch.compiler.reset()  # what was compiled before would not run the hooks
+            compiled = any(hasattr(m, '_orig_mod') for m in student.modules())
+            if compiled: torch.compiler.reset()  # what was compiled before would not run the hooks
         self.names = names
         return self
 
@@ -169,7 +168,7 @@ class Distiller:
         try:
             for m in training: m.training = False
             with torch.no_grad(), _watching(self.teacher_layers, kept, self.copied[1]):
-                pred = (_bare(self.teacher) if self.teacher_layers else self.teacher)(*self._cast(xb))
+                pred = (innermost(self.teacher) if self.teacher_layers else self.teacher)(*self._cast(xb))
         finally:
             for m in training: m.training = True
         return pred,_maps(kept, self.teacher_names, 'teacher')
@@ -199,7 +198,7 @@ class Distiller:
 
     def reset(self):
         "Have a teacher that remembers earlier batches, as recurrent networks do, begin anew; others are left alone"
-        if callable(f := getattr(_bare(self.teacher), 'reset', None)): f()
+        if callable(f := getattr(innermost(self.teacher), 'reset', None)): f()
 
     def loss(self,
         pred, # Output of the student; if it is one tensor, and the teacher returns several, the teacher's first one is compared
@@ -278,8 +277,8 @@ def match_feature_layers(
 )->tuple[list,list]: # Names of the student's layers and of the teacher's, in the same order
     "Propose pairs of layers: for each size of feature maps that both networks have, the last of the outermost layers that give it"
     teacher = teacher if isinstance(teacher, nn.Module) else teacher.model
-    x = example_inputs_for(_bare(student)) if example_inputs is None else example_inputs
-    s,t = (_stages(_bare(o), x) for o in (student,teacher))
+    x = example_inputs_for(innermost(student)) if example_inputs is None else example_inputs
+    s,t = (_stages(innermost(o), x) for o in (student,teacher))
     both = [o for o in s if o in t and max(o)>1]
     if not both: raise ValueError(f'no feature maps of the same size: the student has {", ".join(map(str, s)) or "none"}, the teacher {", ".join(map(str, t)) or "none"}')
     return [s[o] for o in both],[t[o] for o in both]

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves,tree_map
 from ..core.flow import Flow,Step,Value,Visit,_hooked
 from ..core.graph import _lift,_shrink,_varying,layer_of
 from ..core.ops import scales
-from ..core.running import SLIPS,call_with,untouched
+from ..core.running import SLIPS,call_with,plain,plain_model,untouched
 from ..core.proof import check_choices,check_same
 from ..core.surgery import _add_bias,copy_of
 from ..legacy import old_function
@@ -843,18 +843,6 @@ def _told_none(model):
     return f'{said}. Its norms ({", ".join(f"{n} {k}" for k,n in others.items())}) normalize each input by its own numbers'
 
 # %% ../../nbs/misc/01_bn_folding.ipynb #5cbee985
-def _unwrapped(model):
-    "What is inside, if `model` is compiled or spread over devices"
-    spread = nn.DataParallel,nn.parallel.DistributedDataParallel
-    while True:
-        inner = model.module if isinstance(model, spread) else getattr(model, '_orig_mod', model)
-        if inner is model: return model
-        model = inner
-
-def _plain(o):
-    "`o` or, if it is a tensor that just carries another type along, as fastai's images are, the tensor"
-    return o.as_subclass(Tensor) if isinstance(o, Tensor) and type(o).__torch_dispatch__ is Tensor.__torch_dispatch__ else o
-
 @contextmanager
 def _plainly(model):
     "Neither inference mode, whose tensors cannot be trained, nor autocast, which computes new weights"
@@ -875,19 +863,17 @@ class BN_Folder:
         self.example_inputs,self.verify,self.into,self.left = example_inputs,verify,{},{}
 
     def fold(self,
-        model:nn.Module, # Left as it is; if it is compiled or spread over devices, what is inside is folded
+        model:nn.Module, # Left as it is; of a wrapper, such as a compiled model, what is inside is folded
         example_inputs=None, # Inputs that run it, instead of those given before
     ):
         "A copy of `model` with its norms folded, and one warning if some stay; a `ValueError` if the outputs change"
-        model = _unwrapped(model)
-        if not isinstance(model, nn.Module): raise ValueError(f'fold takes a model, not {model!r}')
-        if isinstance(model, torch.jit.ScriptModule): raise ValueError('a scripted model cannot be changed: fold it before torch.jit.script')
+        model = plain_model(model)
         if any(p.is_meta for p in _tensors(model).values()): raise ValueError('a model on the meta device has no numbers to fold')
         with _plainly(model): return self._fold(model, self.example_inputs if example_inputs is None else example_inputs)
 
     def _fold(self, model, inputs):
         copies = [_prepared(model)]
-        flow = Flow(copies[0][0], tree_map(_plain, inputs))
+        flow = Flow(copies[0][0], tree_map(plain, inputs))
         with torch.device('cpu'): found = _Found(copies[0][0], flow)
         def attempt(left, dissolve):
             "A folded copy and its plan; an error if it does not run, or computes something else"

@@ -19,7 +19,7 @@ from ..core.criteria import criteria_of,large_final,needs
 from ..core.registry import did_you_mean
 from ..core.graph import ChannelGraph,layer_of
 from .left import COUNTED,LAST,OUTPUT,add_row,fixed,left_of_zeros,made_by,missing,rows_of,some,in_words
-from ..core.running import Bystanders,at_home,call_with,check_shapes,fitting,followable,inputs_for,plain_model,untouched
+from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes,followable,inputs_for,plain_model,untouched
 from ..core.brought import check_values
 from ..core.liveness import Liveness,spare_last
 from ..core.evidence import _wide,act_norms,check_trained,evidence,weight_of
@@ -153,7 +153,7 @@ def _layers_differ(model, new, graph, plan):
 
 def _smaller(model, inputs, verify):
     "A smaller copy of `model` with the same outputs, what could not go, how many went, and notes on what is worth knowing"
-    with fitting(model, inputs): graph = ChannelGraph(model, inputs)
+    graph = ChannelGraph(model, inputs)
     life,notes = Liveness(model, graph),[]
     dead = life.dead()
     new,plan,removed = legal(model, graph, dead, life.constants)
@@ -337,7 +337,9 @@ class Pruner:
         check_shapes(model)
         check_values(model)
         bystanders = Bystanders(model, inputs := inputs_for(model, inputs))
-        with bystanders.aside(): new,self.left,n,notes = _smaller(model, inputs, self.verify)
+        with bystanders.aside():
+            check_runs(model, inputs)
+            new,self.left,n,notes = _smaller(model, inputs, self.verify)
         bystanders.follow(new)
         left = [o for o in self.left if o['why']!=LAST or not n]
         if left: notes.insert(0, f'of the channels that are zero, unread or constant, {missing(left):,} did not go: {in_words(left)}')
@@ -371,7 +373,8 @@ class Pruner:
         inputs = inputs_for(self.model, self.example_inputs if example_inputs is None else example_inputs)
         self.bystanders = Bystanders(self.model, inputs)
         with self.bystanders.aside():
-            with fitting(self.model, inputs): self.graph = ChannelGraph(self.model, inputs)
+            check_runs(self.model, inputs)
+            self.graph = ChannelGraph(self.model, inputs)
             self.groups = self._groups()
             self._targets(self.pruning_ratio)
             was = pruned_plan(self.model)['sizes'] if widths else {}

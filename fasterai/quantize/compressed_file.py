@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn,Tensor
 from ..core.registry import did_you_mean
+from ..core.running import innermost
 
 # %% ../../nbs/quantize/04_compressed_file.ipynb #548222ac
 class CompressedFileError(ValueError):
@@ -243,8 +244,8 @@ _MAGIC,_VERSION,_RATIO = b'\x89fasterai\r\n\x1a\n',1,32
 _TAIL = struct.Struct('<I8s')
 
 def _state(model):
-    "Parameters and buffers of `model` by name"
-    model = getattr(model, '_orig_mod', model)
+    "Parameters and buffers of `model`, or of what is inside of its wrappers, by name"
+    model = innermost(model)
     if not isinstance(model, nn.Module): raise TypeError(f'a model is asked for, not {model!r}: save_compressed takes (model, path), load_compressed (path, model)')
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     state = model.state_dict(keep_vars=True)
