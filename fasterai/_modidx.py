@@ -1142,6 +1142,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.core.surgery._cut_tensor': ('core/surgery.html#_cut_tensor', 'fasterai/core/surgery.py'),
                                        'fasterai.core.surgery._failed': ('core/surgery.html#_failed', 'fasterai/core/surgery.py'),
                                        'fasterai.core.surgery._flags': ('core/surgery.html#_flags', 'fasterai/core/surgery.py'),
+                                       'fasterai.core.surgery._joined': ('core/surgery.html#_joined', 'fasterai/core/surgery.py'),
                                        'fasterai.core.surgery._keep': ('core/surgery.html#_keep', 'fasterai/core/surgery.py'),
                                        'fasterai.core.surgery._kept_along': ('core/surgery.html#_kept_along', 'fasterai/core/surgery.py'),
                                        'fasterai.core.surgery._mend': ('core/surgery.html#_mend', 'fasterai/core/surgery.py'),

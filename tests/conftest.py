@@ -15,5 +15,5 @@ def pytest_configure(config):
     torch.set_default_device(device)
     class Generator(torch.Generator):
         "One whose numbers are made where all tensors are"
-        def __new__(cls, where=device): return super().__new__(cls, where)
+        def __new__(cls, device=device): return super().__new__(cls, device)
     torch.Generator = Generator

@@ -128,10 +128,10 @@ class _Facts:
 
     def settle(self):
         "Pairs of channels that are tied, and pins: those that were said, and what is tied to something fixed"
-        if not self.ties: return torch.zeros(2, 0, dtype=torch.long),self.pins
+        if not self.ties: return torch.zeros(2, 0, dtype=torch.long, device='cpu'),self.pins
         flat = [(a,b) if a.shape==b.shape else torch.broadcast_tensors(a, b) for a,b,*_ in self.ties]
         a,b = (torch.cat([o[k].reshape(-1) for o in flat]) for k in (0,1))
-        which = torch.repeat_interleave(torch.tensor([o.numel() for o,_ in flat]))
+        which = torch.repeat_interleave(torch.tensor([o.numel() for o,_ in flat], device='cpu'))
         differ = (a!=b)&(a>=0)&(b>=0)
         a,b,which = a[differ],b[differ],which[differ]
         fixed = (a==0)|(b==0)
@@ -1148,13 +1148,13 @@ class ChannelGraph:
         for l,dims,why in tr.fixes:
             r = self._root[l]
             if any((r!=r.narrow(d, 0, 1)).any() for d in dims): pins.append((l[l>0],why))
-        self._why,self._pin = [why for _,why in pins],torch.full([tr.n], -1)
+        self._why,self._pin = [why for _,why in pins],torch.full([tr.n], -1, device='cpu')
         for i,(ids,_) in reversed(list(enumerate(pins))): self._pin[self._root[ids]] = i
         self._pin[0] = -1  # no channel
 
     def _mixed(self, l, dims):
         "Channels of `l` that depend on others along `dims`: not those that only go together with these"
-        r,differ = self._root[l],torch.zeros(l.shape, dtype=torch.bool)
+        r,differ = self._root[l],torch.zeros(l.shape, dtype=torch.bool, device='cpu')
         for d in dims:
             if l.shape[d]>1: differ |= (r!=r.narrow(d, 0, 1)).any(d, keepdim=True)
         return l[differ&(l>0)].unique()
@@ -1209,7 +1209,7 @@ class ChannelGraph:
         s,res = self.out(param),[]
         for ids in (s.ids[None] if s.grid is None else s.grid):
             filter_of = torch.full_like(self._root, -1)
-            filter_of[ids] = torch.arange(len(ids))
+            filter_of[ids] = torch.arange(len(ids), device='cpu')
             filter_of[0] = -1
             for name,channels in self._followers:
                 f = filter_of[channels]
@@ -1229,12 +1229,14 @@ class ChannelGraph:
 
     def describe(self):
         "A row for each group of channels: how many, which layers make, read and scale them, and why they have to stay if so"
-        gen,n = torch.Generator().manual_seed(0),len(self._root)
-        sign = torch.zeros(n, dtype=torch.long) # classes that the same slices mention get the same sum
-        for s in self.slices: sign[self._root[s.ids].unique()] += torch.randint(2**40, (1,), generator=gen)
+        gen,n = torch.Generator(device='cpu').manual_seed(0),len(self._root)
+        sign = torch.zeros(n, dtype=torch.long, device='cpu') # classes that the same slices mention get the same sum
+        for s in self.slices:
+            sign[self._root[s.ids].unique()] += torch.randint(2**40, (1,), generator=gen, device='cpu')
         sign = torch.where(sign!=0, sign*(len(self._why)+1) + self._pin, 0)
         sign[0] = 0
-        first = torch.full([len(kinds:=sign.unique())], n).scatter_reduce(0, torch.searchsorted(kinds, sign), torch.arange(n), 'amin')
+        kinds,which = sign.unique(return_inverse=True)
+        first = kinds.new_full([len(kinds)], n).scatter_reduce(0, which, torch.arange(n, device='cpu'), 'amin')
         return [self._row(i, sign==k) for i,k in enumerate(kinds[first.argsort()][kinds[first.argsort()]!=0])]
 
     def _row(self, i, members):

@@ -98,13 +98,14 @@ def at_home():
     """What is set around a call has no effect inside: inference mode, autocast, and a default device; new tensors are on the
     CPU, and nothing asks for gradients. Also a decorator"""
     with ExitStack() as stack:
-        token = _outside.set(_outside.get() or torch.get_default_device())
+        here = torch.get_default_device()
+        token = _outside.set(here if here.type!='cpu' else _outside.get() or here)  # inside another call of ours it is the CPU
         stack.callback(_outside.reset, token)
         if torch.is_inference_mode_enabled(): stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())  # the line above switches gradients on
         for o in ('cpu','cuda','mps','xpu'):
             if torch.is_autocast_enabled(o): stack.enter_context(torch.autocast(o, enabled=False))
-        if torch.get_default_device().type!='cpu': stack.enter_context(torch.device('cpu'))
+        if here.type!='cpu': stack.enter_context(torch.device('cpu'))
         yield
 
 @contextmanager
@@ -188,8 +189,9 @@ def inputs_of(batch, device):
 def _other(o):
     "A tensor that may come in the place of `o`"
     if not isinstance(o, Tensor) or not o.numel(): return o
-    gen = torch.Generator().manual_seed(1)
-    if o.is_floating_point() or o.is_complex(): return torch.randn(o.shape, generator=gen, dtype=torch.float64).to(o)
+    gen = torch.Generator(device='cpu').manual_seed(1)
+    if o.is_floating_point() or o.is_complex():
+        return torch.randn(o.shape, generator=gen, dtype=torch.float64, device='cpu').to(o)
     back = o.flip(list(range(o.dim())))
     return back if o.dtype==torch.bool or not torch.equal(back, o) else o+1
 
@@ -496,13 +498,14 @@ def example_inputs_for(
     model:nn.Module, # Left as it is
 ):
     "A tuple of inputs that `model` runs with, of the smallest likely size; a `ValueError` if none is found"
-    p = next((o for o in model.parameters() if o.is_floating_point()), torch.empty(0))
-    gen,said,errors,kinds = torch.Generator().manual_seed(0),_said_sizes(model),[],{}
+    p = next((o for o in model.parameters() if o.is_floating_point()), torch.empty(0, device='cpu'))
+    gen,said,errors,kinds = torch.Generator(device='cpu').manual_seed(0),_said_sizes(model),[],{}
     for m in model.modules():
         if shapes := _shapes(m, said): kinds.setdefault((type(m),shapes[0]), (shapes,isinstance(m, (nn.Embedding,nn.EmbeddingBag))))
     for shapes,index in list(kinds.values())[:3]:  # the first layers to be registered are rarely not the first to run
         for shape,batch in [(s,b) for s in shapes for b in (2,1)]:
-            x = torch.zeros(batch, *shape, dtype=torch.long) if index else torch.randn(batch, *shape, generator=gen).to(p.dtype)
+            if index: x = torch.zeros(batch, *shape, dtype=torch.long, device='cpu')
+            else: x = torch.randn(batch, *shape, generator=gen, device='cpu').to(p.dtype)
             try:
                 with untouched(model): call_with(model, x.to(p.device))
                 return (x.to(p.device),)

@@ -34,7 +34,8 @@ class Axis:
     def settle(self):
         "Find out what it is of, as soon as the model has run; is that known?"
         if self.stop is not None: self.layers = [o.narrow(self.dim, 0, self.stop) for o in self.layers]
-        whole = [k for k,rows in (self.par or {}).items() if rows.numel()==self.n and torch.equal(rows.flatten(), torch.arange(self.n))]
+        every = torch.arange(self.n, device='cpu')
+        whole = [k for k,rows in (self.par or {}).items() if rows.numel()==self.n and torch.equal(rows.flatten(), every)]
         if whole: self.param = whole[0]
         self.stop = self.par = None
         return bool(self.layers or self.param)
