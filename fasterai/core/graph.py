@@ -14,7 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
-from .ops import PRODUCTS,Call,Watch,channels,macs
+from .ops import PRODUCTS,Call,Watch,channels,macs,recurrent_weights
 from .running import SLIPS,as_in_training,call_with,check_shapes,example_inputs_for,naming,tensors_of,untouched
 from .sizes import Telling
 
@@ -615,15 +615,18 @@ def _aligned(tr, c):
 @channels('recurrent')
 def _recurrent(tr, c):
     "Only what comes in can be cut: the state keeps its size"
-    x,w = c.get('input'),c.get('weight0')
-    if w.ids or not w.par: raise _Unknown
-    for k,o in c.tensors.items():
-        if k in ('input','weight0'): continue
+    x = c.get('input')
+    readers,others = recurrent_weights(c.a, {**c.tensors, **c.lists})
+    if any(w.ids or not w.par for w in readers): raise _Unknown
+    states = [o for k,o in c.tensors.items() if k!='input' and not k.startswith('weight')]
+    for o in (*others,*states):
         tr.hold(o.par, c.why)
         for l in o.ids: tr.pin(l, c.why)
     ins = tr.take(x, -1, c.why)
     for l in x.beside(-1): tr.pin(l, c.why)
-    tr.weigh(w, {1: (ins,'in','weight'), 0: (torch.zeros(w.shape[0], dtype=torch.long, device='cpu'),'out','weight')}, c.why)
+    for w in readers:
+        state = torch.zeros(w.shape[0], dtype=torch.long, device='cpu')
+        tr.weigh(w, {1: (ins,'in','weight'), 0: (state,'out','weight')}, c.why)
 
 @channels('pad')
 def _padded(tr, c):
@@ -691,7 +694,7 @@ def _keeps_zero(tr, c):
     if c.name in ('add', 'sub') and others: return all(_per_channel(o) for o in others)
     if others or len(c.tensors)>1 or not c.a[c.first].is_floating_point(): return False
     key = (c.func, str([o for k,o in c.a.items() if k!=c.first]))
-    if key not in tr.zeros: tr.zeros[key] = bool((c.redo(torch.zeros(1, device='cpu'))==0).all())
+    if key not in tr.zeros: tr.zeros[key] = bool((tree_leaves(c.redo(torch.zeros(1, device='cpu')))[0]==0).all())
     return tr.zeros[key]
 
 @channels('each', 'like')
@@ -1025,7 +1028,8 @@ def _macs_of_attention(c):
 
 @macs('recurrent')
 def _macs_of_recurrent(c):
-    return math.prod(c.a['input'].shape[:-1])*sum(c.a[o].numel() for o in ('weight0','weight1')),['weight0']
+    readers,others = recurrent_weights(c.a, c.a)
+    return math.prod(c.a['input'].shape[:-1])*sum(w.numel() for w in (*readers,*others) if w.dim()==2),['weight0']
 
 # %% ../../nbs/core/08_graph.ipynb #738aac76
 def _normalized(tr, c, dims):

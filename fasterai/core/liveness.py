@@ -15,7 +15,7 @@ from torch import nn,Tensor
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from .graph import ChannelGraph,_Trace,_varying,adds_slices,spatial_dims,summed_by
-from .ops import PRODUCTS,plain_of,values
+from .ops import PRODUCTS,plain_of,recurrent_weights,values
 from .running import SLIPS,_as_outside,naming,untouched
 
 # %% ../../nbs/core/09_liveness.ipynb #9f5263ab
@@ -264,14 +264,17 @@ class Read:
     zero: Tensor # Is the input zero, whatever the model is given? As `ins`
     const: Tensor # The number that it always is, where it acts the same at every place; else nan. As `ins`
 
-def _grouped(c, table):
-    "Ids of inputs and outputs of weight and convolution or product `c`, its weight [groups, outputs, inputs, …], and the input's values [groups, inputs, …]"
+def _grouped(c, table, i=0):
+    """Ids of inputs and outputs of weight and convolution or product `c`, its weight [groups, outputs, inputs, …], and the input's values
+    [groups, inputs, …]; of a recurrent operation for the `i`-th weight that reads its input"""
     made,read = (next((v for v in table.values() if v[1]==role), None) for role in ('out','in'))
     if c.meaning in ('convolution','deformed'):
         w,x,G,back = c.seen['weight'].detach(),c.seen['input'],c.a['groups'],c.a.get('transposed', False)
         w = w.reshape(G, -1, *w.shape[1:]) if not back else w.reshape(G, -1, *w.shape[1:]).transpose(1, 2)
         x = x.movedim(1, 0)
-    elif c.meaning=='recurrent': G,w,x = 1,c.seen['weight0'].detach()[None],c.seen['input'].movedim(-1, 0)
+    elif c.meaning=='recurrent':
+        G,x = 1,c.seen['input'].movedim(-1, 0)
+        w = recurrent_weights(c.a, c.seen)[0][i].detach()[None]
     else:
         G,(k,l,_) = 1,PRODUCTS[c.name]
         a,b = c.seen[k],c.seen[l]
@@ -392,12 +395,12 @@ class _Reading(_Trace):
         super().follow(call)
         if not self.closed: self.sums += call.summed
         elif call.meaning=='reduce' and summed_by(call): self.sums += [l for l in call.x.ids if set(call.dims()) & set(_varying(l)) and not adds_slices(l, call.dims())]
-        table = next((t for t in self.tables if {v[1] for v in t.values()}=={'in','out'}), None)
+        whole = [t for t in self.tables if {v[1] for v in t.values()}=={'in','out'}]
         self.tables = []
-        if table: self.remember(call, table)
+        for i,table in enumerate(whole if call.meaning=='recurrent' else whole[:1]): self.remember(call, table, i)
 
-    def remember(self, c, table):
-        ins,outs,w,x = _grouped(c, table)
+    def remember(self, c, table, i):
+        ins,outs,w,x = _grouped(c, table, i)
         nonzero = (w!=0).flatten(3).any(-1) if w.dim()>3 else w!=0
         if self.closed: zero,const = torch.zeros_like(ins, dtype=torch.bool),torch.full_like(ins, torch.nan, dtype=torch.get_default_dtype())
         else:

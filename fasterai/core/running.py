@@ -128,6 +128,24 @@ def _eager():
             yield
 
 @contextmanager
+def _all_digits():
+    "A GPU multiplies floats with all their digits: by default, its convolutions take ten bits of each (TF32)"
+    cudnn = torch.backends.cudnn
+    tf32,products = _told(lambda: cudnn.allow_tf32, False),_told(torch.get_float32_matmul_precision, 'highest')
+    try:
+        if tf32: cudnn.allow_tf32 = False
+        if products!='highest': torch.set_float32_matmul_precision('highest')
+        yield
+    finally:
+        if tf32: cudnn.allow_tf32 = True
+        if products!='highest': torch.set_float32_matmul_precision(products)
+
+def _told(ask, other):
+    "The answer of PyTorch, or `other` where it has none, since a user has said it for each kind of layer: so it stays"
+    try: return ask()
+    except RuntimeError: return other
+
+@contextmanager
 def restored(
     model:nn.Module, # Left as it was, also after an error
 ):
@@ -151,9 +169,9 @@ def restored(
 def untouched(
     model:nn.Module, # Left as it was, also after an error
 ):
-    "Run `model` to look at it: `restored` afterwards, `at_home`, uncompiled, without fused attention, on plain tensors"
+    "Run `model` to look at it: `restored` afterwards, `at_home`, with all digits, uncompiled, without fused attention, on plain tensors"
     fast = torch.backends.mha.get_fastpath_enabled()
-    with at_home(), restored(model), _eager(), _Plain(model):
+    with at_home(), restored(model), _all_digits(), _eager(), _Plain(model):
         torch.backends.mha.set_fastpath_enabled(False)  # one fused operation would hide what happens inside
         try: yield
         finally: torch.backends.mha.set_fastpath_enabled(fast)
