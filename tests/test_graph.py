@@ -248,7 +248,7 @@ def SMALL(): return dict(  # network, input, classes that can be removed of each
     strided=(Net(lambda s,x: s.head(s.a(x).as_strided((2,8,4,8), (512,64,16,1)).mean((2,3))), a=C(3,8), head=head(8)), img, [0,0]),
     in_place=(Net(lambda s,x: (lambda h: (h.add_(s.b(x)),h.view(2,8,-1).relu_(),s.head(h.mean((2,3))))[-1])(s.a(x)), a=C(3,8), b=C(3,8), head=head(8)), img, [8,8,0]),
     assigned=(Net(assigned, a=C(3,8), head=head(8)), img, [0,0]),
-    numpy=(Net(lambda s,x: s.head(torch.from_numpy(s.a(x).detach().cpu().numpy()*2).mean((2,3))), a=C(3,8), head=head(8)), img, [0,0]),
+    numpy=(Net(lambda s,x: s.head(torch.from_numpy(s.a(x).detach().cpu().numpy()*2).to(x.device).mean((2,3))), a=C(3,8), head=head(8)), img, [0,0]),
     bilinear=(Net(lambda s,x: s.head(s.c(s.a(x),s.b(x))), a=nn.Linear(5,8), b=nn.Linear(5,6), c=nn.Bilinear(8,6,4), head=head(4)), seq, [0,0,0]),
     weight_norm=(nn.Sequential(parametrizations.weight_norm(C(3,8)), nn.ReLU(), parametrizations.weight_norm(C(8,6)), nn.Flatten(), head(384)), img, [8,8,6,6,0]),
     spectral_norm=(nn.Sequential(parametrizations.spectral_norm(C(3,8)), nn.ReLU(), C(8,6), nn.Flatten(), head(384)), img, [0,6,0]),

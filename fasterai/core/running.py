@@ -552,11 +552,12 @@ def inputs_for(
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     there = len(devices)!=1 or any(o.device in devices for o in tensors_of(example_inputs))  # what is elsewhere is meant to be
     def fit(o):
-        if isinstance(o, np.ndarray): o = _tensor_of(o)
+        array = isinstance(o, np.ndarray)
+        if array: o = _tensor_of(o)
         if not isinstance(o, Tensor): return o
         o = plain(o)
         if len(dtypes)==1 and o.is_floating_point(): o = o.to(*dtypes)
-        if there or o.device in devices: return o
+        if o.device in devices or len(devices)!=1 or there and not array: return o  # an array is nowhere
         if o.is_meta: raise ValueError('example_inputs are on the meta device and have no values, and the model is not: pass a tensor')
         return o.to(*devices)
     with at_home(): return map_parts(fit, example_inputs)
