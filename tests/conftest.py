@@ -1,4 +1,5 @@
 """Hypothesis repeats itself from run to run; `pytest --hypothesis-profile=hunt` looks further. `pytest --device cuda` puts models and data on a GPU"""
+import os
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -12,8 +13,10 @@ def pytest_addoption(parser): parser.addoption('--device', default='cpu', help='
 def pytest_configure(config):
     device = config.getoption('device')
     if device=='cpu': return
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # deterministic algorithms ask for it
     torch.set_default_device(device)
+    torch.backends.cudnn.allow_tf32,torch.backends.cudnn.deterministic = False,True  # tests compare digits
     class Generator(torch.Generator):
         "One whose numbers are made where all tensors are"
-        def __new__(cls, where=device): return super().__new__(cls, where)
+        def __new__(cls, device=device): return super().__new__(cls, device)
     torch.Generator = Generator

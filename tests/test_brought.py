@@ -232,7 +232,8 @@ def test_scripted(given):
 
 @pytest.mark.filterwarnings('ignore')
 def test_quantized():
-    model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4,4), nn.Linear(4,4)), {nn.Linear})
+    with torch.device('cpu'):  # it is for the CPU alone
+        model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4,4), nn.Linear(4,4)), {nn.Linear})
     with pytest.raises(ValueError, match='0, 1 are quantized; sparsify the model before it is converted'): Sparsifier(model, layer_type=nn.Linear)
 
 def test_empty():

@@ -48,6 +48,9 @@ def resized(l):
 
 def entries(m): return {**dict(m.named_parameters()), **dict(m.named_buffers())}
 
+def at(flags, p): return flags.nonzero().flatten().to(p.device)
+def shuffled(n): return torch.randperm(n, device='cpu')  # as the graph's numbers are
+
 def deleted(m, g, dead):
     "`m` without the channels of classes `dead`"
     m,kept = copy.deepcopy(m),{}
@@ -56,7 +59,7 @@ def deleted(m, g, dead):
     for s in g.slices: assert kept[s.name,s.dim].equal(~torch.isin(g.classes(s.ids), dead)), f'uses of {s.name} disagree'
     for (name,dim),k in kept.items():
         assert k.any(), f'nothing left of {name}'
-        own[name].data = own[name].data.index_select(dim, k.nonzero().flatten())
+        own[name].data = own[name].data.index_select(dim, at(k, own[name]))
     for l in m.modules(): resized(l)
     for s in g.sized: modules[s.name].normalized_shape = (int((~torch.isin(g.classes(s.ids), dead)).sum()),)
     return m
@@ -66,7 +69,7 @@ def zeroed(m, g, dead):
     m = copy.deepcopy(m)
     for s in g.slices:
         k = torch.isin(g.classes(s.ids), dead)
-        if k.any() and s.kind!='stat' and not (s.name.endswith('original1') and s.dim==0): entries(m)[s.name].data.index_fill_(s.dim, k.nonzero().flatten(), 0)
+        if k.any() and s.kind!='stat' and not (s.name.endswith('original1') and s.dim==0): (p := entries(m)[s.name]).data.index_fill_(s.dim, at(k, p), 0)
     return m
 
 def run(m, g):
@@ -79,10 +82,10 @@ def made(g):
 def check_groups(m, g, limit=None):
     "A third of the classes of each weight (or of `limit` weights), deleted or zeroed: same outputs"
     torch.manual_seed(1)
-    mixed = torch.cat([g.classes(i) for i,_ in g.mixes]) if g.mixes else torch.tensor([0])
+    mixed = torch.cat([g.classes(i) for i,_ in g.mixes]) if g.mixes else torch.tensor([0], device='cpu')
     todo = list(made(g).values())
-    for i in torch.randperm(len(todo))[:limit].tolist():
-        dead = todo[i][torch.randperm(len(todo[i]))[:max(1, len(todo[i])//3)]]
+    for i in shuffled(len(todo))[:limit].tolist():
+        dead = todo[i][shuffled(len(todo[i]))[:max(1, len(todo[i])//3)]]
         for a,b in zip(run(zeroed(m, g, dead), g), run(deleted(m, g, dead), g)):
             assert a.shape==b.shape
             if not torch.isin(dead, mixed).any(): assert (a-b).norm()<=1e-9*a.norm()
@@ -90,10 +93,11 @@ def check_groups(m, g, limit=None):
 def check_all(m, g, share):
     "About `share` of all classes at once: runs, outputs keep their shape"
     torch.manual_seed(2)
-    dead,seen = [torch.zeros(0, dtype=torch.long)],torch.tensor([0])
+    dead = [torch.zeros(0, dtype=torch.long, device='cpu')]
+    seen = torch.tensor([0], device='cpu')
     for c in sorted(made(g).values(), key=len):
         c = c[~torch.isin(c, seen)]
-        dead.append(c[torch.randperm(len(c))[:min(int(share*len(c)+.5), len(c)-1)]] if len(c)>1 else c[:0])
+        dead.append(c[shuffled(len(c))[:min(int(share*len(c)+.5), len(c)-1)]] if len(c)>1 else c[:0])
         seen = torch.cat([seen,c])
     small = deleted(m, g, torch.cat(dead))
     assert [o.shape for o in run(m, g)]==[o.shape for o in run(small, g)]
@@ -135,7 +139,7 @@ def test_following_is_its_batchnorm(name):
         if not isinstance(l, nn.Conv2d) or n.startswith('aux'): continue
         norm = n.replace('conv','bn') if name=='resnet18' else n.rsplit('conv', 1)[0]+'bn'
         if 'downsample' in n: norm = n[:-1]+'1'
-        rows = torch.arange(l.out_channels)
+        rows = torch.arange(l.out_channels, device='cpu')
         assert [(k,r.tolist()) for k,r in g.following(n+'.weight')]==[(norm+o,rows.tolist()) for o in ('.weight','.bias')]
 
 def test_following_through_concatenations():
@@ -144,7 +148,7 @@ def test_following_through_concatenations():
     assert [n for n,_ in g.following(at+'6.conv1.weight')]==[at+'6.norm2.weight',at+'6.norm2.bias']
     rows = dict(g.following(at+'5.conv2.weight'))
     assert list(rows)==[at+'6.norm1.weight',at+'6.norm1.bias','features.transition1.norm.weight','features.transition1.norm.bias']
-    for r in rows.values(): assert r.equal(64+4*32+torch.arange(32))
+    for r in rows.values(): assert r.equal(64+4*32+torch.arange(32, device='cpu'))
 
 def test_following_makes_zero_filters_silent():
     "The channel of a zeroed filter is exactly zero after its normalization, so that nothing reads anything from it"
@@ -244,7 +248,7 @@ def SMALL(): return dict(  # network, input, classes that can be removed of each
     strided=(Net(lambda s,x: s.head(s.a(x).as_strided((2,8,4,8), (512,64,16,1)).mean((2,3))), a=C(3,8), head=head(8)), img, [0,0]),
     in_place=(Net(lambda s,x: (lambda h: (h.add_(s.b(x)),h.view(2,8,-1).relu_(),s.head(h.mean((2,3))))[-1])(s.a(x)), a=C(3,8), b=C(3,8), head=head(8)), img, [8,8,0]),
     assigned=(Net(assigned, a=C(3,8), head=head(8)), img, [0,0]),
-    numpy=(Net(lambda s,x: s.head(torch.from_numpy(s.a(x).detach().cpu().numpy()*2).mean((2,3))), a=C(3,8), head=head(8)), img, [0,0]),
+    numpy=(Net(lambda s,x: s.head(torch.from_numpy(s.a(x).detach().cpu().numpy()*2).to(x.device).mean((2,3))), a=C(3,8), head=head(8)), img, [0,0]),
     bilinear=(Net(lambda s,x: s.head(s.c(s.a(x),s.b(x))), a=nn.Linear(5,8), b=nn.Linear(5,6), c=nn.Bilinear(8,6,4), head=head(4)), seq, [0,0,0]),
     weight_norm=(nn.Sequential(parametrizations.weight_norm(C(3,8)), nn.ReLU(), parametrizations.weight_norm(C(8,6)), nn.Flatten(), head(384)), img, [8,8,6,6,0]),
     spectral_norm=(nn.Sequential(parametrizations.spectral_norm(C(3,8)), nn.ReLU(), C(8,6), nn.Flatten(), head(384)), img, [0,6,0]),

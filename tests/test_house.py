@@ -1,9 +1,10 @@
 """The house's own rules: who may import whom, what importing costs, what a star import brings, and a few words that the library does not use.
 
 They are read off the source, so a module that breaks one fails here before it does anywhere else; a module that no rule covers fails as well."""
-import ast, builtins, collections, fnmatch, functools, itertools, keyword, math, operator, random, statistics, subprocess, sys
+import ast, builtins, collections, fnmatch, functools, inspect, itertools, keyword, math, operator, random, statistics, subprocess, sys
 from pathlib import Path
 import pytest, torch
+from torch.utils._device import _device_constructors
 
 ROOT = Path(__file__).parent.parent
 LIB = ROOT/'fasterai'
@@ -96,6 +97,26 @@ def test_star_import_is_listed(module):
     assert set(stars)<={'core.all'}, f'{path} brings whatever is in {stars}'
     names = star(module)
     assert len(names)<=MOST and not [k for k in names if k.startswith('_')], len(names)
+
+MAKERS = {o.__name__ for o in _device_constructors()} | {'Generator'}  # of these, a default device decides
+
+def told_where(call):
+    "Does a call that makes a tensor, or a layer, say on which device?"
+    module,name = ast.unparse(call.func.value),call.func.attr
+    made = module=='torch' and name in MAKERS
+    if module=='nn' and hasattr(torch.nn, name): made = 'device' in inspect.signature(getattr(torch.nn, name)).parameters
+    return not made or any(k.arg=='device' for k in call.keywords)
+
+@pytest.mark.parametrize('path', FILES)
+def test_devices_are_told(path):
+    "`torch.set_default_device` of the user decides nothing of ours"
+    calls = [o for o in ast.walk(FILES[path]) if isinstance(o, ast.Call) and isinstance(o.func, ast.Attribute)]
+    assert not [f'{path}:{o.lineno}' for o in calls if not told_where(o)]
+
+def test_devices_notice_a_breach():
+    told = lambda text: told_where(ast.parse(text, mode='eval').body)
+    for o in ('torch.zeros(3)','torch.full([n], -1)','torch.Generator()','nn.Linear(3, 4)','nn.Conv2d(3, 4, 1)'): assert not told(o)
+    for o in ('torch.zeros(3, device=d)','x.new_zeros(3)','torch.zeros_like(x)','nn.Identity()','nn.ReLU()',"nn.Linear(3, 4, device='cpu')"): assert told(o)
 
 def functions(tree): return {id(o):f.name for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for o in ast.walk(f)}
 

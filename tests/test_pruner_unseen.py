@@ -101,10 +101,11 @@ def test_auxiliary_head_of_training_fits(ratio):
     assert z.shape==(2,3)
     (y.sum()+z.sum()).backward()
 
-def test_random_regularization_of_training_is_known():
+@pytest.mark.parametrize('dropout', [F.dropout, lambda y: torch.native_dropout(y, .5, True)[0]], ids=['function','as on a GPU'])
+def test_random_regularization_of_training_is_known(dropout):
     def f(m, x):
         y = m.a(x)
-        if m.training: y = y*torch.empty(len(y), 1, 1, 1).bernoulli_(.5).to(y) + 0*m.aux(F.dropout(y)).mean()
+        if m.training: y = y*torch.empty(len(y), 1, 1, 1).bernoulli_(.5).to(y) + 0*m.aux(dropout(y)).mean()
         return m.head(y)
     m = randomized(Net(f, a=conv(3,8), aux=conv(8,2), head=head(8)))
     Pruner(m, 50, example_inputs=XD).prune_model()

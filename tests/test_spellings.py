@@ -11,7 +11,7 @@ from fasterai.core.ops import Watch, channels, ops, scales, values
 from fasterai.misc.bn_folding import BN_Folder
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.sparsifier import Sparsifier
-from tiny import FAKE_GPU
+from tiny import FAKE_GPU, Net
 
 aten = torch.ops.aten
 
@@ -39,7 +39,7 @@ BATCH_NORMS = dict(
 
 @pytest.fixture(scope='module', autouse=True)
 def gpu_spellings_on_the_cpu():
-    "Operations of GPUs get a kernel for the CPU while these tests run"
+    "Operations of GPUs get a kernel for the CPU, where these tests run"
     lib = torch.library.Library('aten', 'IMPL', 'CPU')
     def norm(x, w, b, mean, var, training, momentum, eps):
         return aten.native_batch_norm(x, w, b, mean, var, training, momentum, eps)
@@ -49,9 +49,12 @@ def gpu_spellings_on_the_cpu():
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH): return F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=scale)
     none = lambda q: q.new_empty(0)
     seed = lambda: torch.zeros((), dtype=torch.long)
+    def rnn(x, ws, stride, buf, h, c, mode, size, proj, n, batch_first, dropout, train, both, lengths, state):
+        return *torch.lstm(x, (h,c), ws, stride==4, n, dropout, train, both, batch_first),x.new_empty(0),x.new_empty(0)
+    lib.impl('_cudnn_rnn', rnn)
     lib.impl('_scaled_dot_product_efficient_attention', lambda q,k,v,bias,lse,p=0.,causal=False,*,scale=None: (attend(q, k, v, bias, p, causal, scale),none(q),seed(),seed()))
     lib.impl('_scaled_dot_product_flash_attention', lambda q,k,v,p=0.,causal=False,mask=False,*,scale=None: (attend(q, k, v, None, p, causal, scale),none(q),None,None,0,0,seed(),seed(),none(q)))
-    yield
+    with torch.device('cpu'): yield
     lib._destroy()
 
 @contextmanager
@@ -159,3 +162,31 @@ def test_figures_in_every_spelling(how, monkeypatch):
     expected = road()
     assert expected==[3*16*9+16+32+16*32*9+32+64+330, 10*27+10+20+10*20*9+20+40+210, 10*27+10+10*20*9+20+210]
     with spelled(SPELLINGS[how], monkeypatch): assert road()==expected
+
+class LSTM(nn.LSTM):
+    "One operation for all layers and directions, as on a GPU"
+    def forward(self, x):
+        n = self.num_layers*(1+self.bidirectional)
+        h = x.new_zeros(n, len(x), self.hidden_size)
+        a = self._flat_weights,2+2*self.bias,None,h,h,2,self.hidden_size,0,self.num_layers,True,0.,False,self.bidirectional,[],None
+        return aten._cudnn_rnn(x, *a)[:1]
+
+@pytest.mark.parametrize('kw', [dict(), dict(bidirectional=True), dict(num_layers=2), dict(bias=False), dict(num_layers=2, bidirectional=True, bias=False)], ids=str)
+def test_recurrent_layers(kw):
+    "The input loses dead channels and the least important; one that only the other direction reads stays"
+    def made(cls):
+        torch.manual_seed(0)
+        m = Net(lambda m,x: m.head(m.rnn(F.relu(m.a(x)))[0]), a=nn.Linear(4,8), rnn=cls(8,5,batch_first=True,**kw), head=nn.Linear(5*(1+('bidirectional' in kw)),3)).eval()
+        with torch.no_grad(): m.a.weight[[1,6]] = m.a.bias[[1,6]] = m.rnn.weight_ih_l0[:,[2,3]] = 0
+        if 'bidirectional' in kw: m.rnn.weight_ih_l0_reverse.data[:,3] = 0
+        return m
+    x = torch.randn(2,7,4)
+    here,there = made(nn.LSTM),made(LSTM)
+    assert ChannelGraph(there, x).unknown=={} and ChannelGraph(there, x).macs()==ChannelGraph(here, x).macs()
+    if 'num_layers' not in kw: same_graph(ChannelGraph(here, x), ChannelGraph(there, x))
+    torch.testing.assert_close(there(x), here(x))
+    here,there = (Pruner().prune_model(m, x) for m in (here,there))
+    assert here.a.out_features==there.a.out_features==there.rnn.input_size==(5 if 'bidirectional' in kw else 4)
+    torch.testing.assert_close(there(x), here(x))
+    for m in (here,there): Pruner(m, 50, example_inputs=x).prune_model()
+    torch.testing.assert_close(there(x), here(x))

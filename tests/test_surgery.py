@@ -343,7 +343,7 @@ def test_no_trial_where_attributes_tell(monkeypatch):
 
 def fixed_device(m, x):
     y = m.b(F.relu(m.a(x)))
-    return m.head(y+torch.zeros(1, device='cpu')).view(-1, 3)+torch.tensor(m.offset, device='cpu')*y.view(2, 8, -1).mean((1,2))[:,None]
+    return m.head(y+torch.zeros(1, device=X.device)).view(-1, 3)+torch.tensor(m.offset, device=X.device)*y.view(2, 8, -1).mean((1,2))[:,None]
 def of_values(m, x):
     y = m.b(F.relu(m.a(x)))
     return m.head(y)[:int((x>-9).sum()>0)+2]*y.view(2, 8, -1).mean()

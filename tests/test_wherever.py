@@ -93,7 +93,7 @@ class Traced(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 WAYS = dict(image=TensorImage, own=lambda x: x.as_subclass(Traced), tuple=lambda x: (TensorImage(x),), list=lambda x: [TensorBase(x)],
-    numpy=lambda x: x.numpy(), arrays=lambda x: (x.numpy(),), double=lambda x: x.double() if x.is_floating_point() else x.int(),
+    numpy=lambda x: x.cpu().numpy(), arrays=lambda x: (x.cpu().numpy(),), double=lambda x: x.double() if x.is_floating_point() else x.int(),
     expanded=lambda x: x[:1].expand(2, *x.shape[1:]), gradient=lambda x: x.clone().requires_grad_() if x.is_floating_point() else x,
     strided=lambda x: x.transpose(0, -1).contiguous().transpose(0, -1))
 
@@ -117,7 +117,7 @@ class Bag:
 HOLDERS = dict(dataclass=Sample, object=lambda x: Bag(image=x, scale=1.), itself=lambda x: Bag(image=x, scale=torch.ones(()), me=None))
 
 @pytest.mark.parametrize('hold', HOLDERS.values(), ids=HOLDERS)
-@pytest.mark.parametrize('cls', [TensorImage,lambda x: x.numpy(),lambda x: x.double()], ids=['image','numpy','double'])
+@pytest.mark.parametrize('cls', [TensorImage,lambda x: x.cpu().numpy(),lambda x: x.double()], ids=['image','numpy','double'])
 def test_whatever_holds_them(hold, cls):
     def wrap(m): return Net(lambda m,o: dict(out=m.m(o.image*o.scale)), m=m)
     o = hold(cls(Images.x))
@@ -152,7 +152,7 @@ def test_data_of_other_classes():
     x,y = torch.randn(8, 3, 9, 9),torch.randint(0, 3, (8,))
     for criteria in ('taylor','wanda'):
         plans = []
-        for data in ((x,y), (TensorImage(x),TensorCategory(y)), (x.numpy(),y), [(TensorImage(x),TensorCategory(y))]):
+        for data in ((x,y), (TensorImage(x),TensorCategory(y)), (x.cpu().numpy(),y), [(TensorImage(x),TensorCategory(y))]):
             Pruner(m := fresh(Images), 50, criteria=criteria, example_inputs=x[:2], data=data).prune_model()
             plans.append(pruned_plan(m)['kept'])
         with torch.inference_mode(): data = x*1,y*1
@@ -190,9 +190,10 @@ def default_dtype():
 
 @contextmanager
 def default_device():
+    was = torch.get_default_device()
     torch.set_default_device('meta')
     try: yield
-    finally: torch.set_default_device(None)
+    finally: torch.set_default_device(None if was.type=='cpu' else was)
 
 @contextmanager
 def deterministic():

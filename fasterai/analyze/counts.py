@@ -114,7 +114,8 @@ def place_of(
     model:nn.Module, # Left as it is
 ):
     "Device and floating type of the first parameter of `model`"
-    p = next((o for o in (*model.parameters(), *model.buffers()) if o.is_floating_point()), torch.empty(0))
+    floats = (o for o in (*model.parameters(), *model.buffers()) if o.is_floating_point())
+    p = next(floats, torch.empty(0, device='cpu'))
     return p.device,p.dtype
 
 def placed(
@@ -130,7 +131,7 @@ def placed(
 def _as_tensors(o):
     "`o` with tensors where it has NumPy's arrays, and a dict where it is another mapping"
     o = dict(o) if isinstance(o, Mapping) else o
-    return tree_map(lambda v: torch.as_tensor(v) if isinstance(v, np.ndarray) else v, o)
+    return tree_map(lambda v: torch.as_tensor(v, device='cpu') if isinstance(v, np.ndarray) else v, o)
 
 def with_bar(
     it, # Iterable with a length
@@ -434,8 +435,8 @@ def answers(
         right,labels,strange = zip(*res)
         return Accuracy(torch.cat(right, 1), torch.cat(labels), sum(strange))
     same,of,difference = zip(*res)
-    worst = torch.tensor(difference).max(0).values.tolist()  # nan stays nan
-    return Agreement(None if None in same else torch.tensor(same).sum(0).tolist(), sum(of), worst, why)
+    worst = torch.tensor(difference, device='cpu').max(0).values.tolist()  # nan stays nan
+    return Agreement(None if None in same else torch.tensor(same, device='cpu').sum(0).tolist(), sum(of), worst, why)
 
 # %% ../../nbs/analyze/01_counts.ipynb #f64ada46
 def wilson(

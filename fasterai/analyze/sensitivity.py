@@ -152,7 +152,7 @@ class _Pruning:
         own = dict(self.model.named_parameters())
         for o,dims in self.plan(name, level).items():
             for d,keep in dims.items() if o in own else ():
-                gone = torch.ones(own[o].shape[d], dtype=torch.bool)
+                gone = torch.ones(own[o].shape[d], dtype=torch.bool, device='cpu')
                 gone[keep] = False
                 own[o].index_fill_(d, gone.nonzero().flatten().to(own[o].device), 0)
     def asked(self, name, level): return {g.layers[0]:level for g in self.sets[name]}

@@ -210,7 +210,7 @@ class Choice:
         raise NotImplementedError
     def keeping(self, share):
         "The cheapest option that keeps `share` of the energy; `None` if none does"
-        ok = (self.losses()<=1-share+1e-12).nonzero().flatten()
+        ok = (self.losses()<=1-share+1e-12).nonzero().flatten().cpu()
         return int(ok[self.weights[ok].argmin()]) if len(ok) else None
     def stages(self, k):
         "The layers of option `k`"
@@ -344,7 +344,8 @@ class Decomposer:
             mine = c.weights if kind=='params' else c.macs//batch
             keep = _front(mine[numbers[n]], lost:=c.losses().cpu()[numbers[n]])
             numbers[n] = numbers[n][keep]
-            costs[n],losses[n] = torch.cat([torch.tensor([full[n]]), mine[numbers[n]]]),torch.cat([lost.new_zeros(1), lost[keep]])
+            costs[n] = torch.cat([mine.new_tensor([full[n]]), mine[numbers[n]]])
+            losses[n] = torch.cat([lost.new_zeros(1), lost[keep]])
         rest = now-sum(full.values())
         found = allot(costs, losses, v-rest)
         if found is None: raise ValueError(f'{kind} can be {rest+sum(int(c.min()) for c in costs.values()):,} at least, from {now:,} now; {v:,} were asked for')

@@ -15,7 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
-from .ops import PRODUCTS,Call,Watch,channels,macs
+from .ops import PRODUCTS,Call,Watch,channels,macs,recurrent_weights
 from .running import SLIPS,as_in_training,call_with,check_shapes,example_inputs_for,naming,tensors_of,untouched
 from .sizes import Telling
 
@@ -131,10 +131,10 @@ class _Facts:
 
     def settle(self):
         "Pairs of channels that are tied, and pins: those that were said, and what is tied to something fixed"
-        if not self.ties: return torch.zeros(2, 0, dtype=torch.long),self.pins
+        if not self.ties: return torch.zeros(2, 0, dtype=torch.long, device='cpu'),self.pins
         flat = [(a,b) if a.shape==b.shape else torch.broadcast_tensors(a, b) for a,b,*_ in self.ties]
         a,b = (torch.cat([o[k].reshape(-1) for o in flat]) for k in (0,1))
-        which = torch.repeat_interleave(torch.tensor([o.numel() for o,_ in flat]))
+        which = torch.repeat_interleave(torch.tensor([o.numel() for o,_ in flat], device='cpu'))
         differ = (a!=b)&(a>=0)&(b>=0)
         a,b,which = a[differ],b[differ],which[differ]
         fixed = (a==0)|(b==0)
@@ -654,15 +654,18 @@ def _aligned(tr, c):
 @channels('recurrent')
 def _recurrent(tr, c):
     "Only what comes in can be cut: the state keeps its size"
-    x,w = c.get('input'),c.get('weight0')
-    if w.ids or not w.par: raise _Unknown
-    for k,o in c.tensors.items():
-        if k in ('input','weight0'): continue
+    x = c.get('input')
+    readers,others = recurrent_weights(c.a, {**c.tensors, **c.lists})
+    if any(w.ids or not w.par for w in readers): raise _Unknown
+    states = [o for k,o in c.tensors.items() if k!='input' and not k.startswith('weight')]
+    for o in (*others,*states):
         tr.hold(o.par, c.why)
         for l in o.ids: tr.pin(l, c.why)
     ins = tr.take(x, -1, c.why)
     for l in x.beside(-1): tr.pin(l, c.why)
-    tr.weigh(w, {1: (ins,'in','weight'), 0: (torch.zeros(w.shape[0], dtype=torch.long, device='cpu'),'out','weight')}, c.why)
+    for w in readers:
+        state = torch.zeros(w.shape[0], dtype=torch.long, device='cpu')
+        tr.weigh(w, {1: (ins,'in','weight'), 0: (state,'out','weight')}, c.why)
 
 @channels('pad')
 def _padded(tr, c):
@@ -731,7 +734,7 @@ def _keeps_zero(tr, c):
     if c.name in ('add', 'sub') and others: return all(_per_channel(o) for o in others)
     if others or len(c.tensors)>1 or not c.a[c.first].is_floating_point(): return False
     key = (c.func, str([o for k,o in c.a.items() if k!=c.first]))
-    if key not in tr.zeros: tr.zeros[key] = bool((c.redo(torch.zeros(1, device='cpu'))==0).all())
+    if key not in tr.zeros: tr.zeros[key] = bool((tree_leaves(c.redo(torch.zeros(1, device='cpu')))[0]==0).all())
     return tr.zeros[key]
 
 @channels('each', 'like')
@@ -1068,7 +1071,8 @@ def _macs_of_attention(c):
 
 @macs('recurrent')
 def _macs_of_recurrent(c):
-    return math.prod(c.a['input'].shape[:-1])*sum(c.a[o].numel() for o in ('weight0','weight1')),['weight0']
+    readers,others = recurrent_weights(c.a, c.a)
+    return math.prod(c.a['input'].shape[:-1])*sum(w.numel() for w in (*readers,*others) if w.dim()==2),['weight0']
 
 # %% ../../nbs/core/08_graph.ipynb #738aac76
 def _normalized(tr, c, dims):
@@ -1197,7 +1201,7 @@ class ChannelGraph:
             if self._varies(l, dims): pins.append((l[l>0],why))
         for l,_,why in whole:
             if len(self._root[l[l>0]].unique())==1: pins.append((l[l>0],why))  # nothing could go by itself
-        self._why,self._pin = [why for _,why in pins],torch.full([tr.n], -1)
+        self._why,self._pin = [why for _,why in pins],torch.full([tr.n], -1, device='cpu')
         for i,(ids,_) in reversed(list(enumerate(pins))): self._pin[self._root[ids]] = i
         self._pin[0] = -1  # no channel
 
@@ -1215,7 +1219,7 @@ class ChannelGraph:
 
     def _mixed(self, l, dims):
         "Channels of `l` that depend on others along `dims`: not those that only go together with these"
-        r,differ = self._root[l],torch.zeros(l.shape, dtype=torch.bool)
+        r,differ = self._root[l],torch.zeros(l.shape, dtype=torch.bool, device='cpu')
         for d in dims:
             if l.shape[d]>1: differ |= (r!=r.narrow(d, 0, 1)).any(d, keepdim=True)
         return l[differ&(l>0)].unique()
@@ -1270,7 +1274,7 @@ class ChannelGraph:
         s,res = self.out(param),[]
         for ids in (s.ids[None] if s.grid is None else s.grid):
             filter_of = torch.full_like(self._root, -1)
-            filter_of[ids] = torch.arange(len(ids))
+            filter_of[ids] = torch.arange(len(ids), device='cpu')
             filter_of[0] = -1
             for name,channels in self._followers:
                 f = filter_of[channels]
@@ -1290,12 +1294,14 @@ class ChannelGraph:
 
     def describe(self):
         "A row for each group of channels: how many, which layers make, read and scale them, and why they have to stay if so"
-        gen,n = torch.Generator().manual_seed(0),len(self._root)
-        sign = torch.zeros(n, dtype=torch.long) # classes that the same slices mention get the same sum
-        for s in self.slices: sign[self._root[s.ids].unique()] += torch.randint(2**40, (1,), generator=gen)
+        gen,n = torch.Generator(device='cpu').manual_seed(0),len(self._root)
+        sign = torch.zeros(n, dtype=torch.long, device='cpu') # classes that the same slices mention get the same sum
+        for s in self.slices:
+            sign[self._root[s.ids].unique()] += torch.randint(2**40, (1,), generator=gen, device='cpu')
         sign = torch.where(sign!=0, sign*(len(self._why)+1) + self._pin, 0)
         sign[0] = 0
-        first = torch.full([len(kinds:=sign.unique())], n).scatter_reduce(0, torch.searchsorted(kinds, sign), torch.arange(n), 'amin')
+        kinds,which = sign.unique(return_inverse=True)
+        first = kinds.new_full([len(kinds)], n).scatter_reduce(0, which, torch.arange(n, device='cpu'), 'amin')
         return [self._row(i, sign==k) for i,k in enumerate(kinds[first.argsort()][kinds[first.argsort()]!=0])]
 
     def _row(self, i, members):

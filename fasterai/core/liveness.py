@@ -15,8 +15,8 @@ from torch import nn,Tensor
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from .graph import ChannelGraph,_Trace,_varying,adds_slices,spatial_dims,summed_by
-from .ops import PRODUCTS,plain_of,values
-from .running import SLIPS,naming,untouched
+from .ops import PRODUCTS,plain_of,recurrent_weights,values
+from .running import SLIPS,_as_outside,naming,untouched
 
 # %% ../../nbs/core/09_liveness.ipynb #9f5263ab
 def _exact(t): return t.is_floating_point() or t.is_complex()
@@ -264,14 +264,17 @@ class Read:
     zero: Tensor # Is the input zero, whatever the model is given? As `ins`
     const: Tensor # The number that it always is, where it acts the same at every place; else nan. As `ins`
 
-def _grouped(c, table):
-    "Ids of inputs and outputs of weight and convolution or product `c`, its weight [groups, outputs, inputs, …], and the input's values [groups, inputs, …]"
+def _grouped(c, table, i=0):
+    """Ids of inputs and outputs of weight and convolution or product `c`, its weight [groups, outputs, inputs, …], and the input's values
+    [groups, inputs, …]; of a recurrent operation for the `i`-th weight that reads its input"""
     made,read = (next((v for v in table.values() if v[1]==role), None) for role in ('out','in'))
     if c.meaning in ('convolution','deformed'):
         w,x,G,back = c.seen['weight'].detach(),c.seen['input'],c.a['groups'],c.a.get('transposed', False)
         w = w.reshape(G, -1, *w.shape[1:]) if not back else w.reshape(G, -1, *w.shape[1:]).transpose(1, 2)
         x = x.movedim(1, 0)
-    elif c.meaning=='recurrent': G,w,x = 1,c.seen['weight0'].detach()[None],c.seen['input'].movedim(-1, 0)
+    elif c.meaning=='recurrent':
+        G,x = 1,c.seen['input'].movedim(-1, 0)
+        w = recurrent_weights(c.a, c.seen)[0][i].detach()[None]
     else:
         G,(k,l,_) = 1,PRODUCTS[c.name]
         a,b = c.seen[k],c.seen[l]
@@ -335,7 +338,7 @@ class _Reading(_Trace):
         "From here on the model may do something else: what it still holds may be read otherwise, and all that comes is unknown"
         self.closed,self.n_closed = True,self.n
         held = [l.flatten() for o in self.shadows.values() for l in o.ids]
-        self.held = torch.cat(held or [torch.zeros(0, dtype=torch.long)]).unique()
+        self.held = torch.cat(held or [torch.zeros(0, dtype=torch.long, device='cpu')]).unique()
 
     def guess(self, c, func, args, kwargs):
         "The operation where inputs may be unknown"
@@ -392,14 +395,14 @@ class _Reading(_Trace):
         super().follow(call)
         if not self.closed: self.sums += call.summed
         elif call.meaning=='reduce' and summed_by(call): self.sums += [l for l in call.x.ids if set(call.dims()) & set(_varying(l)) and not adds_slices(l, call.dims())]
-        table = next((t for t in self.tables if {v[1] for v in t.values()}=={'in','out'}), None)
+        whole = [t for t in self.tables if {v[1] for v in t.values()}=={'in','out'}]
         self.tables = []
-        if table: self.remember(call, table)
+        for i,table in enumerate(whole if call.meaning=='recurrent' else whole[:1]): self.remember(call, table, i)
 
-    def remember(self, c, table):
-        ins,outs,w,x = _grouped(c, table)
+    def remember(self, c, table, i):
+        ins,outs,w,x = _grouped(c, table, i)
         nonzero = (w!=0).flatten(3).any(-1) if w.dim()>3 else w!=0
-        if self.closed: zero,const = torch.zeros_like(ins, dtype=torch.bool),torch.full(ins.shape, torch.nan)
+        if self.closed: zero,const = torch.zeros_like(ins, dtype=torch.bool),torch.full_like(ins, torch.nan, dtype=torch.get_default_dtype())
         else:
             lo,hi = x.amin(-1),x.amax(-1)
             zero,const = ((lo==0)&(hi==0)).cpu(),torch.where(_level(lo, hi), hi, torch.nan).cpu()
@@ -438,7 +441,7 @@ def _run(model, tr, inputs):
         if tr.twins is not None and _exact(o): tr.twins[o] = torch.full_like(o, torch.nan)
         elif not _exact(o): tr.taint(o)
     try:
-        with untouched(model), naming(model, tr.stack), tr: _call(model, inputs)
+        with untouched(model), naming(model, tr.stack), _as_outside(model), tr: _call(model, inputs)
     except SLIPS as e: return f'{type(e).__name__}: {e}'  # any error may come of a nan
 
 def _one_way(model, graph):
@@ -469,12 +472,12 @@ def _both_ways(model, graph):
 def _agree(first, tr):
     "Did two runs read the same weights in the same order? Then `first` knows no more than both"
     if first.closed or tr.closed or [(o.of,o.ins.shape,o.outs.shape) for o in first.reads]!=[(o.of,o.ins.shape,o.outs.shape) for o in tr.reads]: return False
-    theirs = torch.zeros(tr.n, dtype=torch.long)  # `first`'s number of each of `tr`'s channels
+    theirs = torch.zeros(tr.n, dtype=torch.long, device='cpu')  # `first`'s number of each of `tr`'s channels
     for a,b in zip(first.reads, tr.reads):
         theirs[b.ins],theirs[b.outs] = a.ins,a.outs
         a.const = torch.where((a.zero==b.zero)&((a.const==b.const)|a.zero), a.const, torch.nan)
         a.zero,a.nonzero = a.zero&b.zero,a.nonzero|b.nonzero
-    summed = torch.cat([o.flatten() for o in tr.sums] or [torch.zeros(0, dtype=torch.long)])
+    summed = torch.cat([o.flatten() for o in tr.sums] or [torch.zeros(0, dtype=torch.long, device='cpu')])
     first.sums.append(theirs[summed])
     return bool(((summed==0)|(theirs[summed]>0)).all())
 
@@ -493,7 +496,7 @@ class Liveness:
         tr = _observe(model, graph)
         self.reads,self._known = tr.reads,{}
         self._agree()
-        self.live = torch.zeros(len(graph._root), dtype=torch.bool)
+        self.live = torch.zeros(len(graph._root), dtype=torch.bool, device='cpu')
         self.live[0] = True  # what has to stay is class 0
         if tr.closed: self._reopen(tr)
         for ids in [*(l for l,_ in graph.mixes),*tr.sums]: self.live[graph.classes(ids.flatten())] = True
@@ -507,7 +510,7 @@ class Liveness:
             at = held[self.graph.classes(r.ins)]
             r.zero,r.const = r.zero&~at,r.const.masked_fill(at, torch.nan)
         if self.graph.idle:
-            later = torch.arange(tr.n_closed, len(self.live))
+            later = torch.arange(tr.n_closed, len(self.live), device='cpu')
             self.live[self.graph.classes(torch.cat([tr.held,later]))] = True
 
     def _agree(self):
@@ -534,7 +537,8 @@ class Liveness:
 
     def dead(self):
         "Classes that can be removed, but for the last of any dimension of a parameter"
-        seen = torch.cat([self.graph.classes(s.ids).unique() for s in self.graph.slices] or [torch.zeros(0, dtype=torch.long)]).unique()
+        classes = [self.graph.classes(s.ids).unique() for s in self.graph.slices]
+        seen = torch.cat([torch.zeros(0, dtype=torch.long, device='cpu'),*classes]).unique()
         return spare_last(self.graph, seen[~self.live[seen]])
 
     def constants(self,
@@ -556,7 +560,7 @@ class Liveness:
 
 def spare_last(graph, classes):
     "`classes` without one of those that would leave a dimension of a parameter empty"
-    gone = torch.zeros(len(graph._root), dtype=torch.bool)
+    gone = torch.zeros(len(graph._root), dtype=torch.bool, device='cpu')
     gone[classes] = True
     for s in graph.slices:
         c = graph.classes(s.ids)

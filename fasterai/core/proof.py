@@ -39,7 +39,7 @@ def difference(
 # %% ../../nbs/core/12_proof.ipynb #857198c6
 def random_like(inputs, seed=0):
     "`inputs` with normally distributed numbers for floats; what indexes or masks stays as it is"
-    gen = torch.Generator().manual_seed(seed)
+    gen = torch.Generator(device='cpu').manual_seed(seed)
     new = lambda o: torch.randn(o.shape, generator=gen, dtype=torch.float64, device='cpu').to(o) if isinstance(o, Tensor) and o.is_floating_point() else o
     return map_parts(new, inputs)
 

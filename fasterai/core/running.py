@@ -98,13 +98,14 @@ def at_home():
     """What is set around a call has no effect inside: inference mode, autocast, and a default device; new tensors are on the
     CPU, and nothing asks for gradients. Also a decorator"""
     with ExitStack() as stack:
-        token = _outside.set(_outside.get() or torch.get_default_device())
+        here = torch.get_default_device()
+        token = _outside.set(here if here.type!='cpu' else _outside.get() or here)  # inside another call of ours it is the CPU
         stack.callback(_outside.reset, token)
         if torch.is_inference_mode_enabled(): stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())  # the line above switches gradients on
         for o in ('cpu','cuda','mps','xpu'):
             if torch.is_autocast_enabled(o): stack.enter_context(torch.autocast(o, enabled=False))
-        if torch.get_default_device().type!='cpu': stack.enter_context(torch.device('cpu'))
+        if here.type!='cpu': stack.enter_context(torch.device('cpu'))
         yield
 
 @contextmanager
@@ -125,6 +126,24 @@ def _eager():
         with set_stance('force_eager'), warnings.catch_warnings():
             warnings.filterwarnings('ignore', 'Using `torch.compile')  # our own hooks, on each module, would fire twice: they bear it
             yield
+
+@contextmanager
+def _all_digits():
+    "A GPU multiplies floats with all their digits: by default, its convolutions take ten bits of each (TF32)"
+    cudnn = torch.backends.cudnn
+    tf32,products = _told(lambda: cudnn.allow_tf32, False),_told(torch.get_float32_matmul_precision, 'highest')
+    try:
+        if tf32: cudnn.allow_tf32 = False
+        if products!='highest': torch.set_float32_matmul_precision('highest')
+        yield
+    finally:
+        if tf32: cudnn.allow_tf32 = True
+        if products!='highest': torch.set_float32_matmul_precision(products)
+
+def _told(ask, other):
+    "The answer of PyTorch, or `other` where it has none, since a user has said it for each kind of layer: so it stays"
+    try: return ask()
+    except RuntimeError: return other
 
 @contextmanager
 def restored(
@@ -150,9 +169,9 @@ def restored(
 def untouched(
     model:nn.Module, # Left as it was, also after an error
 ):
-    "Run `model` to look at it: `restored` afterwards, `at_home`, uncompiled, without fused attention, on plain tensors"
+    "Run `model` to look at it: `restored` afterwards, `at_home`, with all digits, uncompiled, without fused attention, on plain tensors"
     fast = torch.backends.mha.get_fastpath_enabled()
-    with at_home(), restored(model), _eager(), _Plain(model):
+    with at_home(), restored(model), _all_digits(), _eager(), _Plain(model):
         torch.backends.mha.set_fastpath_enabled(False)  # one fused operation would hide what happens inside
         try: yield
         finally: torch.backends.mha.set_fastpath_enabled(fast)
@@ -188,8 +207,9 @@ def inputs_of(batch, device):
 def _other(o):
     "A tensor that may come in the place of `o`"
     if not isinstance(o, Tensor) or not o.numel(): return o
-    gen = torch.Generator().manual_seed(1)
-    if o.is_floating_point() or o.is_complex(): return torch.randn(o.shape, generator=gen, dtype=torch.float64).to(o)
+    gen = torch.Generator(device='cpu').manual_seed(1)
+    if o.is_floating_point() or o.is_complex():
+        return torch.randn(o.shape, generator=gen, dtype=torch.float64, device='cpu').to(o)
     back = o.flip(list(range(o.dim())))
     return back if o.dtype==torch.bool or not torch.equal(back, o) else o+1
 
@@ -503,13 +523,14 @@ def example_inputs_for(
     model:nn.Module, # Left as it is
 ):
     "A tuple of inputs that `model` runs with, of the smallest likely size; a `ValueError` if none is found"
-    p = next((o for o in model.parameters() if o.is_floating_point()), torch.empty(0))
-    gen,said,errors,kinds = torch.Generator().manual_seed(0),_said_sizes(model),[],{}
+    p = next((o for o in model.parameters() if o.is_floating_point()), torch.empty(0, device='cpu'))
+    gen,said,errors,kinds = torch.Generator(device='cpu').manual_seed(0),_said_sizes(model),[],{}
     for m in model.modules():
         if shapes := _shapes(m, said): kinds.setdefault((type(m),shapes[0]), (shapes,isinstance(m, (nn.Embedding,nn.EmbeddingBag))))
     for shapes,index in list(kinds.values())[:3]:  # the first layers to be registered are rarely not the first to run
         for shape,batch in [(s,b) for s in shapes for b in (2,1)]:
-            x = torch.zeros(batch, *shape, dtype=torch.long) if index else torch.randn(batch, *shape, generator=gen).to(p.dtype)
+            if index: x = torch.zeros(batch, *shape, dtype=torch.long, device='cpu')
+            else: x = torch.randn(batch, *shape, generator=gen, device='cpu').to(p.dtype)
             try:
                 with untouched(model): call_with(model, x.to(p.device))
                 return (x.to(p.device),)
@@ -538,11 +559,12 @@ def inputs_for(
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     there = len(devices)!=1 or any(o.device in devices for o in tensors_of(example_inputs))  # what is elsewhere is meant to be
     def fit(o):
-        if isinstance(o, np.ndarray): o = _tensor_of(o)
+        array = isinstance(o, np.ndarray)
+        if array: o = _tensor_of(o)
         if not isinstance(o, Tensor): return o
         o = plain(o)
         if len(dtypes)==1 and o.is_floating_point(): o = o.to(*dtypes)
-        if there or o.device in devices: return o
+        if o.device in devices or len(devices)!=1 or there and not array: return o  # an array is nowhere
         if o.is_meta: raise ValueError('example_inputs are on the meta device and have no values, and the model is not: pass a tensor')
         return o.to(*devices)
     with at_home(): return map_parts(fit, example_inputs)

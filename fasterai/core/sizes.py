@@ -34,7 +34,7 @@ class Axis:
     def settle(self):
         "Find out what it is of, as soon as the model has run; is that known?"
         if self.stop is not None: self.layers = [o.narrow(self.dim, 0, self.stop) for o in self.layers]
-        every = torch.arange(self.n)
+        every = torch.arange(self.n, device='cpu')
         whole = [k for k,rows in (self.par or {}).items() if torch.equal(rows.flatten(), every)]
         if whole: self.param = whole[0]
         self.stop = self.par = None

@@ -60,7 +60,7 @@ def _named(model): return dict([*model.named_parameters(), *model.named_buffers(
 
 def _flags(graph, classes):
     "Is a class among `classes`? By class"
-    gone = torch.zeros(len(graph._root), dtype=torch.bool)
+    gone = torch.zeros(len(graph._root), dtype=torch.bool, device='cpu')
     gone[classes] = True
     gone[0] = False
     return gone
@@ -85,22 +85,26 @@ class _Count:
         axes = [o for e in (*graph.equations,*graph.sizings) for o in e.axes if o is not None]
         self.axes = list(dict.fromkeys(axes))
         self.rows = [_rows_of(graph, o) for o in self.axes]
-        sizes = torch.tensor([len(o) for o in self.rows], dtype=torch.long)
-        self.axis = torch.arange(len(sizes)).repeat_interleave(sizes)
-        width = torch.tensor([o.shape[1] for o in self.rows], dtype=torch.long)
-        self.row = torch.arange(len(self.axis)).repeat_interleave(width[self.axis])
-        self.classes = torch.cat([o.flatten() for o in self.rows] or [torch.zeros(0, dtype=torch.long)])
+        sizes = torch.tensor([len(o) for o in self.rows], dtype=torch.long, device='cpu')
+        self.axis = torch.arange(len(sizes), device='cpu').repeat_interleave(sizes)
+        width = torch.tensor([o.shape[1] for o in self.rows], dtype=torch.long, device='cpu')
+        self.row = torch.arange(len(self.axis), device='cpu').repeat_interleave(width[self.axis])
+        self.classes = _joined(self.rows)
     def left(self, gone):
         "For each axis, how many of its entries have a class that is not `gone`"
-        keep = torch.zeros(len(self.axis), dtype=torch.bool)
+        keep = torch.zeros(len(self.axis), dtype=torch.bool, device='cpu')
         keep[self.row[~gone[self.classes]]] = True
         return dict(zip(self.axes, self.axis[keep].bincount(minlength=len(self.axes)).tolist()))
+
+def _joined(ids):
+    "All numbers of the tensors `ids`, one after the other"
+    return torch.cat([torch.zeros(0, dtype=torch.long, device='cpu'),*(o.flatten() for o in ids)])
 
 def _rows_of(graph, axis):
     "Classes of each entry along `axis`: [entries, classes of one]"
     if axis.param is None: return graph.classes(axis.rows())
     found = next((s.ids for s in graph.slices if (s.name,s.dim)==axis.param), None)
-    return torch.zeros(axis.n, 1, dtype=torch.long) if found is None else graph.classes(found)[:,None]
+    return torch.zeros(axis.n, 1, dtype=torch.long, device='cpu') if found is None else graph.classes(found)[:,None]
 
 class _Fitting:
     "Attributes of `model` that fit what is left of its channels"
@@ -169,7 +173,7 @@ class _Fitting:
             if isinstance(axis, Axis) and isinstance(a, Attr): return self.first(axis, self.number(a), gone)
         return self.all_of(e.axes, gone)
     def all_of(self, axes, gone):
-        classes = torch.cat([self.rows[o].flatten() for o in axes] or [torch.zeros(0, dtype=torch.long)]).unique()
+        classes = _joined([self.rows[o] for o in axes]).unique()
         return classes[gone[classes]]
     def first(self, axis, n, gone):
         "Classes of `gone` that have to stay for `axis` to have `n` entries: some if these are enough, or all"
@@ -452,7 +456,7 @@ class _Case:
     def on_meta(self):
         "Does the model itself run without weights, as it does with them?"
         if self.graph.counts: return False
-        try: return self.tried_on_meta(torch.zeros(0, dtype=torch.long)) is None
+        try: return self.tried_on_meta(torch.zeros(0, dtype=torch.long, device='cpu')) is None
         except SLIPS: return False  # not all kinds of tensors can be without values
 
     def fewer(self, removed, problem):
@@ -529,7 +533,7 @@ def without(graph, removed, classes):
 
 def reshaped(graph):
     "All classes that some reshape splits or joins"
-    return torch.cat([graph.classes(o.flatten()) for old,new,_ in graph.reshapes for o in (old,new)] or [torch.zeros(0, dtype=torch.long)]).unique()
+    return _joined([graph.classes(o) for old,new,_ in graph.reshapes for o in (old,new)]).unique()
 
 def legal(
     model:nn.Module, # Left as it is

@@ -72,10 +72,10 @@ def _adapter(s, t, names):
     told = f'layers {names[0]!r} and {names[1]!r} give {a} and {b}'
     if len(a)!=len(b) or len(a)<2: raise ValueError(f'{told}: no adapter fits between them')
     if len(a)==4 and a[1]==a[2]!=a[3] and b[1]==b[2]!=b[3] and a[1]!=b[1]: raise ValueError(f'{told}, channels last it seems, of different sizes: choose layers whose sizes agree')
-    if a[1:-1]==b[1:-1]: return nn.Linear(a[-1], b[-1]) if a[-1]!=b[-1] else None
+    if a[1:-1]==b[1:-1]: return nn.Linear(a[-1], b[-1], device='cpu') if a[-1]!=b[-1] else None
     if a[1]==b[1]: return None
     if len(a)>5: raise ValueError(f'{told}: no adapter fits between them')
-    return {3:nn.Conv1d, 4:nn.Conv2d, 5:nn.Conv3d}[len(a)](a[1], b[1], 1)
+    return {3:nn.Conv1d, 4:nn.Conv2d, 5:nn.Conv3d}[len(a)](a[1], b[1], 1, device='cpu')
 
 # %% ../../nbs/distill/02_distiller.ipynb #88fa7c27
 class Distiller:

@@ -96,7 +96,7 @@ def _line(c, fixed, given={}):
     "Scale and shift of the linear operation `c`, broadcast, in float64"
     x = fixed.source(c)
     n = len(x.shape)
-    one = torch.ones([1]*n, dtype=torch.float64)
+    one = torch.ones([1]*n, dtype=torch.float64, device='cpu')
     if c.meaning=='same': return one,0*one
     if not _normalizes(c):
         of_0,of_1 = (fixed.again(c, lambda v: k*one if v is x else fixed.numbers(v, given)) for k in (0.,1.))
@@ -244,9 +244,9 @@ def _moved(c, v, s, t, up):
     def redo(l): return [l] if c.meaning=='same' else [o for o in tree_leaves(c.redo(l)) if isinstance(o, Tensor)]
     if not up: return list(zip(c.outs, *([_shrink(o) for o in redo(l.expand(v.shape))] for l in (s,t))))
     n,i = math.prod(c.x.shape),next(i for i,o in enumerate(c.outs) if o is v)
-    source = redo(torch.arange(n, dtype=torch.float64).view(c.x.shape))[i].long()
+    source = redo(torch.arange(n, dtype=torch.float64, device='cpu').view(c.x.shape))[i].long()
     def back(l, rest):
-        x = torch.full([n], rest, dtype=l.dtype)
+        x = l.new_full([n], rest)
         x[source] = l.expand(v.shape)
         if not torch.equal(x[source], l.expand(v.shape)): raise _No('{} puts one number where scales differ', c)
         return _shrink(x.view(c.x.shape))
@@ -281,7 +281,8 @@ def _averaged(c, v, s, t, up):
         if c.a.get('value'): raise _No('{} puts in other numbers', c)
         # whatever these do at this size, they may do something else at another
         if c.name in ('sum','constant_pad_nd') or c.a.get('divisor_override'): return _no_shift(c, t)
-        ones = c.redo(torch.ones([n if d in dims else 1 for d,n in enumerate(c.x.shape)], dtype=torch.float64))
+        shape = [n if d in dims else 1 for d,n in enumerate(c.x.shape)]
+        ones = c.redo(torch.ones(shape, dtype=torch.float64, device='cpu'))
         if not torch.allclose(ones, torch.ones_like(ones), rtol=0, atol=1e-12): _no_shift(c, t)
     return _pooled(c, s, t, up, check)
 
@@ -300,7 +301,7 @@ def _rectified(c, v, s, t, up):
 def _shifted(c, v, s, t, up):
     if len(c.tensors)>1: return _added(c, v, s, t, up)
     if c.a.get('rounding_mode'): raise _No('{} rounds', c)
-    k,a = c.redo(torch.tensor([0.,1.], dtype=torch.float64))
+    k,a = c.redo(torch.tensor([0.,1.], dtype=torch.float64, device='cpu'))
     a = a-k
     if not up: return [(c.outs[0],s,a*t+k-s*k)]
     if a==0: raise _No('{} forgets its input', c)
@@ -429,7 +430,7 @@ def _numbers(c):
 def _cancel(moves):
     "Do operations that move numbers, one after the other, leave each where it was?"
     if not moves: return True
-    was = torch.arange(math.prod(moves[0].x.shape), dtype=torch.float64).view(moves[0].x.shape)
+    was = torch.arange(math.prod(moves[0].x.shape), dtype=torch.float64, device='cpu').view(moves[0].x.shape)
     now = was
     for c in moves: now = c.redo(now)
     return now.shape==was.shape and torch.equal(now, was)
@@ -586,7 +587,7 @@ class _Plan:
         c = runs[0]
         if not c.stats: raise _No(_IN_CODE)
         numbers = {n:x for n,x in zip((*c.stats,*c.affine), (0.,1-_eps(c.core),1.,0.)) if n}
-        given = {n:torch.full(self.tensors[n].shape, x, dtype=torch.float64) for n,x in numbers.items()}
+        given = {n:torch.full(self.tensors[n].shape, x, dtype=torch.float64, device='cpu') for n,x in numbers.items()}
         self.only(runs, given)
         for s,t in (o.line(given) for o in runs):
             idle = torch.allclose(s, torch.ones_like(s)) and torch.allclose(t, torch.zeros_like(t))

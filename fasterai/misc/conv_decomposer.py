@@ -40,7 +40,7 @@ class _Conv(Choice):
 # %% ../../nbs/misc/03_conv_decomposer.ipynb #414ba3f1
 class _TwoConvs(_Conv):
     "Of low rank as a matrix; each group by itself, all with the same rank"
-    def options(self): return torch.arange(1, min(self.sides())+1)
+    def options(self): return torch.arange(1, min(self.sides())+1, device='cpu')
     def cost(self, r):
         o,i = self.sides()
         return r*(o+i)*self.g, r*(i*self.positions()[0]+o*self.positions()[1])*self.g
@@ -79,10 +79,10 @@ class _Spatial(_TwoConvs):
 def _tensorly(w, f):
     "What `f` of tensorly makes of `w`"
     import tensorly as tl
-    with tl.backend_context('pytorch', local_threadsafe=True): return f(w)
+    with tl.backend_context('pytorch', local_threadsafe=True), w.device: return f(w)  # what it makes is where `w` is
 
 class _Tucker(_Conv):
-    def options(self): return torch.cartesian_prod(torch.arange(1, self.i+1), torch.arange(1, self.o+1))
+    def options(self): return torch.cartesian_prod(*(torch.arange(1, n+1, device='cpu') for n in (self.i,self.o)))
     def cost(self, ranks):
         ri,ro = ranks.unbind(1)
         a,c,b = torch.where(ri<self.i, ri*self.i, 0),ri*ro*math.prod(self.k),torch.where(ro<self.o, ro*self.o, 0)
@@ -109,7 +109,7 @@ class _Tucker(_Conv):
 
 # %% ../../nbs/misc/03_conv_decomposer.ipynb #d2feea82
 class _CP(_Conv):
-    def options(self): return torch.arange(1, math.prod(self.k)*min(self.i,self.o)+1)
+    def options(self): return torch.arange(1, math.prod(self.k)*min(self.i,self.o)+1, device='cpu')
     def cost(self, r):
         k = math.prod(self.k)
         return r*(self.i+self.o+k), r*(self.i*self.before+(self.o+k)*self.after)

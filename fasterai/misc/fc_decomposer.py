@@ -21,7 +21,7 @@ class _Linear(Choice):
     def __init__(self, layer, calls, data=False):
         o,i = layer.weight.shape
         at = sum(math.prod(y) for _,y in calls)//o
-        ranks = torch.arange(1, min(o,i)+1)
+        ranks = torch.arange(1, min(o,i)+1, device='cpu')
         super().__init__(layer, o*i*at, ranks, ranks*(o+i), ranks*(o+i)*at)
         self.centered = data and layer.bias is not None
     @cached_property

@@ -44,7 +44,7 @@ class Made:
         self.name,self.layer,self.ids = name,layer_of(name) or name,ids
         self.whole = model.get_submodule(layer_of(name))
         flat = _along(used_weight(model, name), dim)
-        self.zero = (~flat.any(1) if flat.shape[1] else torch.zeros(len(flat), dtype=torch.bool)).cpu()
+        self.zero = (~flat.any(1) if flat.shape[1] else torch.zeros(len(flat), dtype=torch.bool, device='cpu')).cpu()
         hidden = self.whole.hidden_size if isinstance(self.whole, nn.RNNBase) else 0
         if hidden and len(ids)%hidden==0:  # a unit has a row for each gate
             self.ids,self.zero = ids[:hidden],self.zero.view(-1, hidden).all(0)
@@ -67,7 +67,7 @@ def made_by(
         for p in weights[:1]:
             if (name := names[id(p)]) in used: continue  # shared with another layer
             dim = axes_of(m).index('o')
-            found[name,dim] = torch.zeros(p.shape[dim], dtype=torch.long)
+            found[name,dim] = torch.zeros(p.shape[dim], dtype=torch.long, device='cpu')
     with untouched(model): return [Made(model, name, dim, ids) for (name,dim),ids in found.items()]
 
 def fixed(
@@ -113,7 +113,7 @@ class _Zeros:
             if s.role!='in' or s.name not in own: continue
             ids = s.ids[None] if s.grid is None else s.grid
             zero = ~_along(used_weight(model, s.name), s.dim).any(1).cpu()
-            if len(zero)!=ids.shape[-1]: zero = torch.zeros(ids.shape[-1], dtype=torch.bool)
+            if len(zero)!=ids.shape[-1]: zero = torch.zeros(ids.shape[-1], dtype=torch.bool, device='cpu')
             asked |= set(self.graph.roots(ids.flatten()).tolist())
             read |= set(self.graph.roots(ids[:,~zero].flatten()).tolist())
         return asked-read-{0}

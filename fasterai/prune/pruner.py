@@ -101,6 +101,7 @@ def _check_fits(state, plan, model):
         if k in plan['kept'] or k not in plan['sizes']:
             if list(state[k].shape)!=want and k in plan['kept']: raise ValueError(f'the file is of another architecture: {k} has shape {tuple(state[k].shape)}, {tuple(want)} was expected')
 
+@at_home()
 def load_pruned(
     path, # File that `save_pruned` wrote
     model:nn.Module, # Fresh, of the original architecture; cut in place
@@ -184,13 +185,13 @@ def _unused(model, graph):
 class _Group(Source):
     "Classes of channels that the same weights make, and which of them are kept"
     def __init__(self, classes, slices):
-        super().__init__(torch.full(classes.shape, -1, dtype=torch.int8))
+        super().__init__(torch.full(classes.shape, -1, dtype=torch.int8, device='cpu'))
         self.classes,self.slices,self.layers = classes,slices,list(dict.fromkeys(s.layer for s in slices))
         self.name,self.barred,self.values = self.layers[0],False,None
         self.each,self.missed = {},0  # by layer: channels in a class; classes that have gone before
     def widen(self, n):
         "Count `n` classes: those that are not there have gone before"
-        more = torch.zeros(max(n-self.n, 0), dtype=torch.int8)
+        more = torch.zeros(max(n-self.n, 0), dtype=torch.int8, device='cpu')
         self.missed += len(more)
         self.keep,self.classes,self.n = torch.cat([self.keep,more]),torch.cat([self.classes,more.long()]),max(n, self.n)
 
@@ -200,9 +201,10 @@ def tied_groups(
 ):
     "Groups of classes that can be removed, in order of execution"
     own = {n for n,_ in model.named_parameters()}
-    gen,sign,by = torch.Generator().manual_seed(0),torch.zeros(len(graph._root), dtype=torch.long),{}
+    gen,by = torch.Generator(device='cpu').manual_seed(0),{}
+    sign = torch.zeros(len(graph._root), dtype=torch.long, device='cpu')
     made = [s for s in graph.slices if s.role=='out' and s.name in own]
-    for s in made: sign[graph.classes(s.ids).unique()] += torch.randint(2**40, (1,), generator=gen)
+    for s in made: sign[graph.classes(s.ids).unique()] += torch.randint(2**40, (1,), generator=gen, device='cpu')
     sign[0] = 0
     for s in made:
         for k in (u:=sign[graph.classes(s.ids)].unique())[u!=0].tolist(): by.setdefault(k, []).append(s)
@@ -218,7 +220,7 @@ def _rows(s, classes, graph):
     rows = (classes[at]==c).nonzero().flatten()
     rows = rows[at[rows].argsort(stable=True)]
     k = at[rows]
-    return rows, k, torch.arange(len(k))-torch.searchsorted(k, k)
+    return rows, k, torch.arange(len(k), device='cpu')-torch.searchsorted(k, k)
 
 def group_scores(
     group, # As from `tied_groups`
@@ -531,7 +533,7 @@ class Pruner:
 
     def _choose(self, groups, ratio, targets):
         "Classes to remove"
-        by,gone = {g.name:g for g in groups},[torch.zeros(0, dtype=torch.long)]
+        by,gone = {g.name:g for g in groups},[torch.zeros(0, dtype=torch.long, device='cpu')]
         for names,k in self._counts(by, ratio, targets).items():
             gs = [by[o] for o in names]
             now,fresh = sum(g.gone for g in gs),lambda: [Scores(self._score(g), g.keep.clone()) for g in gs]

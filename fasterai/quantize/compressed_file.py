@@ -226,7 +226,7 @@ def _write_tensor(t):
 def _read_tensor(take, dtype, shape, positions, *values):
     "The other direction: `take` gives the next bytes of the file"
     n,word,signed = _count(dtype, shape),_word(dtype),_signed(dtype)
-    if not n: return torch.zeros(shape, dtype=dtype)
+    if not n: return torch.zeros(shape, dtype=dtype, device='cpu')
     if positions:
         size,axis,lag,*counts = positions
         signs = _read_signs(take(size), (*shape,2) if dtype.is_complex else shape, n, axis, lag, signed)

@@ -106,7 +106,8 @@ def density(data, k, seed):
 
 def kmeans_pp(data, k, seed):
     "Centroids drawn by k-means++"
-    u = torch.rand(k, len(data.n), 1, generator=torch.Generator().manual_seed(seed), dtype=torch.double).to(data.v.device)
+    gen = torch.Generator(device='cpu').manual_seed(seed)  # the same numbers on every device
+    u = torch.rand(k, len(data.n), 1, generator=gen, dtype=torch.double, device='cpu').to(data.v.device)
     c = [data.value((u[0]*data.n).long())]
     far = (data.counted-c[0]).square_().masked_fill_(data.v==torch.inf, 0)
     for o in u[1:]:

@@ -51,9 +51,10 @@ def show_blocks(
 ):
     "A third of the blocks of a convolution's weight, at least one, picked at random"
     ax = _panels(1, 1, (2.4,3), ax)[0]
-    gen,g = torch.Generator().manual_seed(seed),granularity_of(granularity)
+    gen,g = torch.Generator(device='cpu').manual_seed(seed),granularity_of(granularity)
     b = blocks(g, shape, 'oihw')
-    gone = b.spread(lowest(torch.rand(b.n, generator=gen), max(1, b.n//3)), torch.rand(shape, generator=gen)).expand(shape)
+    drawn,scores = (torch.rand(o, generator=gen, device='cpu') for o in (b.n,shape))
+    gone = b.spread(lowest(drawn, max(1, b.n//3)), scores).expand(shape)
     at = _corners(shape, round(shape[0]**.5))
     ax.add_collection(PolyCollection(at, facecolors=np.where(gone.flatten(), GONE, GRAY), edgecolors='white', linewidths=.6))
     right,low = at.max((0,1))
@@ -78,7 +79,7 @@ def show_granularities(
 # %% ../../nbs/report/01_plots.ipynb #2881f0c6
 def _cloud(n, seed):
     "`n` weights at the start, and now"
-    x,y = torch.randn(2, n, generator=torch.Generator().manual_seed(seed))
+    x,y = torch.randn(2, n, generator=torch.Generator(device='cpu').manual_seed(seed), device='cpu')
     return x, .75*x+.65*y
 
 def _formula(f):
@@ -102,7 +103,7 @@ def show_criterion(
     x,y = _cloud(n, seed)
     s = _halves(f, x, y)
     gone = lowest(s, n//2)
-    grid = torch.linspace(-3, 3, 241)
+    grid = torch.linspace(-3, 3, 241, device='cpu')
     gx,gy = torch.meshgrid(grid, grid, indexing='xy')
     g = _halves(f, gx, gy)
     if torch.equal(g, _halves(f, gx, gy)): ax.contourf(grid, grid, g, [s[~gone].min(), torch.inf], colors=['#dceaf7'])

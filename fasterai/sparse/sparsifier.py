@@ -32,7 +32,9 @@ _ints = {1:torch.int8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
 def zero_(w:Tensor, keep:Tensor): # Weight, int8 mask that broadcasts over it: -1 keeps, 0 zeroes
     "Zero `w` in place where `keep` is 0"
     w = w.detach()
-    if w.device.type!='cpu': return w.masked_fill_(keep==0, 0)
+    if w.device.type!='cpu':
+        byte = w.is_floating_point() and w.element_size()==1  # which nothing else can fill there
+        return (w.view(torch.uint8) if byte else w).masked_fill_(keep==0, 0)
     bits = w.view(_ints[w.element_size()])
     if keep.shape!=w.shape or not (w.is_contiguous() and keep.is_contiguous()):
         return bits.bitwise_and_(keep.to(bits.dtype))
