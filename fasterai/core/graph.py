@@ -12,7 +12,6 @@ from dataclasses import dataclass,field
 from functools import cache
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from .ops import PRODUCTS,Call,Watch,channels,macs,recurrent_weights
@@ -368,6 +367,7 @@ def _empty_result(c, blank): # A call, and a function that gives zeros of the ty
 
 class _Trace(Watch, _Shared):
     "Runs along with a model and has each operation say what it does to the channels"
+    doors = frozenset('numpy __array__ tolist data_ptr __dlpack__ storage untyped_storage __reduce_ex__'.split())  # to code that is not PyTorch's
     def __init__(self, model, hollow=False):
         Watch.__init__(self)
         _Shared.__init__(self, model)
@@ -426,6 +426,12 @@ class _Trace(Watch, _Shared):
             self.cache[name] = _Shadow(tuple(t.shape), par=par)
         return self.cache[name]
 
+    def hand_out(self, name, args):
+        "A tensor leaves by door `name`: nobody sees what becomes of it"
+        where = f' in {self.stack[-1]}' if self.stack and self.stack[-1] else ''
+        for o in args[:1]:
+            for l in self.shadow(o).ids if isinstance(o, torch.Tensor) else (): self.pin(l, f'{name}{where} takes it out of sight')
+
     def know(self, t):
         "Follow buffer `t` although it has whole numbers, as it has one a channel"
         name = self.whole.get(id(t))
@@ -457,26 +463,17 @@ class _Trace(Watch, _Shared):
             if is_known: continue
             n = min(abs(at), l.shape[d])
             self.pin(l.narrow(d, 0, n) if at>=0 else l.narrow(d, l.shape[d]-n, n), c.why)
+    def spread(self, t, ids):
+        "Tensor `t` follows the sizes of layers `ids`"
+        known = self.shadows.get(t) or _Shadow(tuple(t.shape))
+        ids = [_lift(l, t.dim()) for l in ids]
+        new = [l for l in ids if not any(set(_varying(l))&set(_varying(o)) for o in (*known.ids,*known.par.values()))]
+        if new: self.put(t, _Shadow(tuple(t.shape), [*known.ids,*new], known.par, known.kind, known.direct, known.mixed))
     def put_ids(self, t, ids): self.put(t, _Shadow(tuple(t.shape), ids))
     def count(self, call, n, weights):
         "`n` multiply-accumulates, of the layer that has the first of the arguments `weights` that is a parameter"
         names = [name for k in weights if call.get(k) for name,_ in call.get(k).par]
         self.macs[layer_of(names[0]) if names else call.where] += n
-
-# %% ../../nbs/core/08_graph.ipynb #0g500007
-_DOORS = {'numpy','__array__','tolist','data_ptr','__dlpack__','storage','untyped_storage','__reduce_ex__'}
-
-class _Exports(TorchFunctionMode):
-    "Notes for `tr` which tensors are handed to code that is not PyTorch's"
-    def __init__(self, tr):
-        super().__init__()
-        self.tr = tr
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, '__name__', '')
-        if name in _DOORS and args and isinstance(args[0], torch.Tensor):
-            where = f' in {self.tr.stack[-1]}' if self.tr.stack and self.tr.stack[-1] else ''
-            for l in self.tr.shadow(args[0]).ids: self.tr.pin(l, f'{name}{where} takes it out of sight')
-        return func(*args, **(kwargs or {}))
 
 # %% ../../nbs/core/08_graph.ipynb #c9f2c894
 @channels('same', 'permute')
@@ -1169,7 +1166,7 @@ class ChannelGraph:
 
     def _run(self, model, tr, inputs):
         "Trace a forward, and pin what leaves the model; the shapes of that"
-        with naming(model, tr.stack), _Exports(tr), tr, tr.telling: out = call_with(model, inputs)
+        with naming(model, tr.stack), tr, tr.telling: out = call_with(model, inputs)
         for o in map(tr.shadow, tensors_of(out)):
             for l in o.ids: tr.pin(l, 'output of the model')
             tr.hold(o.par, 'output of the model')

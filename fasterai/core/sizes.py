@@ -207,6 +207,7 @@ def _shaped(name, args, kwargs, out, size):
     "A new shape, or one that is expanded to"
     given = () if name=='flatten' else args[1:] or tuple(kwargs[k] for k in ('size','shape') if k in kwargs)
     if len(given)==1 and isinstance(given[0], (tuple,list)): given = given[0]
+    if name=='expand_as': given = [size(args[1], d) for d in range(out.dim())]
     if len(given)!=out.dim() or not all(isinstance(o, int) for o in given): given = [None]*out.dim()
     return [_Place(_number(o), n, out, d) for d,(o,n) in enumerate(zip(given, out.shape))]
 
@@ -262,10 +263,17 @@ def _normalized(name, args, kwargs, out, size):
     dims = range(x.dim()-len(shape), x.dim())
     return [_Place(_number(o), x.shape[d], x, d) for d,o in zip(dims, shape)]
 
+def _grouped(name, args, kwargs, out, size):
+    "How many groups a convolution has, where each channel is one"
+    x,w,groups = args[0],_argument(args, kwargs, 1, 'weight'),_argument(args, kwargs, 6, 'groups') or 1
+    dim = x.dim()-w.dim()+1
+    return [_Place(groups, int(groups), x, dim)] if 1<int(groups)==x.shape[dim] else []
+
 _PLACES = {'unflatten':_unflattened, 'narrow':_narrowed,
     **dict.fromkeys('view reshape expand broadcast_to view_as reshape_as expand_as flatten'.split(), _shaped),
     **dict.fromkeys('split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk tensor_split'.split(), _split),
-    **dict.fromkeys(('__getitem__','__setitem__'), _indexed), **dict.fromkeys(('layer_norm','rms_norm'), _normalized)}
+    **dict.fromkeys(('__getitem__','__setitem__'), _indexed), **dict.fromkeys(('layer_norm','rms_norm'), _normalized),
+    **{f'conv{t}{n}d':_grouped for t in ('','_transpose') for n in (1,2,3)}}
 
 class Watching(TorchFunctionMode):
     "Runs along with a model and notes the numbers that its code cuts and reshapes with"
@@ -376,6 +384,7 @@ class Telling(Watching):
 
     def read(self, func, name, args, kwargs):
         "Have sizes that the code reads tell"
+        if name in self.trace.doors: self.trace.hand_out(name, args)
         out = func(*args, **kwargs)
         if name not in ('__get__','size'): return out
         if isinstance(out, torch.Size):
@@ -394,6 +403,17 @@ class Telling(Watching):
         self.sizings.append(sizing)
         for p,axis in zip(places, axes):
             if p.given is not None and int(p.given)==p.n: self.equate(p.given, axis, sizing)
+        if name in ('expand','expand_as','broadcast_to'): self.spread(places)
+
+    def spread(self, places):
+        "What is expanded to a size that counts channels has these channels there"
+        found = []
+        for p in places:
+            axis = p.given.source if isinstance(p.given, Told) else None
+            if not isinstance(axis, Axis) or p.n<2 or p.of.stride(p.dim): continue
+            fits = [o for o in axis.layers if axis.dim-o.dim()==p.dim-p.of.dim() and all(m in (1,n) for m,n in zip(o.shape[::-1], p.of.shape[::-1]))]
+            found += fits if axis.stop is None else []
+        if found: self.trace.spread(places[0].of, found)
 
     def equate(self, given, other, sizing=None):
         a,b = _source_of(given),other
