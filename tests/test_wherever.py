@@ -230,6 +230,31 @@ def test_a_model_made_in_inference_mode():
     assert (n_params(small),n_params(half))==(SMALL[Images],HALF[Images])
     small(Images.x).sum().backward()
 
+def test_all_digits_of_a_float():
+    "What is compared is computed with all digits; what the user has set comes back, also after an error"
+    cudnn,was = torch.backends.cudnn,(torch.backends.cudnn.allow_tf32,torch.get_float32_matmul_precision())
+    told = lambda: (cudnn.allow_tf32,torch.get_float32_matmul_precision())
+    try:
+        for tf32,products in ((True,'medium'),(True,'highest'),(False,'high')):
+            cudnn.allow_tf32 = tf32
+            torch.set_float32_matmul_precision(products)
+            with pytest.raises(KeyError), untouched(nn.Linear(2,2)):
+                assert told()==(False,'highest')
+                raise KeyError
+            assert told()==(tf32,products)
+    finally:
+        cudnn.allow_tf32 = was[0]
+        torch.set_float32_matmul_precision(was[1])
+
+def test_a_device_that_is_set_inside_of_a_call_of_ours():
+    "It is the one that the model sees, as where a shell of it is tried on the meta device"
+    seen = []
+    m = Net(lambda m,x: (seen.append(torch.empty(1).device.type), m.m(x))[1], m=nn.Linear(4,4).to('meta'))
+    with at_home(), torch.device('meta'), untouched(m):
+        assert torch.empty(1).device.type=='cpu'
+        call_with(m, torch.empty(2,4,device='meta'))
+    assert seen==['meta']
+
 def test_the_model_sees_the_default_device():
     "Code of the model may count on the default device; ours does not"
     seen = []
@@ -300,7 +325,7 @@ def test_distributed_tensors(group):
     mesh = init_device_mesh('cpu', (1,))
     for f in (lambda m: distribute_module(m, mesh), lambda m: fully_shard(m, mesh=mesh)):
         for use in (lambda m: Pruner().prune_model(m, Images.x), lambda m: Pruner(m, 50, example_inputs=Images.x)):
-            with pytest.raises(ValueError, match='stem.weight is a DTensor'): use(f(fresh(Images)))
+            with pytest.raises(ValueError, match='stem.weight is a DTensor'): use(f(fresh(Images).cpu()))
 
 def test_compiled_inside():
     "Parts of a model may be compiled: one in a wrapper, one in place"
