@@ -163,7 +163,8 @@ def restored(
         for m,v in renorm.items(): m.max_norm = v
         for m,k,b,was in buffers:
             if getattr(m, k, None) is not b: setattr(m, k, b)
-            with torch.inference_mode() if b.is_inference() else torch.no_grad(): b.copy_(was)  # batch_norm writes to its statistics without a new version
+            # batch_norm writes to its statistics without a new version
+            with torch.inference_mode() if b.is_inference() else torch.no_grad(): b.copy_(was)
 
 @contextmanager
 def untouched(
@@ -510,7 +511,9 @@ def _shapes(m, said):
     if isinstance(m, (nn.Embedding,nn.EmbeddingBag)): return [(s,) for s in (8,16,32,64,128,1)] + [()]
     if isinstance(m, nn.RNNBase): return [(16,m.input_size)]
     if isinstance(m, nn.MultiheadAttention): return [(16,m.embed_dim)]
-    n = m.in_features if isinstance(m, (nn.Linear,nn.Bilinear)) and hasattr(m, 'in_features') else m.normalized_shape[-1] if isinstance(m, nn.LayerNorm) else 0
+    n = 0
+    if isinstance(m, nn.Linear): n = m.in_features
+    elif isinstance(m, nn.LayerNorm): n = m.normalized_shape[-1]
     images = [(c,s,s) for c in (1,3) for s in [math.isqrt(n//c)] if c*s*s==n and s>1]  # flattened before a linear layer
     return [(n,),(16,n),*images,(4,4,n)] if n else []
 
@@ -526,7 +529,8 @@ def example_inputs_for(
     p = next((o for o in model.parameters() if o.is_floating_point()), torch.empty(0, device='cpu'))
     gen,said,errors,kinds = torch.Generator(device='cpu').manual_seed(0),_said_sizes(model),[],{}
     for m in model.modules():
-        if shapes := _shapes(m, said): kinds.setdefault((type(m),shapes[0]), (shapes,isinstance(m, (nn.Embedding,nn.EmbeddingBag))))
+        is_index = isinstance(m, (nn.Embedding,nn.EmbeddingBag))
+        if shapes := _shapes(m, said): kinds.setdefault((type(m),shapes[0]), (shapes,is_index))
     for shapes,index in list(kinds.values())[:3]:  # the first layers to be registered are rarely not the first to run
         for shape,batch in [(s,b) for s in shapes for b in (2,1)]:
             if index: x = torch.zeros(batch, *shape, dtype=torch.long, device='cpu')
@@ -604,7 +608,8 @@ def as_in_training(model):
     import random
     import numpy as np
     states = random.getstate(),np.random.get_state()
-    for m in model.modules(): m.training = not (type(m).__module__.startswith('torch.nn.') or isinstance(m, (nn.modules.batchnorm._NormBase,nn.modules.dropout._DropoutNd)))
+    random_or_counting = nn.modules.batchnorm._NormBase,nn.modules.dropout._DropoutNd
+    for m in model.modules(): m.training = not (type(m).__module__.startswith('torch.nn.') or isinstance(m, random_or_counting))
     try: yield
     finally:
         random.setstate(states[0])
@@ -616,7 +621,8 @@ def naming(model, stack):
     names = {m:n for n,m in model.named_modules()}
     def enter(m, args): stack.append(names.get(m, stack[-1] if stack else ''))
     def leave(m, args, out): stack.pop()
-    hooks = nn.modules.module.register_module_forward_pre_hook(enter),nn.modules.module.register_module_forward_hook(leave, always_call=True)
+    everywhere = nn.modules.module
+    hooks = everywhere.register_module_forward_pre_hook(enter),everywhere.register_module_forward_hook(leave, always_call=True)
     try: yield
     finally:
         for h in hooks: h.remove()

@@ -237,7 +237,10 @@ def _bounds(x, dim, start, stop, size):
 def _slices(x, index):
     "Dimension of `x` and slice, for each of `index`"
     index = index if isinstance(index, tuple) else (index,)
-    takes = lambda o: 0 if o is None else o.dim() if isinstance(o, Tensor) and o.dtype in (torch.bool,torch.uint8) else 1
+    def takes(o):
+        "How many dimensions of `x` index `o` is for"
+        if o is None: return 0
+        return o.dim() if isinstance(o, Tensor) and o.dtype in (torch.bool,torch.uint8) else 1
     rest = x.dim()-sum(takes(o) for o in index if o is not Ellipsis)
     d = 0
     for o in index:
@@ -368,7 +371,8 @@ class Telling(Watching):
         return name, self.trace.shadows.get(t) if name is None else None
 
     def axis(self, t, dim, stop=None, about=None):
-        "The `Axis` of tensor `t` along `dim`, or of its first entries; a number if it has no channels there; `None` if that is not known"
+        """The `Axis` of tensor `t` along `dim`, or of its first entries. A number if it has no channels there; `None` if that is not
+        known"""
         dim,n = dim%t.dim(),t.shape[dim] if stop is None else stop
         if n==0: return n
         name,known = about or self.about(t)

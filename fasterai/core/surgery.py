@@ -66,6 +66,10 @@ def _flags(graph, classes):
     return gone
 
 # %% ../../nbs/core/10_surgery.ipynb #f0669fb8
+def _of_group_norm(m, n):
+    "Attributes of group norm `m` with `n` channels: one group each if it was so, or else as many groups as before"
+    return dict(num_channels=n, num_groups=n if m.num_groups==m.num_channels else m.num_groups)
+
 def _sized(model, graph, gone):
     "Attributes of normalizations that have no parameters"
     attrs = {}
@@ -74,7 +78,7 @@ def _sized(model, graph, gone):
         if n==len(s.ids): continue
         # an instance norm may be run as one norm over the channels of all samples
         if hasattr(m, 'num_features'): attrs[s.name] = dict(num_features=n*m.num_features//len(s.ids))
-        elif hasattr(m, 'num_channels'): attrs[s.name] = dict(num_channels=n, num_groups=n if m.num_groups==m.num_channels else m.num_groups)
+        elif hasattr(m, 'num_channels'): attrs[s.name] = _of_group_norm(m, n)
         elif hasattr(m, 'normalized_shape'): attrs[s.name] = dict(normalized_shape=(*m.normalized_shape[:-1], n))
     return attrs
 
@@ -258,7 +262,7 @@ def _told_by_weight(m):
     if isinstance(m, nn.Linear): return dict(out_features=w.shape[0], in_features=w.shape[1])
     if isinstance(m, nn.modules.batchnorm._NormBase): return dict(num_features=len(w))
     if hasattr(m, 'normalized_shape'): return dict(normalized_shape=tuple(w.shape))
-    if isinstance(m, nn.GroupNorm): return dict(num_channels=len(w), num_groups=len(w) if m.num_groups==m.num_channels else m.num_groups)
+    if isinstance(m, nn.GroupNorm): return _of_group_norm(m, len(w))
     if isinstance(m, (nn.Embedding,nn.EmbeddingBag)): return dict(embedding_dim=w.shape[1])
     if isinstance(m, nn.PReLU): return dict(num_parameters=len(w))
     if type(m).__name__=='Conv1D': return dict(nf=w.shape[1], **(dict(nx=w.shape[0]) if hasattr(m, 'nx') else {}))
@@ -336,19 +340,22 @@ def check_plan(model, plan):
 def copy_of(
     model:nn.Module, # Left as it is
 ):
-    "A deep copy, also of a model that holds tensors that were computed: weights (`torch.nn.utils.prune`), or activations that it keeps, whatever holds them"
+    """A deep copy, also of a model that holds tensors that were computed: weights (`torch.nn.utils.prune`), or activations that it
+    keeps, whatever holds them"""
     with _Computed(): return copy.deepcopy(model)
 
 class _Computed(TorchFunctionMode):
     "`deepcopy` copies computed tensors, and those of classes that add no more than Python, too"
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not Tensor.__deepcopy__ or args[0].is_leaf and type(plain(args[0])) is type(args[0]): return func(*args, **(kwargs or {}))
+        if func is not Tensor.__deepcopy__ or self.is_usual(args[0]): return func(*args, **(kwargs or {}))
         t,memo = args
         if id(t) in memo: return memo[id(t)]
         new = plain(t).detach().clone().as_subclass(type(t))
         vars(new).update(copy.deepcopy(vars(t), memo))
-        memo[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new.requires_grad_(t.is_leaf and t.requires_grad)
+        if isinstance(t, nn.Parameter): memo[id(t)] = nn.Parameter(new, t.requires_grad)
+        else: memo[id(t)] = new.requires_grad_(t.is_leaf and t.requires_grad)
         return memo[id(t)]
+    def is_usual(self, t): return t.is_leaf and type(plain(t)) is type(t)
 
 class _Emptied(TorchFunctionMode):
     "While a model is copied, tensors in its lists and dicts lose their values"
@@ -474,7 +481,8 @@ class _Case:
         untrue = [e for e in self.fitting.unsure if not self.fitting.holds(e)]
         if problem.sizings:
             first = problem.sizings[0]
-            numbers = [e for e in untrue if e.sizing is not None and e.sizing.line==first.line]  # the same code, perhaps in other modules
+            # the same code, perhaps in other modules
+            numbers = [e for e in untrue if e.sizing is not None and e.sizing.line==first.line]
             yield [o for e in numbers for o in e.axes],next((e.told for e in numbers), '')
             yield [o for o in first.axes if o is not None],problem.told
         for e in untrue:

@@ -56,7 +56,8 @@ class PruneCallback(ScheduledCallback):
         self.pruner.look(self.xb)
         if self.pruner.update(level, self.opt):
             for o in self.learn.cbs:
-                if {'every_epoch','best','comp'}<=vars(o).keys(): o.best = math.inf if o.comp is np.less else -math.inf  # a SaveModelCallback; importing it would change the default callbacks
+                # a SaveModelCallback; to import it would change the default callbacks
+                if {'every_epoch','best','comp'}<=vars(o).keys(): o.best = math.inf if o.comp is np.less else -math.inf
         self.level,self.left = level,self.pruner.left
 
     def reached(self): return self.pruner.reached()

@@ -10,6 +10,7 @@ __all__ = ['pruned_plan', 'save_pruned', 'load_pruned', 'tied_groups', 'group_sc
 import json,math,warnings
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 import torch
 from torch import nn,Tensor
 from safetensors import SafetensorError,safe_open
@@ -19,7 +20,8 @@ from ..core.criteria import criteria_of,large_final,needs
 from ..core.registry import did_you_mean
 from ..core.graph import ChannelGraph,layer_of
 from .left import COUNTED,LAST,OUTPUT,add_row,fixed,left_of_zeros,made_by,missing,rows_of,some,in_words
-from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes,followable,inputs_for,plain_model,untouched
+from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes
+from ..core.running import followable,inputs_for,plain_model,untouched
 from ..core.brought import check_values
 from ..core.liveness import Liveness,spare_last
 from ..core.evidence import _wide,act_norms,check_trained,evidence,weight_of
@@ -42,8 +44,8 @@ def _joined_plans(a, b):
             was = kept.setdefault(n, {}).get(d)
             kept[n][d] = i if was is None else [was[j] for j in i]
     attrs = {m:{**a['attrs'].get(m, {}), **b['attrs'].get(m, {})} for m in {**a['attrs'], **b['attrs']}}
-    return dict(kept=kept, sizes={**b['sizes'], **a['sizes']}, attrs=attrs, biases=[*a['biases'], *(o for o in b['biases'] if o not in a['biases'])],
-        widths={**b['widths'], **a['widths']})
+    biases = list(dict.fromkeys([*a['biases'], *b['biases']]))
+    return dict(kept=kept, sizes={**b['sizes'], **a['sizes']}, attrs=attrs, biases=biases, widths={**b['widths'], **a['widths']})
 
 def _remember(model, plan, widths={}): model._pruned = _joined_plans(pruned_plan(model), {**plan, 'widths':widths})
 
@@ -56,7 +58,9 @@ def _ranges(idx):
         else: runs.append([i,i])
     return ','.join(f'{a}-{b}' if a<b else str(a) for a,b in runs)
 
-def _unranged(s): return [i for o in s.split(',') if o for a,_,b in [o.partition('-')] for i in range(int(a), int(b or a)+1)]
+def _unranged(s):
+    runs = [o.partition('-') for o in s.split(',') if o]
+    return [i for a,_,b in runs for i in range(int(a), int(b or a)+1)]
 
 _KEY = 'fasterai.pruned'
 
@@ -66,7 +70,8 @@ def save_pruned(
 ):
     "Write the parameters and buffers of `model` and how it was cut, as safetensors"
     model = plain_model(model)
-    if getattr(model, '_folded', False): raise ValueError('norms of this model were folded, and a fresh one has them: save it before, and fold what `load_pruned` gives')
+    if getattr(model, '_folded', False):
+        raise ValueError('norms of this model were folded, and a fresh one has them: save it before, and fold what `load_pruned` gives')
     state,tensors,tied,seen = model.state_dict(),{},{},{}
     for k,v in state.items():
         if not isinstance(v, Tensor): raise ValueError(f'{k} of the state_dict is a {type(v).__name__}: only tensors can be saved')
@@ -74,7 +79,8 @@ def save_pruned(
         if key in seen: tied[k] = seen[key]
         else: seen[key],tensors[k] = k,v.detach().contiguous().clone()
     plan = pruned_plan(model)
-    text = json.dumps({**plan, 'kept':{n:{d:_ranges(i) for d,i in o.items()} for n,o in plan['kept'].items()}, 'tied':tied, 'version':1})
+    kept = {n:{d:_ranges(i) for d,i in o.items()} for n,o in plan['kept'].items()}
+    text = json.dumps({**plan, 'kept':kept, 'tied':tied, 'version':1})
     save_file(tensors, path, metadata={_KEY:text})  # one key: the order of several is random
 
 def _read(path):
@@ -98,8 +104,8 @@ def _check_fits(state, plan, model):
         raise ValueError(f'the file is of another architecture: {wrong[0]} is in only one of it and this {type(model).__name__}')
     for k,v in own.items():
         want = [len(plan['kept'].get(k, {}).get(d, ())) or n for d,n in enumerate(v.shape)]
-        if k in plan['kept'] or k not in plan['sizes']:
-            if list(state[k].shape)!=want and k in plan['kept']: raise ValueError(f'the file is of another architecture: {k} has shape {tuple(state[k].shape)}, {tuple(want)} was expected')
+        if k in plan['kept'] and list(state[k].shape)!=want:
+            raise ValueError(f'the file is of another architecture: {k} has shape {tuple(state[k].shape)}, {tuple(want)} was expected')
 
 @at_home()
 def load_pruned(
@@ -130,12 +136,15 @@ def _check(model, new, graph, plan):
         return f'{e}; but values decide on sizes ({graph.counts}), and all layers before give the same (they differ by {diff:.1e})'
 
 def _layers_differ(model, new, graph, plan):
-    "Largest relative difference of the outputs of convolutions and linear layers that run before values decide on sizes; infinite if there are none"
+    """Largest relative difference of the outputs of convolutions and linear layers that run before values decide on sizes;
+    infinite if there are none"""
     outs,inputs = [],random_like(graph.example_inputs)
     for m in (model,new):
         seen = {}
-        hooks = [m.get_submodule(n).register_forward_hook(lambda m,a,o,n=n: seen.setdefault(n, o.detach().clone())) for n in graph.settled
-            if isinstance(m.get_submodule(n), (nn.modules.conv._ConvNd,nn.Linear))]
+        def note(layer, args, out, name): seen.setdefault(name, out.detach().clone())
+        layers = {n:m.get_submodule(n) for n in graph.settled}
+        layers = {n:o for n,o in layers.items() if isinstance(o, (nn.modules.conv._ConvNd,nn.Linear))}
+        hooks = [o.register_forward_hook(partial(note, name=n)) for n,o in layers.items()]
         try:
             with untouched(m): call_with(m, inputs)
         finally:
@@ -144,9 +153,11 @@ def _layers_differ(model, new, graph, plan):
     worst = 0. if outs[0] else math.inf
     for n,a in outs[0].items():
         m = model.get_submodule(n)
-        kept = plan['kept'].get(_sub(n, 'weight'), {}).get(int(getattr(m, 'transposed', False)))
+        transposed = getattr(m, 'transposed', False)
+        kept = plan['kept'].get(_sub(n, 'weight'), {}).get(int(transposed))
         dim = -1 if isinstance(m, nn.Linear) else a.dim()-1-len(m.kernel_size)
-        a = a if kept is None or getattr(m, 'transposed', False) and m.groups>1 else a.index_select(dim, torch.tensor(kept, device=a.device))
+        by_group = transposed and m.groups>1  # its weight has the channels of one group, its output those of all
+        if kept is not None and not by_group: a = a.index_select(dim, torch.tensor(kept, device=a.device))
         b = outs[1].get(n)
         if b is None or a.shape!=b.shape: return math.inf
         worst = max(worst, ((a-b).abs().max()/a.abs().max().clamp(min=1e-30)).item())
@@ -171,7 +182,8 @@ def _smaller(model, inputs, verify):
 
 def _about(bystanders):
     "A note on hooks that may only read"
-    return f'it could not be told of these hooks whether they only read, so they count as a part of the model: {some(map(str, bystanders.untold))}'
+    hooks = some(map(str, bystanders.untold))
+    return f'it could not be told of these hooks whether they only read, so they count as a part of the model: {hooks}'
 
 def _nothing(model): return f'nothing to remove: no channel of this {type(model).__name__} is zero, unread or constant'
 
@@ -368,7 +380,10 @@ class Pruner:
         return max(ratio.values(), default=0)>0 if isinstance(ratio, Mapping) else ratio>0
 
     @at_home()
-    def start(self, example_inputs=None, widths={}): # Inputs that run the model; by name of a group how many channels it has had, if more than now
+    def start(self,
+        example_inputs=None, # Inputs that run the model
+        widths={}, # By name of a group how many channels it has had, if more than now
+    ):
         "Follow the channels of the model: what `update` removes is counted from the widths of now, or from `widths`"
         check_shapes(self.model)
         check_values(self.model)
@@ -384,7 +399,9 @@ class Pruner:
             if 'act' in needs(self.criteria): self._check_acts(act_norms(self.model, self.graph.example_inputs, self.weights))
         self.widths = {g.name:widths.get(g.name, g.n) for g in self.groups}
         for g in self.groups: g.widen(self.widths[g.name])
-        if self.round_to and all(g.n<self.round_to for g in self.groups): raise ValueError(f'round_to={self.round_to}: no group has so many channels to keep, the largest has {max(self.widths.values())}')
+        if self.round_to and all(g.n<self.round_to for g in self.groups):
+            largest = max(self.widths.values())
+            raise ValueError(f'round_to={self.round_to}: no group has so many channels to keep, the largest has {largest}')
         self.left,self.known = [],set()
 
     def _check_acts(self, seen):
@@ -400,13 +417,19 @@ class Pruner:
         with self.bystanders.aside(): self.given = dict(act=act_norms(self.model, inputs, self.weights))
 
     @property
-    def weights(self): "What makes the channels that may be removed"; return [weight_of(self.model, o) for o in dict.fromkeys(s.name for g in self.groups for s in g.slices)]
+    def weights(self):
+        "What makes the channels that may be removed"
+        names = dict.fromkeys(s.name for g in self.groups for s in g.slices)
+        return [weight_of(self.model, o) for o in names]
 
-    def reached(self): "Percent of the channels that are gone"; return 100*sum(g.gone for g in self.groups)/sum(g.n for g in self.groups)
+    def reached(self):
+        "Percent of the channels that are gone"
+        return 100*sum(g.gone for g in self.groups)/sum(g.n for g in self.groups)
 
     @at_home()
     def update(self, ratio, optimizer=None): # Percentage, or a dict of them by layer; whose state is cut as well
-        "Have `ratio` percent of the channels gone that there were at the `start`, the least important of those that are left; what is gone stays so. How many went now"
+        """Have `ratio` percent of the channels gone that there were at the `start`, the least important of those that are left.
+        What is gone stays so. How many went now"""
         for r in ratio.values() if isinstance(ratio, Mapping) else [ratio]: check_percent('pruning_ratio', r)
         if self.graph is None: self.start()
         check_values(self.model)
@@ -478,7 +501,8 @@ class Pruner:
         ratio = '' if isinstance(final, Mapping) else f' {final:g}'
         why = in_words(self.left, kept_all='{layers} kept all channels')
         hooks = f'. {_about(self.bystanders)}' if self.bystanders.untold else ''
-        warnings.warn(f'of the {asked:,} channels that pruning_ratio{ratio} asks for, {missing(self.left):,} did not go: {why}{hooks}', stacklevel=7)
+        said = f'of the {asked:,} channels that pruning_ratio{ratio} asks for, {missing(self.left):,} did not go: {why}{hooks}'
+        warnings.warn(said, stacklevel=7)
 
     def _left(self, ratio):
         """A row for each layer that keeps what `ratio` asks for, and how many channels are asked for in all. The output of the model is
@@ -507,8 +531,9 @@ class Pruner:
             found = [g for g in self.groups if layer in g.layers]
             if not found: raise ValueError(f'no channel of {layer!r} can be removed: {self._why(self.graph, layer)}')
             for g in found:
-                if targets.setdefault(g.name, r)!=r:
-                    raise ValueError(f'{", ".join(g.layers)} are tied, and can only lose the same channels: {targets[g.name]} and {r} percent are asked for')
+                if targets.setdefault(g.name, r)==r: continue
+                raise ValueError(f'{", ".join(g.layers)} are tied, and can only lose the same channels: '
+                                 f'{targets[g.name]} and {r} percent are asked for')
         return targets
 
     def _why(self, graph, layer):
@@ -519,10 +544,19 @@ class Pruner:
         "What the criteria asks for, for parameter `name`"
         p,res = self.model.get_parameter(name),{}
         for o in needs(self.criteria):
-            x = p if o=='w' else self.past[o][name] if o in self.past else self.given[o].get(name) if o in self.given else p.grad if o=='grad' else None
-            if x is None: raise ValueError(f'criteria {self.criteria.__name__!r} needs '+(f'gradients, and {name} has none: pass `data`, or call `backward` first' if o=='grad' else 'activations: pass `data`'))
+            x = self._found(o, name, p)
+            if x is None:
+                lacks = f'gradients, and {name} has none: pass `data`, or call `backward` first' if o=='grad' else 'activations: pass `data`'
+                raise ValueError(f'criteria {self.criteria.__name__!r} needs {lacks}')
             res[o] = _wide(x.detach()).expand(p.shape)
         return res
+
+    def _found(self, need, name, p):
+        "The tensor that a criteria calls `need`, for parameter `p`; `None` if there is none"
+        if need=='w': return p
+        if need in self.past: return self.past[need][name]
+        if need in self.given: return self.given[need].get(name)
+        if need=='grad': return p.grad
 
     def _score(self, g):
         "Scores of all channels of group `g`, of those that are gone the lowest"
