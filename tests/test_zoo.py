@@ -19,14 +19,15 @@ def test_family(name):
 
 def row_with(**changed):
     "A row in which all is right, but for `changed`"
-    right = dict(zero=dict(how='coupled', zeros=40), lossless=dict(gone=40, difference=1e-16, untouched=True), ratio=dict(gone=30, outputs=True),
+    right = dict(zero=dict(how='coupled', zeros=40), lossless=dict(gone=40, whys=[], difference=1e-16, untouched=True), ratio=dict(gone=30, outputs=True),
         fold=dict(folded=9, unsaid=0, left=[], difference=0., untouched=True), saved=dict(difference=0.), step=dict(grads=3))
     return dict(model='a', kind='b', dtype='float64', filters=100, norms=9, before=1000, **{k:{**v, **changed.get(k, {})} for k,v in right.items()})
 
 @pytest.mark.parametrize('changed,kind', [
     (dict(), None), (dict(lossless=dict(difference=1e-3)), 'wrong'), (dict(lossless=dict(difference=float('nan'))), 'wrong'),
     (dict(lossless=dict(untouched=False)), 'wrong'), (dict(ratio=dict(outputs=False)), 'wrong'), (dict(fold=dict(difference=1e-9)), 'wrong'),
-    (dict(saved=dict(difference=1e-5)), 'wrong'), (dict(lossless=dict(gone=0)), 'silent'), (dict(lossless=dict(gone=0, warnings=['none can go'])), 'short'),
+    (dict(saved=dict(difference=1e-5)), 'wrong'), (dict(lossless=dict(gone=0)), 'silent'), (dict(lossless=dict(gone=0, warnings=['none can go'], whys=['the code counts'])), 'short'),
+    (dict(lossless=dict(gone=0, warnings=['norms'])), None), (dict(lossless=dict(difference=1e-3, rounding=1e-3)), None),
     (dict(zero=dict(zeros=10)), 'silent'), (dict(ratio=dict(gone=14)), 'silent'), (dict(ratio=dict(gone=14, warnings=['less'])), 'short'),
     (dict(fold=dict(unsaid=1)), 'silent'), (dict(fold=dict(folded=0)), 'short'), (dict(step=dict(error='ValueError: no gradient')), 'refused'),
     (dict(ratio=dict(error='IndexError: 3')), 'error'), (dict(zero=dict(how='by hand', refused='ValueError: no')), 'refused')])
