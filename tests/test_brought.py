@@ -525,6 +525,21 @@ def test_sets_of_different_sizes(reducer):
     want = torch.stack([dict(mean=o.mean, sum=o.sum, max=o.max, l2=o.norm)[reducer]() for o in rows])
     torch.testing.assert_close(layer.scores(0, len(rows)), want.detach())
 
+def test_kinds_of_filters():
+    "Filters that are made of other weights are not compared: each kind gives its share, also where all of one kind score lower"
+    torch.manual_seed(0)
+    def forward(s, x):
+        a,b = s.a(x).split(s.sizes, 1)
+        return s.head(F.relu(torch.cat([a+s.b(x), b], 1)).mean((2,3)))
+    for scale in (.01,100.):
+        model = Net(forward, a=conv(3,12), b=conv(3,4), head=nn.Linear(12,4))
+        model.sizes = 4,8
+        with torch.no_grad(): model.b.weight.mul_(scale)
+        want = model.a.weight.abs().flatten(1).mean(1)[4:].argsort()[:4]
+        Sparsifier(model, 'filter', coupled=True, example_inputs=x).sparsify_model(50)
+        gone = (model.a.weight==0).flatten(1).all(1)
+        assert gone[:4].sum()==2 and torch.equal(gone[4:].nonzero()[:,0], want.sort().values)
+
 def test_layers_that_do_not_run():
     model = Net(lambda s,x: s.fc(s.b(s.a(x)).mean((2,3))), a=conv(3,8), b=conv(8,8), idle=conv(3,8), fc=nn.Linear(8,4))
     sp = Sparsifier(model, 'filter', coupled=True, example_inputs=x)

@@ -9,7 +9,7 @@ __all__ = ['LevelPruner', 'check_level', 'check_sparsity', 'Sparsifier', 'hold_z
 import math, warnings
 from dataclasses import dataclass
 from collections.abc import Iterable
-from functools import partial
+from functools import cached_property, partial
 from numbers import Real
 import torch
 from torch import nn, Tensor
@@ -108,6 +108,22 @@ class Layer(Source):
     def _lumped(self, scored):
         rows = [b.at_stake(s) for b,s in scored]
         return self.criteria.lump(rows[0] if len(rows)==1 else torch.cat(rows, 1), nan=any(b.padded or b.partial for b,_ in scored))
+
+    @cached_property
+    def kinds(self):
+        "A number for each block, the same for blocks that are made of the same weights: [n]; `None` if all are"
+        if any(p.blocks.members is None for p in self.parts): return
+        found,which = torch.stack([p.blocks.members>0 for p in self.parts], 1).unique(dim=0, return_inverse=True)
+        return which if len(found)>1 else None
+
+    def share_alike(self):
+        "Score each block by its place among those of its kind, so that each kind gives its share: what is made of other weights is not comparable"
+        if self.kinds is None: return
+        order = self.ready.argsort(stable=True)
+        kind,then = self.kinds.to(order.device)[order].sort(stable=True)
+        size = kind.bincount()
+        place = torch.arange(len(kind), device=kind.device)-(size.cumsum(0)-size)[kind]
+        self.ready = torch.empty_like(self.ready, dtype=torch.double).scatter_(0, order[then], (place+.5).double()/size[kind])
 
     def _by_size(self, scored):
         "Scores of blocks of different sizes, without a row for all weights of each: those of one size at a time"
@@ -574,7 +590,7 @@ class Sparsifier:
         self._check_finite()
         self._learn(self.layers)
         def below(name, scores): return int(((scores<threshold) | (self._by_name[name].keep==0)).sum())
-        self._renew(lambda: self._rounded({(n,): below(n, s) for n,s in self._scores(self.layers).items()}), self.layers)
+        self._renew(lambda: self._rounded({(n,): below(n, s) for n,s in self._scores(self.layers).items()}), self.layers, alike=False)
         return self.model
 
     def _learn(self, layers):
@@ -631,15 +647,15 @@ class Sparsifier:
         for s in sparsity.values() if isinstance(sparsity, dict) else [sparsity]: check_level(s)
         self._renew(lambda: self._rounded(self._counts(sparsity)), self.layers)
 
-    def _renew(self, counts, layers):
-        "Have `counts()` blocks of `layers` gone: how many, by the layers that compete for them"
+    def _renew(self, counts, layers, alike=True):
+        "Have `counts()` blocks of `layers` gone: how many, by the layers that compete for them; `alike`, if a layer's kinds of blocks are to share its own"
         for o in self.layers: o.follow_device()
         if self._sides is None: self._sides = find_sides(self.model, self.layers, self.example_inputs)
         for o in layers:
             if not o.streams: o.apply()  # what is gone scores as a zero, not as what the optimizer made of it
         try:
             for o in layers: o.open()
-            self._select(counts())
+            self._select(counts(), alike)
         finally:
             for o in layers: o.close()
         self.apply_masks()
@@ -686,7 +702,7 @@ class Sparsifier:
             self._gone[names] = sum(o.gone for o in layers) if any(o.masks for o in layers) else 0
         return self._gone[names]
 
-    def _select(self, ks):
+    def _select(self, ks, alike):
         "Have so many blocks gone of the layers that compete for them, exactly"
         pools = {names:[self._by_name[o] for o in names] for names in ks}
         for names,os in pools.items():
@@ -694,6 +710,7 @@ class Sparsifier:
             if k==before: continue
             if k<before:
                 for o in os: o.apply()
+            if alike and len(os)==1: os[0].share_alike()
             others = {o:n for o,n in self._gone.items() if set(names).isdisjoint(o)}
             self._gone = others | {names: select(os, before, k, self._protect)}
             for o in os: o.renew_masks()
