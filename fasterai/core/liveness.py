@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .graph import ChannelGraph,_Trace,_varying,adds_slices,spatial_dims,summed_by
 from .ops import PRODUCTS,plain_of,recurrent_weights,values
 from .running import SLIPS,_as_outside,naming,untouched
+from .sizes import Telling
 
 # %% ../../nbs/core/09_liveness.ipynb #9f5263ab
 def _exact(t): return t.is_floating_point() or t.is_complex()
@@ -440,8 +441,9 @@ def _run(model, tr, inputs):
     for o in _tensors_in(inputs):
         if tr.twins is not None and _exact(o): tr.twins[o] = torch.full_like(o, torch.nan)
         elif not _exact(o): tr.taint(o)
+    tr.telling = Telling(model, tr)  # what follows a size does so here as well
     try:
-        with untouched(model), naming(model, tr.stack), _as_outside(model), tr: _call(model, inputs)
+        with untouched(model), naming(model, tr.stack), _as_outside(model), tr, tr.telling: _call(model, inputs)
     except SLIPS as e: return f'{type(e).__name__}: {e}'  # any error may come of a nan
 
 def _one_way(model, graph):
