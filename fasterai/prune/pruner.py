@@ -22,7 +22,7 @@ from ..core.graph import ChannelGraph,layer_of
 from .left import COUNTED,LAST,OUTPUT,add_row,fixed,left_of_zeros,made_by,missing,rows_of,some,in_words
 from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes
 from ..core.running import followable,inputs_for,plain_model,untouched
-from ..core.brought import check_values
+from ..core.brought import check_values,falls_short
 from ..core.liveness import Liveness,spare_last
 from ..core.evidence import _wide,act_norms,check_trained,evidence,weight_of
 from ..core.proof import TOLERANCE,check_same,random_like
@@ -520,7 +520,11 @@ class Pruner:
             for layer,each in g.each.items():
                 asked += round(goal*each)
                 whys = Counter({COUNTED:round((due-g.gone)*each)} if due>g.gone else {})
-                add_row(rows, layer, round(g.missed*each), round(due*each), round(g.gone*each), whys)
+                want,gone = round(due*each),round(g.gone*each)
+                every = n_of(round(g.n*each), max(map(of, g.layers)))
+                coarse = not g.barred and self.context is local and falls_short(gone, every, g.n, each)
+                if coarse: whys[coarse],want = every-gone,every
+                add_row(rows, layer, round(g.missed*each), want, gone, whys)
         return rows_of(rows),asked
 
     def _targets(self, ratio):

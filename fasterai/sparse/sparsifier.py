@@ -17,7 +17,7 @@ from ..core.granularity import Answers, axes_of, blocks, granularity_name, granu
 from ..core.granularity import head_parts, layer_axes, n_heads
 from ..core.registry import did_you_mean
 from ..core.running import at_home, plain_model
-from ..core.brought import check_finite, computed, made_of, plain_name, still, told
+from ..core.brought import check_finite, computed, falls_short, made_of, plain_name, still, told
 from ..core.brought import unfit, warn
 from ..core.criteria import criteria_of, large_final, needs
 from ..core.context import context_of, local, shares
@@ -458,8 +458,6 @@ def _check_criteria(o):
     if f.pointwise and any(x._version!=versions[k] for k,x in known.items()):
         raise ValueError(f'criteria {f.__name__!r} is marked pointwise and writes to its arguments')
 
-_ENOUGH = .75  # share of what was asked for, below which sets that are too large are told of
-
 class Sparsifier:
     "Zero the blocks of `model` that `criteria` finds least important"
     @old_sparsifier
@@ -529,9 +527,9 @@ class Sparsifier:
             percent = self._asked.get(o.name, 0) if isinstance(self._asked, dict) else self._asked
             for p in o.parts if o.masks else ():
                 gone,name = p.blocks.spread(o.keep)==0,p.name.removesuffix('.weight')
-                row = dict(layer=name, channels=gone.numel(), asked=n_of(gone.numel(), percent), zeroed=int(gone.sum()),
-                    why=f'its filters go together in {o.n} sets of {gone.numel()/o.n:g}, and a part of a set cannot go')
-                if name not in known and row['zeroed']<_ENOUGH*row['asked'] and gone.numel()>o.n: rows.append(row)
+                n,asked,zeroed = gone.numel(),n_of(gone.numel(), percent),int(gone.sum())
+                why = falls_short(zeroed, asked, o.n, n/o.n)
+                if why and name not in known: rows.append(dict(layer=name, channels=n, asked=asked, zeroed=zeroed, why=why))
         return rows
 
     def _zeroed(self, name):
