@@ -194,13 +194,23 @@ def _unused(model, graph):
     if idle: return f'{some(idle)} did not run in eval mode and stayed as they are: they may not fit the layers before them any more'
 
 # %% ../../nbs/prune/01_pruner.ipynb #fa99497b
+_TRIES = 3  # each may run the model
+
 class _Group(Source):
     "Classes of channels that the same weights make, and which of them are kept"
     def __init__(self, classes, slices):
         super().__init__(torch.full(classes.shape, -1, dtype=torch.int8, device='cpu'))
         self.classes,self.slices,self.layers = classes,slices,list(dict.fromkeys(s.layer for s in slices))
         self.name,self.barred,self.values = self.layers[0],False,None
+        self.most,self.tries = None,0  # how many can be gone, if not all; how often that was found
         self.each,self.missed = {},0  # by layer: channels in a class; classes that have gone before
+    def limit(self, removed, chosen):
+        "Of what was `chosen` only `removed` can go: so many next time, or none at all if that is none, or was tried too often"
+        mine = torch.isin(self.classes, chosen)
+        can = mine&torch.isin(self.classes, removed)
+        if torch.equal(can, mine): return
+        self.most,self.tries = self.gone+int(can.sum()),self.tries+1
+        self.barred |= self.most==self.gone or self.tries>_TRIES
     def widen(self, n):
         "Count `n` classes: those that are not there have gone before"
         more = torch.zeros(max(n-self.n, 0), dtype=torch.int8, device='cpu')
@@ -439,12 +449,12 @@ class Pruner:
         return n
 
     def _update(self, ratio, targets, optimizer):
-        for g in self.groups: g.values = None
+        for g in self.groups: g.values,g.most,g.tries = None,None,0
         while True:
             chosen = spare_last(self.graph, self._choose([g for g in self.groups if not g.barred], ratio, targets))
             plan,removed = legal(self.model, self.graph, chosen)[1:] if len(chosen) else (None,chosen)
             if len(removed)==len(chosen): break
-            for g in self.groups: g.barred |= bool(torch.isin(g.classes, chosen[~torch.isin(chosen, removed)]).any())
+            for g in self.groups: g.limit(removed, chosen)
         if len(removed): self._cut(plan, removed, optimizer)
         if 'w_prev' in self.past: self.past['w_prev'] = self._copies()
         return len(removed)
@@ -516,13 +526,13 @@ class Pruner:
             add_row(rows, layer, n, k, 0, whys if k else Counter())
         for g in self.groups:
             goal = max(n_of(g.n, max(map(of, g.layers))), g.gone)
-            due = min(goal, g.n-1) if g.barred else g.gone
+            due = g.gone if g.most is None and not g.barred else min(goal, g.n-1)
             for layer,each in g.each.items():
                 asked += round(goal*each)
                 whys = Counter({COUNTED:round((due-g.gone)*each)} if due>g.gone else {})
                 want,gone = round(due*each),round(g.gone*each)
                 every = n_of(round(g.n*each), max(map(of, g.layers)))
-                coarse = not g.barred and self.context is local and falls_short(gone, every, g.n, each)
+                coarse = due==g.gone and self.context is local and falls_short(gone, every, g.n, each)
                 if coarse: whys[coarse],want = every-gone,every
                 add_row(rows, layer, round(g.missed*each), want, gone, whys)
         return rows_of(rows),asked
@@ -575,6 +585,7 @@ class Pruner:
         for names,k in self._counts(by, ratio, targets).items():
             gs = [by[o] for o in names]
             now,fresh = sum(g.gone for g in gs),lambda: [Scores(self._score(g), g.keep.clone()) for g in gs]
+            if any(g.most is not None for g in gs): k = min(k, sum(g.n-1 if g.most is None else g.most for g in gs))
             if min(k, sum(g.n-1 for g in gs))<=now: continue
             select(sources:=fresh(), now, k, True)
             if self.round_to:
