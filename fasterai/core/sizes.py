@@ -382,7 +382,8 @@ class Telling(Watching):
         if t.layout==torch.strided and t.shape[dim]>1 and t.stride(dim)==0: return None  # expanded: goes with what it meets
         par = {k:rows for k,rows in known.par.items() if rows.shape[dim]>1} if known else {}
         if not par: return n
-        return Axis(n, par=par) if stop is None else None
+        whole = {(k,d):rows for (k,d),rows in par.items() if self.trace.params[k].shape[d]==n}
+        return Axis(n, par=whole) if whole and stop is None else None
 
     def size(self, x, dim, about=None): return Told(x.shape[dim], self.axis(x, dim, None, about), self)
 
