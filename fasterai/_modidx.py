@@ -1751,7 +1751,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.prune.pruner._Group': ('prune/pruner.html#_group', 'fasterai/prune/pruner.py'),
                                        'fasterai.prune.pruner._Group.__init__': ( 'prune/pruner.html#_group.__init__',
                                                                                   'fasterai/prune/pruner.py'),
-                                       'fasterai.prune.pruner._Group.limit': ('prune/pruner.html#_group.limit', 'fasterai/prune/pruner.py'),
+                                       'fasterai.prune.pruner._Group.hold': ('prune/pruner.html#_group.hold', 'fasterai/prune/pruner.py'),
                                        'fasterai.prune.pruner._Group.widen': ('prune/pruner.html#_group.widen', 'fasterai/prune/pruner.py'),
                                        'fasterai.prune.pruner._about': ('prune/pruner.html#_about', 'fasterai/prune/pruner.py'),
                                        'fasterai.prune.pruner._check': ('prune/pruner.html#_check', 'fasterai/prune/pruner.py'),

@@ -194,7 +194,7 @@ def _unused(model, graph):
     if idle: return f'{some(idle)} did not run in eval mode and stayed as they are: they may not fit the layers before them any more'
 
 # %% ../../nbs/prune/01_pruner.ipynb #fa99497b
-_TRIES = 3  # each may run the model
+_TRIES = 3  # to find others in the place of what has to stay: each may run the model
 
 class _Group(Source):
     "Classes of channels that the same weights make, and which of them are kept"
@@ -202,15 +202,15 @@ class _Group(Source):
         super().__init__(torch.full(classes.shape, -1, dtype=torch.int8, device='cpu'))
         self.classes,self.slices,self.layers = classes,slices,list(dict.fromkeys(s.layer for s in slices))
         self.name,self.barred,self.values = self.layers[0],False,None
-        self.most,self.tries = None,0  # how many can be gone, if not all; how often that was found
+        self.held = None  # which of them the code of the model insists on, if some can go
         self.each,self.missed = {},0  # by layer: channels in a class; classes that have gone before
-    def limit(self, removed, chosen):
-        "Of what was `chosen` only `removed` can go: so many next time, or none at all if that is none, or was tried too often"
+    def hold(self, removed, chosen, whole): # Classes
+        "Of what was `chosen` only `removed` can go: the rest stays, or all does if nothing can or if `whole`"
         mine = torch.isin(self.classes, chosen)
-        can = mine&torch.isin(self.classes, removed)
-        if torch.equal(can, mine): return
-        self.most,self.tries = self.gone+int(can.sum()),self.tries+1
-        self.barred |= self.most==self.gone or self.tries>_TRIES
+        stays = mine&~torch.isin(self.classes, removed)
+        if not stays.any(): return
+        self.barred |= whole or torch.equal(stays, mine)
+        self.held = stays if self.held is None else self.held|stays
     def widen(self, n):
         "Count `n` classes: those that are not there have gone before"
         more = torch.zeros(max(n-self.n, 0), dtype=torch.int8, device='cpu')
@@ -449,12 +449,15 @@ class Pruner:
         return n
 
     def _update(self, ratio, targets, optimizer):
-        for g in self.groups: g.values,g.most,g.tries = None,None,0
+        for g in self.groups: g.values = g.held = None
+        tries = 0
         while True:
             chosen = spare_last(self.graph, self._choose([g for g in self.groups if not g.barred], ratio, targets))
             plan,removed = legal(self.model, self.graph, chosen)[1:] if len(chosen) else (None,chosen)
             if len(removed)==len(chosen): break
-            for g in self.groups: g.limit(removed, chosen)
+            tries += 1
+            for g in self.groups: g.hold(removed, chosen, self.round_to is not None)
+            if tries>_TRIES and len(removed) and not self.round_to: break
         if len(removed): self._cut(plan, removed, optimizer)
         if 'w_prev' in self.past: self.past['w_prev'] = self._copies()
         return len(removed)
@@ -526,7 +529,7 @@ class Pruner:
             add_row(rows, layer, n, k, 0, whys if k else Counter())
         for g in self.groups:
             goal = max(n_of(g.n, max(map(of, g.layers))), g.gone)
-            due = g.gone if g.most is None and not g.barred else min(goal, g.n-1)
+            due = g.gone if g.held is None and not g.barred else min(goal, g.n-1)
             for layer,each in g.each.items():
                 asked += round(goal*each)
                 whys = Counter({COUNTED:round((due-g.gone)*each)} if due>g.gone else {})
@@ -573,11 +576,11 @@ class Pruner:
         if need=='grad': return p.grad
 
     def _score(self, g):
-        "Scores of all channels of group `g`, of those that are gone the lowest"
+        "Scores of all channels of group `g`, of those that are gone the lowest, of those that cannot go the highest"
         if g.values is None:
             s = group_scores(g, self.graph, self.criteria, self._known)
             g.values = s.new_full((g.n,), float(s.min().clamp(max=0))).masked_scatter_(g.keep!=0, s)
-        return g.values
+        return g.values if g.held is None else g.values.masked_fill(g.held, math.inf)
 
     def _choose(self, groups, ratio, targets):
         "Classes to remove"
@@ -585,7 +588,6 @@ class Pruner:
         for names,k in self._counts(by, ratio, targets).items():
             gs = [by[o] for o in names]
             now,fresh = sum(g.gone for g in gs),lambda: [Scores(self._score(g), g.keep.clone()) for g in gs]
-            if any(g.most is not None for g in gs): k = min(k, sum(g.n-1 if g.most is None else g.most for g in gs))
             if min(k, sum(g.n-1 for g in gs))<=now: continue
             select(sources:=fresh(), now, k, True)
             if self.round_to:
