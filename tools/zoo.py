@@ -16,6 +16,7 @@ Each network has a process of its own, so that one that fails, hangs or is too l
 Rows go to a file of JSON lines, and a run goes on where the last one stopped."""
 import argparse, json, math, multiprocessing, os, re, signal, sys, tempfile, time, traceback, warnings
 from collections import Counter
+from contextlib import contextmanager
 from copy import deepcopy
 from concurrent.futures import ThreadPoolExecutor,as_completed
 from dataclasses import dataclass
@@ -199,6 +200,15 @@ def detector_options(name):
     if name.startswith(('retinanet','fcos')): return base|small|dict(score_thresh=0., detections_per_img=20)
     return base|small|dict(box_score_thresh=0., box_detections_per_img=20, rpn_pre_nms_top_n_test=50, rpn_post_nms_top_n_test=20)
 
+@contextmanager
+def small_clips():
+    "torchvision's multiscale transformers are made for eight frames of 64 pixels, not for sixteen of 224"
+    from unittest.mock import patch
+    from torchvision.models.video import mvit
+    own = mvit._mvit
+    def make(**options): return own(**{**options, 'spatial_size':(64,64), 'temporal_size':8})
+    with patch.object(mvit, '_mvit', make): yield
+
 def findings(sizes):
     "For each image of `sizes`, the two things that are to be found in it"
     import torch
@@ -219,12 +229,12 @@ def torchvision_network(name):
         if 'lraspp' not in name: options['aux_loss'] = True
     if kind=='video':
         inputs = (images(2, 3, 16, 224, 224) if name=='s3d' else images(2, 3, 8, 64, 64),)
-        if 'mvit' in name: options = dict(spatial_size=(64,64), temporal_size=8)
     if kind=='optical_flow': inputs = (images(1, 3, 128, 128),images(1, 3, 128, 128, seed=1),2)
     if kind=='quantization': options = dict(quantize=False)
     if kind in ('classification','video','quantization'): options['num_classes'] = 10
     if 'googlenet' in name or 'inception' in name: options['aux_logits'] = False
-    def make(): return models.get_model(name, weights=None, **options).eval()
+    def make():
+        with small_clips(): return models.get_model(name, weights=None, **options).eval()
     model = make()
     inputs = inputs or example_inputs_for(model)
     larger = larger_of(model, inputs[0]) if kind in ('classification','segmentation','quantization') else ()
