@@ -8,13 +8,14 @@ __all__ = ['Read', 'Liveness', 'spare_last']
 # %% ../../nbs/core/09_liveness.ipynb #b1005c23
 import warnings
 from dataclasses import dataclass
-from functools import partial
+from collections import Counter
+from functools import cached_property,partial
 from math import prod
 import torch
 from torch import nn,Tensor
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
-from .graph import ChannelGraph,_Trace,_varying,adds_slices,spatial_dims,summed_by
+from .graph import ChannelGraph,_Trace,_shape_of_product,_varying,adds_slices,spatial_dims,summed_by
 from .ops import PRODUCTS,plain_of,recurrent_weights,values
 from .running import SLIPS,_as_outside,naming,untouched
 from .sizes import Telling
@@ -67,10 +68,34 @@ def _product(f, a, b, plain):
     if b.isnan().any(): bad |= f(one(a!=0), one(b.isnan())) > .5
     return plain.masked_fill_(bad, torch.nan)
 
+def _unknown_along(x, d):
+    "Which indices along dimension `d` of `x` are unknown, if each is so everywhere or nowhere; else `None`"
+    unknown = x.isnan().movedim(d, 0).reshape(x.shape[d], -1)
+    some = unknown.any(1)
+    return some if torch.equal(some, unknown.all(1)) else None
+
+def _by_channel(c, x, w):
+    "The convolution `c` of `x`, whose channels are known as a whole or not at all: what reads one that is not is unknown, also where it only reads the padding"
+    shape = _shape_of_product(c)
+    if shape is None or not x.numel() or w.isnan().any() or (unknown:=_unknown_along(x, 1)) is None: return
+    G,back = c.a['groups'],c.a['transposed']
+    reads = (w!=0).flatten(2).any(2).view(G, -1, w.shape[1])  # of each group [makes, reads], transposed [reads, makes]
+    if back: reads = reads.transpose(1, 2)
+    bad = (reads&unknown.view(G, 1, -1)).any(2).flatten()
+    y,known = x.new_full(shape, torch.nan),(~bad).nonzero().flatten()
+    if not len(known): return y
+    b = c.a.get('bias')
+    if not reads.reshape(len(bad), -1)[known].any(): plain = 0. if b is None else b[known].view(-1, *[1]*(len(shape)-2)).expand(len(known), *shape[2:])
+    elif G==1 and not back: plain = _redo(c, input=x.nan_to_num(0.), weight=w[known], bias=b if b is None else b[known])
+    else: plain = _redo(c, input=x.nan_to_num(0.), weight=w)[:,known]
+    y[:,known] = plain
+    return y
+
 @values('convolution')
 def _convolve(c):
     x,w = c.a['input'],c.a['weight']
     if prod(w.shape[2:])>1 and (c.a['transposed'] or any(c.a['padding'])): x = _only(x, 0)
+    if (y:=_by_channel(c, x, w)) is not None: return y
     plain = _redo(c, input=x.nan_to_num(0.), weight=w.nan_to_num(0.))
     return _product(lambda a,b: _redo(c, input=a, weight=b, bias=None), x, w, plain)
 
@@ -81,6 +106,8 @@ def _multiply(c):
     if not (c.get(k).par or c.get(l).par): a,b = _only(a, 0),_only(b, 0)  # how much is summed may depend on the size of the input
     plain = _redo(c, **{k:a.nan_to_num(0.), l:b.nan_to_num(0.)})
     if c.name=='linear': b = b.T
+    unknown = _unknown_along(a, -1) if b.dim()==2 and a.numel() and not b.isnan().any() else None
+    if unknown is not None: return plain.masked_fill_(((b!=0)&unknown[:,None]).any(0), torch.nan)
     return _product(torch.matmul, a, b, plain)
 
 @values('mul', 'div')
@@ -411,13 +438,16 @@ class _Reading(_Trace):
         if not layer or (c.a.get('transposed') or any(c.a.get('padding', ()))): const = torch.full_like(const, torch.nan)
         self.reads.append(Read(frozenset(n for o in c.tensors.values() for n,_ in o.par), layer, ins, outs, w, nonzero.cpu(), zero, const))
 
+    @cached_property
+    def owners(self): "How many modules own each parameter, by its id"; return Counter(id(o) for m in self.model.modules() for o in m._parameters.values())
+
     def own_layer(self, c):
         "The layer that is running, if the weight is its own and its bias can take a constant"
         m = self.model.get_submodule(c.where)
         if not isinstance(m, (nn.Linear,nn.modules.conv._ConvNd)) or 'weight' not in m._parameters or 'bias' not in m._parameters: return ''
         ws = {n for k in ('weight','input','other','mat1','mat2','self') if c.get(k) for n,_ in c.get(k).par}
         prefix = f'{c.where}.' if c.where else ''
-        if sum(m.bias is o for n in self.model.modules() for o in n._parameters.values())>1 and m.bias is not None: return ''
+        if m.bias is not None and self.owners[id(m.bias)]>1: return ''
         return c.where if f'{prefix}weight' in ws and ws<={f'{prefix}weight',f'{prefix}bias'} else ''
 
 # %% ../../nbs/core/09_liveness.ipynb #5c55af0b
