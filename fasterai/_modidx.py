@@ -902,6 +902,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.core.running._all_digits': ('core/running.html#_all_digits', 'fasterai/core/running.py'),
                                        'fasterai.core.running._as_outside': ('core/running.html#_as_outside', 'fasterai/core/running.py'),
                                        'fasterai.core.running._aside': ('core/running.html#_aside', 'fasterai/core/running.py'),
+                                       'fasterai.core.running._batch_normed': ( 'core/running.html#_batch_normed',
+                                                                                'fasterai/core/running.py'),
                                        'fasterai.core.running._check_is_model': ( 'core/running.html#_check_is_model',
                                                                                   'fasterai/core/running.py'),
                                        'fasterai.core.running._check_parts': ('core/running.html#_check_parts', 'fasterai/core/running.py'),

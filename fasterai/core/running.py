@@ -16,6 +16,7 @@ from dataclasses import dataclass,fields,is_dataclass
 from types import FunctionType
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn,Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
@@ -77,6 +78,11 @@ def plain(t):
     base = _unwrapped(t)
     return base if type(base) in (Tensor,nn.Parameter) else t.as_subclass(Tensor)
 
+def _batch_normed(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=.1, eps=1e-5):
+    "`F.batch_norm`, which of an empty batch, as where a detector finds nothing, would not read its statistics"
+    if x.numel() or training: return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return torch.native_batch_norm(x, weight, bias, running_mean, running_var, False, momentum, eps)[0]
+
 class _Plain(TorchFunctionMode):
     "Tensors of other classes act as plain ones, and make plain ones. What `model` owns stays the object that it is"
     def __init__(self, model):
@@ -86,6 +92,7 @@ class _Plain(TorchFunctionMode):
         if not isinstance(o, Tensor) or _has_own_code(o) or id(o) in self.own: return o
         return _unwrapped(o)
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.batch_norm: func = _batch_normed
         if all(t in (Tensor,nn.Parameter) for t in types): return func(*args, **(kwargs or {}))
         args,kwargs = tree_map(self.plain, (args,kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass(): return func(*args, **kwargs)
