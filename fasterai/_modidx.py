@@ -789,6 +789,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fasterai.core.liveness._garbage': ('core/liveness.html#_garbage', 'fasterai/core/liveness.py'),
                                         'fasterai.core.liveness._gate': ('core/liveness.html#_gate', 'fasterai/core/liveness.py'),
                                         'fasterai.core.liveness._grouped': ('core/liveness.html#_grouped', 'fasterai/core/liveness.py'),
+                                        'fasterai.core.liveness._has_nan': ('core/liveness.html#_has_nan', 'fasterai/core/liveness.py'),
                                         'fasterai.core.liveness._level': ('core/liveness.html#_level', 'fasterai/core/liveness.py'),
                                         'fasterai.core.liveness._move': ('core/liveness.html#_move', 'fasterai/core/liveness.py'),
                                         'fasterai.core.liveness._multiply': ('core/liveness.html#_multiply', 'fasterai/core/liveness.py'),

@@ -61,11 +61,13 @@ def _redo(c, **changed):
 _SURE = set()  # rules whose results that are known do not depend on indices or masks
 def _sure(f): _SURE.add(f); return f
 
+def _has_nan(x): "A sum is the fastest way to see; infinite numbers of both signs pass for nan"; return bool(x.sum().isnan())
+
 def _product(f, a, b, plain):
     "`plain` is the product `f(a, b)` with zeros for what is unknown; this puts back what depends on it"
     one = lambda m: m.to(plain.dtype)
     bad = f(one(a.isnan()), one(b!=0)) > .5
-    if b.isnan().any(): bad |= f(one(a!=0), one(b.isnan())) > .5
+    if _has_nan(b): bad |= f(one(a!=0), one(b.isnan())) > .5
     return plain.masked_fill_(bad, torch.nan)
 
 def _unknown_along(x, d):
@@ -77,7 +79,7 @@ def _unknown_along(x, d):
 def _by_channel(c, x, w):
     "The convolution `c` of `x`, whose channels are known as a whole or not at all: what reads one that is not is unknown, also where it only reads the padding"
     shape = _shape_of_product(c)
-    if shape is None or not x.numel() or w.isnan().any() or (unknown:=_unknown_along(x, 1)) is None: return
+    if shape is None or not x.numel() or _has_nan(w) or (unknown:=_unknown_along(x, 1)) is None: return
     G,back = c.a['groups'],c.a['transposed']
     reads = (w!=0).flatten(2).any(2).view(G, -1, w.shape[1])  # of each group [makes, reads], transposed [reads, makes]
     if back: reads = reads.transpose(1, 2)
@@ -106,7 +108,7 @@ def _multiply(c):
     if not (c.get(k).par or c.get(l).par): a,b = _only(a, 0),_only(b, 0)  # how much is summed may depend on the size of the input
     plain = _redo(c, **{k:a.nan_to_num(0.), l:b.nan_to_num(0.)})
     if c.name=='linear': b = b.T
-    unknown = _unknown_along(a, -1) if b.dim()==2 and a.numel() and not b.isnan().any() else None
+    unknown = _unknown_along(a, -1) if b.dim()==2 and a.numel() and not _has_nan(b) else None
     if unknown is not None: return plain.masked_fill_(((b!=0)&unknown[:,None]).any(0), torch.nan)
     return _product(torch.matmul, a, b, plain)
 
@@ -373,7 +375,7 @@ class _Reading(_Trace):
         c.args,c.kwargs,c.is_tainted = args,kwargs,self.is_tainted
         ins,shadow = _tensors_in((args,kwargs)),c.get(c.first)
         c.tainted = any(map(self.is_tainted, ins)) or torch.Tag.nondeterministic_seeded in func.tags
-        c.unknown = c.tainted or any(o.isnan().any() for o in ins if _exact(o))
+        c.unknown = c.tainted or any(_has_nan(o) for o in ins if _exact(o))
         c.made_of_parameters = shadow is not None and bool(shadow.par) and not shadow.ids
         c.summed = self.summed(c) if c.meaning=='reduce' and c.x.ids and summed_by(c) else []
         rule,dark = self.rule_of(c, any(map(_exact, ins)))
