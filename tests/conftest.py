@@ -20,3 +20,6 @@ def pytest_configure(config):
         "One whose numbers are made where all tensors are"
         def __new__(cls, device=device): return super().__new__(cls, device)
     torch.Generator = Generator
+    from fastai.learner import AvgSmoothLoss
+    def reset(self): self.count,self.val = 0,torch.tensor(0., device='cpu')  # fastai averages losses there, whatever the default device
+    AvgSmoothLoss.reset = reset
