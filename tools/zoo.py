@@ -654,7 +654,7 @@ def main():
     a.add_argument('--one', action='store_true', help='try one in this process, and print all that is known of it')
     a.add_argument('--file', action='store_true', help='try the compressed file, too')
     a.add_argument('--workers', type=int, default=2, help='processes at a time')
-    a.add_argument('--timeout', type=float, default=60, help='seconds of the processor for each network')
+    a.add_argument('--timeout', type=float, default=150, help='seconds of the processor for each network')
     a.add_argument('--results', type=Path, default=RESULTS, help='file of JSON lines')
     a.add_argument('--again', action='store_true', help='start over')
     a.add_argument('--show', action='store_true', help='only print what is there')

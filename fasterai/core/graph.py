@@ -836,8 +836,11 @@ def _gated(tr, c):
         ids.append(tr.fresh(halves[0], c.why))
     tr.put_ids(c.y, ids)
 
-def adds_slices(l, dims):
-    "Are channels `l` summed over few of their places, as in a sum of paths, and not over most, as in a sum over the size of a head?"
+def adds_slices(l, c):
+    """Does `c` sum channels `l` over few of their places, as in a sum of paths, and not over most, as in a sum over the size of a head, nor over
+    space as well, as in a statistic of a group?"""
+    dims = c.dims()
+    if any(n>1 and l.shape[d]==1 for d,n in enumerate(c.x.shape) if d in dims): return False
     ends = math.prod(n for d,n in enumerate(l.shape) if d in dims)
     stays = math.prod(n for d,n in enumerate(l.shape) if d not in dims)
     return 1<ends<stays
@@ -855,7 +858,7 @@ def _reduced(tr, c):
     ids = []
     for l in c.x.ids:
         if not set(dims)&set(_varying(l)): ids.append(l)
-        elif adds_slices(l, dims):  # what is at one place in each meets
+        elif adds_slices(l, c):  # what is at one place in each meets
             l,whole = tr.squash(l, set(range(l.dim()))-set(dims), c.why),l
             if not summed_by(c): tr.mix(whole, dims, c.why)
             ids.append(tr.fresh(l, c.why))

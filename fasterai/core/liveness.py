@@ -412,7 +412,7 @@ class _Reading(_Trace):
         "Channels that are summed over, and are not zero"
         x,dims,res = c.a['self'],set(c.dims()),[]
         for l in c.x.ids:
-            if not dims & set(_varying(l)) or adds_slices(l, dims): continue
+            if not dims & set(_varying(l)) or adds_slices(l, c): continue
             zero = (x==0).all([d for d,n in enumerate(l.shape) if n==1], keepdim=True) if 1 in l.shape else x==0
             res.append(l[~zero.cpu()])
         return res
@@ -424,7 +424,7 @@ class _Reading(_Trace):
     def follow(self, call):
         super().follow(call)
         if not self.closed: self.sums += call.summed
-        elif call.meaning=='reduce' and summed_by(call): self.sums += [l for l in call.x.ids if set(call.dims()) & set(_varying(l)) and not adds_slices(l, call.dims())]
+        elif call.meaning=='reduce' and summed_by(call): self.sums += [l for l in call.x.ids if set(call.dims()) & set(_varying(l)) and not adds_slices(l, call)]
         whole = [t for t in self.tables if {v[1] for v in t.values()}=={'in','out'}]
         self.tables = []
         for i,table in enumerate(whole if call.meaning=='recurrent' else whole[:1]): self.remember(call, table, i)

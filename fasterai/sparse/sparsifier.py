@@ -525,7 +525,7 @@ class Sparsifier:
         rows,known = [],{o.layer for o in self._stays}
         for o in self.layers:
             percent = self._asked.get(o.name, 0) if isinstance(self._asked, dict) else self._asked
-            for p in o.parts if o.masks else ():
+            for p in o.parts:
                 gone,name = p.blocks.spread(o.keep)==0,p.name.removesuffix('.weight')
                 n,asked,zeroed = gone.numel(),n_of(gone.numel(), percent),int(gone.sum())
                 why = falls_short(zeroed, asked, o.n, n/o.n)
