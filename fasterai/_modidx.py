@@ -665,6 +665,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fasterai.core.graph._empty_result': ('core/graph.html#_empty_result', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._expanded': ('core/graph.html#_expanded', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._fake_quantized': ('core/graph.html#_fake_quantized', 'fasterai/core/graph.py'),
+                                     'fasterai.core.graph._filtered': ('core/graph.html#_filtered', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._folded': ('core/graph.html#_folded', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._gated': ('core/graph.html#_gated', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._gathered': ('core/graph.html#_gathered', 'fasterai/core/graph.py'),

@@ -212,3 +212,123 @@ def test_regions():
     m = randomized(Net(lambda m,x: m.fc(roi_align(m.a(x), boxes, 3).flatten(1)), a=conv(3,8), fc=nn.Linear(72,2)))
     zero([1,3], m.a.weight, m.a.bias)
     assert pruned(m).fc.in_features==54
+
+# sizes that are fixed, or that follow
+
+def pooled(m, x): return m.fc(F.relu(x).mean((2,3)))
+
+def test_rows_of_a_fixed_size():
+    "Where what stands in a row meets numbers of its own, as in a rotary embedding, whole rows go"
+    def f(m, x):
+        y = F.relu(m.a(x)).unflatten(1, (-1,3))
+        y = y*torch.tensor([1.,2.,3.])[:,None,None]
+        return pooled(m, m.b(y.flatten(1, 2)))
+    m = randomized(Net(f, a=conv(3,12), b=conv(12,6), fc=nn.Linear(6,2)))
+    m = m.float()
+    graph = ChannelGraph(m, X)
+    classes = graph.classes(graph.out('a.weight').ids).view(4, 3)
+    assert (classes>0).all() and (classes==classes[:,:1]).all() and len(classes.unique())==4
+    Pruner(m, 50, example_inputs=X).prune_model()
+    assert m.a.out_channels==6 and m.b.in_channels==6 and m(X).shape==(2,2)
+
+def test_what_is_fixed_in_every_direction_stays():
+    def f(m, x): return pooled(m, m.b((F.relu(m.a(x)).unflatten(1, (4,3))*torch.arange(12.).view(4, 3, 1, 1)).flatten(1, 2)))
+    m = randomized(Net(f, a=conv(3,12), b=conv(12,6), fc=nn.Linear(6,2))).float()
+    graph = ChannelGraph(m, X)
+    ids = graph.out('a.weight').ids
+    assert not graph.classes(ids).any() and any('fixed size, mul' in o for o in graph.why(ids))
+
+class Eca(nn.Module):
+    "Efficient channel attention: Wang et al., arXiv 1910.03151"
+    def __init__(self, k=3):
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, k, padding=k//2, bias=False)
+    def forward(self, x): return x*self.conv(x.mean((2,3))[:,None]).sigmoid().flatten(1)[...,None,None]
+
+@pytest.mark.parametrize('k', [1,3,5])
+def test_convolution_over_channels(k):
+    "By ratio they go; without loss only where no channel reads its neighbours, and that is told"
+    m = randomized(Net(lambda m, x: pooled(m, m.b(m.eca(F.relu(m.a(x))))), a=conv(3,12), eca=Eca(k), b=conv(12,6), fc=nn.Linear(6,2)))
+    zeroed = copy.deepcopy(m)
+    zero([1,4], zeroed.a.weight, zeroed.a.bias)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        pruner = Pruner()
+        small = pruner.prune_model(zeroed, XD)
+    assert difference(zeroed, small, XD)[0]<1e-12
+    assert small.a.out_channels==(10 if k==1 else 12)
+    assert k==1 or 'takes all channels together' in pruner.left[0]['why'] and len(seen)==1
+    Pruner(m, 50, example_inputs=XD).prune_model()
+    assert (m.a.out_channels,m.b.out_channels)==(6,3) and m(XD).shape==(2,2)
+
+def group_std(x, groups, flat):
+    B,C,H,W = x.shape
+    x = x.reshape(B, groups, -1) if flat else x.reshape(B, groups, C//groups, H, W)
+    std = x.var(2 if flat else (2,3,4), keepdim=True).add(1e-5).sqrt()
+    return std.expand(x.shape).reshape(B, C, H, W)
+
+@pytest.mark.parametrize('groups,size', [(2,6),(6,2),(4,4)])
+@pytest.mark.parametrize('flat', [False,True])
+@pytest.mark.parametrize('out', ['div','mul'])
+def test_statistics_of_groups(groups, size, flat, out):
+    "As EvoNorm has them: Liu et al., arXiv 2004.02967. As many channels go from each group"
+    n = groups*size
+    def f(m, x):
+        y = m.a(x)
+        y = y/group_std(y, groups, flat) if out=='div' else y*group_std(y, groups, flat).reciprocal()
+        return pooled(m, m.b(y*m.scale[:,None,None]))
+    m = randomized(Net(f, a=conv(3,n), b=conv(n,6), fc=nn.Linear(6,2), scale=nn.Parameter(torch.ones(n)))).float()
+    Pruner(m, 50, example_inputs=X).prune_model()
+    assert m.a.out_channels==n//2 and len(m.scale)==n//2 and m(X).shape==(2,2)
+
+class Blur(nn.Module):
+    "Zhang, arXiv 1904.11486; how many channels there are is an attribute, and the filter a buffer"
+    def __init__(self, n, own):
+        super().__init__()
+        self.channels,self.own = n,own
+        self.register_buffer('filt', torch.ones(n if own else 1, 1, 3, 3)/9)
+    def forward(self, x):
+        if self.own: return F.conv2d(x, self.filt, stride=2, groups=self.channels)
+        return F.conv2d(x, self.filt.expand(x.shape[1], 1, 3, 3), stride=2, groups=x.shape[1])
+
+@pytest.mark.parametrize('own', [True,False])
+def test_groups_in_an_attribute(own):
+    m = randomized(Net(lambda m, x: pooled(m, m.b(m.blur(F.relu(m.a(x))))), a=conv(3,12), blur=Blur(12, own), b=conv(12,6), fc=nn.Linear(6,2)))
+    zeroed = copy.deepcopy(m)
+    zero([1,4], zeroed.a.weight, zeroed.a.bias)
+    small = Pruner().prune_model(zeroed, XD)
+    assert small.a.out_channels==10 and difference(zeroed, small, XD)[0]<1e-12
+    Pruner(m, 50, example_inputs=XD).prune_model()
+    assert (m.a.out_channels,m.b.out_channels)==(6,3) and m(XD).shape==(2,2)
+
+def test_an_attribute_that_two_layers_share():
+    "A part of the channels passes through an attention that makes as many: what the code insists on is held, others go in its place"
+    class Partial(nn.Module):
+        def __init__(self, d, p):
+            super().__init__()
+            self.p,self.rest = p,d-p
+            self.v,self.proj = nn.Conv2d(p, p, 1),nn.Conv2d(d, d, 1)
+        def forward(self, x):
+            a,b = x.split([self.p,self.rest], 1)
+            v = self.v(a).flatten(2)
+            a = (v@(v.transpose(-2, -1)@v).softmax(-1)).reshape(len(x), self.p, *x.shape[2:])
+            return self.proj(torch.cat([a,b], 1))
+    torch.manual_seed(0)
+    m = Net(lambda m, x: pooled(m, m.b(m.mid(m.a(x)))), a=conv(3,24), mid=Partial(24, 8), b=conv(24,8), fc=nn.Linear(8,2))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        pruner = Pruner(m, 50, example_inputs=X)
+        pruner.prune_model()
+    assert m(X).shape==(2,2) and pruner.reached()>=40
+    assert bool(seen)==bool(pruner.left)
+
+def test_norms_of_what_is_not_found():
+    "A detector that finds nothing has run its last layers on nothing, and their norms are cut all the same"
+    def f(m, x):
+        y = F.relu(m.a(x))
+        found = y.flatten(1)[y.mean((1,2,3))>9.]
+        return m.c(F.relu(m.norm(m.b(found.view(-1, *y.shape[1:]))))).mean((2,3))
+    m = randomized(Net(f, a=conv(3,8), b=conv(8,8), norm=nn.BatchNorm2d(8), c=conv(8,2))).float()
+    assert len(m(X))==0
+    Pruner(m, 50, example_inputs=X).prune_model()
+    assert m.norm.num_features==m.b.out_channels==4 and len(m(X))==0

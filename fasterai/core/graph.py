@@ -952,9 +952,18 @@ def _deformed(tr, c):
     bias = c.get('bias')
     _convolve(tr, c, False, bias if bias.par or c.a['bias'].any() else None)
 
+def _filtered(tr, c, x, w, b):
+    "Each channel by itself with one filter for all, expanded to as many as there are"
+    ids,n = tr.take(x, 1, c.why),len(x.shape)
+    tr.hold(w.par, c.why)
+    for l in w.ids: tr.tie(l.flatten(), ids, c.why)
+    for l in x.beside(1): tr.pin(l, c.why)
+    tr.put(c.y, _biased(tr, c, _Shadow(tuple(c.y.shape), [ids.view([-1 if d==1 else 1 for d in range(n)])]), b, 1))
+
 def _convolve(tr, c, back, b):
     "Convolution `c`, transposed if `back`, with bias `b`"
     x,w,G = c.get('input'),c.get('weight'),c.a['groups']
+    if w.ids and w.shape[0]==x.shape[1]==G and all(_varying(l)==[0] for l in w.ids): return _filtered(tr, c, x, w, b)
     if w.ids or not w.par: raise _Unknown
     if x.par: x = tr.as_input(x, 1, c.why)
     o,i = (1,0) if back else (0,1)

@@ -416,8 +416,9 @@ class Telling(Watching):
         for p in places:
             axis = p.given.source if isinstance(p.given, Told) else None
             if not isinstance(axis, Axis) or p.n<2 or p.of.stride(p.dim): continue
-            fits = [o for o in axis.layers if axis.dim-o.dim()==p.dim-p.of.dim() and all(m in (1,n) for m,n in zip(o.shape[::-1], p.of.shape[::-1]))]
-            found += fits if axis.stop is None else []
+            for l in axis.layers if axis.stop is None else ():
+                if l.numel()==p.n: found.append(l.reshape([-1 if d==p.dim else 1 for d in range(p.of.dim())]))
+                elif axis.dim-l.dim()==p.dim-p.of.dim() and all(m in (1,n) for m,n in zip(l.shape[::-1], p.of.shape[::-1])): found.append(l)
         if found: self.trace.spread(places[0].of, found)
 
     def equate(self, given, other, sizing=None):
