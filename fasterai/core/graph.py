@@ -230,6 +230,10 @@ class _Shared(_Facts):
         "Channel numbers for indices `rows` of parameter and dimension `key`, [groups, rows]"
         n = self.params[key[0]].shape[key[1]]
         known = self.issued.get((*key,groups))
+        if known is None and self.in_order(rows, n):
+            known = self.issued[(*key,groups)] = torch.arange(self.n, self.n+groups*n, device='cpu').view(groups, n)
+            self.n += groups*n
+            return known
         if known is None: known = self.issued[(*key,groups)] = torch.zeros(groups, n, dtype=torch.long, device='cpu')
         elif self.in_order(rows, n) and known.all(): return known
         known[:,rows] += self.new((known[:,rows]==0).long())
@@ -258,6 +262,12 @@ class _Shared(_Facts):
                 for d in set(v)&set(table): self.pin(table[d][0], why)
         for d in set(table)-found:
             if o.shape[d]>1: self.pin(table[d][0], f'a weight that is no parameter, {why}')
+
+    def lines_up(self, l, d, o):
+        "Is `o` a parameter with one value for each channel of layer `l`, which varies along `d` alone? Its name, if so"
+        if len(o.par)!=1 or o.ids or len(o.shape)!=1 or l.dim()<1 or l.numel()!=l.shape[d]: return
+        ((name,dim),rows), = o.par.items()
+        return name if dim==0 and l.numel()==o.shape[0] and self.in_order(rows, self.params[name].shape[0]) else None
 
     def meet(self, parts, why, same=False, kind='add'):
         "Layers of what is made element by element of shadows `parts` of one rank; `same` if a lone channel that is zero stays so"
@@ -739,6 +749,8 @@ def _pointwise(tr, c):
     "Channels that meet become the same"
     if any(o.ids or o.par for v in c.lists.values() for o in v): raise _Unknown
     n = c.y.dim()
+    if len(c.tensors)==1 and len(c.x.ids)==1 and not c.x.par and len(c.x.shape)==n:
+        return tr.put_ids(c.y, c.x.ids if _keeps_zero(tr, c) else [tr.fresh(c.x.ids[0], c.why)])
     parts = [tr.unexpanded(o, c.a[k]).lift(n) for k,o in c.tensors.items()]
     layered = [p for p in parts if p.ids]
     if not layered: return _combined(tr, c, parts)
@@ -996,6 +1008,10 @@ def _biased(tr, c, y, b, d):
     "_Shadow `y` with bias `b` along its dimension `d`"
     if b is None: return y
     n = len(y.shape)
+    name = tr.lines_up(y.ids[0], d%n, b) if len(y.ids)==1 and y.ids[0].shape[d]>1 and y.ids[0].all() else None
+    if name:
+        tr.use(name, 0, tr.numbers[:b.shape[0]], y.ids[0].flatten(), c.why, 'affine', 'bias')
+        return y
     if len(b.shape)==1: b = b.each(lambda l: l.reshape([-1 if i==d%n else 1 for i in range(n)]), [b.shape[0] if i==d%n else 1 for i in range(n)])
     b = b.lift(n)
     b.kind = 'bias'
@@ -1084,10 +1100,24 @@ def _macs_of_recurrent(c):
     return math.prod(c.a['input'].shape[:-1])*sum(w.numel() for w in (*readers,*others) if w.dim()==2),['weight0']
 
 # %% ../../nbs/core/08_graph.ipynb #738aac76
+_PARAMETERS = dict(weight='scale', bias='shift', running_mean='stat', running_var='stat')
+
+def _normalized_each(tr, c, dims):
+    "The usual case: channels along one dimension, and parameters with one value for each of them. Is it that?"
+    w,given = c.get('weight'),{k:c.get(k) for k in _PARAMETERS if c.get(k)}
+    if w is None or len(dims)>1 or len(c.x.ids)!=1 or c.x.par: return False
+    l, = c.x.ids
+    names = {k:tr.lines_up(l, dims[0], o) for k,o in given.items()}
+    if None in names.values(): return False
+    for k,name in names.items(): tr.use(name, 0, tr.numbers[:l.numel()], l.flatten(), c.why, 'affine', _PARAMETERS[k])
+    tr.put_ids(c.y, [l])
+    return True
+
 def _normalized(tr, c, dims):
     "A normalization with parameters along `dims` of its input; zeroing scale and shift makes a channel zero"
     n,parts = len(c.x.shape),[c.x]
-    for k,kind in (('weight','scale'),('bias','shift'),('running_mean','stat'),('running_var','stat')):
+    if _normalized_each(tr, c, dims): return
+    for k,kind in _PARAMETERS.items():
         o = c.get(k)
         if o is None: continue
         at = lambda shape: [shape[dims.index(d)] if d in dims else 1 for d in range(n)]
