@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Ratio', 'check_models', 'n_params', 'effective_parameters', 'n_nonzero', 'n_bytes', 'n_macs', 'running', 'place_of',
-           'placed', 'with_bar', 'latency', 'median_interval', 'speedup', 'loader_of', 'inputs_and_labels', 'scores_of',
+           'placed', 'latency', 'median_interval', 'speedup', 'loader_of', 'inputs_and_labels', 'scores_of',
            'class_axis', 'most_likely', 'told_right', 'answers', 'wilson', 'accuracy_interval', 'sign_test']
 
 # %% ../../nbs/analyze/01_counts.ipynb #83637728
@@ -17,12 +17,11 @@ from statistics import NormalDist
 from time import perf_counter
 import numpy as np
 import torch
-from fastprogress.fastprogress import NBProgressBar,progress_bar
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map
 from ..core.graph import ChannelGraph
-from ..core.running import example_inputs_for,restored,tensors_of,untouched
+from ..core.running import example_inputs_for,restored,tensors_of,untouched,with_bar
 
 # %% ../../nbs/analyze/01_counts.ipynb #4ed54031
 def check_models(
@@ -132,13 +131,6 @@ def _as_tensors(o):
     "`o` with tensors where it has NumPy's arrays, and a dict where it is another mapping"
     o = dict(o) if isinstance(o, Mapping) else o
     return tree_map(lambda v: torch.as_tensor(v, device='cpu') if isinstance(v, np.ndarray) else v, o)
-
-def with_bar(
-    it, # Iterable with a length
-    show:bool=True, # Where there is a notebook or a terminal
-):
-    "`it` with a bar that shows how far it has come, and goes away"
-    return progress_bar(it, leave=False) if show and (progress_bar is NBProgressBar or sys.stdout.isatty()) else it
 
 # %% ../../nbs/analyze/01_counts.ipynb #56fc065a
 _LEAST = 10 # milliseconds of a measurement

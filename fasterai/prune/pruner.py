@@ -7,7 +7,7 @@ __all__ = ['pruned_plan', 'save_pruned', 'load_pruned', 'tied_groups', 'group_sc
            'Pruner']
 
 # %% ../../nbs/prune/01_pruner.ipynb #d3138369
-import json,math,warnings
+import json,math
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
@@ -21,8 +21,8 @@ from ..core.registry import did_you_mean
 from ..core.graph import ChannelGraph,layer_of
 from .left import COUNTED,LAST,OUTPUT,add_row,fixed,left_of_zeros,made_by,missing,rows_of,some,in_words
 from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes
-from ..core.running import followable,inputs_for,plain_model,untouched
-from ..core.brought import check_values,falls_short
+from ..core.running import followable,inputs_for,plain_model,staged,untouched
+from ..core.brought import check_values,falls_short,warn
 from ..core.liveness import Liveness,spare_last
 from ..core.evidence import _wide,act_norms,check_trained,evidence,weight_of
 from ..core.proof import TOLERANCE,check_same,random_like
@@ -164,11 +164,14 @@ def _layers_differ(model, new, graph, plan):
     return worst
 
 def _smaller(model, inputs, verify):
-    "A smaller copy of `model` with the same outputs, what could not go, how many went, and notes on what is worth knowing"
+    "In stages: a smaller copy of `model` with the same outputs, what could not go, how many went, and notes on what is worth knowing"
     graph = ChannelGraph(model, inputs)
+    yield
     life,notes = Liveness(model, graph),[]
     dead = life.dead()
+    yield
     new,plan,removed = legal(model, graph, dead, life.constants)
+    yield
     if verify:
         try: notes.append(_check(model, new, graph, plan))
         except ValueError as e:
@@ -270,7 +273,7 @@ def check_ratio(
 ):
     "`ratio` if it is a percentage; `ValueError` otherwise, and a warning for what looks like a fraction"
     check_percent('pruning_ratio', ratio)
-    if 0<ratio<1: warnings.warn(f'pruning_ratio {ratio} is in percent: did you mean {100*ratio:g}?', stacklevel=4)
+    if 0<ratio<1: warn(f'pruning_ratio {ratio} is in percent: did you mean {100*ratio:g}?')
     return ratio
 
 def check_layer_type(layer_type):
@@ -303,6 +306,7 @@ class Pruner:
         verify:bool=True, # Compare the outputs before and after a lossless removal
         data=None, # Batches for a criteria that needs `grad` or `act`: one (x, y), a list or a DataLoader; gradients that are there will do
         loss_func=None, # Loss for gradients from `data`; by default cross-entropy, or mean squared error for a float target
+        progress:bool=True, # Show a bar for what takes longer than two seconds
     ):
         if isinstance(pruning_ratio, str): raise ValueError(f'pruning_ratio is a percentage or a dict by layer, not {pruning_ratio!r}')
         if round_to is not None and (not isinstance(round_to, int) or isinstance(round_to, bool) or round_to<1):
@@ -313,6 +317,7 @@ class Pruner:
         self.context,self.criteria,self.layer_type = context_of(context),criteria_of(criteria),check_layer_type(layer_type)
         self.model = None if model is None else followable(model, resizes=pruning_ratio is not None)
         self.example_inputs,self.round_to,self.verify,self.data,self.loss_func = example_inputs,round_to,verify,data,loss_func
+        self.progress = progress
         self.pruning_ratio = None if pruning_ratio is None else self._checked(pruning_ratio)
         if isinstance(ignored_layers, (str,nn.Module)): ignored_layers = [ignored_layers]
         self.ignored = [self._name(o) for o in ignored_layers or ()]
@@ -363,27 +368,31 @@ class Pruner:
         bystanders = Bystanders(model, inputs := inputs_for(model, inputs))
         with bystanders.aside():
             check_runs(model, inputs)
-            new,self.left,n,notes = _smaller(model, inputs, self.verify)
+            new,self.left,n,notes = staged(_smaller(model, inputs, self.verify), 4, self.progress)
         bystanders.follow(new)
         left = [o for o in self.left if o['why']!=LAST or not n]
         if left: notes.insert(0, f'of the channels that are zero, unread or constant, {missing(left):,} did not go: {in_words(left)}')
         elif not n: notes.insert(0, f'{_nothing(model)}. With a ratio, as in Pruner(model, 50), the least important ones go')
         if left and bystanders.untold: notes.append(_about(bystanders))
-        if notes: warnings.warn('. '.join(notes), stacklevel=4)
+        if notes: warn('. '.join(notes))
         return new
 
     @at_home()
     def prune_by_ratio(self, inputs=None, optimizer=None):
         "Remove the least important channels, in place, and return the model"
+        staged(self._by_ratio(inputs, optimizer), 2, self.progress)
+        return self.model
+
+    def _by_ratio(self, inputs, optimizer):
         self.start(inputs)
+        yield
         asked = {'grad','act'} & set(needs(self.criteria))
         if asked and self.data is not None:
             if 'grad' in asked: check_trained(self.criteria, self.weights)
             with self.bystanders.aside(): self.given = evidence(asked, self.data, self.model, self.weights, self.loss_func)
         n = self.update(self.pruning_ratio, optimizer)
         if not n and not self.left and self._asks_for_some():
-            warnings.warn(f'nothing went: pruning_ratio {self.pruning_ratio} is less than one channel of any layer', stacklevel=4)
-        return self.model
+            warn(f'nothing went: pruning_ratio {self.pruning_ratio} is less than one channel of any layer')
 
     def _asks_for_some(self):
         ratio = self.pruning_ratio
@@ -515,7 +524,7 @@ class Pruner:
         why = in_words(self.left, kept_all='{layers} kept all channels')
         hooks = f'. {_about(self.bystanders)}' if self.bystanders.untold else ''
         said = f'of the {asked:,} channels that pruning_ratio{ratio} asks for, {missing(self.left):,} did not go: {why}{hooks}'
-        warnings.warn(said, stacklevel=7)
+        warn(said)
 
     def _left(self, ratio):
         """A row for each layer that keeps what `ratio` asks for, and how many channels are asked for in all. The output of the model is
