@@ -603,6 +603,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fasterai.core.graph._Facts.in_order': ('core/graph.html#_facts.in_order', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._Facts.mix': ('core/graph.html#_facts.mix', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._Facts.new': ('core/graph.html#_facts.new', 'fasterai/core/graph.py'),
+                                     'fasterai.core.graph._Facts.owned': ('core/graph.html#_facts.owned', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._Facts.pin': ('core/graph.html#_facts.pin', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._Facts.settle': ('core/graph.html#_facts.settle', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._Facts.tie': ('core/graph.html#_facts.tie', 'fasterai/core/graph.py'),

@@ -107,16 +107,25 @@ class _Unknown(Exception): "A rule does not cover this use of its operation"
 class _Facts:
     "What the operations of a model say about its channels"
     def __init__(self, model):
-        named = [(n,p) for it in (model.named_parameters(), model.named_buffers()) for n,p in it if p.is_floating_point() or p.is_complex()]
+        self.modules = dict(model.named_modules())
+        named = [(n,p) for kind in ('_parameters','_buffers') for n,p in self.owned(kind) if p.is_floating_point() or p.is_complex()]
         self.params,self.names = dict(named),{id(p):n for n,p in named}
         self.numbers = torch.arange(max([1,*(m for p in self.params.values() for m in p.shape)]), device='cpu')
         self.none = torch.zeros_like(self.numbers)
-        self.whole = {id(b):n for n,b in model.named_buffers() if not b.is_floating_point()}
+        self.whole = {id(b):n for n,b in self.owned('_buffers') if not b.is_floating_point()}
         self.n = 1 # the next channel number
         self.ties,self.pins,self.splits,self.fixes = [],[],[],[]  # (a, b, why, pins before); (ids, why); layers; (layer, dims, why)
         self.uses,self.bound,self.issued,self.linears,self.splits_at = [],{},{},[],{}
         self.mixes,self.sized,self.reshapes,self.unknown = [],[],[],{}
         self.order,self.macs,self.seen,self.counts,self.settled = {},Counter(),set(),'',[]
+    def owned(self, kind):
+        "Names and tensors of all modules, each once"
+        seen = set()
+        for n,m in self.modules.items():
+            for k,p in getattr(m, kind).items():
+                if p is None or id(p) in seen: continue
+                seen.add(id(p))
+                yield f'{n}.{k}' if n else k, p
     @property
     def idle(self): "Parameters that nothing has used"; return [n for n,p in self.params.items() if n not in self.seen and isinstance(p, nn.Parameter)]
 
@@ -722,7 +731,8 @@ def _joined(tr, c):
     ids = tr.meet(rest, c.why, same=len(parts)==1, kind='cat')
     if any(p.along(d) for p in parts):
         ls = [p.along(d)[0] if p.along(d) else torch.zeros([1]*n, dtype=torch.long, device='cpu') for p in parts]
-        other = torch.broadcast_shapes(*((*l.shape[:d],1,*l.shape[d+1:]) for l in ls))
+        shapes = {(*l.shape[:d],1,*l.shape[d+1:]) for l in ls}
+        other = shapes.pop() if len(shapes)==1 else torch.broadcast_shapes(*shapes)
         l = torch.cat([l.expand(*other[:d], p.shape[d], *other[d+1:]) for l,p in zip(ls, parts)], d)
         if not all(p.along(d) for p in parts): tr.fix(l, [e for e,m in enumerate(other) if m>1], c.why)
         ids.append(l)
@@ -1166,7 +1176,8 @@ def _slices(uses):
                 break
         else: same.append(u)
     for same in kept.values():
-        for s in same: s.ids = torch.where(s.ids<0, same[0].ids, s.ids).clamp(min=0)
+        for s in same[1:]: s.ids = torch.where(s.ids<0, same[0].ids, s.ids)
+        for s in same: s.ids = s.ids.clamp(min=0)
     return [s for same in kept.values() for s in same]
 
 class ChannelGraph:
@@ -1197,7 +1208,7 @@ class ChannelGraph:
     def _traced(self, model, hollow):
         "A `_Trace` of one forward; `hollow` computes no large products"
         tr = _Trace(model, hollow)
-        tr.telling = Telling(model, tr)
+        tr.telling = Telling(tr)
         with untouched(model): self.shapes = self._run(model, tr, self.example_inputs)
         return tr
 

@@ -473,7 +473,7 @@ def _run(model, tr, inputs):
     for o in _tensors_in(inputs):
         if tr.twins is not None and _exact(o): tr.twins[o] = torch.full_like(o, torch.nan)
         elif not _exact(o): tr.taint(o)
-    tr.telling = Telling(model, tr)  # what follows a size does so here as well
+    tr.telling = Telling(tr)  # what follows a size does so here as well
     try:
         with untouched(model), naming(model, tr.stack), _as_outside(model), tr, tr.telling: _call(model, inputs)
     except SLIPS as e: return f'{type(e).__name__}: {e}'  # any error may come of a nan

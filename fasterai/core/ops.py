@@ -266,8 +266,7 @@ class Call:
         a.update(zip(spec.defaults, args))
         a.update(kwargs)
         # looked up before the call: an operation in place may change the shape of its argument
-        first = a.get(self.first)
-        self.strides = first.stride() if isinstance(first, Tensor) and first.layout==torch.strided else ()
+        if self.meaning=='strided': self.strides = a[self.first].stride()
         self.tensors,self.lists = {},{}
         for k,o in a.items():
             if isinstance(o, Tensor): self.tensors[k] = shadow(o)

@@ -157,9 +157,11 @@ def _same(a, b):
     if isinstance(a, (list,tuple)): return len(a)==len(b) and all(map(_same, a, b))
     return isinstance(a, (int,float,str)) and a==b
 
+_MAY_TELL = {Told,dict,list,tuple,torch.Size}
+
 class _Attributes:
     "The attributes of a model, as numbers that tell: from `start` to `stop`"
-    def __init__(self, model, by): self.modules,self.by,self.was = dict(model.named_modules()),by,[]
+    def __init__(self, modules, by): self.modules,self.by,self.was = modules,by,[] # By name
     def start(self):
         for name,m in self.modules.items():
             if is_layer(m): self.tell_layer(name, m)
@@ -186,7 +188,7 @@ class _Attributes:
             if type(v) is dict and not _same(now:=_plain(new), v): v.clear(),v.update(now)
         for m in self.modules.values():
             for k,v in [*vars(m).items()]:
-                if k not in _OWN and (now:=_plain(v)) is not v: vars(m)[k] = now
+                if type(v) in _MAY_TELL and k not in _OWN and (now:=_plain(v)) is not v: vars(m)[k] = now
 
 # %% ../../nbs/core/07_sizes.ipynb #91270e53
 @dataclass
@@ -343,14 +345,14 @@ def _line():
 NOT_THE_MODELS = os.path.dirname(torch.__file__),_line.__code__.co_filename
 
 class Telling(Watching):
-    "Runs along with a trace of `model` and has each number say where it comes from"
-    def __init__(self, model, trace):
+    "Runs along with a `trace` and has each number say where it comes from"
+    def __init__(self, trace):
         super().__init__(trace.stack)
-        self.model,self.trace = model,trace
+        self.trace = trace
         self.sizings,self.equations,self.running,self.tried,self.line = [],[],False,None,''
 
     def __enter__(self):
-        self.attributes = _Attributes(self.model, self)
+        self.attributes = _Attributes(self.trace.modules, self)
         self.attributes.start()
         self.running = True
         return super().__enter__()
