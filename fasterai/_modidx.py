@@ -911,6 +911,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fasterai/core/running.py'),
                                        'fasterai.core.running._check_parts': ('core/running.html#_check_parts', 'fasterai/core/running.py'),
                                        'fasterai.core.running._copied': ('core/running.html#_copied', 'fasterai/core/running.py'),
+                                       'fasterai.core.running._default_device': ( 'core/running.html#_default_device',
+                                                                                  'fasterai/core/running.py'),
                                        'fasterai.core.running._eager': ('core/running.html#_eager', 'fasterai/core/running.py'),
                                        'fasterai.core.running._forward_hooks': ( 'core/running.html#_forward_hooks',
                                                                                  'fasterai/core/running.py'),

@@ -14,7 +14,7 @@ from fasterai.quantize.all import KMeansCallback, KMeansQuantizer
 from fasterai.regularize.all import Penalty, RegularizeCallback
 from fasterai.sparse.all import *
 import fasterai.sparse.sparsifier as module
-from tiny import Net, X, convs, fit, learner, net, same, state, zeros
+from tiny import Net, X, convs, fit, learner, net, same, state, warnings_are, zeros
 
 x = X[:2]
 def filters(model): return [int((m.weight==0).flatten(1).all(1).sum()) for m in convs(model)]
@@ -50,7 +50,7 @@ class Hyper(nn.Conv2d):
 
 def quietly(f):
     def g(m):
-        with warnings.catch_warnings(action='ignore'): return f(m)
+        with warnings_are('ignore'): return f(m)
     return g
 def pruned(f): return lambda m: (f(m), m)[1]
 
@@ -222,7 +222,7 @@ def test_no_models(given, says, call):
 
 def test_old_spelling_still_works():
     "A granularity as the first argument was `Sparsifier(granularity, method, criteria)`; any other string never was"
-    with warnings.catch_warnings(action='ignore'): assert filters(Sparsifier('filter', 'local', 'l1').prune(net(), 50))==[4,4]
+    with warnings_are('ignore'): assert filters(Sparsifier('filter', 'local', 'l1').prune(net(), 50))==[4,4]
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('given', [lambda: torch.jit.script(net()), lambda: torch.jit.trace(net().eval(), x)], ids=['script','trace'])
@@ -237,7 +237,7 @@ def test_quantized():
     with pytest.raises(ValueError, match='0, 1 are quantized; sparsify the model before it is converted'): Sparsifier(model, layer_type=nn.Linear)
 
 def test_empty():
-    with warnings.catch_warnings(action='ignore'): model = nn.Sequential(nn.Linear(0,3), nn.Linear(3,0))
+    with warnings_are('ignore'): model = nn.Sequential(nn.Linear(0,3), nn.Linear(3,0))
     with pytest.raises(ValueError, match='no layer of type Linear with weights: 0.weight, 1.weight are empty'): Sparsifier(model, layer_type=nn.Linear)
 
 # --- numbers that cannot be ranked

@@ -6,6 +6,7 @@ from torchvision.models import alexnet
 import fasterai.legacy as legacy
 from fasterai.quantize.all import Quantizer
 from fasterai.sparse.all import LevelPruner
+from tiny import warnings_are
 
 PARTS = [('features.0.weight', .35), ('features.3.weight', .5), ('features.6.weight', .7), ('features.8.weight', .8), ('features.10.weight', .8), ('classifier.1.weight', .8), ('classifier.4.weight', .8), ('classifier.6.weight', .8)]
 BITS = [('features.0.weight', 6), ('features.3.weight', 6), ('features.6.weight', 6), ('features.8.weight', 6), ('features.10.weight', 4), ('classifier.1.weight', 2), ('classifier.4.weight', 2), ('classifier.6.weight', 2)]
@@ -38,7 +39,7 @@ def test_prune_then_share(monkeypatch):
 
 def test_masks_are_renewed_when_asked():
     m = nn.Sequential(nn.Linear(10, 10))
-    with warnings.catch_warnings(action='ignore'): pruner = LevelPruner(options=[['0.weight', .5]])
+    with warnings_are('ignore'): pruner = LevelPruner(options=[['0.weight', .5]])
     pruner.prune(model=m)
     first = m[0].weight==0
     m[0].weight.data = torch.where(first, 2., 1.)*torch.linspace(1, 2, 100).view(10,10)
@@ -47,10 +48,10 @@ def test_masks_are_renewed_when_asked():
 
 @pytest.mark.parametrize('options,says', [([['0.weight', 40]], 'fractions'), ([['0.weight', -.1]], 'fractions'), ([['0.weight', .5], ['0.weight', .2]], 'twice')])
 def test_wrong_options(options, says):
-    with pytest.raises(ValueError, match=says), warnings.catch_warnings(action='ignore'): LevelPruner(options=options)
+    with pytest.raises(ValueError, match=says), warnings_are('ignore'): LevelPruner(options=options)
 
 def test_wrong_name():
     m = nn.Sequential(nn.Linear(10, 10))
     before = m[0].weight.detach().clone()
-    with pytest.raises(ValueError, match="no layer '00.weight'"), warnings.catch_warnings(action='ignore'): LevelPruner(options=[['00.weight', .4]]).prune(m)
+    with pytest.raises(ValueError, match="no layer '00.weight'"), warnings_are('ignore'): LevelPruner(options=[['00.weight', .4]]).prune(m)
     assert torch.equal(before, m[0].weight)

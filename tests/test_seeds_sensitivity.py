@@ -5,6 +5,7 @@ import pytest, torch
 from torch import nn
 import fasterai.legacy as legacy
 from fasterai.analyze import all as senscan, all as bits_analysis
+from tiny import warnings_are
 
 g = torch.Generator().manual_seed(0)
 val = [(torch.randn(8, 3, 8, 8, generator=g), torch.randint(0, 4, (8,), generator=g)) for _ in range(2)]
@@ -36,7 +37,7 @@ def test_sparsities(model_ft, tmp_path, monkeypatch):
         assert df.metric[0]==validate_func(model_ft, val, criterion)[0]
         model_ft[2].weight.masked_fill_(model_ft[2].weight.abs()<model_ft[2].weight.abs().flatten().sort().values[int(.7*576)], 0)
         assert df[(df.layer=='2')&(df.level==70)].metric.item()==validate_func(model_ft, val, criterion)[0]
-    with warnings.catch_warnings(action='error'): senscan.sensitivity_to_png(sensitivities, path)  # said once
+    with warnings_are('error'): senscan.sensitivity_to_png(sensitivities, path)  # said once
 
 def test_bits(model_ft, tmp_path, monkeypatch):
     monkeypatch.setattr(legacy, '_said', set())
@@ -47,12 +48,12 @@ def test_bits(model_ft, tmp_path, monkeypatch):
         sensitivities = bits_analysis.perform_bits_analysis(
             model_ft, val, bits, validate_func, criterion
         )
-    with warnings.catch_warnings(action='ignore'):
+    with warnings_are('ignore'):
         bits_analysis.sensitivities_to_png(sensitivities, path)
         bits_analysis.sensitivities_to_csv(sensitivities, tmp_path/'s.csv')
     assert path.stat().st_size>1000 and pd.read_csv(tmp_path/'s.csv').level[1:].tolist()==bits*3
 
 @pytest.mark.parametrize('sparsities', [[10,20], [0], [.5,-.1]])
 def test_fractions(model_ft, sparsities):
-    with warnings.catch_warnings(action='ignore'), pytest.raises(ValueError, match='fractions'):
+    with warnings_are('ignore'), pytest.raises(ValueError, match='fractions'):
         senscan.perform_sensitivity_analysis(model_ft, val, sparsities, validate_func, nn.CrossEntropyLoss())

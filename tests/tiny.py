@@ -1,4 +1,6 @@
 "A tiny network, tiny data and a quiet Learner, for tests of callbacks"
+import warnings
+from contextlib import contextmanager
 import torch
 from torch import nn
 from fastai.callback.core import Callback
@@ -43,6 +45,13 @@ def learner(model=None, bs=8, n=32, data=DATA, cls=Learner, **kwargs):
 def fit(learn, n=1, cbs=None, **kwargs):
     with learn.no_bar(), learn.no_logging(): learn.fit(n, cbs=cbs, **kwargs)
     return learn
+
+@contextmanager
+def warnings_are(action):
+    "`warnings.catch_warnings(action=action)`, which Python 3.10 does not have"
+    with warnings.catch_warnings():
+        warnings.simplefilter(action)
+        yield
 
 def convs(model): return [m for m in model.modules() if isinstance(m, nn.Conv2d)]
 def zeros(model): return [int((m.weight==0).sum()) for m in convs(model)]

@@ -102,12 +102,14 @@ class _Plain(TorchFunctionMode):
 # %% ../../nbs/core/06_running.ipynb #1e78f9a8
 _outside = ContextVar('_outside', default=None)  # the default device that is set around a call of ours
 
+def _default_device(): "Where a tensor is made that does not say"; return torch.empty(0, device=None).device
+
 @contextmanager
 def at_home():
     """What is set around a call has no effect inside: inference mode, autocast, and a default device; new tensors are on the
     CPU, and nothing asks for gradients. Also a decorator"""
     with ExitStack() as stack:
-        here = torch.get_default_device()
+        here = _default_device()
         token = _outside.set(here if here.type!='cpu' else _outside.get() or here)  # inside another call of ours it is the CPU
         stack.callback(_outside.reset, token)
         if torch.is_inference_mode_enabled(): stack.enter_context(torch.inference_mode(False))
@@ -121,7 +123,7 @@ def at_home():
 def _as_outside(model):
     "The default device is the one that the user has set, but for `meta`, where a model with values could not run"
     device = _outside.get()
-    if device is None or device==torch.get_default_device(): yield
+    if device is None or device==_default_device(): yield
     elif device.type=='meta' and not any(p.is_meta for p in model.parameters()): yield
     else:
         with device: yield
