@@ -822,6 +822,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fasterai.core.liveness._transform': ('core/liveness.html#_transform', 'fasterai/core/liveness.py'),
                                         'fasterai.core.liveness._unknown_along': ( 'core/liveness.html#_unknown_along',
                                                                                    'fasterai/core/liveness.py'),
+                                        'fasterai.core.liveness._watch_and_round': ( 'core/liveness.html#_watch_and_round',
+                                                                                     'fasterai/core/liveness.py'),
                                         'fasterai.core.liveness._written': ('core/liveness.html#_written', 'fasterai/core/liveness.py'),
                                         'fasterai.core.liveness._written_back': ( 'core/liveness.html#_written_back',
                                                                                   'fasterai/core/liveness.py'),

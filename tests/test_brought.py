@@ -10,6 +10,7 @@ from torchvision.models import mobilenet_v2, resnet18, squeezenet1_1
 from fasterai.core.criteria import Criteria, large_final
 from fasterai.core.brought import check_finite, computed, made_of, unfit
 from fasterai.core.running import plain_model
+from fasterai.prune.all import Pruner
 from fasterai.quantize.all import KMeansCallback, KMeansQuantizer
 from fasterai.regularize.all import Penalty, RegularizeCallback
 from fasterai.sparse.all import *
@@ -554,6 +555,30 @@ def test_nothing_can_go(make, says):
     before = state(model)
     with pytest.raises(ValueError, match=f'no filter of .* can be removed: .*{says}'): Sparsifier(model, 'filter', coupled=True, example_inputs=x)
     assert same(before, state(model))
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('backend', ['fbgemm','qnnpack'])
+@pytest.mark.parametrize('observed', [True,False])
+def test_pruned_before_quantization(backend, observed):
+    "Layers that are prepared for training in eight bits lose channels, with the statistics that observers keep of them"
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3,8), nn.BatchNorm2d(8), nn.ReLU(), conv(8,8), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,4)).train()
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig(backend)
+    model = torch.ao.quantization.prepare_qat(model)
+    model(X)
+    model.eval()
+    if not observed: model.apply(torch.ao.quantization.disable_observer)
+    zeroed = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in (zeroed[0].weight,zeroed[0].bias,zeroed[1].weight,zeroed[1].bias): p[:3] = 0
+    with said('takes all channels together') if observed else silent(): small = Pruner().prune_model(zeroed, X)
+    assert small[0].out_channels==small[3].in_channels==(8 if observed else 5)  # the largest weight sets the scale, as long as it is looked for
+    torch.testing.assert_close(small(X), zeroed(X))
+    Pruner(model, 50, example_inputs=X).prune_model()
+    assert [m.out_channels for m in convs(model)]==[4,4]
+    model.train()(X).sum().backward()
+    sp = Sparsifier(model.eval(), 'filter', coupled=True, example_inputs=X)
+    assert sp.sparsify_model(50) and zeros(model)[0]>0
 
 @pytest.mark.filterwarnings('ignore')
 def test_fake_quantization():

@@ -787,14 +787,19 @@ def _mixing(o, dims):
 @channels('fake_quantize')
 def _fake_quantized(tr, c):
     "Each number is rounded by itself, zero to zero; scales of channels are cut along"
-    parts = [c.x]
-    if 'axis' in c.a and c.a['axis'] is not None:
-        at = [-1 if d==c.a['axis']%len(c.x.shape) else 1 for d in range(len(c.x.shape))]
-        for k in ('scale','zero_point'):
+    parts,axis = [c.x],c.a.get('axis')
+    if c.a.get('per_row_fake_quant'): axis = c.a['ch_axis']
+    if axis is not None:
+        at = [-1 if d==axis%len(c.x.shape) else 1 for d in range(len(c.x.shape))]
+        for k in ('scale','zero_point','running_min','running_max'):
+            if k not in c.tensors: continue
             tr.know(c.a[k])
             o = tr.shadow(c.a[k])
             parts.append(o.each(lambda l: l.reshape(at), [o.shape[0] if n<0 else 1 for n in at]))
             parts[-1].kind = 'stat'
+    watched = c.a.get('observer_on')
+    if c.x.par and watched is not None and (watched.is_meta or watched.any()):  # the largest weight sets the scale of all
+        parts[0] = _mixing(c.x, [d for d in range(len(c.x.shape)) if axis is None or d!=axis%len(c.x.shape)])
     if c.x.par: return _combined(tr, c, parts)
     tr.put_ids(c.y, tr.meet(parts, c.why, same=True) if len(parts)>1 else list(c.x.ids))
 

@@ -274,6 +274,14 @@ def _fake_quantize(c):
     y.masked_fill_(c.a['self'].isnan(), torch.nan)
     return out
 
+@values('_fused_moving_avg_obs_fq_helper')
+def _watch_and_round(c):
+    "What is observed sets the scale: of inputs, only a zero is known, which stays one. The statistics stay what they are"
+    copied = lambda o: (o.nan_to_num(0.) if _exact(o) else o.clone()) if isinstance(o, Tensor) else o
+    y,mask = c.func(*tree_map(copied, c.args), **tree_map(copied, c.kwargs))
+    x = c.a['self']
+    return y.masked_fill_(x.isnan() if c.made_of_parameters else x!=0, torch.nan),mask
+
 @values('same', 'permute', 'view', 'expand', 'repeat', 'slice', 'split', 'strided', 'diagonal', 'roll', 'triangle', 'index', 'join', 'window', 'to_columns', 'pixel_shuffle',
     'pixel_unshuffle', 'channel_shuffle', 'complex', 'edge_pad', 'nearest', 'resize', 'blank', 'like', 'put_at', 'copy', 'fill', 'zero', 'masked_fill', 'where')
 def _move(c): "What is unknown moves along"; return _plain(c)

@@ -121,8 +121,8 @@ class _Zeros:
     def why_alive(self, r):
         "Why a channel of class `r`, made by a filter of zeros, can still change the output"
         if r in self.makers: return f'tied to channels of {some(self.makers[r])} that are not zero'
-        if r in self.shifts: return f'{some(self.shifts[r])} makes constants of them that what reads them cannot take over'
         if r in self.mixed: return f'{next(iter(self.mixed[r]))} takes all channels together'
+        if r in self.shifts: return f'{some(self.shifts[r])} makes constants of them that what reads them cannot take over'
         return 'they may still change the output'
 
 def left_of_zeros(
