@@ -236,6 +236,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.core.brought.computed': ('core/brought.html#computed', 'fasterai/core/brought.py'),
                                        'fasterai.core.brought.falls_short': ('core/brought.html#falls_short', 'fasterai/core/brought.py'),
                                        'fasterai.core.brought.made_of': ('core/brought.html#made_of', 'fasterai/core/brought.py'),
+                                       'fasterai.core.brought.not_finite': ('core/brought.html#not_finite', 'fasterai/core/brought.py'),
                                        'fasterai.core.brought.plain_name': ('core/brought.html#plain_name', 'fasterai/core/brought.py'),
                                        'fasterai.core.brought.still': ('core/brought.html#still', 'fasterai/core/brought.py'),
                                        'fasterai.core.brought.told': ('core/brought.html#told', 'fasterai/core/brought.py'),

@@ -11,8 +11,9 @@ from fasterai.core.criteria import Criteria, large_final
 from fasterai.core.brought import check_finite, computed, made_of, unfit
 from fasterai.core.running import plain_model
 from fasterai.prune.all import Pruner
-from fasterai.quantize.all import KMeansCallback, KMeansQuantizer
+from fasterai.quantize.all import KMeansCallback, KMeansQuantizer, load_compressed, save_compressed
 from fasterai.regularize.all import Penalty, RegularizeCallback
+from fasterai.report.all import report
 from fasterai.sparse.all import *
 import fasterai.sparse.sparsifier as module
 from tiny import Net, X, convs, fit, learner, net, same, state, warnings_are, zeros
@@ -497,6 +498,15 @@ def test_a_part_of_a_layer():
     gone = (model.d.weight==0).flatten(1).all(1)
     assert not gone[8:].any() and gone.sum()==6 and torch.equal(gone[:8], (model.a.weight==0).flatten(1).all(1))
     assert {o['layer']:(o['channels'],o['asked'],o['zeroed']) for o in sp.left}=={'c':(4,3,0), 'd':(12,9,6)}
+
+def test_numbers_that_are_none_are_told(tmp_path):
+    "A report and a compressed file take nan as it is, and say so by name"
+    model = nn.Sequential(conv(3,8), nn.Flatten(), nn.Linear(288,4))
+    with torch.no_grad(): model[0].weight[0,0,0,0] = torch.nan
+    with said('after: 1 of 216 numbers of 0.weight are nan or infinite'): report(net(), model, X)
+    with said('1 of 216 numbers of 0.weight are nan or infinite: they are written as they are'): save_compressed(model, tmp_path/'a')
+    with silent(): load_compressed(tmp_path/'a', again := copy.deepcopy(model))
+    assert again[0].weight.isnan().sum()==1
 
 def test_sets_of_filters():
     "Filters that go together in few large sets: `left` has what rounding takes from the share that was asked for, and a warning if it is much"

@@ -12,6 +12,7 @@ import constriction
 import numpy as np
 import torch
 from torch import nn,Tensor
+from ..core.brought import not_finite,warn
 from ..core.registry import did_you_mean
 from ..core.running import innermost
 
@@ -293,6 +294,7 @@ def save_compressed(
     """Write the parameters and buffers of `model` to one small file, bit for bit: the third stage of Deep Compression (arXiv 1510.00149, section 4), with an arithmetic coder in place of Huffman's. Tied ones
     are written once. `ValueError` for what is no plain tensor (`get_extra_state`, lazy, sparse or meta tensors)"""
     state,path = _state(model),Path(os.path.realpath(path))
+    if found := not_finite({k:v for k,v in state.items() if isinstance(v, nn.Parameter)}): warn(f'{found}: they are written as they are')
     if path.is_dir(): raise IsADirectoryError(f'{path} is a directory: a file is asked for')
     new = path.with_name(f'.{path.name}.{os.urandom(4).hex()}.part')
     try:

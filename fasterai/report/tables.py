@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from ..analyze.counts import (accuracy_interval,answers,check_models,effective_parameters,inputs_and_labels,latency,loader_of,most_likely,
                                      n_bytes,n_params,place_of,placed,running,sign_test,speedup)
+from ..core.brought import not_finite,warn
 from ..core.graph import ChannelGraph
 from ..core.running import tensors_of,call_with,example_inputs_for,untouched
 from ..core.liveness import Liveness
@@ -248,6 +249,8 @@ def report(
     if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats<6: raise ValueError(f'repeats is a whole number, at least 6, not {repeats!r}: fewer tell nothing')
     inputs,data = _sample(stages, data, example_inputs)
     _check_alike(stages, inputs)
+    for name,m in stages.items():
+        if found := not_finite(m.named_parameters()): warn(f'{name}: {found}')
     ms = list(stages.values())
     found = None if data is None else answers(*ms, data=data, correct=correct, progress=progress)
     times = {k:latency(*ms, example_inputs=inputs, repeats=repeats, warmup=warmup, threads=threads, channels_last=bool(k), progress=progress) for k in ('','cl_')[:1+channels_last]}
