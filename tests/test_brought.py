@@ -340,7 +340,7 @@ def test_eight_bits():
 
 @contextlib.contextmanager
 def default_device(name):
-    before = torch.get_default_device()
+    before = torch.empty(0).device
     torch.set_default_device(name)
     try: yield
     finally: torch.set_default_device(before if before.type!='cpu' else None)

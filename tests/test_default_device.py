@@ -26,7 +26,7 @@ from tiny import net as tiny_net
 
 @contextmanager
 def default_device(device):
-    was = torch.get_default_device()
+    was = torch.empty(0).device
     torch.set_default_device(device)
     try: yield
     finally: torch.set_default_device(None if was.type=='cpu' else was)
@@ -168,7 +168,7 @@ EVENTS = 'before_fit before_epoch before_train before_batch after_pred after_los
 def fitted(name):
     "In the events of the callback, the default device is that of the caller; the rest of the fit is fastai's"
     def f(path):
-        device,cb = torch.get_default_device(),CALLBACKS[name]()
+        device,cb = torch.empty(0).device,CALLBACKS[name]()
         def under(event):
             def call(*args, **kwargs):
                 with torch.device(device): return event(*args, **kwargs)

@@ -190,7 +190,7 @@ def default_dtype():
 
 @contextmanager
 def default_device():
-    was = torch.get_default_device()
+    was = torch.empty(0).device
     torch.set_default_device('meta')
     try: yield
     finally: torch.set_default_device(None if was.type=='cpu' else was)
