@@ -1011,11 +1011,12 @@ def _convolve(tr, c, back, b):
     if not (back or G>1) and pointwise: tr.made_by_linear(outs.flatten(), ins.flatten())
     rest = []
     for l in x.beside(1):  # channels along an axis that this convolution takes for space
-        if tuple(c.y.shape[2:])!=x.shape[2:]: tr.pin(l, c.why)
-        elif pointwise: rest.append(l)
-        else:  # each is made of its neighbours
+        same = tuple(c.y.shape[2:])==x.shape[2:]
+        if same and pointwise: rest.append(l)
+        elif same and x.shape[1]==w.shape[0]==1:  # each is made of its neighbours, as in efficient channel attention
             tr.mix(l, range(2, n), c.why)
             rest.append(tr.fresh(l, c.why))
+        else: tr.pin(l, c.why)
     y = _Shadow(tuple(c.y.shape), [outs.reshape([-1 if d==1 else 1 for d in range(n)]), *rest])
     tr.put(c.y, _biased(tr, c, y, b, 1))
 
