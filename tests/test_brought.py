@@ -446,6 +446,9 @@ def blocked(op): # An operation between two convolutions
 
 UNSEEN = dict(sort=lambda x: x.sort(1).values, fft=lambda x: torch.fft.fft(x, dim=1).real, renorm=lambda x: torch.renorm(x, 2, 1, 1.))
 
+@torch.library.custom_op('brought::act', mutates_args=())
+def act(x:torch.Tensor) -> torch.Tensor: return x.relu()*1
+
 @torch.library.custom_op('brought::opaque', mutates_args=())
 def opaque(x:torch.Tensor)->torch.Tensor: return x.flip(1)
 
@@ -498,6 +501,35 @@ def test_a_part_of_a_layer():
     gone = (model.d.weight==0).flatten(1).all(1)
     assert not gone[8:].any() and gone.sum()==6 and torch.equal(gone[:8], (model.a.weight==0).flatten(1).all(1))
     assert {o['layer']:(o['channels'],o['asked'],o['zeroed']) for o in sp.left}=={'c':(4,3,0), 'd':(12,9,6)}
+
+def test_like_another_operation():
+    "An operation of one's own that is like one that is known, whatever rule that one has"
+    from fasterai.core.ops import op
+    for like in ('relu','silu','neg','hardtanh','each','same','clone'):
+        op('brought::act', like=like)
+        model = nn.Sequential(conv(3,8), Own(), conv(8,4)).eval()
+        with torch.no_grad(): model[0].weight[:3],model[0].bias[:3] = 0,0
+        with silent(): assert Pruner().prune_model(model, x)[0].out_channels==5
+
+class Own(nn.Module):
+    def forward(self, x): return torch.ops.brought.act(x)
+
+@pytest.mark.parametrize('f', [lambda t: 2.**t, lambda t: 1-t, lambda t: 3/(t+1), lambda t: torch.remainder(3, t+2), lambda t: torch.special.xlog1py(2, t.abs())])
+def test_a_number_on_the_left(f):
+    model = Net(lambda s,x: s.b(f(s.a(x))), a=conv(3,8), b=conv(8,4)).eval()
+    with torch.no_grad(): model.a.weight[:3],model.a.bias[:3] = 0,0
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        Pruner(model, 50, example_inputs=x).prune_model()
+    assert model.a.out_channels==4
+
+@pytest.mark.filterwarnings('ignore')
+def test_an_observer_that_has_seen_nothing():
+    model = nn.Sequential(conv(3,8), nn.BatchNorm2d(8), nn.ReLU(), conv(8,4)).train()
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig('x86')
+    model = torch.ao.quantization.prepare_qat(model).eval()
+    Pruner(model, 50, example_inputs=x).prune_model()
+    assert model[0].out_channels==4 and model(x).shape==(2,4,6,6)
 
 def test_numbers_that_are_none_are_told(tmp_path):
     "A report and a compressed file take nan as it is, and say so by name"

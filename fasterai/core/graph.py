@@ -792,7 +792,7 @@ def _fake_quantized(tr, c):
     if axis is not None:
         at = [-1 if d==axis%len(c.x.shape) else 1 for d in range(len(c.x.shape))]
         for k in ('scale','zero_point','running_min','running_max'):
-            if k not in c.tensors: continue
+            if k not in c.tensors or c.tensors[k].shape!=(c.x.shape[axis],): continue  # an observer that has seen nothing
             tr.know(c.a[k])
             o = tr.shadow(c.a[k])
             parts.append(o.each(lambda l: l.reshape(at), [o.shape[0] if n<0 else 1 for n in at]))
@@ -1206,7 +1206,7 @@ class ChannelGraph:
         tr.telling.settle()
         self.reshapes,self.sizings,self.equations = tr.reshapes,tr.telling.sizings,tr.telling.equations
         batch = next((o.shape[0] for o in tensors_of(self.example_inputs) if o.dim()), 1)
-        self._macs = {k:n//batch for k,n in tr.macs.items()}
+        self._macs = {k:n//max(batch, 1) for k,n in tr.macs.items()}
         self._follow()
         self._solve(tr)
         self.mixes = [(ids,why) for l,why,dims in tr.mixes if len(ids:=self._mixed(l, dims))]

@@ -266,6 +266,8 @@ class Call:
         a.update(zip(spec.defaults, args))
         a.update(kwargs)
         # looked up before the call: an operation in place may change the shape of its argument
+        if not isinstance(a.get(self.first), (Tensor,list,tuple)):  # a number on the left, as in `2**x`
+            self.first = next((k for k,o in a.items() if isinstance(o, Tensor)), self.first)
         if self.meaning=='strided': self.strides = a[self.first].stride()
         self.tensors,self.lists = {},{}
         for k,o in a.items():
@@ -294,7 +296,8 @@ class Call:
         return [o%n for o in ([v] if isinstance(v, int) else v)] if n else []
     def redo(self, l):
         "The operation on layer `l` instead of its first argument"
-        packet = getattr(torch.ops.aten, self.name)
+        lib,_,name = self.name.rpartition('::')
+        packet = getattr(getattr(torch.ops, lib or 'aten'), name)
         overload = self.func._overloadname
         f = getattr(packet, overload) if overload in packet.overloads() else packet
         a = {k:o.cpu() if isinstance(o, Tensor) else [v.cpu() if isinstance(v, Tensor) else v for v in o] if isinstance(o, (list,tuple)) else o

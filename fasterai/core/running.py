@@ -175,7 +175,9 @@ def restored(
         for m,k,b,was in buffers:
             if getattr(m, k, None) is not b: setattr(m, k, b)
             # batch_norm writes to its statistics without a new version
-            with torch.inference_mode() if b.is_inference() else torch.no_grad(): b.copy_(was)
+            with torch.inference_mode() if b.is_inference() else torch.no_grad():
+                if b.shape!=was.shape: b.resize_(was.shape)  # as an observer does that has seen nothing yet
+                b.copy_(was)
 
 @contextmanager
 def untouched(

@@ -114,6 +114,8 @@ def load_pruned(
 ):
     "Cut `model` as the file says, and load its parameters and buffers; nothing is run from the file"
     given,model = model,followable(model, resizes=True)
+    empty = [n for n,p in model.named_parameters() if p.is_meta]
+    if empty: raise ValueError(f'{empty[0]} is on the meta device, where it has no values: `model.to_empty(device=…)` first')
     state,plan = _read(path)
     _check_fits(state, plan, model)
     apply_plan(model, plan)
