@@ -1055,6 +1055,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fasterai.core.sizes.Telling.about': ('core/sizes.html#telling.about', 'fasterai/core/sizes.py'),
                                      'fasterai.core.sizes.Telling.axis': ('core/sizes.html#telling.axis', 'fasterai/core/sizes.py'),
                                      'fasterai.core.sizes.Telling.compared': ('core/sizes.html#telling.compared', 'fasterai/core/sizes.py'),
+                                     'fasterai.core.sizes.Telling.differ': ('core/sizes.html#telling.differ', 'fasterai/core/sizes.py'),
                                      'fasterai.core.sizes.Telling.equate': ('core/sizes.html#telling.equate', 'fasterai/core/sizes.py'),
                                      'fasterai.core.sizes.Telling.explains_slice': ( 'core/sizes.html#telling.explains_slice',
                                                                                      'fasterai/core/sizes.py'),

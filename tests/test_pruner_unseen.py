@@ -332,3 +332,18 @@ def test_norms_of_what_is_not_found():
     assert len(m(X))==0
     Pruner(m, 50, example_inputs=X).prune_model()
     assert m.norm.num_features==m.b.out_channels==4 and len(m(X))==0
+
+@pytest.mark.parametrize('same', [lambda y,h: y.shape==h.shape, lambda y,h: y.shape[1]==h.shape[1], lambda y,h: not y.size(1)!=h.size(1)])
+def test_a_branch_on_a_size(same):
+    "What is added only where widths are equal is not added because a cut has made them equal"
+    def f(m, x):
+        y = F.relu(m.a(x))
+        h = F.relu(m.b(y))
+        return m.c(y+h if same(y, h) else h).mean((2,3))
+    m = randomized(Net(f, a=conv(3,12), b=conv(12,6), c=conv(6,2)))
+    zeroed = copy.deepcopy(m)
+    zero(range(6), zeroed.a.weight, zeroed.a.bias)
+    small = Pruner().prune_model(zeroed, XD)
+    assert small.a.out_channels!=6 and difference(zeroed, small, XD)[0]<1e-12
+    Pruner(m, {'a':50}, example_inputs=XD).prune_model()
+    assert m.a.out_channels!=6 and m(XD).shape==(2,2)

@@ -1204,7 +1204,8 @@ class ChannelGraph:
         self.slices,self.order,self._names = _slices(tr.uses),list(tr.order),tr.names
         self.sized,self.unknown,self.unused = tr.sized,dict(tr.unknown),[n for n in tr.params if n not in tr.seen]
         tr.telling.settle()
-        self.reshapes,self.sizings,self.equations = tr.reshapes,tr.telling.sizings,tr.telling.equations
+        self.reshapes,self.sizings = tr.reshapes,tr.telling.sizings
+        self.equations,self.differences = tr.telling.equations,tr.telling.differences
         batch = next((o.shape[0] for o in tensors_of(self.example_inputs) if o.dim()), 1)
         self._macs = {k:n//max(batch, 1) for k,n in tr.macs.items()}
         self._follow()

@@ -84,7 +84,7 @@ class Told(int):
     def __eq__(self, other): return self._compared(other, int.__eq__(self, other), True)
     def __ne__(self, other): return self._compared(other, int.__ne__(self, other), False)
     def _compared(self, other, answer, same):
-        if answer is same and self.by is not None: self.by.compared(self, other)
+        if self.by is not None and answer is not NotImplemented: self.by.compared(self, other, answer is same)
         return answer
 
 def _arithmetic(name, sign):
@@ -349,6 +349,7 @@ class Telling(Watching):
     def __init__(self, trace):
         super().__init__(trace.stack)
         self.trace = trace
+        self.differences = []
         self.sizings,self.equations,self.running,self.tried,self.line = [],[],False,None,''
 
     def __enter__(self):
@@ -432,17 +433,24 @@ class Telling(Watching):
         if not sure and is_layer(self.attributes.modules[where]): return  # its attributes follow its weight
         self.equations.append(Equation(a, b, sure, where, sizing.line if sizing else _line(), sizing))
 
-    def compared(self, a, b):
-        "Numbers `a` and `b` were found to be the same"
+    def compared(self, a, b, same):
+        "Numbers `a` and `b` were found to be the same, or not to be"
         if not self.running or self.now is not None or isinstance(b, bool): return  # torch compares as well
+        if not same: return self.differ(a, b)
         known = isinstance(b, Told)
         if not known and not any(isinstance(o, Axis) for o in _leaves(a.source)): return
         if a.source is not None: self.equate(b, a.source)
 
+    def differ(self, a, b):
+        "The code goes another way as long as numbers `a` and `b` differ"
+        a,b = _source_of(a),_source_of(b)
+        if a is None or b is None or not any(isinstance(o, Axis) for o in (*_leaves(a),*_leaves(b))): return
+        self.differences.append(Equation(a, b, True, self.stack[-1] if self.stack else '', _line()))
+
     def settle(self):
         "Have done with it: what is not known of an axis is not asked"
-        unknown = {o for e in (*self.equations,*self.sizings) for o in e.axes if isinstance(o, Axis) and not o.settle()}
-        self.equations = [e for e in self.equations if unknown.isdisjoint(e.axes)]
+        unknown = {o for e in (*self.equations,*self.differences,*self.sizings) for o in e.axes if isinstance(o, Axis) and not o.settle()}
+        self.equations,self.differences = ([e for e in es if unknown.isdisjoint(e.axes)] for es in (self.equations,self.differences))
         for s in self.sizings:
             for i,o in enumerate(s.axes):
                 if o in unknown: s.numbers[i] = s.axes[i] = None

@@ -86,7 +86,7 @@ def _sized(model, graph, gone):
 class _Count:
     "How many entries are left along each axis that the code of a model mentions"
     def __init__(self, graph):
-        axes = [o for e in (*graph.equations,*graph.sizings) for o in e.axes if o is not None]
+        axes = [o for e in (*graph.equations,*graph.differences,*graph.sizings) for o in e.axes if o is not None]
         self.axes = list(dict.fromkeys(axes))
         self.rows = [_rows_of(graph, o) for o in self.axes]
         sizes = torch.tensor([len(o) for o in self.rows], dtype=torch.long, device='cpu')
@@ -116,6 +116,7 @@ class _Fitting:
         self.model,self.count,self.values = model,_Count(graph),{}
         self.sure,self.unsure = ([e for e in graph.equations if e.sure is o] for o in (True,False))
         self.rows = dict(zip(self.count.axes, self.count.rows))
+        self.differ = graph.differences  # numbers that have to go on being different
         self.cuts = [o for s in graph.sizings for o in s.axes if o is not None]
 
     def fit(self, gone):
@@ -168,6 +169,9 @@ class _Fitting:
             related = [o for o in self.sure if set(o.attrs)&set(e.attrs)]
             if not len(stay): stay = self.all_of([axis for o in related for axis in o.axes], gone)
             yield stay,e.told
+        for e in self.differ:
+            a,b = evaluate(e.a, self.number),evaluate(e.b, self.number)
+            if a is not None and a==b: yield self.all_of(e.axes, gone),e.told
         for o in self.cuts:
             if not self.left[o] and len(self.rows[o]): yield self.rows[o][0].unique(),'nothing would be left of a piece of it'
 
