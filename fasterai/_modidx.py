@@ -853,6 +853,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'fasterai.core.ops._by_plain': ('core/ops.html#_by_plain', 'fasterai/core/ops.py'),
                                    'fasterai.core.ops._line': ('core/ops.html#_line', 'fasterai/core/ops.py'),
                                    'fasterai.core.ops._look_up': ('core/ops.html#_look_up', 'fasterai/core/ops.py'),
+                                   'fasterai.core.ops._meaning_of': ('core/ops.html#_meaning_of', 'fasterai/core/ops.py'),
+                                   'fasterai.core.ops._own_name': ('core/ops.html#_own_name', 'fasterai/core/ops.py'),
                                    'fasterai.core.ops._spelled': ('core/ops.html#_spelled', 'fasterai/core/ops.py'),
                                    'fasterai.core.ops.equal_of': ('core/ops.html#equal_of', 'fasterai/core/ops.py'),
                                    'fasterai.core.ops.op': ('core/ops.html#op', 'fasterai/core/ops.py'),

@@ -505,11 +505,21 @@ def test_a_part_of_a_layer():
 def test_like_another_operation():
     "An operation of one's own that is like one that is known, whatever rule that one has"
     from fasterai.core.ops import op
-    for like in ('relu','silu','neg','hardtanh','each','same','clone'):
+    for like in ('relu','silu','neg','hardtanh','each','same','clone','sigmoid','aten::tanh'):
         op('brought::act', like=like)
         model = nn.Sequential(conv(3,8), Own(), conv(8,4)).eval()
         with torch.no_grad(): model[0].weight[:3],model[0].bias[:3] = 0,0
         with silent(): assert Pruner().prune_model(model, x)[0].out_channels==5
+    with pytest.raises(ValueError, match='did you mean'): op('brought::act', like='sigmoyd')
+
+@pytest.mark.parametrize('args,says', [((3,), 'named with its library'), ((None,), 'named with its library'), (('a::b.c',), 'named with its library'), (('brought::act','rellu'), "did you mean 'relu'"),
+    (('brought::act','conv'), 'did you mean'), (('brought::act', 3), 'named with its library')])
+def test_what_an_operation_cannot_be(args, says):
+    from fasterai.core.ops import op, ops
+    before = dict(ops)
+    with pytest.raises(ValueError, match=says): op(*args)
+    with pytest.raises(TypeError, match='decorates a function'): op('brought::act')(3)
+    assert ops==before
 
 class Own(nn.Module):
     def forward(self, x): return torch.ops.brought.act(x)

@@ -163,19 +163,34 @@ macs = Facet('multiply-accumulates')
 # %% ../../nbs/core/07_ops.ipynb #0p500015
 equals = {}
 
+def _own_name(name):
+    "`name` of an operation as `spec_of` tells it; a `ValueError` if it can be none"
+    if not isinstance(name, str) or name.count('::')>1 or not all(o.isidentifier() for o in name.split('::')):
+        raise ValueError(f"an operation is named with its library, as in 'mylib::star_relu', not {name!r}")
+    return name.removeprefix('aten::')
+
+def _meaning_of(like):
+    "The meaning that `like` names, by itself or as an operation that has it"
+    if like in ops or like in _MEANINGS: return ops.get(like, like)
+    packet = getattr(torch.ops.aten, like, None)
+    if packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads()): return 'each'
+    known = (*_MEANINGS, *(o for o in ops if '::' not in o))
+    raise ValueError(f'{like!r} is neither an operation of the table nor a meaning: {did_you_mean(like, known)}')
+
 def op(
     name:str, # Of the operation, with its library: `'mylib::star_relu'`
     like:str|None=None, # An operation or a meaning of the table that does the same to channels and values
 ):
     """Tell the library what an operation does. Either it is `like` another one, or the decorated function takes the same arguments and computes the same with operations that are
-    known. An unknown `like` is a `ValueError`"""
+    known. What is no name of an operation, or an unknown `like`, is a `ValueError`"""
+    name = _own_name(name)
     def equal(f):
+        if not callable(f): raise TypeError(f'op({name!r}) decorates a function that computes the same, not {f!r}')
         equals[name] = f
         _specs.clear()
         return f
     if like is None: return equal
-    if like not in ops and like not in _MEANINGS: raise ValueError(f'{like!r} is neither an operation of the table nor a meaning: {did_you_mean(like, _MEANINGS)}')
-    ops[name] = ops.get(like, like)
+    ops[name] = _meaning_of(_own_name(like))
     _specs.clear()
 
 # %% ../../nbs/core/07_ops.ipynb #0p500016
