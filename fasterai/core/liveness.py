@@ -490,7 +490,8 @@ def _one_way(model, graph):
     "A run on the example inputs, which knows nothing after the first question for a value"
     tr = _Reading(model, True, None)
     why = _run(model, tr, _copied(graph.example_inputs))
-    if why or not _same_numbers(graph, tr): raise ValueError(f'the model runs otherwise each time ({why or "other operations"}): nothing can be told about its channels')
+    if why: raise ValueError(f'the model does not run where its channels are followed ({why}): nothing can be told about them')
+    if not _same_numbers(graph, tr): raise ValueError('the model runs otherwise each time (other operations): nothing can be told about its channels')
     return tr
 
 def _copied(inputs): return tree_map(lambda o: o.clone() if isinstance(o, Tensor) else o, inputs)

@@ -163,7 +163,7 @@ def rows_of(rows):
 
 # %% ../../nbs/prune/00_left.ipynb #421e1637
 def some(names):
-    names = list(names)
+    names = [o or 'the model itself' for o in names]
     return ', '.join(names[:3]) + (f' and {len(names)-3} more' if len(names)>3 else '')
 
 _MOST_REASONS = 4

@@ -541,8 +541,8 @@ class Sparsifier:
         "Warn, once, of filters that are asked for and can never go, but for those of the model's output"
         self._asked = sparsity
         rows = self.left
-        short = [f'{o.stuck} of {o.channels} filters of {o.layer} have to stay ({o.why})' for o,row in zip(self._stays, rows) if not o.said and row['asked']>row['zeroed']]
-        short += [f"{o['zeroed']} of {o['asked']} filters of {o['layer']} were zeroed ({o['why']})" for o in rows[len(self._stays):]]
+        short = [f'{o.stuck} of {o.channels} filters of {o.layer or "the model itself"} have to stay ({o.why})' for o,row in zip(self._stays, rows) if not o.said and row['asked']>row['zeroed']]
+        short += [f"{o['zeroed']} of {o['asked']} filters of {o['layer'] or 'the model itself'} were zeroed ({o['why']})" for o in rows[len(self._stays):]]
         if self._told or not short: return
         self._told = True
         each = '; '.join(short[:3])
