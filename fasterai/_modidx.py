@@ -1109,6 +1109,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fasterai.core.sizes._joined': ('core/sizes.html#_joined', 'fasterai/core/sizes.py'),
                                      'fasterai.core.sizes._leaves': ('core/sizes.html#_leaves', 'fasterai/core/sizes.py'),
                                      'fasterai.core.sizes._line': ('core/sizes.html#_line', 'fasterai/core/sizes.py'),
+                                     'fasterai.core.sizes._made': ('core/sizes.html#_made', 'fasterai/core/sizes.py'),
                                      'fasterai.core.sizes._narrowed': ('core/sizes.html#_narrowed', 'fasterai/core/sizes.py'),
                                      'fasterai.core.sizes._normalized': ('core/sizes.html#_normalized', 'fasterai/core/sizes.py'),
                                      'fasterai.core.sizes._number': ('core/sizes.html#_number', 'fasterai/core/sizes.py'),

@@ -347,3 +347,23 @@ def test_a_branch_on_a_size(same):
     assert small.a.out_channels!=6 and difference(zeroed, small, XD)[0]<1e-12
     Pruner(m, {'a':50}, example_inputs=XD).prune_model()
     assert m.a.out_channels!=6 and m(XD).shape==(2,2)
+
+@pytest.mark.parametrize('make', [lambda x, n: torch.zeros(len(x), n, *x.shape[2:]), lambda x, n: torch.ones((len(x), n, 1, 1)), lambda x, n: x.new_zeros(size=(len(x), n, *x.shape[2:])),
+    lambda x, n: x.new_full((len(x), n, *x.shape[2:]), 2.), lambda x, n: torch.full([len(x), n, 1, 1], 3.)])
+def test_tensors_that_are_made_with_a_size(make):
+    "What is made as wide as the channels goes with them"
+    def f(m, x):
+        y = F.relu(m.a(x))
+        return pooled(m, m.b(y+make(x, y.shape[1])))
+    m = randomized(Net(f, a=conv(3,12), b=conv(12,6), fc=nn.Linear(6,2))).float()
+    Pruner(m, 50, example_inputs=X).prune_model()
+    assert (m.a.out_channels,m.b.out_channels)==(6,3) and m(X).shape==(2,2)
+
+def test_an_output_that_only_has_the_size():
+    "A detector that finds nothing gives an empty tensor, as wide as what it looks for: that stays"
+    def f(m, x):
+        y = m.b(F.relu(m.a(x)))
+        return torch.zeros((0, y.shape[1]))
+    m = randomized(Net(f, a=conv(3,12), b=conv(12,6))).float()
+    Pruner(m, 50, example_inputs=X).prune_model()
+    assert (m.a.out_channels,m.b.out_channels)==(6,6)

@@ -280,6 +280,16 @@ _PLACES = {'unflatten':_unflattened, 'narrow':_narrowed,
     **dict.fromkeys(('__getitem__','__setitem__'), _indexed), **dict.fromkeys(('layer_norm','rms_norm'), _normalized),
     **{f'conv{t}{n}d':_grouped for t in ('','_transpose') for n in (1,2,3)}}
 
+_MADE = {f'{new}{o}' for new in ('','new_') for o in ('zeros','ones','full','empty')}
+
+def _made(name, args, kwargs, out):
+    "Sizes of a tensor that is made of nothing"
+    given = args[1:] if name.startswith('new_') else args
+    if 'size' in kwargs: given = (kwargs['size'],)
+    if given and isinstance(given[0], (tuple,list)): given = given[0]
+    if len(given)!=out.dim(): return []
+    return [_Place(o, n, out, d, n) for d,(o,n) in enumerate(zip(given, out.shape)) if isinstance(o, int)]
+
 class Watching(TorchFunctionMode):
     "Runs along with a model and notes the numbers that its code cuts and reshapes with"
     def __init__(self, stack): # List with the name of the module that is running at its end
@@ -394,6 +404,7 @@ class Telling(Watching):
         "Have sizes that the code reads tell"
         if name in self.trace.doors: self.trace.hand_out(name, args)
         out = func(*args, **kwargs)
+        if name in _MADE and isinstance(out, Tensor): self.spread(_made(name, args, kwargs, out))
         if name not in ('__get__','size'): return out
         if isinstance(out, torch.Size):
             about = self.about(args[0])
@@ -414,11 +425,11 @@ class Telling(Watching):
         if name in ('expand','expand_as','broadcast_to'): self.spread(places)
 
     def spread(self, places):
-        "What is expanded to a size that counts channels has these channels there"
+        "What is expanded to a size that counts channels, or made with it, has these channels there"
         found = []
         for p in places:
             axis = p.given.source if isinstance(p.given, Told) else None
-            if not isinstance(axis, Axis) or p.n<2 or p.of.stride(p.dim): continue
+            if not isinstance(axis, Axis) or p.n<2 or p.stop is None and p.of.stride(p.dim): continue
             for l in axis.layers if axis.stop is None else ():
                 if l.numel()==p.n: found.append(l.reshape([-1 if d==p.dim else 1 for d in range(p.of.dim())]))
                 elif axis.dim-l.dim()==p.dim-p.of.dim() and all(m in (1,n) for m,n in zip(l.shape[::-1], p.of.shape[::-1])): found.append(l)
