@@ -651,6 +651,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fasterai.core.graph._aligned': ('core/graph.html#_aligned', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._attended': ('core/graph.html#_attended', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._batch_normed': ('core/graph.html#_batch_normed', 'fasterai/core/graph.py'),
+                                     'fasterai.core.graph._beside': ('core/graph.html#_beside', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._biased': ('core/graph.html#_biased', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._blocks': ('core/graph.html#_blocks', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._combined': ('core/graph.html#_combined', 'fasterai/core/graph.py'),

@@ -8,7 +8,7 @@ __all__ = ['Ratio', 'check_models', 'n_params', 'effective_parameters', 'n_nonze
            'class_axis', 'most_likely', 'told_right', 'answers', 'wilson', 'accuracy_interval', 'sign_test']
 
 # %% ../../nbs/analyze/01_counts.ipynb #83637728
-import inspect,math,os,sys,tempfile
+import inspect,math,os,tempfile
 from collections import namedtuple
 from collections.abc import Mapping
 from contextlib import ExitStack,contextmanager

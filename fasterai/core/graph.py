@@ -825,24 +825,25 @@ def _accumulated(tr, c):
     if c.name=='logcumsumexp': y.ids = [tr.fresh(l, c.why) for l in y.ids]
     tr.put(c.y, y)
 
-@channels('order')
-def _ordered(tr, c):
-    "Numbers change places along a dimension, or one of them is chosen: channels along that dimension stay, others pass"
+def _beside(tr, c):
+    "Layers of the input that do not vary along the dimensions of `c`; what does, has to stay"
     dims = c.dims()
     tr.hold(c.x.par, c.why)
     for l in c.x.ids: tr.fix(l, dims, c.why)
-    rest = [l for l in c.x.ids if not set(dims)&set(_varying(l))]
-    if c.y.dim()<len(c.x.shape): rest = [l.squeeze(dims) for l in rest]
+    return [l for l in c.x.ids if not set(dims)&set(_varying(l))]
+
+@channels('order')
+def _ordered(tr, c):
+    "Numbers change places along a dimension, or one of them is chosen: channels along that dimension stay, others pass"
+    rest = _beside(tr, c)
+    if c.y.dim()<len(c.x.shape): rest = [l.squeeze(c.dims()) for l in rest]
     for y in c.results:
         if y.is_floating_point(): tr.put_ids(y, list(rest))
 
 @channels('fourier')
 def _transformed(tr, c):
     "Each channel by itself, along the dimensions that are transformed"
-    dims = c.dims()
-    tr.hold(c.x.par, c.why)
-    for l in c.x.ids: tr.fix(l, dims, c.why)
-    tr.put_ids(c.y, [l for l in c.x.ids if not set(dims)&set(_varying(l))])
+    tr.put_ids(c.y, _beside(tr, c))
 
 @channels('complex')
 def _complex(tr, c):

@@ -537,7 +537,7 @@ class Liveness:
     ):
         self.graph = graph
         tr = _observe(model, graph)
-        self.reads,self._known = tr.reads,{}
+        self.reads = tr.reads
         self._agree()
         self.live = torch.zeros(len(graph._root), dtype=torch.bool, device='cpu')
         self.live[0] = True  # what has to stay is class 0
