@@ -8,6 +8,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.testing._internal.two_tensor import TwoTensor
 from torchvision.models import mobilenet_v2, resnet18, squeezenet1_1
 from fasterai.core.criteria import Criteria, large_final
+from fasterai.core.graph import unknown_ops
 from fasterai.core.brought import check_finite, computed, made_of, unfit
 from fasterai.core.running import plain_model
 from fasterai.prune.all import Pruner
@@ -512,6 +513,34 @@ def test_like_another_operation():
         with silent(): assert Pruner().prune_model(model, x)[0].out_channels==5
     with pytest.raises(ValueError, match='did you mean'): op('brought::act', like='sigmoyd')
 
+@pytest.fixture
+def told():
+    "Forgets what was told of operations"
+    from fasterai.core import ops
+    before = [(d,dict(d)) for d in (ops.ops, ops.equals, ops._likes)]
+    yield ops.op
+    for d,was in before: d.clear(),d.update(was)
+    ops._specs.clear()
+
+def raises(x): raise KeyError('oops')
+
+@pytest.mark.parametrize('f,says', [(raises, "fails .KeyError: 'oops'"), (lambda x,y: x, 'fails .TypeError'), (lambda x: None, 'gives NoneType, the operation float32 .2, 8'), (lambda x: x.mean(1), 'gives float32 .2, 6, 6'),
+    (lambda x: x.double(), 'gives float64')])
+def test_functions_that_do_not_compute_the_same(f, says, told):
+    told('brought::act')(f)
+    with pytest.raises(ValueError, match=f"op.'brought::act'.: the function .*{says}"): Pruner(nn.Sequential(conv(3,8), Own(), conv(8,4)), 50, example_inputs=x).prune_model()
+
+def test_the_last_word_on_an_operation_counts(told):
+    model = nn.Sequential(conv(3,8), Own(), conv(8,4)).eval()
+    with pytest.raises(ValueError, match="no argument 'dim', which the other has; it has x"):
+        told('brought::act', like='softmax')
+        unknown_ops(model, x)
+    told('brought::act')(lambda x: x.relu())
+    assert unknown_ops(model, x)=={}
+    told('brought::act', like='softmax')
+    with pytest.raises(ValueError, match="no argument 'dim'"): unknown_ops(model, x)
+    with pytest.raises(ValueError, match='how weights are used is told by a function'): told('brought::act', like='linear')
+
 @pytest.mark.parametrize('args,says', [((3,), 'named with its library'), ((None,), 'named with its library'), (('a::b.c',), 'named with its library'), (('brought::act','rellu'), "did you mean 'relu'"),
     (('brought::act','conv'), 'did you mean'), (('brought::act', 3), 'named with its library')])
 def test_what_an_operation_cannot_be(args, says):
@@ -532,6 +561,88 @@ def test_a_number_on_the_left(f):
         warnings.simplefilter('error')
         Pruner(model, 50, example_inputs=x).prune_model()
     assert model.a.out_channels==4
+
+def written(y, places, v):
+    y[places] = v
+    return y
+
+CHOSEN = dict(  # each channel by itself, chosen by numbers, and a channel of zeros stays a constant
+    leaky=lambda t: torch.where(t>0, t, .1*t), binary=lambda t: torch.where(t>0, 1., 0.), masked=lambda t: t.masked_fill(t<0, 0.), masked_in_place=lambda t: t.masked_fill_(t<0, 0.),
+    times_mask=lambda t: t*(t>0), as_float=lambda t: (t>0).to(t.dtype), viewed=lambda t: (t>0).flatten(1).to(t.dtype).view_as(t), and_not=lambda t: ((t>0)&~(t>1)).to(t.dtype),
+    by_sample=lambda t: torch.where(t.sum(1, keepdim=True)>0, t, -t), written=lambda t: written(t.clone(), t<0, 0.), samples=lambda t: written(t.clone(), t.sum((1,2,3))>0, 0.),
+    rows=lambda t: written(torch.zeros_like(t), (slice(None),slice(None),torch.tensor([0,1])), t[:,:,:2]), made=lambda t: written(torch.zeros(2, t.shape[1], *t.shape[2:]), torch.tensor([1,0]), t),
+    sorted_rows=lambda t: written(torch.zeros_like(t), (slice(None),slice(None),t[0].sum((0,2)).argsort()), t), rrelu=F.rrelu, rrelu_in_place=lambda t: F.rrelu(t, inplace=True),
+    either=lambda t: torch.cond(t.sum()>0, lambda o: o.relu(), lambda o: o.tanh(), (t,)))
+
+@pytest.mark.parametrize('f', CHOSEN.values(), ids=CHOSEN)
+def test_what_values_choose(f):
+    "Dead channels go by the lossless road, and any by ratio"
+    model = Net(lambda s,x: s.b(f(s.a(x))), a=conv(3,8), b=conv(8,4)).eval()
+    with torch.no_grad(): model.a.weight[:3],model.a.bias[:3] = 0,0
+    with silent(): small = Pruner().prune_model(model, x)
+    assert small.a.out_channels==5
+    with silent(): Pruner(model, 50, example_inputs=x).prune_model()
+    assert model.a.out_channels==4
+
+def test_choices_that_matter():
+    "A channel that is chosen for another one stays, dead or not"
+    for f in (lambda t: torch.where(t[:,:1]>0, t, t+1), lambda t: written(t.clone(), t.flip(1)<0, 1.), lambda t: written(t.clone(), t[:,:,:1,:1].expand_as(t)>1, 1.)):
+        model = Net(lambda s,x: s.b(f(s.a(x))), a=conv(3,8), b=conv(8,4)).eval()
+        with torch.no_grad(): model.a.weight[1:4],model.a.bias[1:4] = 0,0
+        with warnings_are('ignore'): small = Pruner().prune_model(model, x)
+        torch.testing.assert_close(small(3*x), model(3*x))
+
+def test_queries_that_share_keys():
+    "Attention with groups of queries: nothing is unknown, and dead channels of the values go"
+    def attend(s, x):
+        q,k,v = (l(x).view(*x.shape[:2], h, -1).transpose(1, 2) for l,h in ((s.q,4),(s.k,2),(s.v,2)))
+        return s.o(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
+    torch.manual_seed(0)
+    model,tokens = Net(attend, q=nn.Linear(7,32), k=nn.Linear(7,16), v=nn.Linear(7,12), o=nn.Linear(24,3)).eval(),torch.randn(2,5,7)
+    assert unknown_ops(model, tokens)=={}
+    with torch.no_grad():
+        for p in model.v.parameters(): p.view(2, 6, -1)[:,:2] = 0  # the same of each head
+    with silent(): small = Pruner().prune_model(model, tokens)
+    assert (small.v.out_features,small.o.in_features)==(8,16)
+    torch.testing.assert_close(small(tokens), model(tokens))
+    with silent(): Pruner(model, 50, example_inputs=tokens).prune_model()
+    assert (model.q.out_features,model.k.out_features,model.v.out_features)==(16,8,6)
+
+def test_operations_of_operations():
+    "Attention whose scores a function changes is looked into: the layers around it go"
+    from torch.nn.attention.flex_attention import flex_attention
+    def attend(s, x):
+        q,k,v = (l(x).view(*x.shape[:2], 2, -1).transpose(1, 2) for l in (s.q,s.k,s.v))
+        return s.out(s.o(flex_attention(q, k, v, lambda score,b,h,i,j: score-(i-j).abs()).transpose(1, 2).flatten(2)).relu())
+    model,tokens = Net(attend, q=nn.Linear(6,16), k=nn.Linear(6,16), v=nn.Linear(6,16), o=nn.Linear(16,8), out=nn.Linear(8,3)).eval(),torch.randn(2,5,6)
+    with torch.no_grad(): model.o.weight[:3],model.o.bias[:3] = 0,0
+    with warnings_are('ignore'), torch.no_grad():
+        assert unknown_ops(model, tokens)=={}
+        small = Pruner().prune_model(model, tokens)
+        Pruner(model, 50, example_inputs=tokens).prune_model()
+        assert (small.o.out_features,model.o.out_features)==(5,4) and small(tokens).shape==model(tokens).shape==(2,5,3)
+
+class Spectral(nn.Module):
+    "A product with complex numbers, and layers beside it"
+    def __init__(self):
+        super().__init__()
+        self.a,self.w,self.b,self.c = conv(3,8),nn.Parameter(torch.randn(8, 6, dtype=torch.cfloat)),conv(6,8),conv(8,2)
+    def forward(self, x): return self.c(self.b(torch.fft.ifft2(torch.einsum('bixy,io->boxy', torch.fft.fft2(self.a(x)), self.w)).real).relu())
+
+def test_complex_weights():
+    model = Spectral().eval()
+    with torch.no_grad():
+        for m in (model.a,model.b): m.weight[:3],m.bias[:3] = 0,0
+    with silent(): small = Pruner().prune_model(model, x)
+    assert (small.a.out_channels,tuple(small.w.shape),small.b.out_channels)==(5,(5,6),5)
+
+def test_sparse_tensors_inside():
+    "What a sparse tensor holds stays, and the rest goes"
+    model = Net(lambda s,x: s.b(s.a(x).relu()) + torch.sparse.mm(s.c(x).mean((2,3)).to_sparse(), torch.ones(8,4))[:,:,None,None], a=conv(3,8), b=conv(8,4), c=conv(3,8)).eval()
+    with torch.no_grad():
+        for m in (model.a,model.c): m.weight[:3],m.bias[:3] = 0,0
+    with warnings_are('ignore'): small = Pruner().prune_model(model, x)
+    assert (small.a.out_channels,small.c.out_channels)==(5,8)
 
 @pytest.mark.filterwarnings('ignore')
 def test_an_observer_that_has_seen_nothing():

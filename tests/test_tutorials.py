@@ -15,7 +15,8 @@ RUN = '''
 import ast, json, sys, traceback
 from pathlib import Path
 site,root,page = map(Path, sys.argv[1:4])
-sys.path[:] = [o for o in sys.path if not o or root not in (Path(o), *Path(o).parents)]
+above = lambda o: (Path(o),*Path(o).parents)
+sys.path[:] = [o for o in sys.path if not o or root not in above(o) or Path(sys.prefix) in above(o)]  # the environment may be inside of the repository
 sys.meta_path[:] = [o for o in sys.meta_path if '__editable__' not in getattr(o, '__module__', type(o).__module__)]
 ns = dict(__name__='__main__')
 exec('import fasterai', ns)

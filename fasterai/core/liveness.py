@@ -15,7 +15,7 @@ import torch
 from torch import nn,Tensor
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
-from .graph import ChannelGraph,_Trace,_shape_of_product,_varying,adds_slices,spatial_dims,summed_by
+from .graph import ChannelGraph,_Trace,_shape_of_product,_varying,adds_slices,mask_of,places_of,spatial_dims,summed_by
 from .ops import PRODUCTS,plain_of,recurrent_weights,values
 from .running import SLIPS,_as_outside,naming,untouched
 from .sizes import Telling
@@ -30,7 +30,10 @@ def _level(lo, hi):
 
 def _steady(x, dims):
     "`x`, unknown where it varies along `dims`"
-    return x.masked_fill(~_level(x.amin(dims, True), x.amax(dims, True)), torch.nan) if dims and x.numel() else x
+    if not dims or not x.numel(): return x
+    if x.is_complex(): same = (x==x.narrow(dims[0], 0, 1)).all(dims[0], True) if len(dims)==1 else (x==0).all(dims, True)
+    else: same = _level(x.amin(dims, True), x.amax(dims, True))
+    return x.masked_fill(~same, torch.nan)
 
 def _only(x, value):
     "`x`, unknown where it is not `value`"
@@ -41,7 +44,7 @@ def _plain(c): return c.func(*c.args, **c.kwargs)
 def _on_numbers(c):
     "Operation `c` with zeros for what is unknown: it may not expect nan, and what it gives does not count"
     known = lambda o: o.nan_to_num(0.) if isinstance(o, Tensor) and _exact(o) else o
-    if c.func._schema.is_mutable: return _plain(c)
+    if c.spec.mutable: return _plain(c)
     return c.func(*tree_map(known, c.args), **tree_map(known, c.kwargs))
 
 def _written_back(rule, plain, c):
@@ -58,8 +61,9 @@ def _redo(c, **changed):
     return c.func(a.pop(c.first), **a) if c.first in a else c.func(**a)
 
 # %% ../../nbs/core/09_liveness.ipynb #f1ecbc63
-_SURE = set()  # rules whose results that are known do not depend on indices or masks
+_SURE,_INPLACE = set(),set()  # rules whose results that are known do not depend on indices or masks; that may write to their input
 def _sure(f): _SURE.add(f); return f
+def _inplace(f): _INPLACE.add(f); return f
 
 def _has_nan(x): "A sum is the fastest way to see; infinite numbers of both signs pass for nan"; return bool(x.sum().isnan())
 
@@ -114,10 +118,12 @@ def _multiply(c):
 
 @values('mul', 'div')
 @_sure
+@_inplace
 def _scale(c):
     a,b = c.a['self'],c.a['other']
     if not (isinstance(b, Tensor) and isinstance(a, Tensor)): return _plain(c)
-    (za,ua),(zb,ub) = ((torch.zeros_like(o, dtype=torch.bool),torch.ones_like(o, dtype=torch.bool)) if c.is_tainted(o) else (o==0,o.isnan()) for o in (a,b))
+    ua,ub = map(c.unknown_of, (a,b))
+    za,zb = (a==0)&~ua,(b==0)&~ub
     zero = za|zb if c.name=='mul' else za&~zb
     bad = (ua|ub)&~zero
     y = _plain(c)
@@ -160,10 +166,11 @@ def _sample(c):
 @values('embedding')
 @_sure
 def _embed(c):
-    w = c.a['weight']
+    w,bag = c.a['weight'],'bag' in c.name  # how many are added up depends on the input
     row = _steady(w, [0])[0] if c.unknown else None
     out = _plain(c)
-    return out if row is None else out.copy_(row.expand_as(out))
+    if row is not None: (out[0] if isinstance(out, tuple) else out).copy_(_only(row, 0) if bag else row)
+    return out
 
 # %% ../../nbs/core/09_liveness.ipynb #d7148cb4
 @values('attention')
@@ -173,6 +180,7 @@ def _attend(c):
     y = out[0] if isinstance(out, tuple) else out
     y.fill_(torch.nan)
     zero = (v==0).all(-2, keepdim=True)
+    if zero.dim()>2 and y.shape[-3]>zero.shape[-3]>1: zero = zero.repeat_interleave(y.shape[-3]//zero.shape[-3], -3)  # several queries read one value
     if zero.dim()==y.dim() and all(a in (1,b) for a,b in zip(zero.shape, y.shape)): y.masked_fill_(zero, 0)
     return out
 
@@ -207,11 +215,49 @@ def _pad(c): return _plain(c) if c.made_of_parameters else _redo(c, self=_only(c
 
 def _pointwise(c):
     "Unknown where any of the inputs is"
-    bad = [o.isnan() for o in _tensors_in((c.args,c.kwargs)) if _exact(o)]
+    bad = [c.unknown_of(o) for o in _tensors_in((c.args,c.kwargs))]
     out = _plain(c)
-    for y in filter(_exact, _tensors_in(out)):
-        for m in bad: y.masked_fill_(m.broadcast_to(y.shape), torch.nan)
+    for y in _tensors_in(out):
+        for m in bad: c.hide(y, m.broadcast_to(y.shape))
     return out
+
+@values('rrelu_with_noise')
+@_inplace
+def _leak(c):
+    "The noise is there in training only"
+    bad = c.unknown_of(c.a['self'])|bool(c.a['training'])
+    out = _plain(c)
+    c.hide(out, bad)
+    return out
+
+@values('where', 'masked_fill')
+@_sure
+def _choose(c):
+    "What is chosen is known if it is the same either way, or if it is known which way"
+    a,b,which = (c.a[k] for k in (('self','other','condition') if c.name=='where' else ('self','value','mask')))
+    return _either(c, a, b, c.unknown_of(which))
+
+def _either(c, a, b, unknown):
+    "The result of `c`, which is `a` or `b`: where that is `unknown`, only what is the same"
+    bad = unknown&~torch.as_tensor(a==b)
+    out = _plain(c)
+    c.hide(out, bad.broadcast_to(out.shape))
+    return out
+
+@values('put_at')
+@_sure
+def _put(c):
+    "Where it is not known which places, what is zero all along and gets zeros stays zero"
+    x,v,indices = c.a['self'],c.a['values'],[o for o in c.a['indices'] if o is not None]
+    if lift := mask_of(c): return _either(c, x, v, lift(c.unknown_of(indices[0])))
+    out = _on_numbers(c) if (hidden := any(c.unknown_of(o).any() for o in indices)) else _plain(c)
+    if not hidden: return out
+    acts,at,k = places_of(c)
+    v = v.reshape((1,)*(x.dim()-len(acts)+k-v.dim()) + tuple(v.shape))
+    written = (v==0).all([*range(at, at+k)])
+    shape = [1 if d in acts else n for d,n in enumerate(x.shape)]
+    zero = (x==0).all(acts, keepdim=True)&written.expand([n for d,n in enumerate(x.shape) if d not in acts]).reshape(shape)
+    return out.fill_(torch.nan).masked_fill_(zero, 0)
 
 # %% ../../nbs/core/09_liveness.ipynb #e1bd5ae0
 @values('scan')
@@ -283,8 +329,16 @@ def _watch_and_round(c):
     return y.masked_fill_(x.isnan() if c.made_of_parameters else x!=0, torch.nan),mask
 
 @values('same', 'permute', 'view', 'expand', 'repeat', 'slice', 'split', 'strided', 'diagonal', 'roll', 'triangle', 'index', 'join', 'window', 'to_columns', 'pixel_shuffle',
-    'pixel_unshuffle', 'channel_shuffle', 'complex', 'edge_pad', 'nearest', 'resize', 'blank', 'like', 'put_at', 'copy', 'fill', 'zero', 'masked_fill', 'where')
+    'pixel_unshuffle', 'channel_shuffle', 'complex', 'edge_pad', 'nearest', 'resize', 'blank', 'like', 'copy', 'fill', 'zero')
 def _move(c): "What is unknown moves along"; return _plain(c)
+
+def _move_choice(c):
+    "`_move` for numbers that are no floats"
+    bad = c.unknown_of(c.a[c.first])
+    if c.name!='_to_copy': bad = _redo(c, **{c.first:bad})
+    out = _plain(c)
+    c.hide(out, bad)
+    return out
 
 @values('empty', 'new_empty', 'empty_like', 'empty_strided', 'new_empty_strided')
 def _garbage(c): "Whatever was there"; return _plain(c)
@@ -332,10 +386,21 @@ class _Reading(_Trace):
         super().__init__(model)
         self.model,self.tables,self.reads,self.sums,self.depends,self.refused = model,[],[],[],'',False
         self.tainted = {}  # where numbers that are no floats lie that depend on the input
-        self.twins,self.forced,self.told,self.closed,self.seen_after = WeakTensorKeyDictionary() if twins else None,forced,[],False,[]
+        self.twins,self.forced,self.told,self.closed = WeakTensorKeyDictionary() if twins else None,forced,[],False
+        self.masks,self.trusts = WeakTensorKeyDictionary(),True  # of such numbers, which of them; if that is known
 
-    def is_tainted(self, t): return not _exact(t) and t.untyped_storage().data_ptr() in self.tainted
+    def is_tainted(self, t): return not _exact(t) and t.layout==torch.strided and t.untyped_storage().data_ptr() in self.tainted
     def taint(self, t): self.tainted[t.untyped_storage().data_ptr()] = t
+    def unknown_of(self, o):
+        "Which of the numbers of `o` are unknown"
+        if not isinstance(o, Tensor): return torch.zeros((), dtype=torch.bool)
+        if _exact(o): return o.isnan()
+        mask = self.masks.get(o)
+        return torch.full_like(o, self.is_tainted(o), dtype=torch.bool) if mask is None else mask
+    def hide(self, y, bad):
+        "The numbers of result `y` at `bad` are unknown"
+        if _exact(y): y.masked_fill_(bad, torch.nan)
+        else: self.masks[y] = bad|self.masks[y] if y in self.masks else bad.clone()
 
     def compute(self, c, func, args, kwargs):
         c.seen = c.a
@@ -354,9 +419,13 @@ class _Reading(_Trace):
         hidden = tree_leaves(hidden)
         for i,o in enumerate(tree_leaves(out)):
             if not isinstance(o, Tensor): continue
+            if o.layout!=torch.strided:  # no place for a nan
+                if not self.closed: self.close()
+                continue
             h = hidden[i] if i<len(hidden) and isinstance(hidden[i], Tensor) and hidden[i].shape==o.shape else None
             if not _exact(o):
                 if c.unknown or c.tainted or h is not None and self.is_tainted(h): self.taint(o)
+                if h is not None and h in self.masks: self.masks[o] = self.masks[h]
             elif o in self.twins or id(o) in self.names: # written in place
                 if h is None and o in self.twins: self.twins[o].fill_(torch.nan)
             elif h is None: self.twins[o] = torch.full_like(o, torch.nan)
@@ -380,9 +449,11 @@ class _Reading(_Trace):
 
     def guess(self, c, func, args, kwargs):
         "The operation where inputs may be unknown"
-        c.args,c.kwargs,c.is_tainted = args,kwargs,self.is_tainted
+        c.args,c.kwargs,c.unknown_of,c.hide = args,kwargs,self.unknown_of,self.hide
         ins,shadow = _tensors_in((args,kwargs)),c.get(c.first)
-        c.tainted = any(map(self.is_tainted, ins)) or torch.Tag.nondeterministic_seeded in func.tags
+        c.random = torch.Tag.nondeterministic_seeded in getattr(func, 'tags', ()) and c.a.get('training', c.a.get('train')) is not False
+        c.tainted = c.random or any(map(self.is_tainted, ins))
+        if c.spec.mutable and not all(map(_exact, ins)): self.masks.clear()
         c.unknown = c.tainted or any(_has_nan(o) for o in ins if _exact(o))
         c.made_of_parameters = shadow is not None and bool(shadow.par) and not shadow.ids
         c.summed = self.summed(c) if c.meaning=='reduce' and c.x.ids and summed_by(c) else []
@@ -396,14 +467,15 @@ class _Reading(_Trace):
         rule = values.of(c.spec)
         if rule is _garbage: return _plain, True
         if floats and rule not in (None,_move):
-            if c.spec.inplace and rule is not _scale:
+            if c.spec.inplace and rule not in _INPLACE:
                 plain = plain_of(c.func)
                 if plain is None: return _plain, True
                 rule,sure = partial(_written_back, rule, plain),rule in _SURE
             else: sure = rule in _SURE
             return rule, c.tainted and not sure
+        if rule is _move and c.meaning in ('same','view','permute','expand') and c.tainted and not floats: return _move_choice, False
         if rule is _move or not c.unknown: return _plain, c.tainted
-        if floats and c.meaning=='each': return _pointwise, c.tainted
+        if c.meaning=='each': return _pointwise, c.random
         return (_plain if c.meaning in ('ask','count') else _on_numbers), True
 
     def mark(self, c, out, tainted):
@@ -411,6 +483,7 @@ class _Reading(_Trace):
         for o in tree_leaves(out):
             if not isinstance(o, Tensor):
                 if o is not None and c.unknown and c.meaning in _TELLS: self.depends = self.depends or c.why
+            elif o.layout!=torch.strided: self.depends = self.depends or c.why  # no place for a nan
             elif not _exact(o):
                 if tainted or c.unknown: self.taint(o)
             elif tainted: o.fill_(torch.nan)
@@ -441,6 +514,7 @@ class _Reading(_Trace):
         ins,outs,w,x = _grouped(c, table, i)
         nonzero = (w!=0).flatten(3).any(-1) if w.dim()>3 else w!=0
         if self.closed: zero,const = torch.zeros_like(ins, dtype=torch.bool),torch.full_like(ins, torch.nan, dtype=torch.get_default_dtype())
+        elif x.is_complex(): zero,const = (x==0).all(-1).cpu(),torch.full_like(ins, torch.nan, dtype=x.real.dtype)
         else:
             lo,hi = x.amin(-1),x.amax(-1)
             zero,const = ((lo==0)&(hi==0)).cpu(),torch.where(_level(lo, hi), hi, torch.nan).cpu()
@@ -484,7 +558,7 @@ def _run(model, tr, inputs):
     tr.telling = Telling(tr)  # what follows a size does so here as well
     try:
         with untouched(model), naming(model, tr.stack), _as_outside(model), tr, tr.telling: _call(model, inputs)
-    except SLIPS as e: return f'{type(e).__name__}: {e}'  # any error may come of a nan
+    except SLIPS as e: return f'{type(e).__name__}: {str(e).partition(chr(10))[0]}'  # any error may come of a nan
 
 def _one_way(model, graph):
     "A run on the example inputs, which knows nothing after the first question for a value"
