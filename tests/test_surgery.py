@@ -1,5 +1,5 @@
 "Cutting channels out of networks whose code counts on sizes, and finding out which"
-import copy,json
+import copy,json,threading
 import pytest,torch
 import torch.nn.functional as F
 from torch import nn
@@ -515,3 +515,36 @@ def test_random_nets(seed):
     for o in m[1:-1]:
         if o.kind==6: assert o.n==o.conv.out_channels
         if o.kind<5: assert o.inner.in_channels==(o.sizes[0] if o.kind==0 else o.conv.out_channels-o.rest if o.kind==3 else o.part)
+
+class Locked(nn.Module):
+    "Holds what has no copy"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.lock,self.numbers = nn.Conv2d(3,8,3),nn.Conv2d(8,4,3),threading.Lock(),(i for i in range(3))
+    def forward(self, x):
+        with self.lock: return self.b(self.a(x).relu())
+
+def test_what_has_no_copy_is_shared():
+    model,x = nn.Sequential(Locked()).eval(),torch.randn(2,3,8,8)
+    with torch.no_grad(): model[0].a.weight[:3],model[0].a.bias[:3] = 0,0
+    with pytest.warns(UserWarning, match='share what cannot be copied: 0.lock, a lock, 0.numbers, a generator'): small = Pruner().prune_model(model, x)
+    assert small[0].a.out_channels==5 and small[0].lock is model[0].lock and small[0].b is not model[0].b
+    torch.testing.assert_close(small(x), model(x))
+    with pytest.warns(UserWarning, match='share what cannot be copied'): Pruner(model, 50, example_inputs=x).prune_model()
+    assert model[0].a.out_channels==4
+
+@pytest.mark.parametrize('change', [lambda l: prune.l1_unstructured(l, 'weight_ih_l0', .3), lambda l: prune.random_structured(l, 'weight_ih_l0', .3, dim=1), lambda l: prune.l1_unstructured(l, 'weight_hh_l0', .3),
+    lambda l: prune.l1_unstructured(l, 'bias_ih_l0', .3), lambda l: parametrizations.spectral_norm(l, 'weight_hh_l0')], ids=['ih','columns','hh','bias','spectral'])
+@pytest.mark.parametrize('kind', [nn.LSTM,nn.GRU])
+def test_recurrent_layers_whose_weights_are_computed(change, kind):
+    "What comes in can be cut as if the weight were a parameter"
+    torch.manual_seed(0)
+    model = Net(lambda m,x: m.o(m.l(F.relu(m.c(x)).transpose(1, 2))[0][:,-1]), c=nn.Conv1d(3,8,3), l=kind(8,6,batch_first=True), o=nn.Linear(6,2)).eval()
+    change(model.l)
+    with torch.no_grad(): model.c.weight[:3],model.c.bias[:3] = 0,0
+    x = torch.randn(2,3,9)
+    small = Pruner().prune_model(model, x)
+    assert small.c.out_channels==small.l.input_size==int((model.l.weight_ih_l0!=0).any(0)[3:].sum())
+    torch.testing.assert_close(small(x), model(x))
+    with pytest.warns(UserWarning, match='l kept all channels'): Pruner(model, 50, example_inputs=x).prune_model()
+    assert (model.c.out_channels,model.l.input_size)==(4,4) and model(x).shape==(2,2)

@@ -114,7 +114,7 @@ def falls_short(
 )->str:
     "Why much less goes than was asked for, if that is because of sets that are too large, or ''"
     short = size>1 and done<.75*asked
-    return f'its filters go together in {sets} sets of {size:g}, and a part of a set cannot go' if short else ''
+    return f'its filters go together in {sets} set{"s" if sets>1 else ""} of {size:g}, and a part of a set cannot go' if short else ''
 
 # %% ../../nbs/core/07_brought.ipynb #7a67c00c
 def _overlaps(t):

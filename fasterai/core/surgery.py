@@ -7,7 +7,7 @@ __all__ = ['kept_by', 'plan_of', 'apply_plan', 'check_plan', 'copy_of', 'without
            'follow_cut']
 
 # %% ../../nbs/core/10_surgery.ipynb #9827a71b
-import copy,os
+import copy,os,pickle
 from dataclasses import dataclass
 from functools import cached_property
 from traceback import walk_tb
@@ -15,6 +15,7 @@ import torch
 from torch import nn,Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+from .brought import warn
 from .registry import did_you_mean
 from .graph import ChannelGraph
 from .running import SLIPS,tensors_of,call_with,naming,plain,untouched
@@ -245,11 +246,11 @@ def _check_state(optimizer, named, plan):
             raise ValueError(f'the state of {type(opt).__name__} cannot be cut: {k!r} of {name}, whose shape is {tuple(p.shape)}, '
                              f'has shape {tuple(v.shape)}')
 
-def _weight(m):
+def _weight(m, attr='weight'):
     "The weight of `m` as it is used, also where it is computed from others"
-    for k in ('weight_orig','weight_v'):
+    for k in (f'{attr}_orig',f'{attr}_v'):
         if k in m._parameters: return m._parameters[k]
-    return getattr(m, 'weight', None)
+    return getattr(m, attr, None)
 
 def _told_by_weight(m):
     "Attributes of layer `m` that its weight tells"
@@ -259,7 +260,7 @@ def _told_by_weight(m):
         k,v = (E,E) if m._qkv_same_embed_dim else (m.k_proj_weight.shape[1],m.v_proj_weight.shape[1])
         return dict(embed_dim=E, kdim=k, vdim=v, head_dim=E//m.num_heads)
     if isinstance(m, nn.modules.conv._ConvNd): return _of_conv(m, w)
-    if isinstance(m, nn.RNNBase): return dict(input_size=m.weight_ih_l0.shape[1], hidden_size=m.hidden_size)
+    if isinstance(m, nn.RNNBase): return dict(input_size=_weight(m, 'weight_ih_l0').shape[1], hidden_size=m.hidden_size)
     if w is None:
         mean = getattr(m, 'running_mean', None)
         return {} if mean is None else dict(num_features=len(mean))
@@ -341,12 +342,29 @@ def check_plan(model, plan):
             raise ValueError(f'{other}{name} has shape {tuple(state[name].shape)} here, {tuple(shape)} there')
 
 # %% ../../nbs/core/10_surgery.ipynb #fabda86e
+_NO_COPY = *SLIPS,copy.Error,pickle.PicklingError
+
 def copy_of(
     model:nn.Module, # Left as it is
 ):
     """A deep copy, also of a model that holds tensors that were computed: weights (`torch.nn.utils.prune`), or activations that it
-    keeps, whatever holds them"""
-    with _Computed(): return copy.deepcopy(model)
+    keeps, whatever holds them. What has no copy, such as a lock, is shared, and a warning says so"""
+    with _Computed():
+        try: return copy.deepcopy(model)
+        except _NO_COPY: shared = _uncopied(model)
+        if not shared: return copy.deepcopy(model)  # the error is another one
+        warn('copies of the model share what cannot be copied: '+', '.join(f'{name}, a {type(o).__name__}' for name,o in shared.items()))
+        return copy.deepcopy(model, {id(o):o for o in shared.values()})
+
+def _uncopied(model):
+    "Attributes of modules that have no copy, by name"
+    shared = {}
+    for n,m in model.named_modules():
+        for k,v in vars(m).items():
+            if k in ('_modules','_parameters','_buffers'): continue
+            try: copy.deepcopy(v, {id(o):o for o in model.modules()})
+            except _NO_COPY: shared[_sub(n, k)] = v
+    return shared
 
 class _Computed(TorchFunctionMode):
     "`deepcopy` copies computed tensors, and those of classes that add no more than Python, too"
@@ -377,7 +395,9 @@ def _shell(model):
         for o in (*m._parameters.values(), *m._buffers.values(), *vars(m).values()):
             if isinstance(o, nn.Parameter): memo[id(o)] = nn.Parameter(_empty(o), o.requires_grad)
             elif isinstance(o, Tensor): memo[id(o)] = _empty(o)
-    with _Emptied(): return copy.deepcopy(model, memo)
+    with _Emptied():
+        try: return copy.deepcopy(model, memo.copy())
+        except _NO_COPY: return copy.deepcopy(model, memo | {id(o):o for o in _uncopied(model).values()})
 
 # %% ../../nbs/core/10_surgery.ipynb #34147c3e
 @dataclass

@@ -19,7 +19,7 @@ from ..core.context import shares,context_of,local
 from ..core.criteria import criteria_of,large_final,needs
 from ..core.registry import did_you_mean
 from ..core.graph import ChannelGraph,layer_of
-from .left import COUNTED,LAST,OUTPUT,add_row,fixed,left_of_zeros,made_by,missing,rows_of,some,in_words
+from .left import LAST,OUTPUT,add_row,counted,fixed,left_of_zeros,made_by,missing,rows_of,some,in_words
 from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes
 from ..core.running import followable,inputs_for,plain_model,staged,untouched
 from ..core.brought import check_values,falls_short,warn
@@ -172,18 +172,18 @@ def _smaller(model, inputs, verify):
     life,notes = Liveness(model, graph),[]
     dead = life.dead()
     yield
-    new,plan,removed = legal(model, graph, dead, life.constants)
+    new,plan,removed = legal(model, graph, dead, life.constants, why := {})
     yield
     if verify:
         try: notes.append(_check(model, new, graph, plan))
         except ValueError as e:
             fewer = without(graph, removed, reshaped(graph))
             if len(fewer)==len(removed): raise
-            new,plan,removed = legal(model, graph, spare_last(graph, fewer), life.constants)
+            new,plan,removed = legal(model, graph, spare_last(graph, fewer), life.constants, why)
             notes += [f'{e}; channels that are reshaped were kept',_check(model, new, graph, plan)]
     if len(removed): notes.append(_unused(model, graph))
     _remember(new, plan)
-    return new,left_of_zeros(model, graph, life, dead, removed),len(removed),[o for o in notes if o]
+    return new,left_of_zeros(model, graph, life, dead, removed, why),len(removed),[o for o in notes if o]
 
 def _about(bystanders):
     "A note on hooks that may only read"
@@ -323,7 +323,7 @@ class Pruner:
         self.pruning_ratio = None if pruning_ratio is None else self._checked(pruning_ratio)
         if isinstance(ignored_layers, (str,nn.Module)): ignored_layers = [ignored_layers]
         self.ignored = [self._name(o) for o in ignored_layers or ()]
-        self.past,self.given,self.graph,self.left,self.known = {},{},None,[],set()
+        self.past,self.given,self.graph,self.left,self.known,self.counts_on = {},{},None,[],set(),{}
         if self.model is not None and pruning_ratio is not None: self.remember()
 
     def remember(self):
@@ -423,7 +423,7 @@ class Pruner:
         if self.round_to and all(g.n<self.round_to for g in self.groups):
             largest = max(self.widths.values())
             raise ValueError(f'round_to={self.round_to}: no group has so many channels to keep, the largest has {largest}')
-        self.left,self.known = [],set()
+        self.left,self.known,self.counts_on = [],set(),{}
 
     def _check_acts(self, seen):
         for o in self.weights:
@@ -464,7 +464,7 @@ class Pruner:
         tries = 0
         while True:
             chosen = spare_last(self.graph, self._choose([g for g in self.groups if not g.barred], ratio, targets))
-            plan,removed = legal(self.model, self.graph, chosen)[1:] if len(chosen) else (None,chosen)
+            plan,removed = legal(self.model, self.graph, chosen, why=self.counts_on)[1:] if len(chosen) else (None,chosen)
             if len(removed)==len(chosen): break
             tries += 1
             for g in self.groups: g.hold(removed, chosen, self.round_to is not None)
@@ -487,7 +487,8 @@ class Pruner:
         for g in every:
             for s in g.slices:
                 mine = torch.isin(self.graph.classes(s.ids), g.classes)
-                g.each[s.layer] = g.each.get(s.layer, 0)+int(mine.sum())/len(g.classes)
+                layer = s.layer or s.name  # as `made_by` calls it
+                g.each[layer] = g.each.get(layer, 0)+int(mine.sum())/len(g.classes)
         self.kept = self._kept(every)
         if groups: return groups
         rows = {}
@@ -542,14 +543,19 @@ class Pruner:
             goal = max(n_of(g.n, max(map(of, g.layers))), g.gone)
             due = g.gone if g.held is None and not g.barred else min(goal, g.n-1)
             for layer,each in g.each.items():
-                asked += round(goal*each)
-                whys = Counter({COUNTED:round((due-g.gone)*each)} if due>g.gone else {})
+                whys = Counter({self._counted(g):round((due-g.gone)*each)} if due>g.gone else {})
                 want,gone = round(due*each),round(g.gone*each)
                 every = n_of(round(g.n*each), max(map(of, g.layers)))
                 coarse = due==g.gone and self.context is local and falls_short(gone, every, g.n, each)
                 if coarse: whys[coarse],want = every-gone,every
+                asked += max(round(goal*each), want)
                 add_row(rows, layer, round(g.missed*each), want, gone, whys)
         return rows_of(rows),asked
+
+    def _counted(self, g):
+        "Why classes of group `g` stay that were chosen: the most frequent reason"
+        told = Counter(self.counts_on[c] for c in g.classes.tolist() if c in self.counts_on)
+        return counted(next((o for o,_ in told.most_common(1)), None))
 
     def _targets(self, ratio):
         "The ratio of each group by its name, if `ratio` is a dict by layer"
