@@ -637,6 +637,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fasterai.core.graph._Trace.give_up': ('core/graph.html#_trace.give_up', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._Trace.hand_out': ('core/graph.html#_trace.hand_out', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._Trace.know': ('core/graph.html#_trace.know', 'fasterai/core/graph.py'),
+                                     'fasterai.core.graph._Trace.know_of': ('core/graph.html#_trace.know_of', 'fasterai/core/graph.py'),
+                                     'fasterai.core.graph._Trace.pass_on': ('core/graph.html#_trace.pass_on', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._Trace.put': ('core/graph.html#_trace.put', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._Trace.put_ids': ('core/graph.html#_trace.put_ids', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._Trace.see': ('core/graph.html#_trace.see', 'fasterai/core/graph.py'),

@@ -262,6 +262,7 @@ class _Shared(_Facts):
         table,found = {d%len(o.shape):v for d,v in table.items()},set()
         for (name,dim),j in o.par.items():
             v = _varying(j)
+            if not v and self.params[name].shape[dim]==1: continue  # a single one stays anyway
             if len(v)==1 and v[0] in table:
                 ids,*role = table[v[0]]
                 if (name,dim) in o.mixed: self.mix(ids, [0], why)
@@ -376,7 +377,8 @@ def _empty_result(c, blank): # A call, and a function that gives zeros of the ty
     if shape is not None: return blank(c.a[c.first], shape)
     if c.name=='native_batch_norm' and not c.a['training'] and c.a['input'].is_contiguous():
         x = c.a['input']
-        return blank(x, x.shape),x.new_zeros(0),x.new_zeros(0)
+        none = blank(x, (0,))
+        return blank(x, x.shape),none,none
     if c.name not in _SAME_TYPE: return
     xs = [o for o in c.a.values() if isinstance(o, torch.Tensor)]
     x = c.a[c.first]
@@ -462,9 +464,17 @@ class _Trace(Watch, _Shared):
         for l in (*shadow.ids, *shadow.par.values()):
             if l.dim()!=t.dim() or any(m not in (1,n) for m,n in zip(l.shape, t.shape)): raise _Unknown
         for l in shadow.ids:
-            if not _varying(l): self.pin(l, 'a single channel')
-        shadow.ids = [l for l in shadow.ids if _varying(l) and l.any()]
+            if l.numel()==1: self.pin(l, 'a single channel')
+        shadow.ids = [l for l in shadow.ids if l.numel()>1 and l.any()]
         if not (shadow.ids or shadow.par): return self.shadows.pop(t, None)
+        self.know_of(t, shadow)
+
+    def pass_on(self, t, ids):
+        "Tensor `t` has the layers `ids` of another one, whose shape it has"
+        if id(t) in self.names: raise _Unknown
+        self.know_of(t, _Shadow(tuple(t.shape), ids))
+
+    def know_of(self, t, shadow):
         self.shadows[t],self.keys = shadow,self.keys+1
         shadow.key = self.keys
         if not (self.writing and t._is_view()) and t.is_floating_point():
@@ -777,7 +787,7 @@ def _pointwise(tr, c):
     if any(o.ids or o.par for v in c.lists.values() for o in v): raise _Unknown
     n = c.y.dim()
     if len(c.tensors)==1 and len(c.x.ids)==1 and not c.x.par and len(c.x.shape)==n:
-        return tr.put_ids(c.y, c.x.ids if _keeps_zero(tr, c) else [tr.fresh(c.x.ids[0], c.why)])
+        return tr.pass_on(c.y, list(c.x.ids) if _keeps_zero(tr, c) else [tr.fresh(c.x.ids[0], c.why)])
     parts = [tr.unexpanded(o, c.a[k]).lift(n) for k,o in c.tensors.items()]
     layered = [p for p in parts if p.ids]
     if not layered: return _combined(tr, c, parts)
@@ -1150,7 +1160,7 @@ def _normalized_each(tr, c, dims):
     names = {k:tr.lines_up(l, dims[0], o) for k,o in given.items()}
     if None in names.values(): return False
     for k,name in names.items(): tr.use(name, 0, tr.numbers[:l.numel()], l.flatten(), c.why, 'affine', _PARAMETERS[k])
-    tr.put_ids(c.y, [l])
+    tr.pass_on(c.y, [l])
     return True
 
 def _normalized(tr, c, dims):

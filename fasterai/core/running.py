@@ -11,7 +11,7 @@ __all__ = ['SLIPS', 'SOON', 'tensors_of', 'map_parts', 'plain', 'at_home', 'rest
 # %% ../../nbs/core/06_running.ipynb #97aac5d9
 import copy,math,sys,warnings
 from collections.abc import Mapping
-from contextlib import ExitStack,contextmanager
+from contextlib import ExitStack,contextmanager,nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass,fields,is_dataclass
 from types import FunctionType
@@ -166,18 +166,21 @@ def restored(
     gpus = sorted({p.device.index for p in model.parameters() if p.device.type=='cuda'}) if torch.cuda.is_available() else []
     buffers = [(m,k,b,b.clone()) for m in modes for k,b in m._buffers.items() if b is not None]
     try:
-        for m in modes: m.training = False
+        for m,t in modes.items():
+            if t: m.training = False
         for m in renorm: m.max_norm = None
         with torch.no_grad(), torch.random.fork_rng(gpus): yield
     finally:
-        for m,t in modes.items(): m.training = t
+        for m,t in modes.items():
+            if m.training is not t: m.training = t
         for m,v in renorm.items(): m.max_norm = v
-        for m,k,b,was in buffers:
-            if getattr(m, k, None) is not b: setattr(m, k, b)
-            # batch_norm writes to its statistics without a new version
-            with torch.inference_mode() if b.is_inference() else torch.no_grad():
-                if b.shape!=was.shape: b.resize_(was.shape)  # as an observer does that has seen nothing yet
-                b.copy_(was)
+        with torch.no_grad():
+            for m,k,b,was in buffers:
+                if getattr(m, k, None) is not b: setattr(m, k, b)
+                # batch_norm writes to its statistics without a new version
+                with torch.inference_mode() if b.is_inference() else nullcontext():
+                    if b.shape!=was.shape: b.resize_(was.shape)  # as an observer does that has seen nothing yet
+                    b.copy_(was)
 
 @contextmanager
 def untouched(
