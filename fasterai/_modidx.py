@@ -715,6 +715,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fasterai.core.graph._side_by_side': ('core/graph.html#_side_by_side', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._sliced': ('core/graph.html#_sliced', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._slices': ('core/graph.html#_slices', 'fasterai/core/graph.py'),
+                                     'fasterai.core.graph._slid': ('core/graph.html#_slid', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._softmaxed': ('core/graph.html#_softmaxed', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._spatial': ('core/graph.html#_spatial', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._strided': ('core/graph.html#_strided', 'fasterai/core/graph.py'),

@@ -41,7 +41,7 @@ def _varying(l): return [d for d,n in enumerate(l.shape) if n>1]
 def _lift(l, n): return l.reshape((1,)*(n-l.dim()) + tuple(l.shape))
 
 def _shrink(l):
-    "Layer `l` with size 1 along each dimension where it does not vary"
+    "Labels `l` with size 1 along each dimension where it does not vary"
     for d in _varying(l):
         first = l.narrow(d, 0, 1)
         if (l==first).all(): l = first
@@ -58,7 +58,7 @@ def _blocks(a, b):
         yield x,y
 
 def _view(l, a, b):
-    "Layer `l` of a tensor of shape `a`, for that tensor viewed as shape `b`"
+    "Labels `l` of a tensor of shape `a`, for that tensor viewed as shape `b`"
     full,new = [1]*len(a),[1]*len(b)
     for x,y in _blocks(a, b):
         if all(l.shape[d]==1 for d in x): continue
@@ -71,15 +71,15 @@ def _view(l, a, b):
 class _Shadow:
     "What is known of a tensor: which channels its dimensions number, and which parameters it is a view or a product of"
     shape: tuple # The tensor's
-    ids: list = field(default_factory=list) # Layers of channel numbers, 0 for none
-    par: dict = field(default_factory=dict) # (name, dim) of a parameter -> layer of indices into that dim
+    ids: list = field(default_factory=list) # Labels: tensors of channel numbers, 0 for none
+    par: dict = field(default_factory=dict) # (name, dim) of a parameter -> labels that are indices into that dim
     kind: str = '' # What a parameter does: 'bias', 'scale', …
     direct: bool = True # The parameter's own values, moved at most
     mixed: frozenset = frozenset() # (name, dim) of parameters along which its entries depend on each other
     key: int = 0 # To tell which tensors are never read
 
     def each(self, f, shape):
-        "_Shadow of the given `shape` with `f` applied to every layer"
+        "_Shadow of the given `shape` with `f` applied to all labels"
         return _Shadow(tuple(shape), [f(o) for o in self.ids], {k:f(o) for k,o in self.par.items()}, self.kind, self.direct, self.mixed)
     def lift(self, n): return self.each(lambda l: _lift(l, n), (1,)*(n-len(self.shape)) + tuple(self.shape))
     def along(self, d): return [l for l in self.ids if l.shape[d]>1]
@@ -115,7 +115,7 @@ class _Facts:
         self.none = torch.zeros_like(self.numbers)
         self.whole = {id(b):n for n,b in self.owned('_buffers') if not b.is_floating_point()}
         self.n = 1 # the next channel number
-        self.ties,self.pins,self.splits,self.fixes = [],[],[],[]  # (a, b, why, pins before); (ids, why); layers; (layer, dims, why)
+        self.ties,self.pins,self.splits,self.fixes = [],[],[],[]  # (a, b, why, pins before); (ids, why); labels; (labels, dims, why)
         self.uses,self.bound,self.issued,self.linears,self.splits_at = [],{},{},[],{}
         self.mixes,self.sized,self.reshapes,self.unknown = [],[],[],{}
         self.order,self.macs,self.seen,self.counts,self.settled = {},Counter(),set(),'',[]
@@ -154,12 +154,12 @@ class _Facts:
         return torch.stack([a[~fixed],b[~fixed]]),pins
 
     def fix(self, l, dims, why):
-        "An operation counts on the sizes of layer `l` along `dims`: what varies along them has to stay, or goes together"
+        "An operation counts on the sizes of labels `l` along `dims`: what varies along them has to stay, or goes together"
         dims = [d for d in dims if l.shape[d]>1]
         if dims: self.fixes.append((l,dims,why))
 
     def mix(self, l, dims, why):
-        "Channels of layer `l` depend on each other along `dims`"
+        "Channels of labels `l` depend on each other along `dims`"
         self.mixes.append((l,why,dims))
 
     def new(self, like):
@@ -172,7 +172,7 @@ class _Facts:
         return ids
 
     def fresh(self, base, why):
-        "New numbers for what was made from layer `base`, tied to its own"
+        "New numbers for what was made from labels `base`, tied to its own"
         ids = self.new(base)
         self.tie(ids, base, why)
         return ids
@@ -197,7 +197,7 @@ class _Facts:
         if role: self.uses.append(Slice(name, dim, vec, role, kind, grid))
 
     def hold(self, par, why):
-        "Parameters indexed by the layers of `par` keep their size"
+        "Parameters indexed by the labels of `par` keep their size"
         for (name,dim),j in par.items():
             if (name,dim) not in self.bound and self.in_order(j, n:=self.params[name].shape[dim]):
                 self.bound[name,dim] = self.none[:n]
@@ -218,7 +218,7 @@ class _Shared(_Facts):
         return self.squash(own[0], [d], why).flatten()
 
     def squash(self, l, keep, why):
-        "Layer `l` after tying all that differs along other dimensions than `keep`"
+        "Labels `l` after tying all that differs along other dimensions than `keep`"
         for d in set(_varying(l))-set(keep):
             self.tie(l, l.narrow(d, 0, 1), why)
             l = l.narrow(d, 0, 1)
@@ -275,17 +275,17 @@ class _Shared(_Facts):
             if o.shape[d]>1: self.pin(table[d][0], f'a weight that is no parameter, {why}')
 
     def lines_up(self, l, d, o):
-        "Is `o` a parameter with one value for each channel of layer `l`, which varies along `d` alone? Its name, if so"
+        "Is `o` a parameter with one value for each channel of labels `l`, which vary along `d` alone? Its name, if so"
         if len(o.par)!=1 or o.ids or len(o.shape)!=1 or l.dim()<1 or l.numel()!=l.shape[d]: return
         ((name,dim),rows), = o.par.items()
         return name if dim==0 and l.numel()==o.shape[0] and self.in_order(rows, self.params[name].shape[0]) else None
 
     def meet(self, parts, why, same=False, kind='add'):
-        "Layers of what is made element by element of shadows `parts` of one rank; `same` if a lone channel that is zero stays so"
-        todo,out,bound = [(k,l) for k,p in enumerate(parts) for l in p.ids],[],set()
+        "Labels of what is made element by element of shadows `parts` of one rank; `same` if a lone channel that is zero stays so"
+        todo,out,bound = [(k,l) for k,p in enumerate(parts) for l in p.ids],[],set()  # labels, with the number of their part
         while todo:
             group,dims = [todo.pop(0)],set()
-            while dims!=(dims:=set().union(*(_varying(l) for _,l in group))):
+            while dims!=(dims:=set().union(*(_varying(l) for _,l in group))):  # until no others vary along one of these dimensions
                 group += [o for o in todo if dims & set(_varying(o[1]))]
                 todo = [o for o in todo if not dims & set(_varying(o[1]))]
             for base,like in self.kinds(group, dims, why):
@@ -295,18 +295,19 @@ class _Shared(_Facts):
         return out
 
     def kinds(self, group, dims, why):
-        "The layers in `group` that are to be tied, each time with the largest: all, unless they vary along different dimensions"
+        "Of the labels in `group`, which vary along `dims`, those that become the same channels, each time with the largest of them"
         base = max((l for _,l in group), key=lambda l: len(_varying(l)))
-        if set(_varying(base))==dims: # what has one value a head numbers heads, and these stay
-            heads = [l for _,l in group if max(dims) not in _varying(l)]
-            for l in heads: self.pin(l, f'numbers heads, {why}')
-            group = [(k,l) for k,l in group if max(dims) in _varying(l)]
-            if len({k for k,_ in group})==len(group): return [(base,group)]
-        kinds = {tuple(_varying(l)):l for _,l in group}  # `align` allows these if what they share does not vary
+        if set(_varying(base))==dims:
+            last = max(dims)  # channels of a head, if `dims` are heads and channels
+            for _,l in group:
+                if last not in _varying(l): self.pin(l, f'numbers heads, {why}')
+            group = [(k,l) for k,l in group if last in _varying(l)]
+            if len({k for k,_ in group})==len(group): return [(base,group)]  # one of each part
+        kinds = {tuple(_varying(l)):l for _,l in group}  # along other dimensions: each for itself, and `align` fixes what they share
         return [(l,[o for o in group if tuple(_varying(o[1]))==v]) for v,l in kinds.items()]
 
     def align(self, base, group, parts, why, kind):
-        "Tie `base` to the other layers of its `group` and to the parameters among `parts`, whose keys it returns"
+        "Tie `base` to the other labels of its `group` and to the parameters among `parts`, whose keys it returns"
         dims,bound = set(_varying(base)),set()
         for k,p in enumerate(parts):
             mine = [l for i,l in group if i==k]
@@ -470,7 +471,7 @@ class _Trace(Watch, _Shared):
         self.know_of(t, shadow)
 
     def pass_on(self, t, ids):
-        "Tensor `t` has the layers `ids` of another one, whose shape it has"
+        "Tensor `t` has the labels `ids` of another one, whose shape it has"
         if id(t) in self.names: raise _Unknown
         self.know_of(t, _Shadow(tuple(t.shape), ids))
 
@@ -484,7 +485,7 @@ class _Trace(Watch, _Shared):
         "_Shadow `o` of tensor `t` with size 1 where `t` is expanded: like any broadcast, it follows the size of what it meets"
         return _Shadow(tuple(1 if st==0 else n for n,st in zip(o.shape, t.stride())), o.ids, o.par, o.kind, o.direct, o.mixed)
     def slice_at(self, l, d, c):
-        "A slice of layer `l` along `d`: what comes before a number in the code stays, or what comes after, if that counts from the end"
+        "A slice of labels `l` along `d`: what comes before a number in the code stays, or what comes after, if that counts from the end"
         start,stop = c.a.get('start') or 0,c.a.get('end')
         known = self.telling.explains_slice(start, stop) if self.telling and c.a.get('step')==1 else None
         if known is None: return self.fix(l, [d], c.why)
@@ -493,7 +494,7 @@ class _Trace(Watch, _Shared):
             n = min(abs(at), l.shape[d])
             self.pin(l.narrow(d, 0, n) if at>=0 else l.narrow(d, l.shape[d]-n, n), c.why)
     def spread(self, t, ids):
-        "Tensor `t` follows the sizes of layers `ids`"
+        "Tensor `t` follows the sizes of labels `ids`"
         known = self.shadows.get(t) or _Shadow(tuple(t.shape))
         ids = [_lift(l, t.dim()) for l in ids]
         new = [l for l in ids if not any(set(_varying(l))&set(_varying(o)) for o in (*known.ids,*known.par.values()))]
@@ -789,9 +790,9 @@ def _pointwise(tr, c):
     if len(c.tensors)==1 and len(c.x.ids)==1 and not c.x.par and len(c.x.shape)==n:
         return tr.pass_on(c.y, list(c.x.ids) if _keeps_zero(tr, c) else [tr.fresh(c.x.ids[0], c.why)])
     parts = [tr.unexpanded(o, c.a[k]).lift(n) for k,o in c.tensors.items()]
-    layered = [p for p in parts if p.ids]
-    if not layered: return _combined(tr, c, parts)
-    same = len(layered)==1 and _keeps_zero(tr, c)
+    labelled = [p for p in parts if p.ids]
+    if not labelled: return _combined(tr, c, parts)
+    same = len(labelled)==1 and _keeps_zero(tr, c)
     kind = {'mul':'mul', '_prelu_kernel':'mul', 'add':'add', 'sub':'add'}.get(c.name, 'map')
     if kind=='add' and same:
         for p in parts: p.kind = p.kind or 'shift'
@@ -853,7 +854,7 @@ def _accumulated(tr, c):
     tr.put(c.y, y)
 
 def _beside(tr, c):
-    "Layers of the input that do not vary along the dimensions of `c`; what does, has to stay"
+    "Labels of the input that do not vary along the dimensions of `c`; what does, has to stay"
     dims = c.dims()
     tr.hold(c.x.par, c.why)
     for l in c.x.ids: tr.fix(l, dims, c.why)
@@ -935,6 +936,19 @@ def spatial_dims(name, n): # Of an operation; dimensions of its input
     said = re.search(r'(\d)d', name)
     return int(said[1]) if said else n-2
 
+def _slid(tr, c, l, k):
+    "Labels of what a window gives that slides over the channels of labels `l`, one step at a time and along one of the last `k` dimensions: each with its neighbours"
+    n,v = len(c.x.shape),_varying(l)
+    if c.meaning not in ('average_pool','max_pool') or 'kernel_size' not in c.a or len(v)>1 or v[0]<n-k: return
+    (d,), at = v,lambda o: ([*o]*(k if len(o)==1 else 1))[v[0]-n+k] if isinstance(o, (tuple,list)) else o
+    size = at(c.a['kernel_size'])
+    if at(c.a.get('stride') or c.a['kernel_size'])!=1 or at(c.a.get('dilation', 1))!=1: return
+    first,m = size//2-at(c.a.get('padding', 0)),c.y.shape[d]
+    if first<0 or first+m>l.shape[d]: return
+    tr.mix(l, [d], c.why)
+    for rest in (l.narrow(d, 0, first),l.narrow(d, first+m, l.shape[d]-first-m)): tr.pin(rest, c.why)  # they make nothing of their own
+    return tr.fresh(l.narrow(d, first, m), c.why)
+
 @channels('average_pool', 'max_pool', 'unpool', 'nearest', 'resize', 'edge_pad', 'sample')
 def _spatial(tr, c):
     "Pooling, resizing, padding: each channel by itself, along the last dimensions"
@@ -944,10 +958,12 @@ def _spatial(tr, c):
         if o is c.x: continue
         tr.hold(o.par, c.why)
         for l in o.ids: tr.pin(l, c.why)
-    for l in c.x.ids: tr.fix(l, range(n-k, n), c.why)
+    slid = {id(l):y for l in c.x.ids if (y := _slid(tr, c, l, k)) is not None}
+    for l in c.x.ids:
+        if id(l) not in slid: tr.fix(l, range(n-k, n), c.why)
     flat = lambda l: all(d<n-k for d in _varying(l))
     tr.hold({i:j for i,j in c.x.par.items() if not flat(j)}, c.why)
-    tr.put(c.y, _Shadow(tuple(c.y.shape), list(filter(flat, c.x.ids)), {i:j for i,j in c.x.par.items() if flat(j)}, direct=False))
+    tr.put(c.y, _Shadow(tuple(c.y.shape), [*filter(flat, c.x.ids),*slid.values()], {i:j for i,j in c.x.par.items() if flat(j)}, direct=False))
 
 @channels('window')
 def _windows(tr, c):
@@ -1087,7 +1103,7 @@ def _weighed(tr, c, x, w, d, i, o):
     return [*x.beside(d), new]
 
 def _contracted(tr, c, a, b):
-    "Layers of the product of activations `a` and `b` over the last dimension of both"
+    "Labels of the product of activations `a` and `b` over the last dimension of both"
     for l in a.along(-1)+b.along(-1):
         tr.fix(l, [l.dim()-2], c.why)
         tr.mix(l, range(l.dim()), c.why)  # how many are summed often sets a scale
@@ -1301,7 +1317,7 @@ class ChannelGraph:
         return any((r!=r.narrow(d, 0, 1)).any() for d in dims)
 
     def _tie_along(self, l, dims, why):
-        "Where sizes along `dims` are fixed, what stands at one place of the other dimensions of layer `l` goes together: whole heads. Was there anything to tie?"
+        "Where sizes along `dims` are fixed, what stands at one place of the other dimensions of labels `l` goes together: whole heads. Was there anything to tie?"
         if len(dims)==len(_varying(l)) or not self._varies(l, dims): return False
         first = l.amax(dims, keepdim=True)
         a,b = (o.flatten() for o in torch.broadcast_tensors(l, first))

@@ -239,7 +239,7 @@ def _choose(c):
 
 def _either(c, a, b, unknown):
     "The result of `c`, which is `a` or `b`: where that is `unknown`, only what is the same"
-    bad = unknown&~torch.as_tensor(a==b)
+    bad = unknown&(a!=b)
     out = _plain(c)
     c.hide(out, bad.broadcast_to(out.shape))
     return out
@@ -393,7 +393,7 @@ class _Reading(_Trace):
     def taint(self, t): self.tainted[t.untyped_storage().data_ptr()] = t
     def unknown_of(self, o):
         "Which of the numbers of `o` are unknown"
-        if not isinstance(o, Tensor): return torch.zeros((), dtype=torch.bool)
+        if not isinstance(o, Tensor): return torch.zeros((), dtype=torch.bool, device='cpu')
         if _exact(o): return o.isnan()
         mask = self.masks.get(o)
         return torch.full_like(o, self.is_tainted(o), dtype=torch.bool) if mask is None else mask

@@ -26,22 +26,22 @@ class Attr:
 class Axis:
     "How many entries there are along a dimension of a tensor whose channels are known, or of a parameter"
     n: int # How many there were when the model ran
-    layers: list = field(default_factory=list) # Channel numbers, which vary along `dim`
+    labels: list = field(default_factory=list) # Channel numbers, which vary along `dim`
     dim: int = 0
     param: tuple = None # Or (name, dimension) of a parameter
     stop: int = None # Of the first entries only
     par: dict = None # Of a tensor made of parameters: indices into each
     def settle(self):
         "Find out what it is of, as soon as the model has run; is that known?"
-        if self.stop is not None: self.layers = [o.narrow(self.dim, 0, self.stop) for o in self.layers]
+        if self.stop is not None: self.labels = [o.narrow(self.dim, 0, self.stop) for o in self.labels]
         every = torch.arange(self.n, device='cpu')
         whole = [k for k,rows in (self.par or {}).items() if torch.equal(rows.flatten(), every)]
         if whole: self.param = whole[0]
         self.stop = self.par = None
-        return bool(self.layers or self.param)
+        return bool(self.labels or self.param)
     def rows(self):
         "Channel numbers of each entry: [entries, numbers of one]"
-        return torch.cat([o.movedim(self.dim, 0).reshape(o.shape[self.dim], -1) for o in self.layers], 1)
+        return torch.cat([o.movedim(self.dim, 0).reshape(o.shape[self.dim], -1) for o in self.labels], 1)
     def __str__(self): return f'{self.n} channels'
 
 _SIGNS = {'+':operator.add, '-':operator.sub, '*':operator.mul, '//':operator.floordiv, '%':operator.mod}
@@ -112,7 +112,7 @@ def is_layer(
     m:nn.Module, # Any module
 ):
     "Is `m` a layer whose attributes are told by its weight?"
-    return isinstance(m, _LAYERS) or type(m).__name__ in ('RMSNorm','Conv1D')
+    return isinstance(m, _LAYERS) or type(m).__name__ in ('RMSNorm','Conv1D','DeformConv2d')
 
 def _counted(m):
     "Attributes of layer `m` that count what its weight has along a dimension, with that dimension"
@@ -390,8 +390,8 @@ class Telling(Watching):
         if n==0: return n
         name,known = about or self.about(t)
         if name is not None: return Axis(n, param=(name,dim)) if stop is None else None
-        layers = [o for o in known.ids if o.shape[dim]>1] if known else []
-        if layers: return Axis(n, layers, dim, None, stop)
+        labels = [o for o in known.ids if o.shape[dim]>1] if known else []
+        if labels: return Axis(n, labels, dim, None, stop)
         if t.layout==torch.strided and t.shape[dim]>1 and t.stride(dim)==0: return None  # expanded: goes with what it meets
         par = {k:rows for k,rows in known.par.items() if rows.shape[dim]>1} if known else {}
         if not par: return n
@@ -430,7 +430,7 @@ class Telling(Watching):
         for p in places:
             axis = p.given.source if isinstance(p.given, Told) else None
             if not isinstance(axis, Axis) or p.n<2 or p.stop is None and p.of.stride(p.dim): continue
-            for l in axis.layers if axis.stop is None else ():
+            for l in axis.labels if axis.stop is None else ():
                 if l.numel()==p.n: found.append(l.reshape([-1 if d==p.dim else 1 for d in range(p.of.dim())]))
                 elif axis.dim-l.dim()==p.dim-p.of.dim() and all(m in (1,n) for m,n in zip(l.shape[::-1], p.of.shape[::-1])): found.append(l)
         if found: self.trace.spread(places[0].of, found)

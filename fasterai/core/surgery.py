@@ -270,6 +270,7 @@ def _told_by_weight(m):
     if isinstance(m, nn.GroupNorm): return _of_group_norm(m, len(w))
     if isinstance(m, (nn.Embedding,nn.EmbeddingBag)): return dict(embedding_dim=w.shape[1])
     if isinstance(m, nn.PReLU): return dict(num_parameters=len(w))
+    if type(m).__name__=='DeformConv2d': return dict(in_channels=w.shape[1]*m.groups, out_channels=w.shape[0])
     if type(m).__name__=='Conv1D': return dict(nf=w.shape[1], **(dict(nx=w.shape[0]) if hasattr(m, 'nx') else {}))
     return {}
 
@@ -576,10 +577,10 @@ def legal(
 ):
     "A cut copy of `model` that runs, its plan, and the classes that could be removed: `removed` but for those that its code insists on"
     case = _Case(model, graph, biases, {} if why is None else why)
-    removed = case.fitted(removed)
-    while problem := case.tried(removed):
+    removed = case.fitted(removed)  # by what is known of the code, without a run
+    while problem := case.tried(removed):  # a run with weights
         removed = case.fitted(case.fewer(removed, problem))
-        while case.on_meta and (problem := case.tried_on_meta(removed)):
+        while case.on_meta and (problem := case.tried_on_meta(removed)):  # runs without, until one fits
             removed = case.fitted(case.fewer(removed, problem))
     return case.new,case.plan,removed
 
@@ -604,7 +605,7 @@ def cut(
 
 # %% ../../nbs/core/10_surgery.ipynb #778f0e2d
 def _kept_along(graph, gone, l):
-    "What is left along each dimension of layer `l` once `gone` is"
+    "What is left along each dimension of labels `l` once `gone` is"
     keep = ~gone[graph.classes(l)]
     return [keep.any([e for e in range(l.dim()) if e!=d]) if l.dim()>1 else keep for d in range(l.dim())]
 
@@ -623,5 +624,5 @@ def follow_cut(
         s.ids = s.ids[left(s.ids)]
     graph.mixes = [(ids[left(ids)],why) for ids,why in graph.mixes]
     graph.reshapes = [(smaller(a),smaller(b),where) for a,b,where in graph.reshapes]
-    for o in _Count(graph).axes: o.layers = [smaller(l) for l in o.layers]
+    for o in _Count(graph).axes: o.labels = [smaller(l) for l in o.labels]
     graph._follow()

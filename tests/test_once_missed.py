@@ -1,0 +1,134 @@
+"""What the library once got wrong on networks, tensors and wrappers that it did not make itself, each with the smallest input that shows it"""
+import contextlib, copy, warnings
+import pytest, torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.ops import DeformConv2d
+from fasterai.misc.all import BN_Folder, Conv_Decomposer, FC_Decomposer
+from fasterai.prune.all import Pruner
+from fasterai.sparse.all import Sparsifier
+from tiny import Net, warnings_are
+
+x = torch.randn(2,3,10,10)
+def conv(i, o, k=3, **kw): return nn.Conv2d(i, o, k, **kw)
+
+@contextlib.contextmanager
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        yield
+
+def dead(model, layer, n=3):
+    "`model` in eval mode, with `n` filters of zeros in `layer`"
+    with torch.no_grad():
+        m = model.get_submodule(layer)
+        m.weight[:n],m.bias[:n] = 0,0
+    return model.eval()
+
+BETWEEN = dict(normalize=lambda t: F.normalize(t, dim=1), cumsum=lambda t: t.cumsum(2), gather=lambda t: t.gather(3, torch.zeros(1,1,1,1, dtype=torch.long).expand(*t.shape[:3], 2)),
+    grid_sample=lambda t: F.grid_sample(t, F.affine_grid(torch.eye(2,3)[None].expand(len(t),-1,-1), t.shape, align_corners=False), align_corners=False), sort=lambda t: t.sort(2).values,
+    topk=lambda t: t.topk(3, 3).values, median=lambda t: t.median(2, keepdim=True).values, tril=lambda t: t.tril(), fold=lambda t: F.fold(F.unfold(t, 2), t.shape[2:], 2), lrn=lambda t: F.local_response_norm(t, 2),
+    fft=lambda t: torch.fft.fft2(t).real, scatter=lambda t: t.scatter(2, torch.zeros(1,1,1,1, dtype=torch.long).expand(len(t), t.shape[1], 1, t.shape[3]), 0.))
+
+@pytest.mark.parametrize('f', BETWEEN.values(), ids=BETWEEN)
+def test_between_two_convolutions(f):
+    model = dead(Net(lambda s,x: s.b(f(s.a(x))), a=conv(3,8), b=conv(8,4,1)), 'a')
+    with warnings_are('ignore'): small = Pruner().prune_model(model, x)
+    torch.testing.assert_close(small(x), model(x))
+    assert small.a.out_channels==(8 if f is BETWEEN['lrn'] else 5)  # which takes neighbours together, and says so
+    Pruner(model, 50, example_inputs=x).prune_model()
+    assert model.a.out_channels==4
+
+def test_a_detector():
+    "Boxes are values that nobody knows, and must not be taken for places in memory"
+    torch.manual_seed(0)
+    backbone = nn.Sequential(conv(3,8,stride=2), nn.ReLU(), conv(8,8,stride=2), nn.ReLU())
+    backbone.out_channels = 8
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    model = FasterRCNN(backbone, 3, min_size=64, max_size=64, rpn_anchor_generator=AnchorGenerator(((16,),), ((1.,),)), rpn_pre_nms_top_n_test=20, rpn_post_nms_top_n_test=5)
+    dead(model, 'backbone.0')
+    with warnings_are('ignore'): small = Pruner().prune_model(model, ([torch.rand(3,64,64)],))
+    assert small.backbone[0].out_channels==5
+    img = [torch.rand(3,64,64)]
+    assert all(torch.allclose(small(img)[0][k], v, atol=1e-5) for k,v in model(img)[0].items())
+
+def test_deformed_convolutions():
+    model = dead(Net(lambda s,x: s.b(s.d(s.a(x), s.o(x))), a=conv(3,8,padding=1), o=conv(3,18,padding=1), d=DeformConv2d(8,6,3,padding=1), b=conv(6,4,1)), 'a')
+    with quiet(): small = Pruner().prune_model(model, x)
+    assert small.d.in_channels==5
+    torch.testing.assert_close(small(x), model(x))
+    with warnings_are('ignore'): Pruner(model, 50, example_inputs=x).prune_model()
+    assert (model.d.in_channels,model.d.out_channels)==(4,3)
+
+@pytest.mark.filterwarnings('ignore')
+def test_prepared_by_fx():
+    from torch.ao.quantization import get_default_qat_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+    net = nn.Sequential(conv(3,8), nn.ReLU(), conv(8,4))
+    model = prepare_qat_fx(net.train(), get_default_qat_qconfig_mapping('x86'), (x,))
+    model(x)
+    Pruner(model.eval(), 50, example_inputs=x).prune_model()
+    first = next(m for m in model.modules() if hasattr(m, 'out_channels'))
+    assert first.out_channels==4 and model(x).shape==(2,4,6,6)
+
+class NormAct(nn.BatchNorm2d):
+    "A norm that does more, as other libraries have them"
+    def __init__(self, n):
+        super().__init__(n)
+        self.drop,self.act = nn.Identity(),nn.SiLU()
+    def forward(self, x): return self.act(self.drop(super().forward(x)))
+
+def test_a_norm_with_an_activation_of_its_own():
+    model = nn.Sequential(conv(3,8), NormAct(8), conv(8,4), NormAct(4)).eval()
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(), m.running_var.uniform_(.5,2), m.weight.normal_(), m.bias.normal_()
+    with quiet(): folded = BN_Folder().fold(model, x)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-3, atol=1e-4)
+
+SPOKEN = dict(number=(lambda m: Pruner(50).prune_model(m), ValueError, 'the model comes first'), nothing=(lambda m: Pruner(m).prune_model(), UserWarning, 'nothing to remove'),
+    no_zeros=(lambda m: Pruner().prune_model(m), UserWarning, 'nothing to remove'), scripted=(lambda m: Pruner().prune_model(torch.jit.script(m)), ValueError, 'no layers to look into'),
+    no_norm=(lambda m: BN_Folder().fold(m), UserWarning, 'no BatchNorm'))
+
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
+@pytest.mark.parametrize('call,kind,says', SPOKEN.values(), ids=SPOKEN)
+def test_who_asks_and_gets_nothing_is_told(call, kind, says):
+    with pytest.raises(kind, match=says) if kind is ValueError else pytest.warns(kind, match=says): call(nn.Sequential(conv(3,8), nn.ReLU(), conv(8,4)).eval())
+
+def test_transformers_keep_what_a_norm_ties():
+    "Zeros that a LayerNorm takes together with others stay, and a warning says so"
+    torch.manual_seed(0)
+    from torchvision.models import VisionTransformer
+    model,image = VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=3).eval(),torch.randn(1,3,16,16)
+    with warnings_are('ignore'): Sparsifier(model, 'filter', coupled=True, example_inputs=image).sparsify_model(40)
+    with pytest.warns(UserWarning, match='did not go: .*takes all channels together'): small = Pruner().prune_model(model, image)
+    torch.testing.assert_close(small(image), model(image))
+
+@pytest.mark.parametrize('wrap', [nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm])
+def test_one_layer_with_a_computed_weight(wrap):
+    model = nn.Sequential(conv(3,8), nn.ReLU(), wrap(conv(8,8)), nn.ReLU(), conv(8,4))
+    with pytest.warns(UserWarning, match='1 layer is left out.* 2 by '): Sparsifier(model, 'filter').sparsify_model(50)
+    assert [int((model[i].weight==0).flatten(1).all(1).sum()) for i in (0,2,4)]==[4,0,2]
+
+def test_a_weight_that_is_expanded():
+    model = nn.Sequential(nn.Linear(3,8), nn.Linear(8,16))
+    model[1].weight = nn.Parameter(torch.randn(1,8).expand(16,8))
+    was = copy.deepcopy(model[0].weight)
+    with pytest.raises(ValueError, match='1.weight has elements that share memory'): Sparsifier(model, layer_type=nn.Linear).sparsify_model(50)
+    assert torch.equal(model[0].weight, was)
+
+def test_numbers_that_cannot_be_ranked():
+    model = nn.Sequential(conv(3,8), nn.ReLU(), conv(8,4))
+    model[0].weight.data[0] = torch.nan
+    for call in (lambda: Pruner(model, 50, example_inputs=x).prune_model(), lambda: Pruner().prune_model(model, x), lambda: Sparsifier(model).sparsify_model(50), lambda: Conv_Decomposer().decompose(model)):
+        with pytest.raises(ValueError, match='numbers of 0.weight are nan'): call()
+    linear = nn.Sequential(nn.Linear(8,8))
+    linear[0].weight.data[0] = torch.inf
+    with pytest.raises(ValueError, match='numbers of 0.weight are nan'): FC_Decomposer().decompose(linear)
+
+def test_layers_without_entries():
+    with pytest.raises(ValueError, match='.') as e: Sparsifier(nn.Sequential(nn.Linear(0,4)), layer_type=nn.Linear).sparsify_model(50)
+    print(e.value)
+    assert 'it has Linear' not in str(e.value)
