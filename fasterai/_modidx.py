@@ -676,6 +676,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fasterai.core.graph._gathered': ('core/graph.html#_gathered', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._group_normed': ('core/graph.html#_group_normed', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._indexed': ('core/graph.html#_indexed', 'fasterai/core/graph.py'),
+                                     'fasterai.core.graph._is_whole': ('core/graph.html#_is_whole', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._joined': ('core/graph.html#_joined', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._keeps_zero': ('core/graph.html#_keeps_zero', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._layer_normed': ('core/graph.html#_layer_normed', 'fasterai/core/graph.py'),

@@ -609,7 +609,7 @@ def test_queries_that_share_keys():
     assert (model.q.out_features,model.k.out_features,model.v.out_features)==(16,8,6)
 
 def test_operations_of_operations():
-    "Attention whose scores a function changes is looked into: the layers around it go"
+    "Attention whose scores a function changes is looked into"
     from torch.nn.attention.flex_attention import flex_attention
     def attend(s, x):
         q,k,v = (l(x).view(*x.shape[:2], 2, -1).transpose(1, 2) for l in (s.q,s.k,s.v))
@@ -620,7 +620,7 @@ def test_operations_of_operations():
         assert unknown_ops(model, tokens)=={}
         small = Pruner().prune_model(model, tokens)
         Pruner(model, 50, example_inputs=tokens).prune_model()
-        assert (small.o.out_features,model.o.out_features)==(5,4) and small(tokens).shape==model(tokens).shape==(2,5,3)
+        assert (small.o.out_features,model.o.out_features,model.q.out_features,model.v.out_features)==(5,4,8,8) and small(tokens).shape==model(tokens).shape==(2,5,3)
 
 class Spectral(nn.Module):
     "A product with complex numbers, and layers beside it"

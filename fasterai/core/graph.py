@@ -782,11 +782,15 @@ def _keeps_zero(tr, c):
     if key not in tr.zeros: tr.zeros[key] = bool((tree_leaves(c.redo(torch.zeros(1, device='cpu')))[0]==0).all())
     return tr.zeros[key]
 
+def _is_whole(t): "Is `t` no part of a larger tensor?"; return not t._is_view() or t.numel()*t.element_size()==t._base.numel()*t._base.element_size()
+
 @channels('each', 'like')
 def _pointwise(tr, c):
     "Channels that meet become the same"
     if any(o.ids or o.par for v in c.lists.values() for o in v): raise _Unknown
     n = c.y.dim()
+    if c.name=='copy' and tr.apart and not (c.x.ids or c.x.par) and c.x.shape==c.get('src').shape and _is_whole(c.a['self']):
+        return tr.put(c.y, c.get('src').each(lambda l: l, c.y.shape))  # code of PyTorch takes the size of what it makes from what it puts there
     if len(c.tensors)==1 and len(c.x.ids)==1 and not c.x.par and len(c.x.shape)==n:
         return tr.pass_on(c.y, list(c.x.ids) if _keeps_zero(tr, c) else [tr.fresh(c.x.ids[0], c.why)])
     parts = [tr.unexpanded(o, c.a[k]).lift(n) for k,o in c.tensors.items()]
@@ -873,7 +877,7 @@ def _transformed(tr, c):
     "Each channel by itself, along the dimensions that are transformed"
     tr.put_ids(c.y, _beside(tr, c))
 
-@channels('complex')
+@channels('complex_view')
 def _complex(tr, c):
     "A complex number is two real ones along a last dimension"
     if c.name=='view_as_real': return tr.put(c.y, c.x.each(lambda l: l.unsqueeze(-1), c.y.shape))

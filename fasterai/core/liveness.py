@@ -329,7 +329,7 @@ def _watch_and_round(c):
     return y.masked_fill_(x.isnan() if c.made_of_parameters else x!=0, torch.nan),mask
 
 @values('same', 'permute', 'view', 'expand', 'repeat', 'slice', 'split', 'strided', 'diagonal', 'roll', 'triangle', 'index', 'join', 'window', 'to_columns', 'pixel_shuffle',
-    'pixel_unshuffle', 'channel_shuffle', 'complex', 'edge_pad', 'nearest', 'resize', 'blank', 'like', 'copy', 'fill', 'zero')
+    'pixel_unshuffle', 'channel_shuffle', 'complex_view', 'edge_pad', 'nearest', 'resize', 'blank', 'like', 'copy', 'fill', 'zero')
 def _move(c): "What is unknown moves along"; return _plain(c)
 
 def _move_choice(c):

@@ -44,7 +44,7 @@ _MEANINGS = dict(
     pixel_shuffle='pixel_shuffle',
     pixel_unshuffle='pixel_unshuffle',
     channel_shuffle='channel_shuffle native_channel_shuffle',
-    complex='view_as_real view_as_complex',
+    complex_view='view_as_real view_as_complex',
     # numbers that are written, or that are the same everywhere
     blank='''new_zeros new_ones new_full new_empty new_empty_strided empty empty_strided zeros ones full arange rand randn scalar_tensor''',
     like='zeros_like ones_like empty_like full_like rand_like randn_like',
@@ -55,7 +55,8 @@ _MEANINGS = dict(
     scatter='scatter scatter_add scatter_reduce',
     # each number by itself, with those at the same place in other inputs; and all that PyTorch tags so
     each='''copy fill zero masked_fill where relu relu6 hardtanh hardsigmoid hardswish leaky_relu elu celu selu gelu silu mish softplus softshrink hardshrink threshold
-        _prelu_kernel log_sigmoid_forward rsub floor_divide bernoulli native_dropout dropout feature_dropout rrelu_with_noise clamp clamp_min clamp_max lerp addcmul addcdiv add sub neg mul div''',
+        _prelu_kernel log_sigmoid_forward rsub floor_divide bernoulli native_dropout dropout feature_dropout rrelu_with_noise clamp clamp_min clamp_max lerp addcmul addcdiv add sub neg mul div
+        complex polar''',
     fake_quantize='''fake_quantize_per_tensor_affine fake_quantize_per_tensor_affine_cachemask _fake_quantize_per_tensor_affine_cachemask_tensor_qparams
         fake_quantize_per_channel_affine fake_quantize_per_channel_affine_cachemask _fused_moving_avg_obs_fq_helper''',
     gate='glu',
