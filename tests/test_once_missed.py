@@ -124,11 +124,15 @@ def test_numbers_that_cannot_be_ranked():
     model[0].weight.data[0] = torch.nan
     for call in (lambda: Pruner(model, 50, example_inputs=x).prune_model(), lambda: Pruner().prune_model(model, x), lambda: Sparsifier(model).sparsify_model(50), lambda: Conv_Decomposer().decompose(model)):
         with pytest.raises(ValueError, match='numbers of 0.weight are nan'): call()
+    normed = nn.Sequential(conv(3,8), nn.ReLU(), conv(8,4))
+    with torch.no_grad(): normed[0].weight[:3] = 0
+    nn.utils.parametrizations.weight_norm(normed[0])  # the norm of a filter of zeros divides it
+    for call in (lambda: Pruner(normed, 50, example_inputs=x).prune_model(), lambda: Pruner().prune_model(normed, x)):
+        with pytest.raises(ValueError, match='of 216 numbers of 0.weight are nan'): call()
     linear = nn.Sequential(nn.Linear(8,8))
     linear[0].weight.data[0] = torch.inf
     with pytest.raises(ValueError, match='numbers of 0.weight are nan'): FC_Decomposer().decompose(linear)
 
 def test_layers_without_entries():
-    with pytest.raises(ValueError, match='.') as e: Sparsifier(nn.Sequential(nn.Linear(0,4)), layer_type=nn.Linear).sparsify_model(50)
-    print(e.value)
+    with pytest.raises(ValueError) as e: Sparsifier(nn.Sequential(nn.Linear(0,4)), layer_type=nn.Linear).sparsify_model(50)
     assert 'it has Linear' not in str(e.value)

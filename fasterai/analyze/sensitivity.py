@@ -21,7 +21,7 @@ from ..core.criteria import criteria_of,large_final,needs
 from ..core.granularity import granularity_name, has_axes
 from ..core.registry import did_you_mean,named
 from ..core.graph import ChannelGraph,layer_of
-from ..core.running import call_with,plain_model
+from ..core.running import call_with,inputs_that_run,plain_model
 from ..core.liveness import spare_last
 from ..core.evidence import check_trained,evidence
 from ..core.selection import Scores,n_of,rounded_gone,select
@@ -363,7 +363,7 @@ class Sensitivity:
         if what not in self.how.budgets: raise ValueError(f'{what!r} is no budget of kind {self.kind!r}: {did_you_mean(what, self.how.budgets)}')
         if _checksum(self.how.model)!=self.setting.split()[-1]: raise ValueError('the model has changed since it was measured: ask for targets before, or measure a copy')
         k = what,id(inputs),tuple(map(tuple, self._choices().values()))
-        if k not in self._costs: self._costs[k] = self.how.cost(what, self._choices(), self.inputs if inputs is None else inputs),inputs
+        if k not in self._costs: self._costs[k] = self.how.cost(what, self._choices(), self.inputs if inputs is None else inputs_that_run(self.how.model, inputs)),inputs
         return self._costs[k][0]
 
 # %% ../../nbs/analyze/02_sensitivity.ipynb #f267c00d
@@ -424,7 +424,7 @@ def sensitivity(
         if o not in inspect.signature(make).parameters: raise ValueError(f'{o} has no meaning for kind {kind!r}')
     how = make(plain_model(model), levels, **given)
     res = Sensitivity(how, f'{kind} {how.said} {_checksum(how.model)}', higher_is_better)
-    res.inputs = example_inputs
+    res.inputs = None if example_inputs is None else inputs_that_run(how.model, example_inputs)
     _go_on(res, resume)
     with _log(res, resume) as note:
         if res.dense is None:

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from .registry import did_you_mean
 from .graph import ChannelGraph
-from .running import tensors_of,call_with,example_inputs_for,plain_model,untouched
-from .surgery import copy_of
+from .brought import check_finite,listed
+from .running import tensors_of,call_with,inputs_that_run,plain_model,untouched
+from .surgery import _sub,copy_of
 
 # %% ../../nbs/core/11_factorization.ipynb #f5bf5a23
 RIDGE = 1e-6  # how much an input that never occurred counts beside one of mean power
@@ -27,7 +28,6 @@ class LowRank:
     def __init__(self,
         w:Tensor, # Matrices [..., o, i]
     ):
-        if not w.is_meta and not w.isfinite().all(): raise ValueError('weights are not all finite')
         w = _wide(w)
         self.n_ranks = min(w.shape[-2:])
         self.q,self.r = (None,w) if w.shape[-2]<=w.shape[-1] else torch.linalg.qr(w)
@@ -247,8 +247,9 @@ def chosen(
 ):
     "Those of `names` that are meant by `given`; `ValueError` for one that means none"
     if given is None: return list(names)
+    given = listed(given, what)
     found,known = set(),{m:n for n,m in model.named_modules()}
-    for o in [given] if isinstance(given, (str,nn.Module)) else list(given):
+    for o in given:
         at = known.get(o) if isinstance(o, nn.Module) else o
         mine = [n for n in names if n==at or at=='' or isinstance(at, str) and n.startswith(f'{at}.')]
         if not mine: raise ValueError(f'{what}: no layer {o!r} to decompose: {did_you_mean(o, names)[:400]}')
@@ -285,7 +286,8 @@ class Decomposer:
         kinds = ' or '.join(t.__name__ for t in self.types)
         if not names: raise ValueError(f'this {type(model).__name__} has no {kinds} to decompose')
         wanted = self._wanted(model, names, how, layers, exclude)
-        inputs = example_inputs_for(model) if example_inputs is None else example_inputs
+        inputs = inputs_that_run(model, example_inputs)
+        check_finite([(_sub(n, 'weight'),w) for n in wanted if not (w := model.get_submodule(n).weight).is_meta], 'nothing can be told of what matters')
         shell = nn.Sequential(copy_of(model))
         at = {n:shell[0].get_submodule(n) for n in names}
         calls,left = replaceable(shell, {n:at[n] for n in wanted}, self.types, inputs)

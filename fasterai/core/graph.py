@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from .ops import PRODUCTS,Call,Watch,channels,macs,recurrent_weights
-from .running import SLIPS,as_in_training,call_with,check_shapes,example_inputs_for,naming,tensors_of,untouched
+from .running import SLIPS,as_in_training,call_with,check_shapes,example_inputs_for,inputs_that_run,naming,plain_model,tensors_of,untouched
 from .sizes import Telling
 
 # %% ../../nbs/core/08_graph.ipynb #cd7ac894
@@ -1431,4 +1431,6 @@ def unknown_ops(
     example_inputs=None, # A tensor, a tuple of arguments or a dict of keyword arguments; found by `example_inputs_for` if not given
 ) -> dict[str,list[str]]:
     "Operations that touch channels of `model` and that the library neither knows nor can take apart, with the places where they are called: what they touch cannot be removed"
-    return {name:list(dict.fromkeys(places)) for name,places in ChannelGraph(model, example_inputs).unknown.items()}
+    model = plain_model(model)
+    unknown = ChannelGraph(model, inputs_that_run(model, example_inputs)).unknown
+    return {name:list(dict.fromkeys(places)) for name,places in unknown.items()}

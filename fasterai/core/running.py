@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SLIPS', 'SOON', 'tensors_of', 'map_parts', 'plain', 'at_home', 'restored', 'untouched', 'call_with', 'batches_of',
-           'inputs_of', 'readers_of', 'Bystanders', 'without_readers', 'is_fake', 'innermost', 'plain_model',
-           'followable', 'check_shapes', 'example_inputs_for', 'inputs_for', 'check_runs', 'as_in_training', 'naming',
-           'with_bar', 'staged']
+           'inputs_of', 'readers_of', 'Bystanders', 'without_readers', 'check_module', 'is_fake', 'innermost',
+           'plain_model', 'followable', 'check_shapes', 'example_inputs_for', 'check_inputs', 'inputs_for', 'explained',
+           'check_runs', 'inputs_that_run', 'as_in_training', 'naming', 'with_bar', 'staged']
 
 # %% ../../nbs/core/06_running.ipynb #97aac5d9
 import copy,math,sys,warnings
@@ -436,9 +436,16 @@ def _instead(o):
 _DDP = nn.parallel.DistributedDataParallel
 def _is_script(m): return isinstance(m, torch.jit.ScriptModule)
 
+def check_module(
+    o, # What a user takes for a model
+    what:str='a model', # What it is called
+):
+    "`TypeError` that says what was given, and what to pass instead, if `o` is no model"
+    if not isinstance(o, nn.Module): raise TypeError(f'{what} is an nn.Module, not {_given(o)}{_instead(o)}')
+
 def _check_is_model(o):
     "`TypeError` if `o` is no model, `ValueError` if it is one that cannot be looked into"
-    if not isinstance(o, nn.Module): raise TypeError(f'a model is an nn.Module, not {_given(o)}{_instead(o)}')
+    check_module(o)
     if _is_script(o):
         raise ValueError(f'a {type(o).__name__} of TorchScript has no layers to look into: pass the model that it was made from, and script the result')
     if hasattr(o, '_fsdp_wrapped_module'):
@@ -566,6 +573,18 @@ def _tensor_of(array):
     if array.dtype.kind not in 'biufc': raise ValueError(f'an array of {array.dtype} holds no numbers: pass a tensor')
     return torch.from_numpy(np.array(array))
 
+_NO_VALUES = 'example_inputs are on the meta device and have no values, and the model is not: pass a tensor'
+
+def check_inputs(
+    example_inputs, # Whatever was given
+):
+    "`ValueError` for a shape in the place of a tensor, and for a batch without a sample"
+    for o in [example_inputs,*(example_inputs if isinstance(example_inputs, (tuple,list)) else [])]:
+        if _is_shape(o): raise ValueError(f'example_inputs {tuple(o)} is a shape, not an input: pass a tensor, torch.randn{tuple(o)}')
+    tensors = tensors_of(example_inputs)
+    if tensors and not any(o.numel() for o in tensors):
+        raise ValueError(f'example_inputs {_shown(example_inputs)} have no sample: pass at least one')
+
 def inputs_for(
     model:nn.Module, # Left as it is
     example_inputs=None, # A tensor, a tuple of arguments or a dict of keyword arguments; by default from `example_inputs_for`
@@ -573,8 +592,7 @@ def inputs_for(
     """Inputs to run `model` with. Tensors are plain ones, of the type of its parameters, and if none is where these are, they go
     there. `ValueError` for what is no input"""
     if example_inputs is None: return example_inputs_for(model)
-    for o in [example_inputs,*(example_inputs if isinstance(example_inputs, (tuple,list)) else [])]:
-        if _is_shape(o): raise ValueError(f'example_inputs {tuple(o)} is a shape, not an input: pass a tensor, torch.randn{tuple(o)}')
+    check_inputs(example_inputs)
     devices = {p.device for p in model.parameters()}
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     there = len(devices)!=1 or any(o.device in devices for o in tensors_of(example_inputs))  # what is elsewhere is meant to be
@@ -584,8 +602,8 @@ def inputs_for(
         if not isinstance(o, Tensor): return o
         o = plain(o)
         if len(dtypes)==1 and o.is_floating_point(): o = o.to(*dtypes)
+        if o.is_meta and torch.device('meta') not in devices: raise ValueError(_NO_VALUES)
         if o.device in devices or len(devices)!=1 or there and not array: return o  # an array is nowhere
-        if o.is_meta: raise ValueError('example_inputs are on the meta device and have no values, and the model is not: pass a tensor')
         return o.to(*devices)
     with at_home(): return map_parts(fit, example_inputs)
 
@@ -606,16 +624,35 @@ def _takes(model):
         if what: return f'; {n or "it"}, a {type(m).__name__}, takes {what}'
     return ''
 
+@contextmanager
+def explained(
+    model:nn.Module, # What runs inside
+    inputs, # With these
+    what:str='example_inputs', # What these are called
+    instead:str='Pass a tensor, a tuple of arguments or a dict of keyword arguments', # Advice
+):
+    "If `model` fails inside, a `ValueError`: what was given, what went wrong, and what is taken. A device without memory is no such case"
+    try: yield
+    except torch.OutOfMemoryError: raise
+    except SLIPS as e:
+        raise ValueError(f'this {type(model).__name__} does not run with {what} {_shown(inputs)}: {type(e).__name__}: {e}'
+                         f'{_takes(model)}. {instead}') from e
+
 def check_runs(
     model:nn.Module, # Left as it is
     inputs, # As from `inputs_for`
 ):
-    "`ValueError` if `model` does not run with `inputs`: what was given, what went wrong, and what is taken"
-    try:
-        with untouched(model): call_with(model, inputs)
-    except SLIPS as e:
-        raise ValueError(f'this {type(model).__name__} does not run with example_inputs {_shown(inputs)}: {type(e).__name__}: {e}'
-                         f'{_takes(model)}. Pass a tensor, a tuple of arguments or a dict of keyword arguments') from e
+    "`ValueError` if `model` does not run with `inputs`, as from `explained`"
+    with explained(model, inputs), untouched(model): call_with(model, inputs)
+
+def inputs_that_run(
+    model:nn.Module, # Left as it is
+    example_inputs=None, # A tensor, a tuple of arguments or a dict of keyword arguments; by default from `example_inputs_for`
+):
+    "`inputs_for`, after `model` has run with those that were given"
+    inputs = inputs_for(model, example_inputs)
+    if example_inputs is not None: check_runs(model, inputs)
+    return inputs
 
 # %% ../../nbs/core/06_running.ipynb #fe28e0ef
 @contextmanager

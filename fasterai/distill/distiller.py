@@ -11,15 +11,13 @@ from contextlib import contextmanager
 from functools import partial
 import torch
 from torch import nn, Tensor
-from ..core.brought import plain_name
+from ..core.brought import listed, plain_name
 from ..core.registry import did_you_mean
-from ..core.running import call_with, example_inputs_for, innermost, tensors_of, untouched
+from ..core.running import call_with, check_inputs, check_module, example_inputs_for, explained, innermost, tensors_of, untouched
 from ..core.schedule import schedule_of
 from .losses import SoftTarget, compares_any_shape, loss_name, loss_needs, loss_of, meet, takes_axis
 
 # %% ../../nbs/distill/02_distiller.ipynb #960164a9
-def _names(given): return [] if given is None else [given] if isinstance(given, (str,nn.Module)) else list(given)
-
 def _layers(model, given, whose):
     "Names of the layers `given`, in their order, and these layers of `model` by name; `ValueError` with the closest name"
     if not given: return [],{}
@@ -60,7 +58,8 @@ def _overwritten(layers, model, inputs):
         if isinstance(out, Tensor): versions[name] = out._version
     with untouched(model), _watching(layers, kept):
         handles = [m.register_forward_hook(partial(note, o)) for o,m in layers.items()]
-        try: call_with(model, inputs)
+        try:
+            with explained(model, inputs): call_with(model, inputs)
         finally:
             for h in handles: h.remove()
         return kept, {o for o,v in versions.items() if kept[o]._version!=v}
@@ -92,6 +91,8 @@ class Distiller:
     ):
         self.teacher = teacher if isinstance(teacher, nn.Module) else getattr(teacher, 'model', None)
         if not isinstance(self.teacher, nn.Module): raise TypeError(f'a teacher is an nn.Module, or has one as its .model, not {type(teacher).__name__}')
+        away = next((n for n,p in self.teacher.named_parameters() if p.is_meta), None)
+        if away is not None: raise ValueError(f'{away} of the teacher is on the meta device and has no values: load them first')
         self.losses = {}
         for f in map(loss_of, loss if isinstance(loss, (list,tuple)) else [loss]):
             n = sum(loss_name(o)==loss_name(f) for o in self.losses.values())
@@ -99,7 +100,7 @@ class Distiller:
         if not self.losses: raise ValueError('a loss is needed: a function, or one of kd_losses by name')
         self.of_maps = {o for o,f in self.losses.items() if {'fm_s','fm_t'} & {*loss_needs(f)}}
         self.exact = {o for o in self.of_maps if not compares_any_shape(self.losses[o])}
-        self.given,given = _names(activations_student),_names(activations_teacher)
+        self.given,given = listed(activations_student, 'activations_student'),listed(activations_teacher, 'activations_teacher')
         if len(self.given)!=len(given): raise ValueError(f'layers come in pairs: {len(self.given)} of the student ({self.given}), {len(given)} of the teacher ({given})')
         if self.of_maps and not given: raise ValueError(f'{", ".join(self.of_maps)} compares feature maps: give activations_student and activations_teacher, the layers to compare; match_feature_layers proposes some')
         if given and not self.of_maps: raise ValueError(f'layers are given, and {", ".join(self.losses)} does not look at them: add a loss of feature maps, such as Attention')
@@ -119,6 +120,7 @@ class Distiller:
 
     def check(self, student): # The network that is to learn
         "Names and layers of `student` that are compared; `ValueError` if it has no such layers, or shares parameters with the teacher"
+        check_module(student, 'a student')
         shared = {id(p) for p in self.teacher.parameters()} & {id(p) for p in student.parameters()}
         if shared: raise ValueError('the student and its teacher share parameters, which would be trained: give a deepcopy as the teacher')
         return _layers(student, self.given, 'student')
@@ -131,6 +133,7 @@ class Distiller:
         names,layers = self.check(student)
         self.known = {}
         if names:
+            check_inputs(xb)
             kept,copied = _overwritten(layers, innermost(student), xb)
             fm_s = _maps(kept, names, 'student')
             self._to_device(xb)
@@ -264,7 +267,7 @@ def _stages(model, inputs):
         if size not in last or name.count('.')<=last[size].count('.'): last[size] = name  # not the first layers of the next stage's first block
     handles = [m.register_forward_hook(partial(note, n)) for n,m in model.named_modules() if n]
     try:
-        with untouched(model): call_with(model, inputs)
+        with explained(model, inputs), untouched(model): call_with(model, inputs)
     finally:
         for h in handles: h.remove()
     return last
@@ -276,8 +279,11 @@ def match_feature_layers(
     example_inputs=None, # Inputs that both run with: a tensor or a tuple; by default a size that the student runs with is found
 )->tuple[list,list]: # Names of the student's layers and of the teacher's, in the same order
     "Propose pairs of layers: for each size of feature maps that both networks have, the last of the outermost layers that give it"
-    teacher = teacher if isinstance(teacher, nn.Module) else teacher.model
+    teacher = getattr(teacher, 'model', teacher) if not isinstance(teacher, nn.Module) else teacher
+    check_module(student, 'a student')
+    check_module(teacher, 'a teacher')
     x = example_inputs_for(innermost(student)) if example_inputs is None else example_inputs
+    check_inputs(x)
     s,t = (_stages(innermost(o), x) for o in (student,teacher))
     both = [o for o in s if o in t and max(o)>1]
     if not both: raise ValueError(f'no feature maps of the same size: the student has {", ".join(map(str, s)) or "none"}, the teacher {", ".join(map(str, t)) or "none"}')

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 import torch
 from torch import nn,Tensor
-from torch.utils._pytree import tree_leaves,tree_map
+from torch.utils._pytree import tree_leaves
+from ..core.brought import check_held
 from ..core.flow import Flow,Step,Value,Visit,_hooked
 from ..core.graph import _lift,_shrink,_varying,layer_of
 from ..core.ops import scales
-from ..core.running import SLIPS,call_with,plain,plain_model,untouched
+from ..core.running import SLIPS,call_with,inputs_that_run,plain_model,untouched
 from ..core.proof import check_choices,check_same
 from ..core.surgery import _add_bias,copy_of
 from ..legacy import old_function
@@ -869,12 +870,13 @@ class BN_Folder:
     ):
         "A copy of `model` with its norms folded, and one warning if some stay; a `ValueError` if the outputs change"
         model = plain_model(model)
-        if any(p.is_meta for p in _tensors(model).values()): raise ValueError('a model on the meta device has no numbers to fold')
+        check_held(_tensors(model))
         with _plainly(model): return self._fold(model, self.example_inputs if example_inputs is None else example_inputs)
 
     def _fold(self, model, inputs):
+        inputs = inputs_that_run(model, inputs)
         copies = [_prepared(model)]
-        flow = Flow(copies[0][0], tree_map(plain, inputs))
+        flow = Flow(copies[0][0], inputs)
         with torch.device('cpu'): found = _Found(copies[0][0], flow)
         def attempt(left, dissolve):
             "A folded copy and its plan; an error if it does not run, or computes something else"

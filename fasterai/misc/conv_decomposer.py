@@ -11,7 +11,9 @@ from functools import cached_property
 import torch
 from torch import nn
 from ..core.factorization import Choice,Decomposer,LowRank,_wide,with_weight
+from ..core.brought import check_held
 from ..core.registry import named
+from ..core.running import inputs_that_run,plain_model
 from ..core.selection import n_of
 
 # %% ../../nbs/misc/03_conv_decomposer.ipynb #2dc6ffe2
@@ -161,7 +163,9 @@ class Conv_Decomposer(Decomposer):
         """A copy of `model` with convolutions decomposed. A layer that would take no fewer weights, or more multiply-accumulates, stays, and so does one of which more is
         read than its output. `ValueError` for wrong names and fractions, for a model without convolutions, and for a budget out of reach"""
         named('method', conv_methods, method)
-        self.method = method
+        self.method,model = method,plain_model(model)
+        check_held((n,p) for n,p in model.named_parameters() if not p.is_meta)  # shapes need no values
+        if example_inputs is not None: example_inputs = inputs_that_run(model, example_inputs)
         return self._decompose(model, percent_removed, energy_threshold, params, macs, layers, exclude, example_inputs)
 
     def choice(self, layer, calls):

@@ -11,7 +11,8 @@ from functools import cached_property
 import torch
 from torch import nn
 from ..core.factorization import Choice,Decomposer,LowRank,with_weight
-from ..core.running import batches_of,call_with,inputs_of,untouched
+from ..core.brought import check_held
+from ..core.running import batches_of,call_with,inputs_of,inputs_that_run,plain_model,untouched
 from ..core.selection import n_of
 from ..legacy import renamed
 
@@ -51,7 +52,9 @@ class FC_Decomposer(Decomposer):
     )->nn.Module:
         """A copy of `model` with linear layers decomposed. A layer that would get no smaller stays, and so does one of which more is read than its output. `ValueError` for
         wrong names and fractions, for a model without linear layers, and for a budget out of reach"""
-        self.data = data
+        self.data,model = data,plain_model(model)
+        check_held((n,p) for n,p in model.named_parameters() if not p.is_meta)  # shapes need no values
+        if example_inputs is not None: example_inputs = inputs_that_run(model, example_inputs)
         try: return self._decompose(model, percent_removed, energy_threshold, params, macs, layers, exclude, example_inputs)
         finally: self.data = None
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pruned_plan', 'save_pruned', 'load_pruned', 'tied_groups', 'group_scores', 'check_ratio', 'check_layer_type',
-           'Pruner']
+           'check_optimizer', 'Pruner']
 
 # %% ../../nbs/prune/01_pruner.ipynb #d3138369
 import json,math
@@ -22,7 +22,7 @@ from ..core.graph import ChannelGraph,layer_of
 from .left import LAST,OUTPUT,add_row,counted,fixed,left_of_zeros,made_by,missing,rows_of,some,in_words
 from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes
 from ..core.running import followable,inputs_for,plain_model,staged,untouched
-from ..core.brought import check_values,falls_short,warn
+from ..core.brought import UNKNOWN_INPUTS,check_held,check_scores,check_values,falls_short,listed,much_less,overheard,warn
 from ..core.liveness import Liveness,spare_last
 from ..core.evidence import _wide,act_norms,check_trained,evidence,weight_of
 from ..core.proof import TOLERANCE,check_same,random_like
@@ -70,6 +70,7 @@ def save_pruned(
 ):
     "Write the parameters and buffers of `model` and how it was cut, as safetensors"
     model = plain_model(model)
+    check_held((k,v) for k,v in model.state_dict().items() if isinstance(v, Tensor))
     if getattr(model, '_folded', False):
         raise ValueError('norms of this model were folded, and a fresh one has them: save it before, and fold what `load_pruned` gives')
     state,tensors,tied,seen = model.state_dict(),{},{},{}
@@ -116,6 +117,7 @@ def load_pruned(
     given,model = model,followable(model, resizes=True)
     empty = [n for n,p in model.named_parameters() if p.is_meta]
     if empty: raise ValueError(f'{empty[0]} is on the meta device, where it has no values: `model.to_empty(device=…)` first')
+    check_held(model.named_parameters())
     state,plan = _read(path)
     _check_fits(state, plan, model)
     apply_plan(model, plan)
@@ -169,8 +171,8 @@ def _smaller(model, inputs, verify):
     "In stages: a smaller copy of `model` with the same outputs, what could not go, how many went, and notes on what is worth knowing"
     graph = ChannelGraph(model, inputs)
     yield
-    life,notes = Liveness(model, graph),[]
-    dead = life.dead()
+    with overheard(UNKNOWN_INPUTS) as unsure: life = Liveness(model, graph)
+    dead,notes = life.dead(),[]
     yield
     new,plan,removed = legal(model, graph, dead, life.constants, why := {})
     yield
@@ -183,7 +185,9 @@ def _smaller(model, inputs, verify):
             notes += [f'{e}; channels that are reshaped were kept',_check(model, new, graph, plan)]
     if len(removed): notes.append(_unused(model, graph))
     _remember(new, plan)
-    return new,left_of_zeros(model, graph, life, dead, removed, why),len(removed),[o for o in notes if o]
+    left = left_of_zeros(model, graph, life, dead, removed, why)
+    if left or not len(removed): notes += unsure
+    return new,left,len(removed),[o for o in notes if o]
 
 def _about(bystanders):
     "A note on hooks that may only read"
@@ -207,6 +211,7 @@ class _Group(Source):
         super().__init__(torch.full(classes.shape, -1, dtype=torch.int8, device='cpu'))
         self.classes,self.slices,self.layers = classes,slices,list(dict.fromkeys(s.layer for s in slices))
         self.name,self.barred,self.values = self.layers[0],False,None
+        self.share = 0  # how many would be gone if none were kept for the sake of `round_to`
         self.held = None  # which of them the code of the model insists on, if some can go
         self.each,self.missed = {},0  # by layer: channels in a class; classes that have gone before
     def hold(self, removed, chosen, whole): # Classes
@@ -267,6 +272,7 @@ def group_scores(
         full[k,place] = w[rows.to(w.device)]
         uneven |= len(k)<full.shape[0]*full.shape[1]
         mats.append(full.flatten(1).float().cpu())
+        check_scores(mats[-1], len(k)*w.shape[1], criteria, s.name)
     return criteria.reduce(torch.cat(mats, 1), nan=uneven)
 
 # %% ../../nbs/prune/01_pruner.ipynb #321046e9
@@ -288,6 +294,16 @@ def check_layer_type(layer_type):
         if isinstance(o, nn.Module): hint = f'pass its type, {type(o).__name__}'
         raise ValueError(f'layer_type is a type of layer, or a tuple of types, not {o!r}: {hint}')
     return layer_type
+
+def check_optimizer(
+    optimizer, # Of torch, or fastai's
+    model:nn.Module, # That is pruned
+):
+    "`ValueError` unless `optimizer` is one, and holds parameters of `model`"
+    groups = getattr(optimizer, 'param_groups', None)
+    if groups is None: raise ValueError(f'optimizer is one of torch or fastai, whose state is cut as well, not {optimizer!r}')
+    if {id(p) for g in groups for p in g['params']}.isdisjoint(map(id, model.parameters())):
+        raise ValueError(f'this {type(optimizer).__name__} holds no parameter of the {type(model).__name__}: it was made for another model')
 
 _ALIKE = str.maketrans('oOlI', '0011')  # letters that are taken for numbers
 
@@ -321,8 +337,7 @@ class Pruner:
         self.example_inputs,self.round_to,self.verify,self.data,self.loss_func = example_inputs,round_to,verify,data,loss_func
         self.progress = progress
         self.pruning_ratio = None if pruning_ratio is None else self._checked(pruning_ratio)
-        if isinstance(ignored_layers, (str,nn.Module)): ignored_layers = [ignored_layers]
-        self.ignored = [self._name(o) for o in ignored_layers or ()]
+        self.ignored = [self._name(o) for o in listed(ignored_layers, 'ignored_layers')]
         self.past,self.given,self.graph,self.left,self.known,self.counts_on = {},{},None,[],set(),{}
         if self.model is not None and pruning_ratio is not None: self.remember()
 
@@ -358,7 +373,9 @@ class Pruner:
         inputs = self.example_inputs if example_inputs is None else example_inputs
         if model is None and self.model is None: raise ValueError('prune_model takes a model: Pruner().prune_model(model)')
         model = self.model if model is None else followable(model, resizes=self.pruning_ratio is not None)
-        if self.pruning_ratio is None: return self.shrunk(model, inputs)
+        if self.pruning_ratio is None:
+            if optimizer is not None: raise ValueError('an optimizer is cut along with a model that is pruned by ratio: the smaller copy needs one of its own')
+            return self.shrunk(model, inputs)
         if model is not self.model: raise ValueError('this Pruner was made for another model: pass the model and its ratio together')
         return self.prune_by_ratio(inputs, optimizer)
 
@@ -452,6 +469,7 @@ class Pruner:
         """Have `ratio` percent of the channels gone that there were at the `start`, the least important of those that are left.
         What is gone stays so. How many went now"""
         for r in ratio.values() if isinstance(ratio, Mapping) else [ratio]: check_percent('pruning_ratio', r)
+        if optimizer is not None: check_optimizer(optimizer, self.model)
         if self.graph is None: self.start()
         check_values(self.model)
         with self.bystanders.aside(): n = self._update(ratio, self._targets(ratio), optimizer)
@@ -519,7 +537,7 @@ class Pruner:
     def _tell(self, ratio):
         "Note what does not go, and warn of what has not been told yet"
         final = self.pruning_ratio if isinstance(self.pruning_ratio, Mapping) else max(ratio, self.pruning_ratio)
-        self.left,asked = self._left(final)
+        self.left,asked = self._left(final, ratio==final)
         new = {o['layer'] for o in self.left}-self.known
         self.known |= new
         if not new: return
@@ -529,9 +547,9 @@ class Pruner:
         said = f'of the {asked:,} channels that pruning_ratio{ratio} asks for, {missing(self.left):,} did not go: {why}{hooks}'
         warn(said)
 
-    def _left(self, ratio):
+    def _left(self, ratio, done=True):
         """A row for each layer that keeps what `ratio` asks for, and how many channels are asked for in all. The output of the model is
-        not, nor is what the user spares"""
+        not, nor is what the user spares. What `round_to` keeps counts where all is `done`"""
         of = (lambda layer: ratio.get(layer, 0)) if isinstance(ratio, Mapping) else lambda layer: ratio
         rows,asked = {},0
         for layer,(n,whys) in self.kept.items():
@@ -548,6 +566,9 @@ class Pruner:
                 every = n_of(round(g.n*each), max(map(of, g.layers)))
                 coarse = due==g.gone and self.context is local and falls_short(gone, every, g.n, each)
                 if coarse: whys[coarse],want = every-gone,every
+                elif done and due==g.gone and self.round_to and much_less(g.gone, g.share):
+                    want = round(g.share*each)
+                    whys[f'round_to={self.round_to} keeps a multiple of so many, and rather more than too few'] = want-gone
                 asked += max(round(goal*each), want)
                 add_row(rows, layer, round(g.missed*each), want, gone, whys)
         return rows_of(rows),asked
@@ -608,6 +629,7 @@ class Pruner:
             if min(k, sum(g.n-1 for g in gs))<=now: continue
             select(sources:=fresh(), now, k, True)
             if self.round_to:
+                for g,o in zip(gs, sources): g.share = o.gone
                 ks,sources = [rounded_gone(o.n, o.gone, self.round_to) for o in sources],fresh()
                 for g,o,n in zip(gs, sources, ks): select([o], g.gone, max(n, g.gone), True)
             gone += [g.classes[(o.keep==0) & (g.keep!=0)] for g,o in zip(gs, sources)]

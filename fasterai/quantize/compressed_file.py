@@ -12,9 +12,9 @@ import constriction
 import numpy as np
 import torch
 from torch import nn,Tensor
-from ..core.brought import not_finite,warn
+from ..core.brought import check_held,not_finite,warn
 from ..core.registry import did_you_mean
-from ..core.running import innermost
+from ..core.running import check_module, innermost
 
 # %% ../../nbs/quantize/04_compressed_file.ipynb #548222ac
 class CompressedFileError(ValueError):
@@ -247,14 +247,12 @@ _TAIL = struct.Struct('<I8s')
 def _state(model):
     "Parameters and buffers of `model`, or of what is inside of its wrappers, by name"
     model = innermost(model)
-    if not isinstance(model, nn.Module): raise TypeError(f'a model is asked for, not {model!r}: save_compressed takes (model, path), load_compressed (path, model)')
+    check_module(model, 'save_compressed takes (model, path), load_compressed (path, model): the model')
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     state = model.state_dict(keep_vars=True)
     for k,v in state.items():
         if not isinstance(v, Tensor) or k not in own: raise ValueError(f'{k} of the state_dict is no parameter or buffer: only those can be saved and loaded')
-        if nn.parameter.is_lazy(v): raise ValueError(f'{k} is not initialized: run the model once')
-        if v.is_meta: raise ValueError(f'{k} is on the meta device: it has no values')
-        if v.layout is not torch.strided or v.is_quantized: raise ValueError(f'{k} is not a plain tensor, but {v.layout} of {v.dtype}')
+    check_held(state)
     return {k:own[k] for k in state}
 
 def _tied(state):

@@ -8,7 +8,7 @@ __all__ = ['Quantizer', 'is_weight', 'check_bits', 'bits_by_name', 'SharedWeight
 # %% ../../nbs/quantize/02_weight_sharing.ipynb #db01ed1b
 import torch
 from torch import nn, Tensor
-from ..core.running import plain_model
+from ..core.running import check_shapes, plain_model
 from ..core.brought import check_weights, computed, made_of, plain_name, still, told, warn
 from ..core.granularity import axes_of
 from ..core.registry import did_you_mean, named
@@ -32,7 +32,7 @@ def bits_by_name(
     bits, # Number; a dict by layer or parameter; or a function of a parameter's name and the parameter that gives a number, or None to leave it
 )->dict: # Bits by name of the parameter
     "How many bits each parameter gets that shares values, but for those that another weight is computed from; `ValueError` with the closest name if there is none of that name"
-    return _bits_and_left(model, bits)[0]
+    return _bits_and_left(plain_model(model), bits)[0]
 
 def _made(model):
     "By name of each parameter that a weight is computed from, the layer of that weight"
@@ -44,6 +44,7 @@ def _left(model, layers):
 
 def _bits_and_left(model, bits):
     "Bits by name of the parameter; and by name of the layer, by what weights are computed that are left as they are"
+    check_shapes(model)
     params,held,made = dict(model.named_parameters()),{},_made(model)
     for n,m in model.named_modules():
         for a,p in m.named_parameters(n, recurse=False): held.setdefault(n, {})[a] = is_weight(m, a.rpartition('.')[2], p)

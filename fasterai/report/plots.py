@@ -14,8 +14,10 @@ import pandas as pd
 import torch
 from matplotlib.collections import PolyCollection
 from torch import nn
+from ..core.brought import check_held
 from ..core.criteria import criteria_of, criterias, needs, score
 from ..core.granularity import axes_of, blocks, granularities, granularity_name, granularity_of, has_axes, numbered_by
+from ..core.running import check_module, check_shapes, innermost
 from ..core.schedule import schedule_of
 from ..core.selection import lowest
 from .tables import _unit
@@ -172,8 +174,11 @@ def show_schedules(
 def _zeros(o):
     "Table with the weights and zeros of each layer of a model, a Sparsifier, or a report"
     if isinstance(o, pd.DataFrame): return o
-    if not isinstance(o, nn.Module): return o.report()
-    ps = [(n.removesuffix('.weight'), p) for n,p in o.named_parameters() if p.dim()>1]
+    if hasattr(o, 'report'): return o.report()
+    check_module(o)
+    named = dict(innermost(o).named_parameters())
+    check_held(named)
+    ps = [(n.removesuffix('.weight'), p) for n,p in named.items() if p.dim()>1]
     return pd.DataFrame([dict(layer=n, weights=p.numel(), zeros=int((p==0).sum())) for n,p in ps])
 
 def _layers(ax, names):
@@ -202,6 +207,9 @@ def show_sparsity(
 # %% ../../nbs/report/01_plots.ipynb #5ad434ee
 def _widths(model):
     "Channels that each layer makes, by name, in the order of registration"
+    check_module(model)
+    model = innermost(model)
+    check_shapes(model)
     return {n:getattr(m, 'out_channels', None) or m.weight.shape[axes_of(m).index('o')] for n,m in model.named_modules() if has_axes(m) and not isinstance(m, nn.MultiheadAttention)}
 
 def show_channels(

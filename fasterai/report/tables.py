@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from ..analyze.counts import (accuracy_interval,answers,check_models,effective_parameters,inputs_and_labels,latency,loader_of,most_likely,
+from ..analyze.counts import (BATCHES,accuracy_interval,answers,check_models,effective_parameters,inputs_and_labels,latency,loader_of,most_likely,
                                      n_bytes,n_params,place_of,placed,running,sign_test,speedup)
-from ..core.brought import not_finite,warn
+from ..core.brought import UNKNOWN_INPUTS,check_held,not_finite,overheard,statistics_of,warn
 from ..core.graph import ChannelGraph
-from ..core.running import tensors_of,call_with,example_inputs_for,untouched
+from ..core.running import call_with,check_inputs,example_inputs_for,explained,inputs_that_run,tensors_of,untouched
 from ..core.liveness import Liveness
 
 # %% ../../nbs/report/02_tables.ipynb #020a2d17
@@ -71,7 +71,8 @@ def summary(
 ):
     "A row for each layer: its type, the shape of its weight, parameters, those not zero, multiply-accumulates for one sample, shape of its output; the last row is the total"
     check_models([model])
-    inputs = example_inputs_for(model) if example_inputs is None else placed(model, example_inputs)
+    check_held(model.named_parameters())
+    inputs = inputs_that_run(model, example_inputs)
     macs,shapes,own = ChannelGraph(model, inputs).macs(),_observed(model, inputs),{}
     for layer,_,w in effective_parameters(model): own.setdefault(layer, []).append(w)
     rows = []
@@ -108,10 +109,10 @@ def _zeros_note(o):
     "What became of the zeros of stage `o`"
     gone = o['params']-o['nonzero']
     if gone<.01*o['params']: return []
-    dead = len(Liveness(o['model'], o['graph']).dead())
+    with overheard(UNKNOWN_INPUTS) as unsure: dead = len(Liveness(o['model'], o['graph']).dead())
     if dead: return [f'{o["stage"]}: {gone:,} zeros are still there, and take as much time and room as other numbers: {dead:,} channels can be removed with `Pruner().prune_model(model)`']
     return [f'{o["stage"]}: {gone:,} zeros take as much time and room as other numbers, and no channel can go for them: they are scattered (a granularity below `filter`) '
-            'or tied to channels that are not zero (`coupled=True` zeroes these together)']
+            'or tied to channels that are not zero (`coupled=True` zeroes these together)', *(f'{o["stage"]}: {why}' for why in unsure)]
 
 def _sizes(model): return [(n,type(m),[tuple(p.shape) for p in m.parameters(recurse=False)]) for n,m in model.named_modules()]
 def _ratio(o): return f'×{o.median:.2f} (×{o.low:.2f} to ×{o.high:.2f})'
@@ -148,10 +149,11 @@ def _accuracy_note(a, b, prev):
     return [f'{b["stage"]}: accuracy {share(b)}, {share(a)} with {a["stage"]}; the difference is {verdict}: {where} (p = {p:.2g})']
 
 def _nan_note(stage, model):
-    "Parameters of a stage that are no numbers"
+    "Parameters of a stage, or statistics, that are no numbers"
     count = {f'{layer}.{name}'.lstrip('.'): int((~torch.isfinite(w)).sum()) for layer,name,w in effective_parameters(model)}
     bad = {name:n for name,n in count.items() if n}
-    if not bad: return []
+    norms = not_finite(statistics_of(model))
+    if not bad: return [f'{stage}: {norms}, so its outputs may mean nothing'] if norms else []
     n,some = sum(bad.values()),', '.join(list(bad)[:3])+(', …' if len(bad)>3 else '')
     return [f'{stage}: {n:,} of its parameters are NaN or infinite ({some}), so its outputs may mean nothing']
 
@@ -195,6 +197,7 @@ def _stages(args, data):
     else: stages = dict(zip(('before','after') if len(ms)==2 else (f'model {i}' for i in range(1, len(ms)+1)), ms))
     if not stages or None in stages.values(): raise ValueError('report takes models, or a dict of models by name, and then the data')
     check_models(stages.values())
+    for m in stages.values(): check_held(m.named_parameters())
     return stages,data
 
 def _one(o, n):
@@ -204,11 +207,15 @@ def _one(o, n):
     images = isinstance(o, (tuple,list)) and len(o)==n and all(isinstance(v, torch.Tensor) for v in o)  # of several sizes
     return o[:1] if images else o
 
+_FIRST = 'the first sample of the data,'
+
 def _sample(stages, data, example_inputs):
     "Inputs for one sample of the first batch, if there is no other, and the data"
     model = next(iter(stages.values()))
     loader = None if data is None else loader_of(data)
-    if example_inputs is not None: return placed(model, example_inputs),loader
+    if example_inputs is not None:
+        check_inputs(example_inputs)
+        with explained(model, example_inputs): return placed(model, example_inputs),loader
     if loader is None: return example_inputs_for(model),None
     with running(*stages.values()):
         it = iter(loader)
@@ -218,12 +225,15 @@ def _sample(stages, data, example_inputs):
     lead = next(iter(xb.values() if isinstance(xb, dict) else xb))
     n = len(lead) if isinstance(lead, (tuple,list)) or isinstance(lead, torch.Tensor) and lead.dim() else 1
     one = _one(xb, n) if isinstance(xb, dict) else tuple(_one(o, n) for o in xb)
-    return placed(model, one),itertools.chain([first], loader) if it is loader else loader
+    with explained(model, one, _FIRST, BATCHES): one = placed(model, one)
+    return one,itertools.chain([first], loader) if it is loader else loader
 
-def _check_alike(stages, inputs):
-    "`ValueError` unless all models are on one device, run with `inputs` and return the same shapes"
+def _check_alike(stages, inputs, of_data):
+    "`ValueError` unless all models are on one device, run with `inputs`, the first sample `of_data` if they are, and return the same shapes"
     (a,first),*rest = stages.items()
-    out = lambda m: [tuple(o.shape) for o in tensors_of(call_with(m, placed(m, inputs)))]
+    about = (_FIRST,BATCHES) if of_data else ()
+    def out(m):
+        with explained(m, inputs, *about): return [tuple(o.shape) for o in tensors_of(call_with(m, placed(m, inputs)))]
     with running(*stages.values()):
         shapes = out(first)
         for b,m in rest:
@@ -248,9 +258,9 @@ def report(
     stages,data = _stages(models, data)
     if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats<6: raise ValueError(f'repeats is a whole number, at least 6, not {repeats!r}: fewer tell nothing')
     inputs,data = _sample(stages, data, example_inputs)
-    _check_alike(stages, inputs)
+    _check_alike(stages, inputs, data is not None and example_inputs is None)
     for name,m in stages.items():
-        if found := not_finite(m.named_parameters()): warn(f'{name}: {found}')
+        if found := not_finite({**dict(m.named_parameters()), **statistics_of(m)}): warn(f'{name}: {found}')
     ms = list(stages.values())
     found = None if data is None else answers(*ms, data=data, correct=correct, progress=progress)
     times = {k:latency(*ms, example_inputs=inputs, repeats=repeats, warmup=warmup, threads=threads, channels_last=bool(k), progress=progress) for k in ('','cl_')[:1+channels_last]}

@@ -16,10 +16,10 @@ from torch import nn, Tensor
 from ..core.granularity import Answers, axes_of, blocks, granularity_name, granularity_of, has_axes
 from ..core.granularity import head_parts, layer_axes, n_heads
 from ..core.registry import did_you_mean
-from ..core.running import at_home, plain_model
-from ..core.brought import check_finite, computed, falls_short, made_of, plain_name, still, told
+from ..core.running import at_home, inputs_that_run, plain_model
+from ..core.brought import check_finite, check_scores, computed, falls_short, made_of, much_less, plain_name, still, told
 from ..core.brought import unfit, warn
-from ..core.criteria import criteria_of, large_final, needs
+from ..core.criteria import criteria_of, criterias, large_final, needs
 from ..core.context import context_of, local, shares
 from ..core.selection import CHUNK, Scores, Source, check_percent, n_of, rounded_gone, select
 from ..core.graph import ChannelGraph, layer_of
@@ -83,9 +83,10 @@ class Layer(Source):
         "Are scores computed piece by piece, from the weights as they lie in memory?"
         return self.by_piece and all(x.is_contiguous() for x in self.known(0).values())
 
-    def open(self):
-        "Make `scores` ready to be asked, until `close`; a criteria that fails does so here"
-        if not self.streams: return self.prepare()
+    def open(self, checked=False):
+        "Make `scores` ready to be asked, until `close`; a criteria that fails does so here, and with `checked` one that gives nan or inf, for which a device is waited"
+        trusted = self.needs==('w',) and self.criteria.f in criterias.values()
+        if not self.streams or checked and not trusted: return self.prepare(checked)
         self.flat = {o: x.view(-1) for o,x in self.known(0).items()}
     def close(self): self.ready = self.whole = self.flat = None
 
@@ -94,7 +95,7 @@ class Layer(Source):
         s = self.criteria.f(**{o: _wide(x[i:j:step]) for o,x in self.flat.items()})
         return s.clone() if s._is_view() else s
 
-    def prepare(self):
+    def prepare(self, checked=False):
         "Compute the scores of all blocks, and keep them until `close`"
         scored = []
         for i,p in enumerate(self.parts):
@@ -102,6 +103,7 @@ class Layer(Source):
             if not self.criteria.pointwise: known = {o:x.clone() for o,x in known.items()}  # a user's function may write to what it gets
             s = self.criteria.f(**known)
             self.whole = s = s if s.is_floating_point() else s.float()
+            if checked: check_scores(s, s.numel(), self.criteria, p.name)
             scored.append((p.blocks,s))
         self.ready = self.criteria.normalize(self._by_size(scored) if any(b.members is not None and b.padded for b,_ in scored) else self._lumped(scored))
 
@@ -263,7 +265,7 @@ def find_sides(model, layers, example_inputs=None):
     filters = {o:number for o in layers if (number := _filters(o)) is not None}
     own = {p.name for o in filters for p in o.parts}
     if filters and not params.keys()<=own:
-        graph = ChannelGraph(model, example_inputs)
+        graph = ChannelGraph(model, inputs_that_run(model, example_inputs))
         makes = {s.name for s in graph.slices if s.role=='out'}
         for o,number in filters.items():
             if o.parts[0].name not in makes:  # it never ran, or has one filter, or is read by an operation that is not known
@@ -397,7 +399,7 @@ def _stays(graph, wanted, makes, barred):
 def couple(model, layers, criteria, example_inputs=None):
     """`layers` regrouped so that filters that are tied are one block, with all else that makes these channels; their side parameters; and what has to
     `Stay`"""
-    graph,wanted = ChannelGraph(model, example_inputs),{p.name:len(_filters(o)) for o in layers for p in o.parts}
+    graph,wanted = ChannelGraph(model, inputs_that_run(model, example_inputs)),{p.name:len(_filters(o)) for o in layers for p in o.parts}
     makes = {s.name:s for s in reversed(graph.slices) if s.role=='out'}
     barred,params,res,sides = _barred(model, graph, makes),dict(model.named_parameters()),[],{}
     held = torch.tensor(sorted(barred), dtype=torch.long, device='cpu')
@@ -487,7 +489,7 @@ class Sparsifier:
         for o in smallest.values(): _check_criteria(o)
         most = max(o.n for o in self.layers)
         if round_to and most<round_to: raise ValueError(f'round_to={round_to}: no layer has so many blocks to keep, the largest has {most}')
-        self._gone,self._sides,self._asked,self._coupled,self._told = {},None,0,coupled,not coupled
+        self._gone,self._shares,self._sides,self._asked,self._coupled,self._told = {},{},None,0,coupled,False
         if coupled:
             if not all(map(_by_filter, self.layers)):
                 raise ValueError(f'coupled filters go with the granularity filter, not {granularity_name(granularity)!r}')
@@ -513,24 +515,44 @@ class Sparsifier:
 
     @property
     def left(self):
-        """A row for each `layer` with something that can never be zeroed, or whose filters go together in few large sets: how many `channels` it has, how many
-        blocks were `asked` for last and are `zeroed`, and `why` not all. The model's output is among them, whose filters nobody expects to go"""
+        """A row for each `layer` with something that can never be zeroed, or of which much less goes than was asked for: how many `channels` it has (of a pattern,
+        weights), how many of them, or blocks, were `asked` for last and are `zeroed`, and `why` not all. The model's output is among them, whose filters nobody expects to go"""
         percent = lambda o: self._asked.get(o.layer, 0) if isinstance(self._asked, dict) else self._asked
         asked = lambda o: n_of(o.n, 100*percent(o)/self.own)
         return [dict(layer=o.layer, channels=o.channels, asked=asked(o), zeroed=self._zeroed(o.layer), why=o.why) for o in self._stays]+self._coarse()
 
     def _coarse(self):
-        "Rows of `left` for layers of which much less is zeroed than was asked for, since their filters go together in few sets"
-        if not self._coupled or self.context is not local: return []
+        "Rows of `left` for layers of which much less can be zeroed than was asked for: sets of filters are large, a pattern does not fit, or `round_to` keeps more"
         rows,known = [],{o.layer for o in self._stays}
         for o in self.layers:
             percent = self._asked.get(o.name, 0) if isinstance(self._asked, dict) else self._asked
+            share = min(n_of(o.n, 100*percent/self.own), o.n-self._protect) if self.context is local else self._shares.get(o.name, 0)
+            gone = rounded_gone(o.n, share, self.round_to) if self.round_to else share
             for p in o.parts:
-                gone,name = p.blocks.spread(o.keep)==0,p.name.removesuffix('.weight')
-                n,asked,zeroed = gone.numel(),n_of(gone.numel(), percent),int(gone.sum())
-                why = falls_short(zeroed, asked, o.n, n/o.n)
-                if why and name not in known: rows.append(dict(layer=name, channels=n, asked=asked, zeroed=zeroed, why=why))
+                name = p.name.removesuffix('.weight')
+                row = self._by_pattern(o, p, percent, gone) or self._by_sets(o, p, percent, gone) or self._by_rounding(o, share, gone)
+                if row and name not in known: rows.append(dict(layer=name, **row))
         return rows
+
+    def _by_sets(self, o, p, percent, gone):
+        "What is missing of part `p` of layer `o`, of whose blocks `gone` go, because of sets of filters"
+        if not self._coupled or self.context is not local: return
+        n = p.blocks.spread(o.keep).numel()
+        asked,zeroed = n_of(n, percent),gone*n//o.n
+        if why := falls_short(zeroed, asked, o.n, n/o.n): return dict(channels=n, asked=asked, zeroed=zeroed, why=why)
+
+    def _by_pattern(self, o, p, percent, gone):
+        "The same, because of groups of a pattern that are not whole: what they lack counts as zeros"
+        if not (p.blocks.partial and p.blocks.padded) or self.context is not local and percent<self.own: return
+        n,most = p.w.numel(),int((p.blocks.mask(torch.zeros_like(o.keep), p.w.detach())==0).sum())
+        asked,zeroed = n_of(n, percent),most*gone//o.n if self.context is local else most
+        why = f'{granularity_name(self.granularity)} does not fit into its shape {tuple(p.w.shape)}: what the last group of a row lacks counts as zero'
+        if much_less(zeroed, asked): return dict(channels=n, asked=asked, zeroed=zeroed, why=why)
+
+    def _by_rounding(self, o, share, gone):
+        "The same, because of `round_to`"
+        why = f'round_to={self.round_to} keeps a multiple of so many, and rather more than too few'
+        if self.round_to and much_less(gone, share): return dict(channels=o.n, asked=share, zeroed=gone, why=why)
 
     def _zeroed(self, name):
         "How many filters of the layer `name` are masked"
@@ -542,7 +564,8 @@ class Sparsifier:
         self._asked = sparsity
         rows = self.left
         short = [f'{o.stuck} of {o.channels} filters of {o.layer or "the model itself"} have to stay ({o.why})' for o,row in zip(self._stays, rows) if not o.said and row['asked']>row['zeroed']]
-        short += [f"{o['zeroed']} of {o['asked']} filters of {o['layer'] or 'the model itself'} were zeroed ({o['why']})" for o in rows[len(self._stays):]]
+        unit = 'filters' if self._coupled else 'weights' if self.layers[0].partial else 'blocks'
+        short += [f"{o['zeroed']} of {o['asked']} {unit} of {o['layer'] or 'the model itself'} can go ({o['why']})" for o in rows[len(self._stays):]]
         if self._told or not short: return
         self._told = True
         each = '; '.join(short[:3])
@@ -563,7 +586,7 @@ class Sparsifier:
         sparsity = self.targets(sparsity)
         self._check_finite()
         self._learn(self.layers)
-        self.update(sparsity)
+        self._renew(lambda: self._rounded(self._counts(sparsity)), self.layers, checked=True)
         self.tell_left(sparsity)
         return self.model
     prune_model = sparsify_model
@@ -577,7 +600,7 @@ class Sparsifier:
         self._check_reach(check_sparsity(sparsity))
         self._check_finite()
         self._learn(found)
-        self._renew(lambda: self._rounded({(o.name,): n_of(o.n, 100*sparsity/self.own) for o in found}), found)
+        self._renew(lambda: self._rounded({(o.name,): n_of(o.n, 100*sparsity/self.own) for o in found}), found, checked=True)
         return found[0].parts[0].mod
     prune_layer = sparsify_layer
 
@@ -588,7 +611,7 @@ class Sparsifier:
         self._check_finite()
         self._learn(self.layers)
         def below(name, scores): return int(((scores<threshold) | (self._by_name[name].keep==0)).sum())
-        self._renew(lambda: self._rounded({(n,): below(n, s) for n,s in self._scores(self.layers).items()}), self.layers, alike=False)
+        self._renew(lambda: self._rounded({(n,): below(n, s) for n,s in self._scores(self.layers).items()}), self.layers, alike=False, checked=True)
         return self.model
 
     def _learn(self, layers):
@@ -645,14 +668,15 @@ class Sparsifier:
         for s in sparsity.values() if isinstance(sparsity, dict) else [sparsity]: check_level(s)
         self._renew(lambda: self._rounded(self._counts(sparsity)), self.layers)
 
-    def _renew(self, counts, layers, alike=True):
-        "Have `counts()` blocks of `layers` gone: how many, by the layers that compete for them; `alike`, if a layer's kinds of blocks are to share its own"
+    def _renew(self, counts, layers, alike=True, checked=False):
+        """Have `counts()` blocks of `layers` gone: how many, by the layers that compete for them; `alike`, if a layer's kinds of blocks are to share its own;
+        `checked`, if scores are looked at, as not in a training step"""
         for o in self.layers: o.follow_device()
         if self._sides is None: self._sides = find_sides(self.model, self.layers, self.example_inputs)
         for o in layers:
             if not o.streams: o.apply()  # what is gone scores as a zero, not as what the optimizer made of it
         try:
-            for o in layers: o.open()
+            for o in layers: o.open(checked)
             self._select(counts(), alike)
         finally:
             for o in layers: o.close()
@@ -691,7 +715,8 @@ class Sparsifier:
                 select(trial, self._n_gone(names), k, self._protect)
                 k = [o.gone for o in trial]
             each = k if len(names)>1 else [k]
-            res |= {(o.name,): rounded_gone(o.n, min(n, o.n-self._protect), self.round_to) for o,n in zip(layers, each)}
+            self._shares |= {o.name:min(n, o.n-self._protect) for o,n in zip(layers, each)}
+            res |= {(o.name,): rounded_gone(o.n, self._shares[o.name], self.round_to) for o in layers}
         return res
 
     def _n_gone(self, names):
