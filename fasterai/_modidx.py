@@ -875,6 +875,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'fasterai.core.ops.Facet.of': ('core/ops.html#facet.of', 'fasterai/core/ops.py'),
                                    'fasterai.core.ops.Spec': ('core/ops.html#spec', 'fasterai/core/ops.py'),
                                    'fasterai.core.ops.Watch': ('core/ops.html#watch', 'fasterai/core/ops.py'),
+                                   'fasterai.core.ops.Watch.__enter__': ('core/ops.html#watch.__enter__', 'fasterai/core/ops.py'),
                                    'fasterai.core.ops.Watch.__init__': ('core/ops.html#watch.__init__', 'fasterai/core/ops.py'),
                                    'fasterai.core.ops.Watch.__torch_dispatch__': ( 'core/ops.html#watch.__torch_dispatch__',
                                                                                    'fasterai/core/ops.py'),

@@ -124,7 +124,8 @@ def test_what_runs_needs_values(use, tmp_path):
 def test_sharded(tmp_path):
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    try: from torch.distributed.fsdp import fully_shard
+    except ImportError: from torch.distributed._composable.fsdp import fully_shard  # its place in older releases
     save_pruned(net(), tmp_path/'pruned')
     dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     try:

@@ -435,7 +435,7 @@ def test_again_and_again():
         follow_cut(graph, removed)
         assert len(removed)==1 and m.width==n and m(X).shape==(2,3)
     now = ChannelGraph(m, X)
-    assert [s.numbers for s in now.sizings]==[[len(o.rows()) if o.layers else n for n,o in zip(s.numbers, s.axes)] if all(s.axes) else t.numbers for s,t in zip(graph.sizings, now.sizings)]
+    assert [s.numbers for s in now.sizings]==[[len(o.rows()) if o.labels else n for n,o in zip(s.numbers, s.axes)] if all(s.axes) else t.numbers for s,t in zip(graph.sizings, now.sizings)]
 
 # --- memory
 

@@ -266,6 +266,12 @@ class Watch(TorchDispatchMode):
         self.apart = []  # what is being taken apart
         self.trusts = False  # is a function of `equals` taken for right without a look?
 
+    def __enter__(self):
+        if not hasattr(TorchDispatchMode, 'supports_higher_order_operators'):  # older releases look for a rule of each operation
+            for o in torch._ops._higher_order_ops.values():
+                o.python_key_table.setdefault(type(self), lambda mode, *args, op=o, **kwargs: mode.__torch_dispatch__(op, (), args, kwargs))
+        return super().__enter__()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace=='prim': return func(*args, **(kwargs or {}))  # a question such as where a tensor is
         spec,kwargs = spec_of(func),kwargs or {}
