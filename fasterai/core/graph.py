@@ -143,11 +143,11 @@ class _Facts:
         if not self.ties: return torch.zeros(2, 0, dtype=torch.long, device='cpu'),self.pins
         flat = [(a,b) if a.shape==b.shape else torch.broadcast_tensors(a, b) for a,b,*_ in self.ties]
         a,b = (torch.cat([o[k].reshape(-1) for o in flat]) for k in (0,1))
-        which = torch.repeat_interleave(torch.tensor([o.numel() for o,_ in flat], device='cpu'))
         differ = (a!=b)&(a>=0)&(b>=0)
-        a,b,which = a[differ],b[differ],which[differ]
+        at,a,b = differ.nonzero().flatten(),a[differ],b[differ]
         fixed = (a==0)|(b==0)
-        ends,by = torch.maximum(a, b)[fixed],which[fixed]
+        starts = torch.tensor([o.numel() for o,_ in flat], device='cpu').cumsum(0)
+        ends,by = torch.maximum(a, b)[fixed],torch.searchsorted(starts, at[fixed], right=True)
         late = [(ends[by==k],f'tied to something fixed, {self.ties[k][2]}',self.ties[k][3]) for k in by.unique().tolist()]
         pins = [(ids,why,i+.5) for i,(ids,why) in enumerate(self.pins)] + late
         pins = [(ids,why) for ids,why,_ in sorted(pins, key=lambda o: o[2])]  # in the order in which they were said
@@ -262,7 +262,6 @@ class _Shared(_Facts):
         table,found = {d%len(o.shape):v for d,v in table.items()},set()
         for (name,dim),j in o.par.items():
             v = _varying(j)
-            if not v and self.params[name].shape[dim]==1: continue  # a single one stays anyway
             if len(v)==1 and v[0] in table:
                 ids,*role = table[v[0]]
                 if (name,dim) in o.mixed: self.mix(ids, [0], why)
@@ -444,7 +443,8 @@ class _Trace(Watch, _Shared):
         self.seen.add(name)
         if name not in self.cache:
             n = t.dim()
-            par = {(name,d): self.numbers[:m].view([-1 if i==d else 1 for i in range(n)]) for d,m in enumerate(t.shape)}
+            wide = [d for d,m in enumerate(t.shape) if m>1] or range(n)  # a single entry stays anyway
+            par = {(name,d): self.numbers[:t.shape[d]].view([-1 if i==d else 1 for i in range(n)]) for d in wide}
             self.cache[name] = _Shadow(tuple(t.shape), par=par)
         return self.cache[name]
 
@@ -1231,6 +1231,7 @@ def _slices(uses):
     for u in uses:
         same = kept.setdefault((u.name,u.dim,u.role,u.kind), [])
         for s in same:
+            if s.ids is u.ids: break
             if ((s.ids==u.ids)|(s.ids<0)|(u.ids<0)).all():
                 s.ids = torch.maximum(s.ids, u.ids)
                 break

@@ -11,7 +11,7 @@ __all__ = ['SLIPS', 'SOON', 'tensors_of', 'map_parts', 'plain', 'at_home', 'rest
 # %% ../../nbs/core/06_running.ipynb #97aac5d9
 import copy,math,sys,warnings
 from collections.abc import Mapping
-from contextlib import ExitStack,contextmanager,nullcontext
+from contextlib import ExitStack,contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass,fields,is_dataclass
 from types import FunctionType
@@ -174,13 +174,14 @@ def restored(
         for m,t in modes.items():
             if m.training is not t: m.training = t
         for m,v in renorm.items(): m.max_norm = v
-        with torch.no_grad():
-            for m,k,b,was in buffers:
-                if getattr(m, k, None) is not b: setattr(m, k, b)
-                # batch_norm writes to its statistics without a new version
-                with torch.inference_mode() if b.is_inference() else nullcontext():
+        for m,k,b,was in buffers:
+            if getattr(m, k, None) is not b: setattr(m, k, b)
+        for special in (False,True):  # batch_norm writes to its statistics without a new version
+            back = [(b,was) for *_,b,was in buffers if b.is_inference() is special]
+            with torch.inference_mode() if special else torch.no_grad():
+                for b,was in back:
                     if b.shape!=was.shape: b.resize_(was.shape)  # as an observer does that has seen nothing yet
-                    b.copy_(was)
+                if back: torch._foreach_copy_(*map(list, zip(*back)))
 
 @contextmanager
 def untouched(

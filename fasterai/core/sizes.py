@@ -167,8 +167,8 @@ class _Attributes:
             if is_layer(m): self.tell_layer(name, m)
             else: self.tell(name, m)
     def tell(self, name, m):
-        for k,v in [*vars(m).items()]:
-            if k in _OWN: continue
+        for k in vars(m).keys()-_OWN:
+            v = vars(m)[k]
             new = _telling(v, lambda n,path: Told(n, Attr(name, path), self.by), (k,))
             if new is not v: self.put(m, k, v, new)
     def tell_layer(self, name, m):
@@ -187,8 +187,8 @@ class _Attributes:
             if type(v) is list and not _same(now:=_plain(new), v): v[:] = now  # or has changed it
             if type(v) is dict and not _same(now:=_plain(new), v): v.clear(),v.update(now)
         for m in self.modules.values():
-            for k,v in [*vars(m).items()]:
-                if type(v) in _MAY_TELL and k not in _OWN and (now:=_plain(v)) is not v: vars(m)[k] = now
+            for k in vars(m).keys()-_OWN:
+                if type(v:=vars(m)[k]) in _MAY_TELL and (now:=_plain(v)) is not v: vars(m)[k] = now
 
 # %% ../../nbs/core/07_sizes.ipynb #91270e53
 @dataclass
