@@ -5,8 +5,10 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.ops import DeformConv2d
+from fasterai.core.graph import unknown_ops
 from fasterai.misc.all import BN_Folder, Conv_Decomposer, FC_Decomposer
 from fasterai.prune.all import Pruner
+from fasterai.report.all import report
 from fasterai.sparse.all import Sparsifier
 from tiny import Net, warnings_are
 
@@ -136,3 +138,61 @@ def test_numbers_that_cannot_be_ranked():
 def test_layers_without_entries():
     with pytest.raises(ValueError) as e: Sparsifier(nn.Sequential(nn.Linear(0,4)), layer_type=nn.Linear).sparsify_model(50)
     assert 'it has Linear' not in str(e.value)
+
+COMPLEX = dict(imaginary=lambda t: torch.view_as_real(torch.complex(t, 2*t))[...,1], angle=lambda t: torch.complex(t, t).abs(), times=lambda t: (torch.complex(t, t)*1j).real, conj=lambda t: torch.complex(t, t).conj().imag,
+    ifft=lambda t: torch.fft.ifft(torch.fft.fft(t)).imag, polar=lambda t: torch.polar(t.abs(), t).real)
+
+@pytest.mark.parametrize('f', COMPLEX.values(), ids=COMPLEX)
+@pytest.mark.parametrize('verify', [True,False])
+def test_both_parts_of_a_complex_number_are_unknown(f, verify):
+    model = dead(Net(lambda s,x: s.b(f(s.a(x))), a=nn.Conv1d(3,8,3,padding=1), b=nn.Conv1d(8,4,1)), 'a')
+    series = torch.randn(2,3,16)
+    with quiet(): small = Pruner(verify=verify).prune_model(model, series)
+    assert small.a.out_channels==5
+    torch.testing.assert_close(small(series), model(series))
+
+class Stateful(nn.Module):
+    "Counts, remembers and writes as it runs"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = nn.Linear(6,8),nn.Linear(8,4)
+        self.calls,self.log,self.seen,self.last,self.total = 0,[],{},None,torch.zeros(())
+    def forward(self, x):
+        self.calls += 1
+        self.log.append(x.shape)
+        self.seen[len(self.log)] = x.shape
+        self.last = x
+        self.total += x.detach().sum()
+        return self.b(self.a(x).relu())
+
+@pytest.mark.parametrize('use', [lambda m,x: Pruner().prune_model(m, x), lambda m,x: BN_Folder().fold(m, x), lambda m,x: Sparsifier(m, layer_type=nn.Linear).sparsify_model(50), lambda m,x: FC_Decomposer().decompose(m, example_inputs=x),
+    lambda m,x: Pruner(m, 50, example_inputs=x).prune_model(), lambda m,x: report(m, m, x, progress=False), lambda m,x: unknown_ops(m, x)], ids=['lossless','fold','sparsify','decompose','ratio','report','unknown'])
+def test_what_a_model_keeps_comes_back(use):
+    "Runs of ours leave no trace in attributes, whatever is in them"
+    model,x = dead(Stateful(), 'a'),torch.randn(2,6)
+    model(x)
+    was = model.calls,list(model.log),dict(model.seen),model.last,model.total.clone()
+    with warnings_are('ignore'): use(model, torch.randn(2,6))
+    assert (model.calls,model.log,model.seen)==was[:3] and model.last is was[3] and torch.equal(model.total, was[4])
+
+class Built(nn.Module):
+    "Makes its layers in the first run"
+    made = False
+    def forward(self, x):
+        if not self.made: self.a,self.b,self.made = nn.Linear(6,8),nn.Linear(8,4),True
+        return self.b(self.a(x).relu())
+
+def test_layers_that_a_first_run_makes_stay():
+    model,x = Built(),torch.randn(2,6)
+    with warnings_are('ignore'): Pruner(model, 50, example_inputs=x).prune_model()
+    assert model.made and model.a.out_features==4 and model(x).shape==(2,4)
+
+def test_derivatives_inside():
+    "Those that are computed backward are followed; forward ones are refused in words, and must not end the process"
+    def model(f): return dead(Net(lambda s,x: f(s.e, x), e=nn.Sequential(nn.Linear(3,16), nn.Tanh(), nn.Linear(16,3))), 'e.0', 8)
+    points = torch.randn(5,3)
+    backward = model(lambda e,x: torch.func.grad(lambda p: e(p).sum())(x))
+    with warnings_are('ignore'): assert Pruner().prune_model(backward, points).e[0].out_features==8
+    forward = model(lambda e,x: torch.func.jvp(e, (x,), (torch.ones_like(x),))[1])
+    with pytest.raises(ValueError, match='computed forward'): Pruner().prune_model(forward, points)
+    with pytest.raises(ValueError, match='no channel of this Net can be removed'): Pruner(forward, 50, example_inputs=points).prune_model()

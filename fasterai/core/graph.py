@@ -1250,7 +1250,7 @@ class ChannelGraph:
         check_shapes(model)
         self.example_inputs = example_inputs_for(model) if example_inputs is None else example_inputs
         try: tr = self._traced(model, True)
-        except _NEEDS_VALUES: tr = self._traced(model, False)  # the code asks for values, or minds what they are
+        except _NEEDS_VALUES: tr = self._with_values(model)  # the code asks for values, or minds what they are
         self.n_eval,self.idle = tr.n,tr.idle  # how many numbers; what did not run
         self.calls = {k:[*v] for k,v in tr.telling.calls.items()}
         tr.telling.only_again()
@@ -1266,6 +1266,14 @@ class ChannelGraph:
         self._follow()
         self._solve(tr)
         self.mixes = [(ids,why) for l,why,dims in tr.mixes if len(ids:=self._mixed(l, dims))]
+
+    def _with_values(self, model):
+        "A `_Trace` of one forward that computes all"
+        try: return self._traced(model, False)
+        except (ValueError,torch.OutOfMemoryError): raise
+        except SLIPS as e:
+            said = str(e).partition('\n')[0]
+            raise ValueError(f'this {type(model).__name__} does not run where its channels are followed ({type(e).__name__}: {said})') from e
 
     def _traced(self, model, hollow):
         "A `_Trace` of one forward; `hollow` computes no large products"

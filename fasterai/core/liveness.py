@@ -13,6 +13,7 @@ from functools import cached_property,partial
 from math import prod
 import torch
 from torch import nn,Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from .graph import ChannelGraph,_Trace,_shape_of_product,_varying,adds_slices,mask_of,places_of,spatial_dims,summed_by
@@ -24,6 +25,8 @@ from .sizes import Telling
 def _exact(t): return t.is_floating_point() or t.is_complex()
 def _tensors_in(o): return [t for t in tree_leaves(o) if isinstance(t, Tensor)]
 
+def _nan(x): "What stands for a number of the type of `x` that is unknown"; return complex(torch.nan, torch.nan) if x.is_complex() else torch.nan
+
 def _level(lo, hi):
     "Are the ends of a range the same, up to rounding?"
     return (hi-lo) <= 32*torch.finfo(lo.dtype).eps*torch.maximum(lo.abs(), hi.abs())
@@ -33,11 +36,11 @@ def _steady(x, dims):
     if not dims or not x.numel(): return x
     if x.is_complex(): same = (x==x.narrow(dims[0], 0, 1)).all(dims[0], True) if len(dims)==1 else (x==0).all(dims, True)
     else: same = _level(x.amin(dims, True), x.amax(dims, True))
-    return x.masked_fill(~same, torch.nan)
+    return x.masked_fill(~same, _nan(x))
 
 def _only(x, value):
     "`x`, unknown where it is not `value`"
-    return x.masked_fill(x!=value, torch.nan)
+    return x.masked_fill(x!=value, _nan(x))
 
 def _plain(c): return c.func(*c.args, **c.kwargs)
 
@@ -69,10 +72,10 @@ def _has_nan(x): "A sum is the fastest way to see; infinite numbers of both sign
 
 def _product(f, a, b, plain):
     "`plain` is the product `f(a, b)` with zeros for what is unknown; this puts back what depends on it"
-    one = lambda m: m.to(plain.dtype)
+    one = lambda m: m.to(plain.dtype.to_real() if plain.is_complex() else plain.dtype)
     bad = f(one(a.isnan()), one(b!=0)) > .5
     if _has_nan(b): bad |= f(one(a!=0), one(b.isnan())) > .5
-    return plain.masked_fill_(bad, torch.nan)
+    return plain.masked_fill_(bad, _nan(plain))
 
 def _unknown_along(x, d):
     "Which indices along dimension `d` of `x` are unknown, if each is so everywhere or nowhere; else `None`"
@@ -88,7 +91,7 @@ def _by_channel(c, x, w):
     reads = (w!=0).flatten(2).any(2).view(G, -1, w.shape[1])  # of each group [makes, reads], transposed [reads, makes]
     if back: reads = reads.transpose(1, 2)
     bad = (reads&unknown.view(G, 1, -1)).any(2).flatten()
-    y,known = x.new_full(shape, torch.nan),(~bad).nonzero().flatten()
+    y,known = x.new_full(shape, _nan(x)),(~bad).nonzero().flatten()
     if not len(known): return y
     b = c.a.get('bias')
     if not reads.reshape(len(bad), -1)[known].any(): plain = 0. if b is None else b[known].view(-1, *[1]*(len(shape)-2)).expand(len(known), *shape[2:])
@@ -113,7 +116,7 @@ def _multiply(c):
     plain = _redo(c, **{k:a.nan_to_num(0.), l:b.nan_to_num(0.)})
     if c.name=='linear': b = b.T
     unknown = _unknown_along(a, -1) if b.dim()==2 and a.numel() and not _has_nan(b) else None
-    if unknown is not None: return plain.masked_fill_(((b!=0)&unknown[:,None]).any(0), torch.nan)
+    if unknown is not None: return plain.masked_fill_(((b!=0)&unknown[:,None]).any(0), _nan(plain))
     return _product(torch.matmul, a, b, plain)
 
 @values('mul', 'div')
@@ -127,7 +130,7 @@ def _scale(c):
     zero = za|zb if c.name=='mul' else za&~zb
     bad = (ua|ub)&~zero
     y = _plain(c)
-    return y.masked_fill_(zero.broadcast_to(y.shape), 0).masked_fill_(bad.broadcast_to(y.shape), torch.nan) if _exact(y) else y
+    return y.masked_fill_(zero.broadcast_to(y.shape), 0).masked_fill_(bad.broadcast_to(y.shape), _nan(y)) if _exact(y) else y
 
 @values('gate')
 @_sure
@@ -196,7 +199,7 @@ def _reduce(c):
 @values('softmax')
 def _softmax(c):
     out = _plain(c)
-    return out if c.made_of_parameters else out.fill_(torch.nan)
+    return out if c.made_of_parameters else out.fill_(_nan(out))
 
 @values('average_pool', 'max_pool')
 def _pool(c):
@@ -257,7 +260,7 @@ def _put(c):
     written = (v==0).all([*range(at, at+k)])
     shape = [1 if d in acts else n for d,n in enumerate(x.shape)]
     zero = (x==0).all(acts, keepdim=True)&written.expand([n for d,n in enumerate(x.shape) if d not in acts]).reshape(shape)
-    return out.fill_(torch.nan).masked_fill_(zero, 0)
+    return out.fill_(_nan(out)).masked_fill_(zero, 0)
 
 # %% ../../nbs/core/09_liveness.ipynb #e1bd5ae0
 @values('scan')
@@ -267,7 +270,7 @@ def _scan(c):
     if c.name=='logcumsumexp': bad = torch.ones_like(bad)
     out = _on_numbers(c)
     y = out[0] if isinstance(out, tuple) else out
-    y.masked_fill_(bad, torch.nan)
+    y.masked_fill_(bad, _nan(y))
     return out
 
 @values('from_columns')
@@ -281,7 +284,7 @@ def _chosen(c):
     out = _redo(c, self=_steady(c.a['self'], c.dims()).nan_to_num(0.))
     bad = _redo(c, self=_steady(c.a['self'], c.dims()).isnan().to(c.a['self'].dtype))
     for y,m in zip(_tensors_in(out), _tensors_in(bad)):
-        if _exact(y): y.masked_fill_(m!=0, torch.nan)
+        if _exact(y): y.masked_fill_(m!=0, _nan(y))
     return out
 _sure(_chosen)
 
@@ -296,14 +299,14 @@ def _written(c):
         if other.shape!=zero.shape: other = other.all()
         zero = zero & other
     elif src!=0: zero = torch.zeros_like(zero)
-    return _on_numbers(c).fill_(torch.nan).masked_fill_(zero.expand_as(x), 0)
+    return (out := _on_numbers(c)).fill_(_nan(out)).masked_fill_(zero.expand_as(x), 0)
 _sure(_written)
 
 @values('fourier')
 def _transform(c):
     x,dims = c.a['self'],c.dims()
     bad = x.isnan().any(dims, keepdim=True) | (x!=0).any(dims, keepdim=True)  # the size of the input is part of it
-    return _on_numbers(c).masked_fill_(bad, torch.nan)
+    return (out := _on_numbers(c)).masked_fill_(bad, _nan(out))
 
 @values('deformed')
 def _deform(c):
@@ -399,10 +402,11 @@ class _Reading(_Trace):
         return torch.full_like(o, self.is_tainted(o), dtype=torch.bool) if mask is None else mask
     def hide(self, y, bad):
         "The numbers of result `y` at `bad` are unknown"
-        if _exact(y): y.masked_fill_(bad, torch.nan)
+        if _exact(y): y.masked_fill_(bad, _nan(y))
         else: self.masks[y] = bad|self.masks[y] if y in self.masks else bad.clone()
 
     def compute(self, c, func, args, kwargs):
+        if forward_ad._current_level>=0: raise NotImplementedError('derivatives that are computed forward, as by `torch.func.jvp`, cannot be followed')
         c.seen = c.a
         if self.twins is None: return self.guess(c, func, args, kwargs)
         seen,twin = c.a,lambda o: self.twins.get(o, o) if isinstance(o, Tensor) else o
@@ -427,8 +431,8 @@ class _Reading(_Trace):
                 if c.unknown or c.tainted or h is not None and self.is_tainted(h): self.taint(o)
                 if h is not None and h in self.masks: self.masks[o] = self.masks[h]
             elif o in self.twins or id(o) in self.names: # written in place
-                if h is None and o in self.twins: self.twins[o].fill_(torch.nan)
-            elif h is None: self.twins[o] = torch.full_like(o, torch.nan)
+                if h is None and o in self.twins: self.twins[o].fill_(_nan(o))
+            elif h is None: self.twins[o] = torch.full_like(o, _nan(o))
             elif made or any(t in self.twins for t in _tensors_in((args,kwargs))) or c.unknown: self.twins[o] = h.clone() if h is o or made else h
         return self.asked(c, out)
 
@@ -486,7 +490,7 @@ class _Reading(_Trace):
             elif o.layout!=torch.strided: self.depends = self.depends or c.why  # no place for a nan
             elif not _exact(o):
                 if tainted or c.unknown: self.taint(o)
-            elif tainted: o.fill_(torch.nan)
+            elif tainted: o.fill_(_nan(o))
         if c.unknown and c.counts: self.depends = self.depends or c.why
 
     def summed(self, c):
@@ -541,7 +545,7 @@ def _same_numbers(graph, tr):
 
 def _observe(model, graph):
     "The reads of `model`, by a run on unknown inputs; or, where it asks what their values are, by runs that tell it"
-    hide = lambda o: torch.full_like(o, torch.nan) if _exact(o) else o.clone()
+    hide = lambda o: torch.full_like(o, _nan(o)) if _exact(o) else o.clone()
     tr = _Reading(model)
     why = _run(model, tr, tree_map(lambda o: hide(o) if isinstance(o, Tensor) else o, graph.example_inputs)) or tr.depends
     if not why and _same_numbers(graph, tr): return tr
@@ -553,7 +557,7 @@ def _observe(model, graph):
 def _run(model, tr, inputs):
     "Run `model` under `tr`; what went wrong"
     for o in _tensors_in(inputs):
-        if tr.twins is not None and _exact(o): tr.twins[o] = torch.full_like(o, torch.nan)
+        if tr.twins is not None and _exact(o): tr.twins[o] = torch.full_like(o, _nan(o))
         elif not _exact(o): tr.taint(o)
     tr.telling = Telling(tr)  # what follows a size does so here as well
     try:

@@ -56,7 +56,7 @@ _MEANINGS = dict(
     # each number by itself, with those at the same place in other inputs; and all that PyTorch tags so
     each='''copy fill zero masked_fill where relu relu6 hardtanh hardsigmoid hardswish leaky_relu elu celu selu gelu silu mish softplus softshrink hardshrink threshold
         _prelu_kernel log_sigmoid_forward rsub floor_divide bernoulli native_dropout dropout feature_dropout rrelu_with_noise clamp clamp_min clamp_max lerp addcmul addcdiv add sub neg mul div
-        complex polar''',
+        complex polar _neg_view''',
     fake_quantize='''fake_quantize_per_tensor_affine fake_quantize_per_tensor_affine_cachemask _fake_quantize_per_tensor_affine_cachemask_tensor_qparams
         fake_quantize_per_channel_affine fake_quantize_per_channel_affine_cachemask _fused_moving_avg_obs_fq_helper''',
     gate='glu',

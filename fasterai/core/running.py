@@ -10,6 +10,7 @@ __all__ = ['SLIPS', 'SOON', 'tensors_of', 'map_parts', 'plain', 'at_home', 'rest
 
 # %% ../../nbs/core/06_running.ipynb #97aac5d9
 import copy,math,sys,warnings
+from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack,contextmanager
 from contextvars import ContextVar
@@ -156,15 +157,43 @@ def _told(ask, other):
     try: return ask()
     except RuntimeError: return other
 
+_OWN = {*vars(nn.Module())}  # what every module has
+
+class _State:
+    "What module `m` keeps in attributes: from where it is made to `give_back`"
+    def __init__(self, m):
+        self.m = m
+        self.parts = self.registered()
+        self.attrs = {k:vars(m)[k] for k in self.names()}
+        self.inside = [(v,v._version,v.detach().clone()) for v in self.attrs.values() if isinstance(v, Tensor) and not v.is_inference()]
+        self.held = [(v,copy.copy(v)) for v in self.attrs.values() if type(v) in (list,dict,set,deque)]
+    def registered(self): return type(self.m),[*self.m._modules],[*self.m._parameters]
+    def names(self):
+        "All but what every module has, and weights that hooks compute"
+        return [k for k in vars(self.m).keys()-_OWN if f'{k}_orig' not in self.m._parameters and f'{k}_g' not in self.m._parameters]
+    def give_back(self):
+        if self.registered()!=self.parts: return  # a first run has built it
+        own = vars(self.m)
+        for k in self.names():
+            if k not in self.attrs: del own[k]
+        for k,v in self.attrs.items():
+            if own.get(k) is not v: own[k] = v
+        for v,version,was in self.inside:
+            if v._version!=version: v.detach().copy_(was)
+        for v,was in self.held:
+            v.clear()
+            v.extend(was) if isinstance(v, (list,deque)) else v.update(was)
+
 @contextmanager
 def restored(
     model:nn.Module, # Left as it was, also after an error
 ):
-    "Run `model` in eval mode without gradients; its flags and buffers and the state of the random generators come back as they were"
+    "Run `model` in eval mode without gradients; its flags, buffers and attributes and the state of the random generators come back as they were"
     modes = {m:m.training for m in model.modules()}
     renorm = {m:m.max_norm for m in modes if getattr(m, 'max_norm', None) is not None}  # would write to the weight of an embedding
     gpus = sorted({p.device.index for p in model.parameters() if p.device.type=='cuda'}) if torch.cuda.is_available() else []
     buffers = [(m,k,b,b.clone()) for m in modes for k,b in m._buffers.items() if b is not None]
+    states = [_State(m) for m in modes if not type(m).__module__.startswith(('torch.nn.','torch.jit.'))]  # these keep nothing
     try:
         for m,t in modes.items():
             if t: m.training = False
@@ -174,6 +203,7 @@ def restored(
         for m,t in modes.items():
             if m.training is not t: m.training = t
         for m,v in renorm.items(): m.max_norm = v
+        for o in states: o.give_back()
         for m,k,b,was in buffers:
             if getattr(m, k, None) is not b: setattr(m, k, b)
         for special in (False,True):  # batch_norm writes to its statistics without a new version

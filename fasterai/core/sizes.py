@@ -11,6 +11,7 @@ from dataclasses import dataclass,field
 import torch
 from torch import nn,Tensor
 from torch.overrides import TorchFunctionMode
+from .running import _OWN
 
 # %% ../../nbs/core/07_sizes.ipynb #addefd8a
 @dataclass(frozen=True)
@@ -123,7 +124,6 @@ def _counted(m):
     if isinstance(m, (nn.Embedding,nn.EmbeddingBag)): return dict(embedding_dim=1)
     return dict(num_features=0, num_channels=0)
 
-_OWN = {*vars(nn.Module())}  # what every module has
 _MOST,_DEEPEST = 64,3  # longer lists are no sizes; what is deeper inside is not looked at, as it may contain itself
 
 def _telling(v, tell, path):
