@@ -1,6 +1,6 @@
 """What the library once got wrong on networks, tensors and wrappers that it did not make itself, each with the smallest input that shows it"""
-import contextlib, copy, warnings
-import pytest, torch
+import contextlib, copy, math, random, warnings
+import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models.detection import FasterRCNN
@@ -196,3 +196,82 @@ def test_derivatives_inside():
     forward = model(lambda e,x: torch.func.jvp(e, (x,), (torch.ones_like(x),))[1])
     with pytest.raises(ValueError, match='computed forward'): Pruner().prune_model(forward, points)
     with pytest.raises(ValueError, match='no channel of this Net can be removed'): Pruner(forward, 50, example_inputs=points).prune_model()
+
+def test_a_matrix_that_is_computed():
+    "What another input multiplies is read, whichever parameter or buffer was added before"
+    for f in (lambda t,i: t+i, lambda t,i: t*i, lambda t,i: t):
+        model = Net(lambda s,x: s.o(torch.bmm(x.transpose(1, 2), f(s.d(s.h(x[...,0]).relu()).view(-1,3,3), s.i)).transpose(1, 2)), h=nn.Linear(3,16), d=nn.Linear(16,9), o=nn.Conv1d(3,4,1)).eval()
+        model.register_buffer('i', torch.eye(3))
+        points = torch.randn(4,3,20)
+        with pytest.warns(UserWarning, match='nothing to remove'): assert Pruner(verify=False).prune_model(model, points).h.out_features==16
+        dead(model, 'h', 8)
+        assert Pruner().prune_model(model, points).h.out_features==8
+
+LEAVES = dict(tolist=lambda x: x.amax().tolist(), numpy=lambda x: float(x.detach().numpy().max()), array=lambda x: float(np.asarray(x).max()), item=lambda x: x.max().item())
+
+@pytest.mark.parametrize('f', LEAVES.values(), ids=LEAVES)
+def test_numbers_of_the_input_that_leave(f):
+    "They are no constants: of another input they are others"
+    model = dead(Net(lambda s,x: s.b(s.a(x)+max(0, f(x)-5)), a=conv(3,8), b=conv(8,4,1)), 'a')
+    with pytest.warns(UserWarning, match='cannot be run on unknown inputs'): small = Pruner().prune_model(model, x)
+    torch.testing.assert_close(small(x+9), model(x+9))
+
+ROWS = dict(index=lambda h,i: h[i], index_select=lambda h,i: h.index_select(0, i), embedding=lambda h,i: F.embedding(i, h), gather=lambda h,i: h.gather(0, i[:,None].expand(-1, h.shape[1])),
+    index_add=lambda h,i: torch.zeros_like(h).index_add(0, i[:7], h), put=lambda h,i: torch.zeros_like(h).index_put((i[:7],), h))
+
+@pytest.mark.parametrize('f', ROWS.values(), ids=ROWS)
+def test_rows_that_an_input_picks(f):
+    "As the edges of a graph do: channels of zeros are zeros in each row"
+    model,inputs = dead(Net(lambda s,x,i: s.o(f(s.l(x).relu(), i)), l=nn.Linear(4,16), o=nn.Linear(16,2)), 'l', 8),(torch.randn(7,4),torch.randint(0, 7, (20,)))
+    with quiet(): small = Pruner().prune_model(model, inputs)
+    assert small.l.out_features==8
+    torch.testing.assert_close(small(*inputs), model(*inputs))
+
+SCALED = dict(root=lambda t: t*math.sqrt(t.size(-1)), power=lambda t: F.normalize(t, dim=-1)*t.shape[-1]**.5, mean=lambda t: t*torch.sigmoid(t.sum(-1, keepdim=True)/t.shape[-1]), product=lambda t: t*t.shape[-1])
+
+@pytest.mark.parametrize('f', SCALED.values(), ids=SCALED)
+def test_numbers_that_a_width_makes(f):
+    "What is computed with how many channels there are would change with them: they stay, and the rest goes"
+    model,inputs = dead(dead(Net(lambda s,x: s.o(s.g(f(s.e(x))).relu()), e=nn.Linear(6,16), g=nn.Linear(16,24), o=nn.Linear(24,2)), 'e', 8), 'g', 12),torch.randn(4,6)
+    with pytest.warns(UserWarning, match=r'8 did not go: 8 in e: .*test_once_missed.py'): small = Pruner().prune_model(model, inputs)
+    assert (small.e.out_features,small.g.out_features)==(16,12)
+    torch.testing.assert_close(small(inputs), model(inputs))
+
+class Octave(nn.Module):
+    "A weight that is used in pieces"
+    def __init__(self):
+        super().__init__()
+        self.c,self.w,self.o = conv(3,16,padding=1),conv(16,16,padding=1),conv(16,2,1)
+    def forward(self, x):
+        h,w = self.c(x),self.w.weight
+        return self.o(torch.cat([F.conv2d(h[:,:12], w[:12,:12], padding=1), F.conv2d(h[:,12:], w[12:,12:], padding=1)], 1))
+
+def test_pieces_of_a_weight():
+    "A cut that runs without weights and not with them is tried once"
+    model = dead(dead(Octave(), 'c', 8), 'w', 8)
+    with warnings_are('ignore'): small = Pruner().prune_model(model, x)
+    torch.testing.assert_close(small(x), model(x))
+
+class Noisy(nn.Module):
+    "Draws numbers, by `draw`, in eval mode"
+    def __init__(self, draw):
+        super().__init__()
+        self.a,self.b,self.draw = conv(3,8),conv(8,4,1),draw
+        self.torchs,self.numpys = torch.Generator().manual_seed(3),np.random.default_rng(0)
+    def forward(self, x): return self.draw(self, self.b(self.a(x).relu()))
+
+DRAWN = dict(own=lambda s,y: y+torch.randn(len(y),4,1,1, generator=s.torchs), numpys=lambda s,y: y*s.numpys.random(), numpy=lambda s,y: y*np.random.rand(), python=lambda s,y: y*random.random(), torch=lambda s,y: y*torch.rand(1))
+
+@pytest.mark.parametrize('draw', DRAWN.values(), ids=DRAWN)
+def test_models_that_draw_numbers(draw):
+    "The same ones in each run of ours, and none are missing afterwards"
+    model = dead(Noisy(draw), 'a')
+    states = lambda: (model.torchs.get_state().tolist(),model.numpys.bit_generator.state,random.getstate(),np.random.get_state()[1].tolist(),torch.get_rng_state().tolist())
+    was = states()
+    with quiet(): assert Pruner().prune_model(model, x).a.out_channels==5
+    assert states()==was
+
+def test_numbers_for_each_channel():
+    "Fewer channels draw fewer numbers: the error says so"
+    model = dead(Net(lambda s,x: s.b(F.dropout(s.a(x).relu(), .3, training=True)), a=conv(3,8), b=conv(8,4,1)), 'a')
+    with pytest.raises(ValueError, match='it draws random numbers'): Pruner().prune_model(model, x)

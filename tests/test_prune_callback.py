@@ -14,6 +14,7 @@ from fasterai.core.criteria import criterias
 from fasterai.core.schedule import sched_lin, schedules
 from fasterai.prune.all import *
 from fasterai.prune.pruner import pruned_plan
+from fasterai.sparse.all import KeepSparsity, SparsifyCallback
 from reference import exact
 from tiny import At, DATA, X, Y, convs, fit, learner, net, raises, same, state
 
@@ -147,7 +148,7 @@ def test_few_graphs_and_few_cuts(monkeypatch):
     import fasterai.prune.pruner as module
     graphs,cuts = [],[]
     monkeypatch.setattr(module, 'ChannelGraph', lambda *a, f=module.ChannelGraph: (graphs.append(1), f(*a))[1])
-    monkeypatch.setattr(module, 'legal', lambda *a, f=module.legal: (cuts.append(1), f(*a))[1])
+    monkeypatch.setattr(module, 'legal', lambda *a, f=module.legal, **kw: (cuts.append(1), f(*a, **kw))[1])
     fit(learner(), 10, PruneCallback(50, 'lin', n_updates=200))
     assert len(graphs)==1 and len(cuts)==4
 
@@ -463,3 +464,11 @@ def test_data_that_is_missing_or_wrong():
     m[0].weight.requires_grad_(False)
     with pytest.raises(ValueError, match='0.weight is frozen'): Pruner(m, 50, criteria='taylor', example_inputs=X[:2], data=(X,Y)).prune_model()
     assert same(was, state(m))
+
+@pytest.mark.parametrize('other', [lambda: SparsifyCallback(50), lambda: SparsifyCallback(50, 'filter'), KeepSparsity])
+@pytest.mark.parametrize('first', [True,False])
+def test_masks_beside_pruning_are_refused_before_anything_changes(other, first):
+    learn = learner()
+    was,cbs = state(learn.model),[PruneCallback(50),other()]
+    with pytest.raises(ValueError, match='holds masks of weights, whose shapes PruneCallback changes: prune in one fit'): fit(learn, 2, cbs if first else cbs[::-1])
+    assert same(was, state(learn.model))

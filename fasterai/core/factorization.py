@@ -10,6 +10,7 @@ import math,warnings
 from collections import Counter
 from collections.abc import Mapping
 from numbers import Real
+from types import SimpleNamespace
 import torch
 from torch import nn,Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,19 +86,20 @@ class _StandIn(nn.Module):
     "Does what `layer` does, and notes who asks it for more than its output"
     def __init__(self, name, layer, inside):
         super().__init__()
-        self.layer,self.name,self.inside,self.asked,self.calls = layer,name,inside,None,[]
+        self.layer,self.name,self.inside = layer,name,inside
+        self.seen = SimpleNamespace(asked=None, calls=[])  # an object, which stays what it is when attributes come back
         self.training = layer.training
     def forward(self, *args, **kwargs):
         self.inside.append(self.name)
         try: y = self.layer(*args, **kwargs)
         finally: self.inside.pop()
-        self.calls.append((tuple((args or tuple(kwargs.values()))[0].shape),tuple(y.shape)))
+        self.seen.calls.append((tuple((args or tuple(kwargs.values()))[0].shape),tuple(y.shape)))
         return y
     def __getattr__(self, k):
         layer = super().__getattr__('layer')
         if k=='layer': return layer
         v = getattr(layer, k)
-        self.asked = k
+        self.seen.asked = k
         return v
 
 class _Watch(TorchDispatchMode):
@@ -144,15 +146,15 @@ def replaceable(
     swap(shell, {o.layer:o for o in stand.values()})
     try:
         for fused in {False,torch.backends.mha.get_fastpath_enabled()}:
-            for o in stand.values(): o.calls.clear()
+            for o in stand.values(): o.seen.calls.clear()
             with untouched(shell), _Watch({id(p):n for n,o in stand.items() for p in o.layer._parameters.values() if p is not None}, inside) as watch:
                 torch.backends.mha.set_fastpath_enabled(fused)
                 call_with(shell[0], inputs)
             for n,o in stand.items():
-                if o.asked: left[n] = f'its {o.asked} is read by another module'
+                if o.seen.asked: left[n] = f'its {o.seen.asked} is read by another module'
                 elif n in watch.strangers: left[n] = f'its weight or bias is read by another module ({watch.strangers[n]})'
-                elif not o.calls: left.setdefault(n, 'it did not run in eval mode')
-                calls[n] = list(o.calls)
+                elif not o.seen.calls: left.setdefault(n, 'it did not run in eval mode')
+                calls[n] = list(o.seen.calls)
     finally: swap(shell, {o:o.layer for o in stand.values()})
     return {n:c for n,c in calls.items() if n not in left},left
 

@@ -70,7 +70,7 @@ class _Readers(Watch):
     def see(self, func, spec, args, kwargs):
         step = Step(func, spec, args, kwargs, self.read, self.stack[-1] if self.stack else '')
         out = func(*args, **kwargs)
-        written = [t for o in func._schema.arguments if o.alias_info and o.alias_info.is_write for t in tree_leaves(step.a[o.name]) if isinstance(t, Tensor)]
+        written = [t for o in (func._schema.arguments if spec.mutable else ()) if o.alias_info and o.alias_info.is_write for t in tree_leaves(step.a[o.name]) if isinstance(t, Tensor)]
         for t in written: self.write(t, step)
         self.note(step, [t for t in tree_leaves(out) if isinstance(t, Tensor)])
         step.forget()
@@ -124,8 +124,9 @@ class Flow:
         check_shapes(model)
         self.example_inputs = example_inputs_for(model) if example_inputs is None else example_inputs
         tr = _Readers(model)
-        with untouched(model), naming(model, tr.stack), tr.along(), tr: out = call_with(model, self.example_inputs)
-        if len(tr.values)>len(outs:=tensors_of(out)): gc.collect()
-        ids = {id(o) for o in outs}
-        for t,v in tr.values.items(): v.kept = v.kept or ('an output of the model' if id(t) in ids else 'kept by the model')
+        with untouched(model):
+            with naming(model, tr.stack), tr.along(), tr: out = call_with(model, self.example_inputs)
+            if len(tr.values)>len(outs:=tensors_of(out)): gc.collect()
+            ids = {id(o) for o in outs}
+            for t,v in tr.values.items(): v.kept = v.kept or ('an output of the model' if id(t) in ids else 'kept by the model')
         self.steps,self.visits,self.params = tr.steps,tr.visits,tr.fixed

@@ -16,7 +16,7 @@ from torch import nn,Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
-from .graph import ChannelGraph,_Trace,_shape_of_product,_varying,adds_slices,mask_of,places_of,spatial_dims,summed_by
+from .graph import ChannelGraph,_Trace,_shape_of_product,_varying,adds_slices,indexed,mask_of,places_of,spatial_dims,summed_by
 from .ops import PRODUCTS,plain_of,recurrent_weights,values
 from .running import SLIPS,_as_outside,naming,untouched
 from .sizes import Telling
@@ -247,6 +247,14 @@ def _either(c, a, b, unknown):
     c.hide(out, bad.broadcast_to(out.shape))
     return out
 
+@values('index')
+@_sure
+def _rows(c):
+    "Where it is not known which rows, only what is the same in all"
+    indices = c.a['indices'] if 'indices' in c.a else [c.a['index']]
+    if not any(c.unknown_of(o).any() for o in indices if o is not None): return _plain(c)
+    return _redo(c, self=_steady(c.a['self'], indexed(c)))
+
 @values('put_at')
 @_sure
 def _put(c):
@@ -331,7 +339,7 @@ def _watch_and_round(c):
     x = c.a['self']
     return y.masked_fill_(x.isnan() if c.made_of_parameters else x!=0, torch.nan),mask
 
-@values('same', 'permute', 'view', 'expand', 'repeat', 'slice', 'split', 'strided', 'diagonal', 'roll', 'triangle', 'index', 'join', 'window', 'to_columns', 'pixel_shuffle',
+@values('same', 'permute', 'view', 'expand', 'repeat', 'slice', 'split', 'strided', 'diagonal', 'roll', 'triangle', 'join', 'window', 'to_columns', 'pixel_shuffle',
     'pixel_unshuffle', 'channel_shuffle', 'complex_view', 'edge_pad', 'nearest', 'resize', 'blank', 'like', 'copy', 'fill', 'zero')
 def _move(c): "What is unknown moves along"; return _plain(c)
 
@@ -394,6 +402,14 @@ class _Reading(_Trace):
 
     def is_tainted(self, t): return not _exact(t) and t.layout==torch.strided and t.untyped_storage().data_ptr() in self.tainted
     def taint(self, t): self.tainted[t.untyped_storage().data_ptr()] = t
+    def hand_out(self, name, args):
+        "Numbers leave by door `name`: if they are unknown, the model may do something else from here on"
+        super().hand_out(name, args)
+        for o in args[:1]:
+            seen = self.twins.get(o, o) if self.twins is not None and isinstance(o, Tensor) else o
+            if self.closed or not isinstance(seen, Tensor) or not self.unknown_of(seen).any(): continue
+            self.depends = self.depends or name
+            self.close()
     def unknown_of(self, o):
         "Which of the numbers of `o` are unknown"
         if not isinstance(o, Tensor): return torch.zeros((), dtype=torch.bool, device='cpu')

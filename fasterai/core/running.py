@@ -9,7 +9,7 @@ __all__ = ['SLIPS', 'SOON', 'tensors_of', 'map_parts', 'plain', 'at_home', 'rest
            'check_runs', 'inputs_that_run', 'as_in_training', 'naming', 'with_bar', 'staged']
 
 # %% ../../nbs/core/06_running.ipynb #97aac5d9
-import copy,math,sys,warnings
+import copy,math,random,sys,warnings
 from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack,contextmanager
@@ -167,6 +167,8 @@ class _State:
         self.attrs = {k:vars(m)[k] for k in self.names()}
         self.inside = [(v,v._version,v.detach().clone()) for v in self.attrs.values() if isinstance(v, Tensor) and not v.is_inference()]
         self.held = [(v,copy.copy(v)) for v in self.attrs.values() if type(v) in (list,dict,set,deque)]
+        self.drawn = [(v,v.get_state()) for v in self.attrs.values() if isinstance(v, torch.Generator)]
+        self.drawn_by_numpy = [(v.bit_generator,v.bit_generator.state) for v in self.attrs.values() if isinstance(v, np.random.Generator)]
     def registered(self): return type(self.m),[*self.m._modules],[*self.m._parameters]
     def names(self):
         "All but what every module has, and weights that hooks compute"
@@ -180,6 +182,8 @@ class _State:
             if own.get(k) is not v: own[k] = v
         for v,version,was in self.inside:
             if v._version!=version: v.detach().copy_(was)
+        for v,was in self.drawn: v.set_state(was)
+        for v,was in self.drawn_by_numpy: v.state = was
         for v,was in self.held:
             v.clear()
             v.extend(was) if isinstance(v, (list,deque)) else v.update(was)
@@ -193,6 +197,7 @@ def restored(
     renorm = {m:m.max_norm for m in modes if getattr(m, 'max_norm', None) is not None}  # would write to the weight of an embedding
     gpus = sorted({p.device.index for p in model.parameters() if p.device.type=='cuda'}) if torch.cuda.is_available() else []
     buffers = [(m,k,b,b.clone()) for m in modes for k,b in m._buffers.items() if b is not None]
+    drawn = random.getstate(),np.random.get_state()
     states = [_State(m) for m in modes if not type(m).__module__.startswith(('torch.nn.','torch.jit.'))]  # these keep nothing
     try:
         for m,t in modes.items():
@@ -204,6 +209,8 @@ def restored(
             if m.training is not t: m.training = t
         for m,v in renorm.items(): m.max_norm = v
         for o in states: o.give_back()
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
         for m,k,b,was in buffers:
             if getattr(m, k, None) is not b: setattr(m, k, b)
         for special in (False,True):  # batch_norm writes to its statistics without a new version
@@ -689,15 +696,9 @@ def inputs_that_run(
 @contextmanager
 def as_in_training(model):
     "Run `model` as in training, but for what is random or keeps statistics: dropout and normalizations of torch"
-    import random
-    import numpy as np
-    states = random.getstate(),np.random.get_state()
     random_or_counting = nn.modules.batchnorm._NormBase,nn.modules.dropout._DropoutNd
     for m in model.modules(): m.training = not (type(m).__module__.startswith('torch.nn.') or isinstance(m, random_or_counting))
-    try: yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+    yield
 
 @contextmanager
 def naming(model, stack):

@@ -88,6 +88,16 @@ class Told(int):
         if self.by is not None and answer is not NotImplemented: self.by.compared(self, other, answer is same)
         return answer
 
+def _measuring(name):
+    "A method of `Told` for an operation whose result is no whole number: with it, the model computes"
+    plain = getattr(int, name)
+    def method(a, *args):
+        if a.by is not None: a.by.measured(a)
+        return plain(a, *args)
+    return method
+
+for _name in ('__float__','__pow__','__rpow__'): setattr(Told, _name, _measuring(_name))
+
 def _arithmetic(name, sign):
     "Methods of `Told` for an operation of `int`, with it on the left and on the right"
     left,right = getattr(int, f'__{name}__'),getattr(int, f'__r{name}__')
@@ -280,6 +290,8 @@ _PLACES = {'unflatten':_unflattened, 'narrow':_narrowed,
     **dict.fromkeys(('__getitem__','__setitem__'), _indexed), **dict.fromkeys(('layer_norm','rms_norm'), _normalized),
     **{f'conv{t}{n}d':_grouped for t in ('','_transpose') for n in (1,2,3)}}
 
+_SCALES = frozenset('mul mul_ div div_ true_divide add add_ sub sub_ pow pow_ __rdiv__ __rsub__ __rpow__'.split())
+
 _MADE = {f'{new}{o}' for new in ('','new_') for o in ('zeros','ones','full','empty')}
 
 def _made(name, args, kwargs, out):
@@ -402,6 +414,9 @@ class Telling(Watching):
 
     def read(self, func, name, args, kwargs):
         "Have sizes that the code reads tell"
+        if name in _SCALES:
+            for o in args:
+                if type(o) is Told: self.measured(o)
         if name in self.trace.doors: self.trace.hand_out(name, args)
         out = func(*args, **kwargs)
         if name in _MADE and isinstance(out, Tensor): self.spread(_made(name, args, kwargs, out))
@@ -451,6 +466,13 @@ class Telling(Watching):
         known = isinstance(b, Told)
         if not known and not any(isinstance(o, Axis) for o in _leaves(a.source)): return
         if a.source is not None: self.equate(b, a.source)
+
+    def measured(self, n):
+        "The code computes with number `n`, as with a root of how many channels there are: what they are depends on that"
+        if not self.running or self.now is not None: return
+        for axis in _leaves(n.source):
+            for l in axis.labels if isinstance(axis, Axis) and axis.stop is None else ():
+                self.trace.end(l, f'{self.stack and self.stack[-1] or "the model"} ({_line()}), which computes with their number,')
 
     def differ(self, a, b):
         "The code goes another way as long as numbers `a` and `b` differ"

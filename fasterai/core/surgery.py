@@ -579,7 +579,11 @@ def legal(
     case = _Case(model, graph, biases, {} if why is None else why)
     removed = case.fitted(removed)  # by what is known of the code, without a run
     while problem := case.tried(removed):  # a run with weights
-        removed = case.fitted(case.fewer(removed, problem))
+        rest = case.fitted(case.fewer(removed, problem))
+        if len(rest)==len(removed) and case.on_meta:  # what fails with weights does not without
+            case.on_meta = False
+            rest = case.fitted(case.fewer(removed, problem))
+        removed = rest if len(rest)<len(removed) else rest[:0]
         while case.on_meta and (problem := case.tried_on_meta(removed)):  # runs without, until one fits
             removed = case.fitted(case.fewer(removed, problem))
     return case.new,case.plan,removed

@@ -40,6 +40,8 @@ class PruneCallback(ScheduledCallback):
         for o in pruning_ratio.values() if isinstance(pruning_ratio, Mapping) else [pruning_ratio]: check_rises(self.schedule, check_ratio(o))
 
     def before_fit(self):
+        for o in self.learn.cbs:
+            if getattr(o, 'masks', False): raise ValueError(f'{type(o).__name__} holds masks of weights, whose shapes {type(self).__name__} changes: prune in one fit, sparsify in another')
         self.next = Pruner(self.whole, self.ratio, example_inputs=self.inputs, **self.how)
         self.add_column()
 
