@@ -311,7 +311,7 @@ def test_nothing_changes():
                      torch.is_grad_enabled())
     was = state()
     ChannelGraph(m)
-    with pytest.raises(AttributeError): ChannelGraph(m, dict(x=img, fail=True))
+    with pytest.raises(ValueError, match='does not run where its channels are followed .AttributeError'): ChannelGraph(m, dict(x=img, fail=True))
     now = state()
     assert all(k==j and torch.equal(v,w) for (k,v),(j,w) in zip(was[0], now[0])) and was[1:]==now[1:]
     assert torch.equal(rng, torch.get_rng_state()) and m.conv.weight.grad.eq(1).all()

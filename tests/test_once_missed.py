@@ -275,3 +275,25 @@ def test_numbers_for_each_channel():
     "Fewer channels draw fewer numbers: the error says so"
     model = dead(Net(lambda s,x: s.b(F.dropout(s.a(x).relu(), .3, training=True)), a=conv(3,8), b=conv(8,4,1)), 'a')
     with pytest.raises(ValueError, match='it draws random numbers'): Pruner().prune_model(model, x)
+
+class Routed(nn.Module):
+    "Sends each sample to one of four experts"
+    def __init__(self):
+        super().__init__()
+        self.i,self.gate,self.o = nn.Linear(6,16),nn.Linear(16,4),nn.Linear(16,2)
+        self.experts = nn.ModuleList([nn.Sequential(nn.Linear(16,24), nn.GELU(), nn.Linear(24,16)) for _ in range(4)])
+    def forward(self, x):
+        h = self.i(x).relu()
+        y,chosen = torch.zeros_like(h),self.gate(h).argmax(-1)
+        for k,f in enumerate(self.experts):
+            rows = (chosen==k).nonzero()[:,0]
+            if len(rows): y = y.index_add(0, rows, f(h[rows]))
+        return self.o(y+h)
+
+def test_experts_that_no_sample_went_to():
+    "They may read what the others read: that stays, and all batches still run"
+    torch.manual_seed(0)
+    model,few,many = Routed().eval(),torch.randn(1,6),torch.randn(64,6)
+    with pytest.warns(UserWarning, match='did not run, and may read or make what experts'): Pruner(model, 50, example_inputs=few).prune_model()
+    assert model(many).shape==(64,2)
+    assert sum(f[0].out_features==12 for f in model.experts)==1 and model.i.out_features==16

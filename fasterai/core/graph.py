@@ -1230,6 +1230,11 @@ def _group_normed(tr, c):
     _normalized(tr, c, [1])
 
 # %% ../../nbs/core/08_graph.ipynb #50539877
+def _number(name):
+    "Name of a parameter of one of several modules alike, `experts.3.fc.weight`, without its number; and up to it. `None` without a number"
+    found = re.match(r'(.*?\.)?(\d+)\.', name)
+    return (name[:found.start(2)]+'*'+name[found.end(2):],name[:found.end()]) if found else None
+
 def _slices(uses):
     "One `Slice` for all uses of a dimension that agree; more if it serves different channels"
     kept = {}
@@ -1269,6 +1274,7 @@ class ChannelGraph:
         batch = next((o.shape[0] for o in tensors_of(self.example_inputs) if o.dim()), 1)
         self._macs = {k:n//max(batch, 1) for k,n in tr.macs.items()}
         self._follow()
+        for ids,why in self._for_others(tr): tr.pin(ids, why)
         self._solve(tr)
         self.mixes = [(ids,why) for l,why,dims in tr.mixes if len(ids:=self._mixed(l, dims))]
 
@@ -1286,6 +1292,17 @@ class ChannelGraph:
         tr.telling = Telling(tr)
         with untouched(model): self.shapes = self._run(model, tr, self.example_inputs)
         return tr
+
+    def _for_others(self, tr):
+        "Channels that layers share with others, where one like them did not run, as an expert that no sample was sent to: it may read and make the same"
+        idle = {_number(n)[0]:n for n in self.unused if _number(n)}
+        for s in self.slices if idle else ():
+            found = _number(s.name)
+            other = idle.get(found[0]) if found else None
+            if other is None or s.role not in ('in','out') or tr.params[other].shape!=tr.params[s.name].shape: continue
+            outside = [o.ids for o in self.slices if not o.name.startswith(found[1])]
+            shared = s.ids[torch.isin(s.ids, torch.cat(outside))] if outside else s.ids[:0]
+            yield shared[shared>0],f'{layer_of(other)} did not run, and may read or make what {s.layer} does'
 
     def _follow(self):
         by = {}

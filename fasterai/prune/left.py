@@ -77,7 +77,7 @@ def fixed(
     "For each channel why it cannot be removed, '' for those that can"
     roots,classes = graph.roots(made.ids).tolist(),graph.classes(made.ids).tolist()
     if isinstance(made.whole, nn.RNNBase): unknown = 'hidden units of recurrent layers stay'
-    elif made.name in graph.unused: unknown = 'it did not run in eval mode, and may not fit the layers before it any more'
+    elif made.name in graph.unused: unknown = 'it did not run with these inputs in eval mode, and may not fit the layers before it any more'
     elif graph.unknown: unknown = f'the graph does not follow its weight (unknown operations: {some(graph.unknown)})'
     else: unknown = 'the graph does not follow its weight'
     whys = {0:unknown}

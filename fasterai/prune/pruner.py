@@ -198,9 +198,9 @@ def _nothing(model): return f'nothing to remove: no channel of this {type(model)
 
 def _unused(model, graph):
     "A note on layers that did not run, and cannot be cut to fit"
-    layers = filter(None, dict.fromkeys(layer_of(n) for n in graph.unused))
+    layers = filter(None, dict.fromkeys(layer_of(n) for n in graph.unused if not n.endswith('.bias')))
     idle = [o for o in layers if isinstance(model.get_submodule(o), (nn.modules.conv._ConvNd,nn.Linear))]
-    if idle: return f'{some(idle)} did not run in eval mode and stayed as they are: they may not fit the layers before them any more'
+    if idle: return f'{some(idle)} did not run with these inputs in eval mode and stayed as they are: they may not fit the layers before them any more'
 
 # %% ../../nbs/prune/01_pruner.ipynb #fa99497b
 _TRIES = 3  # to find others in the place of what has to stay: each may run the model
