@@ -418,6 +418,7 @@ class _Reading(_Trace):
         return torch.full_like(o, self.is_tainted(o), dtype=torch.bool) if mask is None else mask
     def hide(self, y, bad):
         "The numbers of result `y` at `bad` are unknown"
+        bad = bad.to(y.device)  # of a number beside a tensor, it is on the CPU
         if _exact(y): y.masked_fill_(bad, _nan(y))
         else: self.masks[y] = bad|self.masks[y] if y in self.masks else bad.clone()
 
