@@ -222,6 +222,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'fasterai/callback.py'),
                                    'fasterai.callback.ScheduledCallback.step': ( 'callback.html#scheduledcallback.step',
                                                                                  'fasterai/callback.py'),
+                                   'fasterai.callback.ScheduledCallback.tell_early': ( 'callback.html#scheduledcallback.tell_early',
+                                                                                       'fasterai/callback.py'),
                                    'fasterai.callback.ScheduledCallback.whole': ( 'callback.html#scheduledcallback.whole',
                                                                                   'fasterai/callback.py'),
                                    'fasterai.callback.two_of': ('callback.html#two_of', 'fasterai/callback.py')},

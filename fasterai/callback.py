@@ -8,6 +8,7 @@ __all__ = ['two_of', 'ScheduledCallback']
 # %% ../nbs/98_callback.ipynb #b674df18
 import torch
 from fastai.callback.core import Callback
+from .core.brought import warn
 from .core.running import followable, map_parts, plain, tensors_of
 from .core.schedule import due, n_due, schedule_of
 
@@ -75,5 +76,11 @@ class ScheduledCallback(Callback):
 
     def after_validate(self):
         if hasattr(self.learn, 'recorder') and self.next is None: self.recorder.log.append(self.reached())
+
+    def tell_early(self, target):
+        "Warn if the fit has ended, as a callback may have it, before the schedule reached what it makes of `target`"
+        k,n = self.step
+        if self.last==n or self.at(self.last/n, target)==self.at(1., target): return
+        warn(f'the fit ended after step {k} of {n}, before the schedule of {type(self).__name__} did: {self.reached():.4g} percent {self.column}')
 
     def hold(self): "What is to be done after all other steps"

@@ -1,7 +1,7 @@
 """`SparsifyCallback` and `KeepSparsity` beside all that a fit may have: other callbacks, optimizers, precisions, compiled and frozen models, interrupts.
 
 The claims are everywhere the same: the target is reached exactly, what is zero stays zero after every step, and nothing is left behind."""
-import copy, math, pickle
+import copy, math, pickle, warnings
 import numpy as np, pytest, torch
 from fastai.callback.core import *
 from fastai.callback.fp16 import MixedPrecision
@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils import prune
 import fasterai.sparse.sparsify_callback as module
 from fasterai.core.schedule import cos, sched_cos
+from fasterai.prune.all import PruneCallback
 from fasterai.sparse.all import *
 from reference import exact
 from tiny import FAKE_GPU, At, DATA, X, Y, convs, fit, learner, net, raises, same, state, zeros
@@ -642,3 +643,17 @@ def test_on_the_meta_device():
     model.to('meta')
     sp.update(60)
     assert all(m.device.type=='meta' for m in sp.masks.values())
+
+class Ends(Callback):
+    "Ends a fit in its second epoch"
+    def after_batch(self):
+        if self.training and self.epoch==1: raise CancelFitException()
+
+@pytest.mark.parametrize('make', [lambda: SparsifyCallback(50, schedule='lin'), lambda: SparsifyCallback([40,50], schedule='lin'), lambda: SparsifyCallback(50, 'filter', coupled=True), lambda: PruneCallback(50)])
+def test_a_fit_that_ends_early_is_told(make):
+    "How far it came, in one warning; a fit that comes to its end, and one that ends after the schedule did, say nothing"
+    with pytest.warns(UserWarning, match=r'the fit ended after step \d+ of \d+, before the schedule of \w+ did: [\d.]+ percent (sparsity|pruned)') as said: fit(learner(), 4, [make(),Ends()])
+    assert len([w for w in said if 'the fit ended' in str(w.message)])==1
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        fit(learner(), 2, make())

@@ -65,7 +65,9 @@ class PruneCallback(ScheduledCallback):
     def reached(self): return self.pruner.reached()
 
     def after_fit(self):
-        if self.next is None and self.pruner is not None: self.pruner.past = {}
+        if self.next is None and self.pruner is not None:
+            self.tell_early(self.pruner.pruning_ratio)
+            self.pruner.past = {}
         self.next = None
 
     def __getstate__(self): return super().__getstate__() | dict(pruner=None, next=None)

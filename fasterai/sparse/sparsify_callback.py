@@ -108,6 +108,7 @@ class SparsifyCallback(ScheduledCallback):
         if self.next is not None:  # nothing was trained
             self.next = None
             return
+        self.tell_early(self.target)
         if self.reset_end and self.saved is not None:
             self.whole.load_state_dict(self.saved)
             self.sparsifier.apply_masks()
