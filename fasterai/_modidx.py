@@ -1013,6 +1013,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.core.running.check_inputs': ('core/running.html#check_inputs', 'fasterai/core/running.py'),
                                        'fasterai.core.running.check_module': ('core/running.html#check_module', 'fasterai/core/running.py'),
                                        'fasterai.core.running.check_runs': ('core/running.html#check_runs', 'fasterai/core/running.py'),
+                                       'fasterai.core.running.check_scripts': ( 'core/running.html#check_scripts',
+                                                                                'fasterai/core/running.py'),
                                        'fasterai.core.running.check_shapes': ('core/running.html#check_shapes', 'fasterai/core/running.py'),
                                        'fasterai.core.running.example_inputs_for': ( 'core/running.html#example_inputs_for',
                                                                                      'fasterai/core/running.py'),

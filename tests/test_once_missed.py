@@ -8,6 +8,7 @@ from torchvision.ops import DeformConv2d
 from fasterai.core.graph import unknown_ops
 from fasterai.misc.all import BN_Folder, Conv_Decomposer, FC_Decomposer
 from fasterai.prune.all import Pruner
+from fasterai.quantize.all import KMeansQuantizer
 from fasterai.report.all import report
 from fasterai.sparse.all import Sparsifier
 from tiny import Net, warnings_are
@@ -297,3 +298,10 @@ def test_experts_that_no_sample_went_to():
     with pytest.warns(UserWarning, match='did not run, and may read or make what experts'): Pruner(model, 50, example_inputs=few).prune_model()
     assert model(many).shape==(64,2)
     assert sum(f[0].out_features==12 for f in model.experts)==1 and model.i.out_features==16
+
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
+@pytest.mark.parametrize('use', [lambda m: Sparsifier(m, 'filter', coupled=True, example_inputs=x), lambda m: BN_Folder().fold(m, x), lambda m: KMeansQuantizer(3).quantize(m), lambda m: Pruner().prune_model(m, x)],
+    ids=['coupled','fold','share','lossless'])
+def test_a_scripted_part(use):
+    model = nn.Sequential(conv(3,8), nn.BatchNorm2d(8), torch.jit.script(nn.Sequential(conv(8,8,1), nn.ReLU())), conv(8,4,1)).eval()
+    with pytest.raises(ValueError, match='2 is a .* of TorchScript and keeps its shapes: use the module that it was made from'): use(model)

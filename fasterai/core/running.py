@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SLIPS', 'SOON', 'tensors_of', 'map_parts', 'plain', 'at_home', 'restored', 'untouched', 'call_with', 'batches_of',
-           'inputs_of', 'readers_of', 'Bystanders', 'without_readers', 'check_module', 'is_fake', 'innermost',
-           'plain_model', 'followable', 'check_shapes', 'example_inputs_for', 'check_inputs', 'inputs_for', 'explained',
-           'check_runs', 'inputs_that_run', 'as_in_training', 'naming', 'with_bar', 'staged']
+           'inputs_of', 'readers_of', 'Bystanders', 'without_readers', 'check_module', 'check_scripts', 'is_fake',
+           'innermost', 'plain_model', 'followable', 'check_shapes', 'example_inputs_for', 'check_inputs', 'inputs_for',
+           'explained', 'check_runs', 'inputs_that_run', 'as_in_training', 'naming', 'with_bar', 'staged']
 
 # %% ../../nbs/core/06_running.ipynb #97aac5d9
 import copy,math,random,sys,warnings
@@ -496,13 +496,20 @@ def _inside(model):
     held = getattr(model, 'module', None)
     return held if isinstance(held, nn.Module) and type(model).forward is nn.Module.forward else None  # it cannot run by itself
 
+def check_scripts(
+    model:nn.Module, # Any model
+):
+    "`ValueError` for a part of `model` that is scripted and has parameters"
+    for n,m in model.named_modules():
+        if _is_script(m) and any(True for _ in m.parameters()):
+            raise ValueError(f'{n} is a {type(m).__name__} of TorchScript and keeps its shapes: use the module that it was made from')
+
 def _check_parts(model):
     "`ValueError` for what is in `model` and cannot be followed"
+    check_scripts(model)
     for n,m in model.named_modules():
         if isinstance(m, _DDP):
             raise ValueError(f'{n} is a DistributedDataParallel inside of the model: wrap the whole model, after it was pruned')
-        if _is_script(m) and any(True for _ in m.parameters()):
-            raise ValueError(f'{n} is a {type(m).__name__} of TorchScript and keeps its shapes: use the module that it was made from')
     for n,p in model.named_parameters():
         if type(p).__name__=='DTensor':
             raise ValueError(f'{n} is a DTensor, of which other processes hold parts: prune the whole model, and distribute it after that')

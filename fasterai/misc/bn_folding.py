@@ -18,7 +18,7 @@ from ..core.brought import check_held
 from ..core.flow import Flow,Step,Value,Visit,_hooked
 from ..core.graph import _lift,_shrink,_varying,layer_of
 from ..core.ops import scales
-from ..core.running import SLIPS,call_with,inputs_that_run,plain_model,untouched
+from ..core.running import SLIPS,call_with,check_scripts,inputs_that_run,plain_model,untouched
 from ..core.proof import check_choices,check_same
 from ..core.surgery import _add_bias,copy_of
 from ..legacy import old_function
@@ -870,6 +870,7 @@ class BN_Folder:
     ):
         "A copy of `model` with its norms folded, and one warning if some stay; a `ValueError` if the outputs change"
         model = plain_model(model)
+        check_scripts(model)
         check_held(_tensors(model))
         with _plainly(model): return self._fold(model, self.example_inputs if example_inputs is None else example_inputs)
 

@@ -8,7 +8,7 @@ __all__ = ['Quantizer', 'is_weight', 'check_bits', 'bits_by_name', 'SharedWeight
 # %% ../../nbs/quantize/02_weight_sharing.ipynb #db01ed1b
 import torch
 from torch import nn, Tensor
-from ..core.running import check_shapes, plain_model
+from ..core.running import check_scripts, check_shapes, plain_model
 from ..core.brought import check_weights, computed, made_of, plain_name, still, told, warn
 from ..core.granularity import axes_of
 from ..core.registry import did_you_mean, named
@@ -140,6 +140,7 @@ class KMeansQuantizer:
 
     def _each(self, model):
         model = plain_model(model)
+        check_scripts(model)
         bits,out = _bits_and_left(model, self.bits)
         if out: warn(told(out, 'left as it was' if len(out)==1 else 'left as they were'))
         self.rows = []

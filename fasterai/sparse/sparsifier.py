@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from ..core.granularity import Answers, axes_of, blocks, granularity_name, granularity_of, has_axes
 from ..core.granularity import head_parts, layer_axes, n_heads
 from ..core.registry import did_you_mean
-from ..core.running import at_home, inputs_that_run, plain_model
+from ..core.running import at_home, check_scripts, inputs_that_run, plain_model
 from ..core.brought import check_finite, check_scores, computed, falls_short, made_of, much_less, plain_name, still, told
 from ..core.brought import unfit, warn
 from ..core.criteria import criteria_of, criterias, large_final, needs
@@ -491,6 +491,7 @@ class Sparsifier:
         if round_to and most<round_to: raise ValueError(f'round_to={round_to}: no layer has so many blocks to keep, the largest has {most}')
         self._gone,self._shares,self._sides,self._asked,self._coupled,self._told = {},{},None,0,coupled,False
         if coupled:
+            check_scripts(self.model)
             if not all(map(_by_filter, self.layers)):
                 raise ValueError(f'coupled filters go with the granularity filter, not {granularity_name(granularity)!r}')
             self.layers,self._sides,stays = couple(self.model, self.layers, self.criteria, example_inputs)
