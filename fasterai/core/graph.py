@@ -946,10 +946,10 @@ def _slid(tr, c, l, k):
     "Labels of what a window gives that slides over the channels of labels `l`, one step at a time and along one of the last `k` dimensions: each with its neighbours"
     n,v = len(c.x.shape),_varying(l)
     if c.meaning not in ('average_pool','max_pool') or 'kernel_size' not in c.a or len(v)>1 or v[0]<n-k: return
-    (d,), at = v,lambda o: ([*o]*(k if len(o)==1 else 1))[v[0]-n+k] if isinstance(o, (tuple,list)) else o
-    size = at(c.a['kernel_size'])
+    d, = v
+    def at(o): return ([*o]*(k if len(o)==1 else 1))[d-n+k] if isinstance(o, (tuple,list)) else o  # of this dimension
     if at(c.a.get('stride') or c.a['kernel_size'])!=1 or at(c.a.get('dilation', 1))!=1: return
-    first,m = size//2-at(c.a.get('padding', 0)),c.y.shape[d]
+    first,m = at(c.a['kernel_size'])//2-at(c.a.get('padding', 0)),c.y.shape[d]
     if first<0 or first+m>l.shape[d]: return
     tr.mix(l, [d], c.why)
     for rest in (l.narrow(d, 0, first),l.narrow(d, first+m, l.shape[d]-first-m)): tr.pin(rest, c.why)  # they make nothing of their own

@@ -6,7 +6,6 @@
 __all__ = ['Read', 'Liveness', 'spare_last']
 
 # %% ../../nbs/core/09_liveness.ipynb #b1005c23
-import warnings
 from dataclasses import dataclass
 from collections import Counter
 from functools import cached_property,partial
@@ -561,15 +560,16 @@ def _same_numbers(graph, tr):
     return tr.n==graph.n_eval and list(tr.order)==graph.order[:len(tr.order)]
 
 def _observe(model, graph):
-    "The reads of `model`, by a run on unknown inputs; or, where it asks what their values are, by runs that tell it"
+    "The reads of `model`, by a run on unknown inputs; or, where it asks what their values are, by runs that tell it. And what is less sure for that, in words, or ''"
     hide = lambda o: torch.full_like(o, _nan(o)) if _exact(o) else o.clone()
     tr = _Reading(model)
     why = _run(model, tr, tree_map(lambda o: hide(o) if isinstance(o, Tensor) else o, graph.example_inputs)) or tr.depends
-    if not why and _same_numbers(graph, tr): return tr
+    if not why and _same_numbers(graph, tr): return tr,''
     tr = _both_ways(model, graph) or _one_way(model, graph)
-    if tr.closed: warnings.warn(f'the model cannot be run on unknown inputs ({why or "it runs otherwise than on the example inputs"}): of what it still holds when it asks for '
-        'their values, only channels that nothing reads count as dead' + (f', and none at all if made later, as {graph.idle[0]} did not run and may run on other inputs' if graph.idle else ''))
-    return tr
+    if not tr.closed: return tr,''
+    later = f', and none at all if made later, as {graph.idle[0]} did not run and may run on other inputs' if graph.idle else ''
+    return tr,(f'the model cannot be run on unknown inputs ({why or "it runs otherwise than on the example inputs"}): of what it still holds when it asks for '
+        f'their values, only channels that nothing reads count as dead{later}')
 
 def _run(model, tr, inputs):
     "Run `model` under `tr`; what went wrong"
@@ -631,7 +631,7 @@ class Liveness:
         graph:ChannelGraph, # Of `model`
     ):
         self.graph = graph
-        tr = _observe(model, graph)
+        tr,self.unsure = _observe(model, graph)  # why less may count as dead than could, or ''
         self.reads = tr.reads
         self._agree()
         self.live = torch.zeros(len(graph._root), dtype=torch.bool, device='cpu')

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 import torch
 from torch import nn, Tensor
-from ..core.brought import listed, plain_name
+from ..core.brought import check_held, listed, plain_name
 from ..core.registry import did_you_mean
 from ..core.running import call_with, check_inputs, check_module, example_inputs_for, explained, innermost, tensors_of, untouched
 from ..core.schedule import schedule_of
@@ -91,8 +91,7 @@ class Distiller:
     ):
         self.teacher = teacher if isinstance(teacher, nn.Module) else getattr(teacher, 'model', None)
         if not isinstance(self.teacher, nn.Module): raise TypeError(f'a teacher is an nn.Module, or has one as its .model, not {type(teacher).__name__}')
-        away = next((n for n,p in self.teacher.named_parameters() if p.is_meta), None)
-        if away is not None: raise ValueError(f'{away} of the teacher is on the meta device and has no values: load them first')
+        check_held((f'{n} of the teacher',p) for n,p in self.teacher.named_parameters() if p.is_meta)
         self.losses = {}
         for f in map(loss_of, loss if isinstance(loss, (list,tuple)) else [loss]):
             n = sum(loss_name(o)==loss_name(f) for o in self.losses.values())

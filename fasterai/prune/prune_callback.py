@@ -41,7 +41,7 @@ class PruneCallback(ScheduledCallback):
 
     def before_fit(self):
         for o in self.learn.cbs:
-            if getattr(o, 'masks', False): raise ValueError(f'{type(o).__name__} holds masks of weights, whose shapes {type(self).__name__} changes: prune in one fit, sparsify in another')
+            if getattr(o, 'holds_masks', False): raise ValueError(f'{type(o).__name__} holds masks of weights, whose shapes {type(self).__name__} changes: prune in one fit, sparsify in another')
         self.next = Pruner(self.whole, self.ratio, example_inputs=self.inputs, **self.how)
         self.add_column()
 

@@ -22,7 +22,7 @@ from ..core.graph import ChannelGraph,layer_of
 from .left import LAST,OUTPUT,add_row,counted,fixed,left_of_zeros,made_by,missing,rows_of,some,in_words
 from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes
 from ..core.running import followable,inputs_for,plain_model,staged,untouched
-from ..core.brought import UNKNOWN_INPUTS,check_held,check_scores,check_values,falls_short,listed,much_less,overheard,warn
+from ..core.brought import check_held,check_scores,check_values,falls_short,listed,much_less,rounds_up,warn
 from ..core.liveness import Liveness,spare_last
 from ..core.evidence import _wide,act_norms,check_trained,evidence,weight_of
 from ..core.proof import TOLERANCE,check_same,random_like
@@ -171,8 +171,8 @@ def _smaller(model, inputs, verify):
     "In stages: a smaller copy of `model` with the same outputs, what could not go, how many went, and notes on what is worth knowing"
     graph = ChannelGraph(model, inputs)
     yield
-    with overheard(UNKNOWN_INPUTS) as unsure: life = Liveness(model, graph)
-    dead,notes = life.dead(),[]
+    life,notes = Liveness(model, graph),[]
+    dead = life.dead()
     yield
     new,plan,removed = legal(model, graph, dead, life.constants, why := {})
     yield
@@ -186,7 +186,7 @@ def _smaller(model, inputs, verify):
     if len(removed): notes.append(_unused(model, graph))
     _remember(new, plan)
     left = left_of_zeros(model, graph, life, dead, removed, why)
-    if left or not len(removed): notes += unsure
+    if left or not len(removed): notes.append(life.unsure)
     return new,left,len(removed),[o for o in notes if o]
 
 def _about(bystanders):
@@ -568,7 +568,7 @@ class Pruner:
                 if coarse: whys[coarse],want = every-gone,every
                 elif done and due==g.gone and self.round_to and much_less(g.gone, g.share):
                     want = round(g.share*each)
-                    whys[f'round_to={self.round_to} keeps a multiple of so many, and rather more than too few'] = want-gone
+                    whys[rounds_up(self.round_to)] = want-gone
                 asked += max(round(goal*each), want)
                 add_row(rows, layer, round(g.missed*each), want, gone, whys)
         return rows_of(rows),asked

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from ..analyze.counts import (BATCHES,accuracy_interval,answers,check_models,effective_parameters,inputs_and_labels,latency,loader_of,most_likely,
                                      n_bytes,n_params,place_of,placed,running,sign_test,speedup)
-from ..core.brought import UNKNOWN_INPUTS,check_held,not_finite,overheard,statistics_of,warn
+from ..core.brought import check_held,not_finite,statistics_of,warn
 from ..core.graph import ChannelGraph
 from ..core.running import call_with,check_inputs,example_inputs_for,explained,inputs_that_run,tensors_of,untouched
 from ..core.liveness import Liveness
@@ -109,10 +109,11 @@ def _zeros_note(o):
     "What became of the zeros of stage `o`"
     gone = o['params']-o['nonzero']
     if gone<.01*o['params']: return []
-    with overheard(UNKNOWN_INPUTS) as unsure: dead = len(Liveness(o['model'], o['graph']).dead())
+    life = Liveness(o['model'], o['graph'])
+    dead = len(life.dead())
     if dead: return [f'{o["stage"]}: {gone:,} zeros are still there, and take as much time and room as other numbers: {dead:,} channels can be removed with `Pruner().prune_model(model)`']
     return [f'{o["stage"]}: {gone:,} zeros take as much time and room as other numbers, and no channel can go for them: they are scattered (a granularity below `filter`) '
-            'or tied to channels that are not zero (`coupled=True` zeroes these together)', *(f'{o["stage"]}: {why}' for why in unsure)]
+            'or tied to channels that are not zero (`coupled=True` zeroes these together)', *([f'{o["stage"]}: {life.unsure}'] if life.unsure else [])]
 
 def _sizes(model): return [(n,type(m),[tuple(p.shape) for p in m.parameters(recurse=False)]) for n,m in model.named_modules()]
 def _ratio(o): return f'×{o.median:.2f} (×{o.low:.2f} to ×{o.high:.2f})'

@@ -17,7 +17,7 @@ from ..core.granularity import Answers, axes_of, blocks, granularity_name, granu
 from ..core.granularity import head_parts, layer_axes, n_heads
 from ..core.registry import did_you_mean
 from ..core.running import at_home, check_scripts, inputs_that_run, plain_model
-from ..core.brought import check_finite, check_scores, computed, falls_short, made_of, much_less, plain_name, still, told
+from ..core.brought import check_finite, check_scores, computed, falls_short, made_of, much_less, plain_name, rounds_up, still, told
 from ..core.brought import unfit, warn
 from ..core.criteria import criteria_of, criterias, large_final, needs
 from ..core.context import context_of, local, shares
@@ -552,8 +552,7 @@ class Sparsifier:
 
     def _by_rounding(self, o, share, gone):
         "The same, because of `round_to`"
-        why = f'round_to={self.round_to} keeps a multiple of so many, and rather more than too few'
-        if self.round_to and much_less(gone, share): return dict(channels=o.n, asked=share, zeroed=gone, why=why)
+        if self.round_to and much_less(gone, share): return dict(channels=o.n, asked=share, zeroed=gone, why=rounds_up(self.round_to))
 
     def _zeroed(self, name):
         "How many filters of the layer `name` are masked"

@@ -28,7 +28,7 @@ def most_updates(n:int, n_epoch:int, n_weights:int): # Steps in a fit, epochs in
 # %% ../../nbs/sparse/02_sparsify_callback.ipynb #4c5d1023
 class SparsifyCallback(ScheduledCallback):
     "Zero weights while training: `schedule` says how many, a `Sparsifier` says which"
-    column,masks = 'sparsity',True
+    column,holds_masks = 'sparsity',True
     @old_arguments
     def __init__(self,
         sparsity, # Percentage at the end; a list in the order of the layers or a dict by layer
@@ -120,7 +120,7 @@ class SparsifyCallback(ScheduledCallback):
 
 class KeepSparsity(Callback):
     "Hold zero, while fine-tuning, what is zero at the start"
-    run_valid,order,masks = False,55,True
+    run_valid,order,holds_masks = False,55,True
     def before_fit(self): self.sparsifier = None
     def before_batch(self):
         if self.sparsifier is None: self.sparsifier = hold_zeros(self.model, two_of(self.xb))
