@@ -9,13 +9,14 @@ from itertools import cycle, product
 import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
 from torch import nn
-import fasterai.core.selection as selection
+from fasterai.core import pool, streaming
 from fasterai.core.all import *
 from fasterai.analyze.all import sensitivity
 from fasterai.core.granularity import Blocks, available
 from fasterai.core.schedule import sched_cos, schedule_of
 from fasterai.core import selection
-from fasterai.core.selection import Scores, Source, lowest, n_of, select
+from fasterai.core.pool import select
+from fasterai.core.selection import Scores, Source, lowest, n_of
 from fasterai.regularize.penalties import Penalty
 from fasterai.report.plots import show_blocks
 from fasterai.sparse.sparsifier import Sparsifier
@@ -637,8 +638,8 @@ def test_selection_in_pieces(name, data):
     ks = data.draw(st.lists(st.integers(0, sum(sizes)), min_size=1, max_size=4))
     taken = []
     with pytest.MonkeyPatch.context() as mp:
-        mp.setattr(selection, 'CHUNK', data.draw(st.sampled_from([8,16,64])))
-        mp.setattr(selection, 'SAMPLE', data.draw(st.sampled_from([4,16,1000])))
+        mp.setattr(streaming, 'CHUNK', data.draw(st.sampled_from([8,16,64])))
+        mp.setattr(streaming, 'SAMPLE', data.draw(st.sampled_from([4,16,1000])))
         walk([Scores(v) for v in values], [lists(v) for v in values], ks, protect)
 
 def walk(sources, scores, ks, protect):
@@ -653,15 +654,15 @@ def walk(sources, scores, ks, protect):
 
 def test_selection_takes_its_paths(monkeypatch):
     "With small pieces the bracket is hit, missed, and hit again with a layer's best block protected; none of it changes the result"
-    monkeypatch.setattr(selection, 'CHUNK', 16)
-    monkeypatch.setattr(selection, 'SAMPLE', 64)
-    seen,real,rank = [],selection._drop_bracketed,selection._rank_all
+    monkeypatch.setattr(streaming, 'CHUNK', 16)
+    monkeypatch.setattr(streaming, 'SAMPLE', 64)
+    seen,real,rank = [],streaming.drop,pool.rank
     def spy(*args):
         res = real(*args)
         seen.append((res, any(o.safe is not None for o in args[0])))
         return res
-    monkeypatch.setattr(selection, '_drop_bracketed', spy)
-    monkeypatch.setattr(selection, '_rank_all', lambda *args: (seen.append('all'), rank(*args)))
+    monkeypatch.setattr(streaming, 'drop', spy)
+    monkeypatch.setattr(pool, 'rank', lambda *args: (seen.append('all'), rank(*args)))
     r = np.random.default_rng(0)
     a,b = torch.tensor(r.random(600)).float(),torch.tensor(r.random(20)/1000).float()
     walk([Scores(a), Scores(b)], [lists(a), lists(b)], [5,100,300,310,250,600], True)
@@ -684,8 +685,8 @@ def test_in_pieces_and_at_once_agree(monkeypatch):
     for context,criteria in product(['local','global'], [large_final, movement, small_final]):
         masks = []
         for chunk in (64, 2**20):
-            monkeypatch.setattr(selection, 'CHUNK', chunk)
-            monkeypatch.setattr(selection, 'SAMPLE', 256)
+            monkeypatch.setattr(streaming, 'CHUNK', chunk)
+            monkeypatch.setattr(streaming, 'SAMPLE', 256)
             m = model()
             sp = Sparsifier(m, 'weight', context, criteria)
             torch.manual_seed(1)

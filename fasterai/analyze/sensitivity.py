@@ -24,7 +24,8 @@ from ..core.graph import ChannelGraph,layer_of
 from ..core.running import call_with,inputs_that_run,plain_model
 from ..core.liveness import spare_last
 from ..core.evidence import check_trained,evidence
-from ..core.selection import Scores,n_of,rounded_gone,select
+from ..core.selection import Scores,n_of,rounded_gone
+from ..core.pool import select
 from ..core.surgery import _mend,_told_by_weight,copy_of,kept_by,legal
 from ..legacy import old_function
 from ..prune.pruner import Pruner,check_ratio,group_scores
@@ -66,8 +67,7 @@ class _Sparsity:
             if self.data is not None: give([o], evidence(self.asks, self.data, self.model, o.parts, self.loss_func))
             yield
         finally:
-            o.keep.fill_(-1)
-            o.masks,o.left = None,None
+            o.let_go()
             o.given.clear()
             self.sp._gone.pop((name,), None)
     def compress(self, name, level): self.sp.sparsify_layer(name, level)

@@ -29,7 +29,7 @@ def rounded_gone(n:int, gone:int, to:int): # Number of blocks, how many are to g
 # %% ../../nbs/core/04_selection.ipynb #bf0a8639
 def _kth(s, k): # Scores without nan, from 1 to their number
     "The `k`-th lowest of `s`, as a tensor with no axes"
-    return torch.from_numpy(np.partition(s.numpy(), k-1)[k-1:k])[0] if s.device.type=='cpu' else s.kthvalue(k).values
+    return torch.from_numpy(np.partition(s.numpy(), k-1)[k-1:k])[0] if s.device.type=='cpu' else s.sort().values[k-1]
 
 def lowest(scores:Tensor, k:int): # Scores [n], how many
     "Mask [n] of the `k` lowest `scores`; ties go by position, nan counts as highest"
@@ -49,6 +49,10 @@ class Source:
     def scores(self, i, j, step=1): # First block, end, every how many
         "Scores of blocks [i:j:step]: a tensor that may be written to"
         raise NotImplementedError(f'{type(self).__name__} has no scores')
+    def joined(self, slices): # Source, first block and end of each
+        "Scores of slices of several sources, of which this is one, one after the other"
+        found = [o.scores(i, j) for o,i,j in slices]
+        return torch.cat(found) if len(found)>1 else found[0]
     @property
     def gone(self): "How many are gone"; return self.n-int(self.keep.count_nonzero())
 
@@ -59,119 +63,33 @@ class Scores(Source):
         self.values = values
     def scores(self, i, j, step=1): return self.values[i:j:step].clone()
 
+# %% ../../nbs/core/04_selection.ipynb #cf4a2875
 def _key(s):
     "Integers in the order of `s`: the bits of a float, those of negative ones turned around"
     s = s.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)+0.  # of two zeros, none is lower
-    bits = s.view(torch.int64) if s.dtype==torch.float64 else s.float().view(torch.int32).long()
-    return bits ^ ((bits>>63) & torch.iinfo(torch.int64 if s.dtype==torch.float64 else torch.int32).max)
+    whole = torch.int64 if s.dtype==torch.float64 else torch.int32
+    bits = s.view(whole)
+    return bits ^ ((bits>>torch.iinfo(whole).bits-1) & torch.iinfo(whole).max)
 
-def _ordered(o, gone_first, protect):
-    "Scores of `o` as integers where one number orders all: what is gone before or after the rest, the best that is left last"
-    key,gone,ends = _key(o.scores(0, o.n)),o.keep==0,torch.iinfo(torch.int64)
-    if not gone_first: return key.masked_fill_(~gone, ends.max)
+def _ordered(s, keep, first, protect):
+    "Scores as integers where one number orders all: what is gone before or after the rest, the best that is left last"
+    key,gone = _key(s),keep==0
+    ends = torch.iinfo(key.dtype)
+    if not first: return key.masked_fill_(~gone, ends.max)
     key.masked_fill_(gone, ends.min)
-    return key.index_fill_(0, o.n-1-key.flip(0).argmax()[None], ends.max) if protect else key
+    return key.index_fill_(0, len(key)-1-key.flip(0).argmax()[None], ends.max) if protect and len(key) else key
 
-def _rank_all(sources, k, gone_first, protect):
+def rank(
+    sources:list, # `Source`s that compete
+    k:int, # How many blocks of theirs are to be gone
+    first:bool, # Do blocks go? Otherwise blocks return
+    protect:bool=False, # Does each source keep its best block, as there is room for?
+):
     "Exactly the `k` lowest of all are gone; nothing here waits for the device"
-    dev = sources[0].keep.device
-    s = torch.cat([_ordered(o, gone_first, protect).to(dev) for o in sources])
-    for o,gone in zip(sources, lowest(s, k).split([o.n for o in sources])): o.keep.copy_(gone.to(o.keep.device).to(torch.int8).sub_(1))
-    for o in sources: o.left = None
-
-# %% ../../nbs/core/04_selection.ipynb #bc23189c
-CHUNK = 2**17  # blocks in a piece: half a MiB of float32
-SAMPLE,STRIDE = 2**12,2**9  # a bracket is estimated from so many scores, or from one in so many if that is more
-
-def _stride(n):
-    "The largest number up to `n` that has no small factor: steps of it do not follow an axis of a weight, whose sizes have many"
-    return next((o for o in range(n, 1, -1) if math.gcd(o, 2*3*5*7*11*13)==1), 1)
-
-def _bracket(sources, alive, k):
-    "Two values between which the `k`-th lowest of the kept scores lies, almost surely"
-    step = _stride(min(sum(o.n for o in sources)//SAMPLE, STRIDE))
-    s = torch.cat([o.scores(0, o.n, step).masked_fill_(o.keep[::step]==0, math.inf) for o in sources])
-    m = int((s<math.inf).sum())
-    at = m*k/alive
-    margin = 4*math.sqrt(at*(1-k/alive))+4
-    i,j = int(at-margin),math.ceil(at+margin)
-    lo = _kth(s, i).item() if i>0 and k>alive//50 else -math.inf  # of few, all may be ranked
-    return lo, _kth(s, j).item() if j<=m else math.inf
-
-def _pieces(o): return ((i, min(i+CHUNK, o.n)) for i in range(0, o.n, CHUNK))
-
-def _scan(sources, outs, lo, hi):
-    "Clear in `outs` what is kept and below `lo`; give that count, places and values of what is from `lo` to `hi`, piece by piece"
-    f,g = np.empty(CHUNK, np.int8),np.empty(CHUNK, np.int8)
-    for o,out in zip(sources, outs):
-        for i,j in _pieces(o):
-            s,keep,n = o.scores(i, j).numpy(),o.keep[i:j].numpy(),0
-            fi,gi = f[:j-i],g[:j-i]
-            if hi<math.inf: np.less_equal(s, hi, out=fi.view(bool))
-            else: fi[:] = 1  # nan, too, which counts as highest
-            fi &= keep
-            if o.safe is not None and i<=o.safe<j: fi[o.safe-i] = 0
-            if lo>-math.inf:
-                np.less(s, lo, out=gi.view(bool))
-                gi &= fi
-                n = np.count_nonzero(gi)
-                fi ^= gi
-                gi -= 1
-                np.bitwise_and(keep, gi, out=out[i:j].numpy())
-            at = np.flatnonzero(fi.view(bool))
-            yield n, at, s[at]
-
-def _lowest(s, k):
-    "`lowest` for a numpy array that may be written to"
-    if not 0<k<len(s): return np.full(len(s), k>0)
-    s[np.isnan(s)] = math.inf
-    t = np.partition(s, k-1)[k-1]
-    m = s<t
-    m[np.flatnonzero(s==t)[:k-np.count_nonzero(m)]] = True
-    return m
-
-def _best_kept(o):
-    "Position of the highest score that is kept, the last of equals"
-    best,at = -math.inf,o.n-1
-    for i,j in _pieces(o):
-        s = o.scores(i, j).nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf).masked_fill_(o.keep[i:j]==0, -math.inf)
-        p = j-i-1-int(s.flip(0).argmax())
-        if o.keep[i+p] and s[p]>=best: best,at = s[p].item(),i+p
-    return at
-
-def _drop_bracketed(sources, gone, k, protect):
-    "Let the `k` lowest go that are kept; `False`, with nothing changed, if the bracket missed"
-    lo,hi = _bracket(sources, sum(o.n for o in sources)-gone, k)
-    inplace = lo==-math.inf or not gone  # nothing is written before the count is known, or it is easily undone
-    outs = [o.keep if inplace else torch.empty_like(o.keep) for o in sources]
-    counts,places,values = zip(*_scan(sources, outs, lo, hi))
-    rest,values = k-sum(counts),np.concatenate(values)
-    hit = 0<=rest<=len(values)
-    if hit:
-        picked = [at[m] for at,m in zip(places, np.split(_lowest(values, rest), np.cumsum([len(at) for at in places])[:-1]))]
-        pieces = [(o,i) for o in sources for i,_ in _pieces(o)]
-        n_gone = [n+len(at) for n,at in zip(counts, picked)]
-        left = {o: (o.n if not gone else o.n-o.gone if o.left is None else o.left) for o in sources}
-        for (o,_),n in zip(pieces, n_gone): left[o] -= n
-        bare = [o for o in sources if protect and not left[o]]
-        if not bare:
-            for o,out in zip(sources, outs):
-                o.left = left[o]
-                if not inplace: o.keep.copy_(out)
-            for (o,i),at in zip(pieces, picked): o.keep[i:].numpy()[at] = 0
-            return True
-    if not gone: [o.keep.fill_(-1) for o in sources]
-    if not hit: return False
-    for o in bare: o.safe = _best_kept(o)
-    return _drop_bracketed(sources, gone, k, protect)
-
-# %% ../../nbs/core/04_selection.ipynb #2326b75c
-def select(sources:list[Source], gone:int, k:int, protect:bool=False): # Sources that compete, how many blocks are gone now and afterwards, does each keep its best block?
-    "Exactly `k` blocks of `sources` are gone: the lowest of the kept ones go, or the highest of those that are gone return"
-    n = sum(o.n for o in sources)
-    k = min(k, n-len(sources)*protect)
-    if k==gone: return k
-    big = n>=CHUNK//8 and all(o.keep.device.type=='cpu' for o in sources)
-    if not (big and gone<k<n and _drop_bracketed(sources, gone, k-gone, protect)): _rank_all(sources, k, k>gone, protect)
-    for o in sources: o.safe = None
-    return k
+    device = sources[0].keep.device
+    scores = [o.scores(0, o.n) for o in sources]
+    wide = torch.float64 if any(s.dtype==torch.float64 for s in scores) else torch.float32
+    s = torch.cat([_ordered(s.to(wide), o.keep, first, protect).to(device) for s,o in zip(scores, sources)])
+    for o,gone in zip(sources, lowest(s, k).split([o.n for o in sources])):
+        o.keep.copy_(gone.to(o.keep.device).to(torch.int8).sub_(1))
+        o.left = None

@@ -26,7 +26,8 @@ from ..core.brought import check_held,check_scores,check_values,falls_short,list
 from ..core.liveness import Liveness,spare_last
 from ..core.evidence import _wide,act_norms,check_trained,evidence,weight_of
 from ..core.proof import TOLERANCE,check_same,random_like
-from ..core.selection import Scores,Source,check_percent,n_of,rounded_gone,select
+from ..core.selection import Scores,Source,check_percent,n_of,rounded_gone
+from ..core.pool import select
 from ..core.surgery import _pick,_sub,apply_plan,check_plan,follow_cut,legal,reshaped,without
 
 # %% ../../nbs/prune/01_pruner.ipynb #7826b0de

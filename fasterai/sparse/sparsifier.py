@@ -19,14 +19,16 @@ from ..core.registry import did_you_mean
 from ..core.running import at_home, check_scripts, inputs_that_run, plain_model
 from ..core.brought import check_finite, check_scores, computed, falls_short, made_of, much_less, plain_name, rounds_up, still, told
 from ..core.brought import unfit, warn
-from ..core.criteria import criteria_of, criterias, large_final, needs
+from ..core.criteria import criteria_of, criterias, large_final, needs, reducers
 from ..core.context import context_of, local, shares
-from ..core.selection import CHUNK, Scores, Source, check_percent, n_of, rounded_gone, select
+from ..core.selection import Scores, Source, check_percent, n_of, rounded_gone
+from ..core.pool import in_kernels, select, select_each
 from ..core.graph import ChannelGraph, layer_of
 from ..core.evidence import Weight, _wide, check_trained, evidence, weight_of
 from ..legacy import OldLevelPruner, old_prune, old_sparsifier
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #0ee83cb5
+CACHED = 2**17  # entries whose masks, of four bytes each, fit a processor's cache
 _ints = {1:torch.int8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
 
 def zero_(w:Tensor, keep:Tensor): # Weight, int8 mask that broadcasts over it: -1 keeps, 0 zeroes
@@ -39,10 +41,10 @@ def zero_(w:Tensor, keep:Tensor): # Weight, int8 mask that broadcasts over it: -
     if keep.shape!=w.shape or not (w.is_contiguous() and keep.is_contiguous()):
         return bits.bitwise_and_(keep.to(bits.dtype))
     bits,keep = bits.view(-1),keep.view(-1)
-    buf = torch.empty(min(CHUNK, len(keep)), dtype=bits.dtype, device=bits.device)
-    for i in range(0, len(keep), CHUNK):
-        k = keep[i:i+CHUNK]
-        bits[i:i+CHUNK].bitwise_and_(buf[:len(k)].copy_(k))
+    buf = torch.empty(min(CACHED, len(keep)), dtype=bits.dtype, device=bits.device)
+    for i in range(0, len(keep), CACHED):
+        k = keep[i:i+CACHED]
+        bits[i:i+CACHED].bitwise_and_(buf[:len(k)].copy_(k))
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #1ed60df7
 @dataclass(eq=False)
@@ -51,16 +53,44 @@ class Part(Weight):
     blocks:Answers # How it splits
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #6a3d3fce
-class Layer(Source):
-    "A layer's parts, which of its blocks are kept, and their scores"
+class Streamed(Source):
+    "Scores that are computed piece by piece, from what the criteria asks for, one weight after the other"
+    def __init__(self, keep, f, flat):
+        super().__init__(keep)
+        self.f,self.flat = f,flat
+    def scores(self, i, j, step=1):
+        s = self.f(**{o: _wide(x[i:j:step]) for o,x in self.flat.items()})
+        return s.clone() if s._is_view() else s
+    def joined(self, slices):
+        alike = all(isinstance(o, Streamed) and o.f is self.f for o,_,_ in slices)
+        if len(slices)==1 or not alike: return super().joined(slices)
+        return self.f(**{k: _wide(torch.cat([o.flat[k][i:j] for o,i,j in slices])) for k in self.flat})
+
+class Later(Source):
+    "Scores that are computed when they are asked for first"
+    def __init__(self, keep, make):
+        super().__init__(keep)
+        self.make = make
+    @cached_property
+    def values(self): return self.make()
+    def scores(self, i, j, step=1): return self.values[i:j:step].clone()
+
+class Layer:
+    "A layer's parts, and which of its blocks are kept"
+    left = None # How many blocks are kept, where that is known
     def __init__(self, name, parts, criteria):
         w,b = parts[0].w,parts[0].blocks
-        super().__init__(torch.full((b.n,), -1, dtype=torch.int8, device=w.device))
+        self.keep,self.n = torch.full((b.n,), -1, dtype=torch.int8, device=w.device),b.n
         self.name,self.parts,self.criteria = name,parts,criteria
-        self.past,self.given,self.ready,self.whole,self.flat,self.masks = {},{},None,None,None,None
+        self.past,self.given,self.masked,self._masks,self._whole = {},{},False,None,None
+        self._dense,self._run_of = {},{}
         self.needs,one = needs(criteria),torch.tensor([[-1.]], device='cpu')
-        alone = criteria.pointwise and 'act' not in self.needs and bool(criteria.reducer(one)==-1)
-        self.by_piece = len(parts)==1 and b.in_order and alone
+        self.alone = criteria.pointwise and 'act' not in self.needs
+        self.streams = len(parts)==1 and b.in_order and self.alone and bool(criteria.reducer(one)==-1)
+        self.trusted = self.needs==('w',) and criteria.f in criterias.values()
+
+    @property
+    def gone(self): "How many blocks are gone"; return self.n-int(self.keep.count_nonzero())
 
     def known(self, i): # Which part
         "What the criteria asks for, by name"
@@ -78,34 +108,30 @@ class Layer(Source):
     @property
     def partial(self): "Does only a part of a block go, as of a group n:m?"; return self.parts[0].blocks.partial
 
-    @property
-    def streams(self):
-        "Are scores computed piece by piece, from the weights as they lie in memory?"
-        return self.by_piece and all(x.is_contiguous() for x in self.known(0).values())
+    def source(self, checked=False):
+        "The scores of its blocks; a criteria that fails does so here, and with `checked` one that gives nan or inf, for which a device is waited"
+        if self.streams and (self.trusted or not checked):
+            res = Streamed(self.keep, self.criteria.f, {o: x.reshape(-1) for o,x in self.known(0).items()})
+        elif self.partial and self.trusted: res = Later(self.keep, self.scored)
+        else: res = Scores(self.scored(checked), self.keep)
+        res.left = self.left
+        return res
 
-    def open(self, checked=False):
-        "Make `scores` ready to be asked, until `close`; a criteria that fails does so here, and with `checked` one that gives nan or inf, for which a device is waited"
-        trusted = self.needs==('w',) and self.criteria.f in criterias.values()
-        if not self.streams or checked and not trusted: return self.prepare(checked)
-        self.flat = {o: x.view(-1) for o,x in self.known(0).items()}
-    def close(self): self.ready = self.whole = self.flat = None
+    def _score(self, i, checked=False): # Which part
+        "Scores of its weights"
+        known = {o:_wide(x) for o,x in self.known(i).items()}
+        if not self.criteria.pointwise: known = {o:x.clone() for o,x in known.items()}  # a user's function may write to what it gets
+        s = self.criteria.f(**known)
+        s = s if s.is_floating_point() else s.float()
+        if checked: check_scores(s, s.numel(), self.criteria, self.parts[i].name)
+        return s
 
-    def scores(self, i, j, step=1):
-        if self.flat is None: return self.ready[i:j:step].clone()
-        s = self.criteria.f(**{o: _wide(x[i:j:step]) for o,x in self.flat.items()})
-        return s.clone() if s._is_view() else s
-
-    def prepare(self, checked=False):
-        "Compute the scores of all blocks, and keep them until `close`"
-        scored = []
-        for i,p in enumerate(self.parts):
-            known = {o:_wide(x) for o,x in self.known(i).items()}
-            if not self.criteria.pointwise: known = {o:x.clone() for o,x in known.items()}  # a user's function may write to what it gets
-            s = self.criteria.f(**known)
-            self.whole = s = s if s.is_floating_point() else s.float()
-            if checked: check_scores(s, s.numel(), self.criteria, p.name)
-            scored.append((p.blocks,s))
-        self.ready = self.criteria.normalize(self._by_size(scored) if any(b.members is not None and b.padded for b,_ in scored) else self._lumped(scored))
+    def scored(self, checked=False):
+        "Scores of all blocks"
+        scores = [self._score(i, checked) for i in range(len(self.parts))]
+        if self.by_score: self._whole = scores[0]
+        scored = [(p.blocks,s) for p,s in zip(self.parts, scores)]
+        return self.criteria.normalize(self._by_size(scored) if any(b.members is not None and b.padded for b,_ in scored) else self._lumped(scored))
 
     def _lumped(self, scored):
         rows = [b.at_stake(s) for b,s in scored]
@@ -118,14 +144,13 @@ class Layer(Source):
         found,which = torch.stack([p.blocks.members>0 for p in self.parts], 1).unique(dim=0, return_inverse=True)
         return which if len(found)>1 else None
 
-    def share_alike(self):
-        "Score each block by its place among those of its kind, so that each kind gives its share: what is made of other weights is not comparable"
-        if self.kinds is None: return
-        order = self.ready.argsort(stable=True)
+    def alike(self, values):
+        "The place of each block among those of its kind, as a score, so that each kind gives its share: what is made of other weights is not comparable"
+        order = values.argsort(stable=True)
         kind,then = self.kinds.to(order.device)[order].sort(stable=True)
         size = kind.bincount()
         place = torch.arange(len(kind), device=kind.device)-(size.cumsum(0)-size)[kind]
-        self.ready = torch.empty_like(self.ready, dtype=torch.double).scatter_(0, order[then], (place+.5).double()/size[kind])
+        return torch.empty_like(values, dtype=torch.double).scatter_(0, order[then], (place+.5).double()/size[kind])
 
     def _by_size(self, scored):
         "Scores of blocks of different sizes, without a row for all weights of each: those of one size at a time"
@@ -136,16 +161,54 @@ class Layer(Source):
             ready[ids.to(ready.device)] = self.criteria.lump(torch.cat([b.fold(s, ids) for (b,s),n in zip(scored, some.tolist()) if n], 1))
         return ready
 
+    @property
+    def by_score(self): "Do scores say what goes of a block?"; return self.partial or getattr(self.parts[0].blocks, 'takes_scores', False)
+
+    @property
+    def masks(self):
+        "Masks of the parts, which broadcast over their weights; none before something was masked"
+        if self._masks is None and self.masked: self._masks = [p.blocks.mask(self.keep) for p in self.parts]
+        return self._masks or []
+
     def renew_masks(self):
-        "Masks of the parts, from what is kept"
-        s = self.whole
-        if self.partial and self.masks is not None:
-            s = s.masked_fill(self.masks[0]==0, -math.inf)  # what is gone stays the lowest
-        self.masks = [p.blocks.mask(self.keep, s) for p in self.parts]
+        "From now on, masks are what `keep` says"
+        old,s = self.masks if self.partial else [],self._whole
+        self._masks,self._whole,self.masked = None,None,True
+        self._dense.clear()
+        if not self.by_score: return
+        if s is None: s = self._score(0)
+        if old: s = s.masked_fill(old[0]==0, -math.inf)  # what is gone stays the lowest
+        self._masks = [p.blocks.mask(self.keep, s) for p in self.parts]
+
+    def let_go(self):
+        "Nothing is masked any more"
+        self.keep.fill_(-1)
+        self.set_masks(None)
+
+    def set_masks(self, masks): # Masks of a pattern, or `None`
+        "Have these masks, or none"
+        self._masks,self.masked,self.left = masks,masks is not None,None
+        self._dense.clear()
 
     def apply(self):
         "Zero what is masked"
-        for p,m in zip(self.parts, self.masks or []): zero_(p.w, m)
+        for p,m in zip(self.parts, self.masks): zero_(p.w, m)
+
+    def runs(self, i): # Which part
+        "How many consecutive entries of its weight go together, and the block of each such run (`None`: one each), where blocks are made of such runs; else `None`"
+        p,w = self.parts[i],self.parts[i].w
+        key = i,w.device,w.stride()
+        if key not in self._run_of: self._run_of[key] = None if self.by_score else _runs(p.blocks, w)
+        return self._run_of[key]
+
+    def items(self):
+        "What `kernels.zero` takes"
+        if not self.masked: return
+        for i,p in enumerate(self.parts):
+            if runs := self.runs(i): yield p.w, *runs, self.keep
+            else:
+                if i not in self._dense: self._dense[i] = _dense(p.w, self.masks[i])
+                yield p.w, 1, None, self._dense[i]
 
     def follow_device(self):
         "Move with the weight, if it was moved"
@@ -153,7 +216,25 @@ class Layer(Source):
         if self.keep.device==dev: return
         self.keep = self.keep.to(dev)
         self.past = {o: [x.to(dev) for x in xs] for o,xs in self.past.items()}
-        if self.masks is not None: self.masks = [m.to(dev) for m in self.masks]
+        self._dense.clear()
+        if self._masks is not None: self._masks = [m.to(dev) for m in self._masks]
+
+def in_rows(w): # Weight
+    "Are slices along its first axis one after the other in memory?"
+    formats = {4:torch.channels_last, 5:torch.channels_last_3d}
+    return w.is_contiguous() or w.dim() in formats and w.is_contiguous(memory_format=formats[w.dim()])
+
+def _runs(blocks, w):
+    "Runs of consecutive entries of `w` that go together: their size, the block of each or `None`; `None` where `blocks` are not made of such"
+    if blocks.in_order: return (1,None) if w.is_contiguous() else None
+    number = blocks.channels(0)
+    if number is None or not in_rows(w): return None
+    own = len(number)==blocks.n and torch.equal(number, torch.arange(blocks.n, device='cpu'))
+    return w.numel()//len(number), None if own else number.to(w.device)
+
+def _dense(w, mask):
+    "`mask` at full size, in memory as `w` is"
+    return torch.empty_like(w, dtype=torch.int8).copy_(mask)
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #000b2349
 def _weights(m):
@@ -230,18 +311,43 @@ def parts_of(layers): return [p for o in layers for p in o.parts]
 # %% ../../nbs/sparse/01_sparsifier.ipynb #bc05f734
 class Side:
     "A parameter with an entry a channel, whose entries go with the blocks of some layers"
-    def __init__(self, mod, attr): self.mod,self.attr,self.follows,self.mask = mod,attr,[],None
+    def __init__(self, mod, attr):
+        self.mod,self.attr,self.follows,self.masked,self._mask,self._numbers = mod,attr,[],False,None,{}
+        self.free = None # Booleans of the parameter's shape: entries that nothing masks
+    @property
+    def p(self): return getattr(self.mod, self.attr)
     def add(self, layer, blocks, rows, dim=0): # Layer, some of its blocks; entries along `dim` that go with these
         self.follows.append((layer, blocks, rows, dim))
-    def renew(self):
-        p = getattr(self.mod, self.attr)
-        self.mask = torch.full(p.shape, -1, dtype=torch.int8, device=p.device)
+    def renew(self): self.masked,self._mask = True,None
+    @property
+    def mask(self):
+        "int8 of the parameter's shape, or `None` before something was masked"
+        if self._mask is None and self.masked: self._mask = self._masked()
+        return self._mask
+    def _masked(self):
+        p = self.p
+        mask = torch.full(p.shape, -1, dtype=torch.int8, device=p.device)
         for layer,blocks,rows,dim in self.follows:
             keep = torch.full((p.shape[dim],), -1, dtype=torch.int8, device=p.device)
             keep[rows.to(p.device)] = layer.keep.to(p.device)[blocks.to(p.device)]
-            self.mask &= keep.view([-1 if i==dim else 1 for i in range(p.dim())])
+            mask &= keep.view([-1 if i==dim else 1 for i in range(p.dim())])
+        return mask if self.free is None else mask | self.free.to(p.device, torch.int8).neg_()
     def apply(self):
-        if self.mask is not None: zero_(getattr(self.mod, self.attr), self.mask)
+        if self.masked: zero_(self.p, self.mask)
+    def items(self):
+        "What `kernels.zero` takes"
+        if not self.masked: return
+        p = self.p
+        if self.free is None and in_rows(p) and not any(dim for *_,dim in self.follows):
+            for i,(layer,*_) in enumerate(self.follows): yield p, p.numel()//len(p), self._number(i, p), layer.keep
+        else: yield p, 1, None, _dense(p, self.mask)
+    def _number(self, i, p):
+        "The block of each entry that goes with a layer's, -1 for none"
+        if (i,p.device) not in self._numbers:
+            _,blocks,rows,_ = self.follows[i]
+            number = torch.full((len(p),), -1, device='cpu').index_put_((rows.cpu(),), blocks.cpu())
+            self._numbers[i,p.device] = number.to(p.device)
+        return self._numbers[i,p.device]
 
 def _owner(model, name):
     mod,_,attr = name.rpartition('.')
@@ -435,6 +541,64 @@ def _none_goes(wanted, stays):
     return (f'no filter of {", ".join(sorted(wanted))} can be removed: all are tied to the output or to something of fixed size, or too few'
         + (f' ({each})' if each else ''))
 
+# %% ../../nbs/sparse/01_sparsifier.ipynb #000a6486
+AT_ONCE = 2**25 # Weights that are scored in one go
+
+def by_rows(o:Layer):
+    "Can `Rows` score the blocks of this layer?"
+    return o.alone and not o.streams and not o.by_score and o.criteria.reducer in reducers.values() and all(p.w.numel() and p.blocks.channels(0) is not None for p in o.parts)
+
+def _one_by_one(known):
+    "The tensors that are known of a weight, each as one row, in the same order"
+    xs = list(known.values())
+    if all(in_rows(x) and x.stride()==xs[0].stride() for x in xs): return {k: x.as_strided((x.numel(),), (1,)) for k,x in known.items()}
+    return {k: x.reshape(-1) for k,x in known.items()}
+
+class Rows:
+    "Scores of the blocks of many layers that are made of whole slices along the first axis of their weights"
+    def __init__(self, layers):
+        self.layers,self.criteria = layers,layers[0].criteria
+        parts = [(o,p) for o in layers for p in o.parts]
+        lengths = [p.w.numel()//len(p.w) for _,p in parts]
+        first = torch.tensor([0, *(o.n for o in layers)], device='cpu').cumsum(0)
+        begin = dict(zip(layers, first.tolist()))
+        number = [p.blocks.channels(0) for _,p in parts]
+        block = torch.cat([torch.where(n>=0, n+begin[o], -1) for n,(o,_) in zip(number, parts)])
+        order = block.argsort(stable=True)
+        order = order[block[order]>=0]
+        length = torch.cat([torch.full((len(n),), size, device='cpu') for n,size in zip(number, lengths)])
+        n_rows = block[order].bincount(minlength=int(first[-1]))
+        size = torch.zeros(int(first[-1]), dtype=torch.long, device='cpu').index_add_(0, block[order], length[order])
+        device = parts[0][1].w.device
+        self.length,self.order,self.n_rows,self.size = (x.to(device) for x in (length, order, n_rows, size))
+        self.plain = torch.equal(order, torch.arange(len(block), device='cpu')) and bool((n_rows==1).all()) # a row for each block, in order
+        self.batches = _batches([p.w.numel() for _,p in parts], [len(p.w) for _,p in parts])
+
+    def scores(self):
+        "Scores of the blocks of each layer, as they are now"
+        known = [_one_by_one(o.known(i)) for o in self.layers for i in range(len(o.parts))]
+        how,rows = 'max' if self.criteria.reducer is reducers['max'] else 'sum',[]
+        for some,which in self.batches:
+            s = self.criteria.f(**{k: _wide(torch.cat([x[k] for x in known[some]])) for k in known[0]})
+            if self.criteria.reducer is reducers['l2']: s = s.square()
+            rows.append(torch.segment_reduce(s, how, lengths=self.length[which], unsafe=True))
+        res = torch.cat(rows) if len(rows)>1 else rows[0]
+        if not self.plain: res = torch.segment_reduce(res.index_select(0, self.order), how, lengths=self.n_rows, unsafe=True)
+        if self.criteria.reducer is reducers['mean']: res = res/self.size
+        if self.criteria.reducer is reducers['l2']: res = res.sqrt()
+        return res.split([o.n for o in self.layers])
+
+def _batches(sizes, rows):
+    "Slices of parts with so many weights that they are scored in one go, and of their rows"
+    res,i,r = [],0,0
+    while i<len(sizes):
+        j = i+1
+        while j<len(sizes) and sum(sizes[i:j+1])<=AT_ONCE: j += 1
+        n = sum(rows[i:j])
+        res.append((slice(i, j), slice(r, r+n)))
+        i,r = j,r+n
+    return res
+
 # %% ../../nbs/sparse/01_sparsifier.ipynb #b0451259
 def check_level(sparsity): # Percentage
     "`ValueError` if `sparsity` is no percentage"
@@ -489,7 +653,7 @@ class Sparsifier:
         for o in smallest.values(): _check_criteria(o)
         most = max(o.n for o in self.layers)
         if round_to and most<round_to: raise ValueError(f'round_to={round_to}: no layer has so many blocks to keep, the largest has {most}')
-        self._gone,self._shares,self._sides,self._asked,self._coupled,self._told = {},{},None,0,coupled,False
+        self._gone,self._shares,self._sides,self._rows,self._asked,self._coupled,self._told = {},{},None,None,0,coupled,False
         if coupled:
             check_scripts(self.model)
             if not all(map(_by_filter, self.layers)):
@@ -556,7 +720,7 @@ class Sparsifier:
 
     def _zeroed(self, name):
         "How many filters of the layer `name` are masked"
-        found = [(o,p) for o in self.layers if o.masks for p in o.parts if p.name.removesuffix('.weight')==name]
+        found = [(o,p) for o in self.layers if o.masked for p in o.parts if p.name.removesuffix('.weight')==name]
         return sum(int((p.blocks.spread(o.keep)==0).sum()) for o,p in found)
 
     def tell_left(self, sparsity): # Percentage that is asked for, or a dict by layer
@@ -673,16 +837,24 @@ class Sparsifier:
         `checked`, if scores are looked at, as not in a training step"""
         for o in self.layers: o.follow_device()
         if self._sides is None: self._sides = find_sides(self.model, self.layers, self.example_inputs)
-        for o in layers:
-            if not o.streams: o.apply()  # what is gone scores as a zero, not as what the optimizer made of it
-        try:
-            for o in layers: o.open(checked)
-            self._select(counts(), alike)
-        finally:
-            for o in layers: o.close()
+        self._hold([o for o in layers if not o.streams])  # what is gone scores as a zero, not as what the optimizer made of it
+        sources = self._sources(layers, checked)
+        self._select(counts(), sources, alike)
         self.apply_masks()
         for o in layers:
-            for x,p in zip(o.past.get('w_prev', []), o.parts): x.copy_(p.w.detach())
+            if 'w_prev' in o.past: torch._foreach_copy_(o.past['w_prev'], [p.w.detach() for p in o.parts])
+
+    def _sources(self, layers, checked):
+        "The scores of the blocks of `layers`, by name"
+        rows = [o for o in layers if by_rows(o) and (o.trusted or not checked)] if in_kernels(*(p.w for p in parts_of(layers))) else []
+        found = dict(zip([o.name for o in rows], self._rows_of(rows).scores())) if rows else {}
+        res = {o.name: o.source(checked) for o in layers if o.name not in found}
+        for o in rows: res[o.name] = Scores(found[o.name], o.keep)
+        return res
+
+    def _rows_of(self, layers):
+        if self._rows is None or self._rows.layers!=layers: self._rows = Rows(layers)
+        return self._rows
 
     def _counts(self, sparsity):
         "How many blocks are gone at `sparsity`, by the layers that compete for it"
@@ -696,8 +868,8 @@ class Sparsifier:
 
     def _scores(self, layers):
         "Scores of all blocks by layer; what is gone scores as a zero, not as what the optimizer made of it"
-        for o in layers: o.apply()
-        return {o.name: o.scores(0, o.n) for o in layers}
+        self._hold(layers)
+        return {o.name: o.source().scores(0, o.n) for o in layers}
 
     @property
     def _protect(self):
@@ -722,27 +894,45 @@ class Sparsifier:
     def _n_gone(self, names):
         if names not in self._gone:
             layers = [self._by_name[o] for o in names]
-            self._gone[names] = sum(o.gone for o in layers) if any(o.masks for o in layers) else 0
+            self._gone[names] = sum(o.gone for o in layers) if any(o.masked for o in layers) else 0
         return self._gone[names]
 
-    def _select(self, ks, alike):
+    def _select(self, ks, sources, alike):
         "Have so many blocks gone of the layers that compete for them, exactly"
-        pools = {names:[self._by_name[o] for o in names] for names in ks}
-        for names,os in pools.items():
-            k,before = min(ks[names], sum(o.n for o in os)-len(os)*self._protect),self._n_gone(names)
+        groups = {}
+        for names,k in ks.items():
+            layers = [self._by_name[o] for o in names]
+            k,before = min(k, sum(o.n for o in layers)-len(layers)*self._protect),self._n_gone(names)
             if k==before: continue
-            if k<before:
-                for o in os: o.apply()
-            if alike and len(os)==1: os[0].share_alike()
+            if k<before: self._hold(layers)
+            if alike and len(layers)==1 and layers[0].kinds is not None:
+                sources[names[0]] = Scores(layers[0].alike(sources[names[0]].values), layers[0].keep)
+            groups[names] = [sources[o] for o in names],before,k
+        for names,k in zip(groups, select_each(list(groups.values()), self._protect)):
             others = {o:n for o,n in self._gone.items() if set(names).isdisjoint(o)}
-            self._gone = others | {names: select(os, before, k, self._protect)}
-            for o in os: o.renew_masks()
+            self._gone = others | {names:k}
+            for o in names:
+                self._by_name[o].left = sources[o].left
+                self._by_name[o].renew_masks()
         for o in self._sides.values(): o.renew()
+
+    def _hold(self, layers):
+        "Zero what is masked of `layers`, and of what stands beside them"
+        if layers and in_kernels(layers[0].keep, *(p.w for p in parts_of(layers))):
+            from fasterai.core import kernels
+            kernels.zero([item for o in layers for item in o.items()])
+        else:
+            for o in layers: o.apply()
 
     def apply_masks(self):
         "Zero what is masked: after each optimizer step, this keeps it zero"
-        for o in self.layers: o.apply()
-        for o in (self._sides or {}).values(): o.apply()
+        sides = list((self._sides or {}).values())
+        held = [*(p.w for p in parts_of(self.layers)), *(o.p for o in sides)]
+        if in_kernels(self.layers[0].keep, *held):
+            from fasterai.core import kernels
+            kernels.zero([item for o in [*self.layers, *sides] for item in o.items()])
+        else:
+            for o in [*self.layers, *sides]: o.apply()
 
     @property
     def masks(self):
@@ -757,7 +947,7 @@ class Sparsifier:
     def reached(self):
         "Percent of the blocks that are gone now; of a pattern, percent of zeros"
         if any(o.partial for o in self.layers):
-            return 100*sum(int((m==0).sum()) for o in self.layers for m in o.masks or [])/self.n_weights
+            return 100*sum(int((m==0).sum()) for o in self.layers for m in o.masks)/self.n_weights
         return 100*sum(o.gone for o in self.layers)/sum(o.n for o in self.layers)
 
     def _remembered(self):
@@ -767,7 +957,7 @@ class Sparsifier:
 
     def state_dict(self):
         "What is kept, and what is remembered of the weights: tensors by name"
-        masks = {f'mask.{p.name}':m for o in self.layers if o.partial for p,m in zip(o.parts, o.masks or [])}
+        masks = {f'mask.{p.name}':m for o in self.layers if o.partial for p,m in zip(o.parts, o.masks)}
         return self._remembered() | masks
 
     @at_home()
@@ -782,7 +972,7 @@ class Sparsifier:
         for k,x in want.items(): x.copy_(state[k])
         for o in self.layers:
             o.left,ms = None,[state.get(f'mask.{p.name}') for p in o.parts]
-            if o.partial: o.masks = None if ms[0] is None else [m.to(o.keep.device, copy=True) for m in ms]
+            if o.partial: o.set_masks(None if ms[0] is None else [m.to(o.keep.device, copy=True) for m in ms])
             else: o.renew_masks()
         for o in self._sides.values(): o.renew()
         self._gone = {}
@@ -833,7 +1023,7 @@ def hold_zeros(model:nn.Module, example_inputs=None): # Model, inputs that run i
     sp._sides = find_sides(model, filters, example_inputs) if filters else {}
     for o in sp._sides.values():
         o.renew()
-        o.mask |= (getattr(o.mod, o.attr).detach()!=0).to(torch.int8).neg_()  # what is not zero was not masked
+        o.free = o.p.detach()!=0  # what is not zero was not masked
     return sp
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #07acd211

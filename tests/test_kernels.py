@@ -1,0 +1,167 @@
+"""The kernels give what the plain selection gives, on Triton's interpreter where there is no GPU"""
+import os
+from itertools import product
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from fasterai.core import pool
+from fasterai.core.criteria import large_final, movement
+from fasterai.core.pool import select_each
+from fasterai.core.selection import Scores, rank
+from fasterai.core.all import *
+from fasterai.sparse.all import *
+from fasterai.sparse.sparsifier import hold_zeros
+from test_exact import VALUES
+
+GPU = torch.cuda.is_available()
+if not GPU: os.environ['TRITON_INTERPRET'] = '1'  # before Triton is imported, and from then on
+from fasterai.core import kernels
+DEVICE = 'cuda' if GPU else 'cpu'
+
+@pytest.fixture
+def counted(monkeypatch):
+    "Kernels are used wherever they could be on a GPU; how often"
+    seen = []
+    real = kernels.rank
+    def spy(*args, **kwargs):
+        seen.append(real(*args, **kwargs))
+        return seen[-1]
+    monkeypatch.setattr(kernels, 'rank', spy)
+    monkeypatch.setattr(pool, '_has_kernels', lambda device: True)
+    monkeypatch.setattr(kernels, 'SIZE', 1024)  # several chunks of what is small, so that the interpreter is done with it soon
+    monkeypatch.setattr(kernels, 'STEP', 512)
+    kernels._plan.cache_clear()
+    kernels._items.cache_clear()
+    return seen
+
+def sources(name, sizes, r, gone=.3):
+    "Scores of some sources, of which some blocks are gone"
+    res = []
+    for n in sizes:
+        o = Scores(torch.tensor(np.array(VALUES[name](n, r)), dtype=torch.float32, device=DEVICE))
+        o.keep[torch.tensor(r.permutation(n)[:int(gone*n)])] = 0
+        res.append(o)
+    return res
+
+@pytest.mark.parametrize('name', sorted(VALUES))
+def test_counting_is_ranking(name, counted):
+    "Several groups in one go, one group of several sources, blocks that go and that return, with and without protection"
+    r = np.random.default_rng(0)
+    every = list(product([(1300,), (700,1,90), (40,700)], [False,True]))
+    for sizes,protect in (every[i] for i in r.permutation(len(every))[:2]):
+        ours = sources(name, sizes, r)
+        for together,share in zip([True,False,True,False,True], [.31,.9,.999,.2,.6]):
+            groups = [ours] if together else [[o] for o in ours]
+            theirs = [[Scores(o.values, o.keep.clone()) for o in g] for g in groups]
+            asked = []
+            for g in groups:
+                gone = sum(o.gone for o in g)
+                k = min(int(share*sum(o.n for o in g)), sum(o.n for o in g)-len(g)*protect)
+                asked.append((g, gone, k))
+            assert select_each(asked, protect)==[k for *_,k in asked]
+            for (g,gone,k),t in zip(asked, theirs):
+                if k!=gone: rank(t, k, k>gone, protect)
+                assert [a.keep.tolist() for a in g]==[b.keep.tolist() for b in t], (sizes, protect, together, share)
+                assert all(o.left in (None, o.n-o.gone) for o in g)
+    assert counted and all(counted)
+
+def test_in_pieces(counted, monkeypatch):
+    "Scores that are never all there at a time"
+    monkeypatch.setattr(kernels, 'WHOLE', 1000)
+    monkeypatch.setattr(kernels, 'PIECE', 1024)
+    r = np.random.default_rng(0)
+    for name in ('normal','nine','same','mixed'):
+        ours = sources(name, (3000,10,2500), r)
+        theirs = [Scores(o.values, o.keep.clone()) for o in ours]
+        select_each([(ours, sum(o.gone for o in ours), 3456)], True)
+        rank(theirs, 3456, True, True)
+        assert [a.keep.tolist() for a in ours]==[b.keep.tolist() for b in theirs]
+    assert counted
+
+def test_wide_scores_are_ranked(counted):
+    "Scores of 64 bits, which are not counted"
+    values = torch.randn(900, dtype=torch.float64, device=DEVICE)
+    o = Scores(values)
+    select_each([([o], 0, 400)])
+    assert not any(counted) and torch.equal(o.keep==0, values<=values.sort().values[399])
+
+def net(dtype=torch.float32, channels_last=False):
+    torch.manual_seed(0)
+    res = nn.Sequential(nn.Conv2d(3,8,3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,16,3, bias=False), nn.BatchNorm2d(16), nn.ConvTranspose2d(16,4,2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4,12)).to(DEVICE, dtype)
+    return res.to(memory_format=torch.channels_last) if channels_last else res
+
+def walk(kind, monkeypatch, plain, layer_type=(nn.Conv2d, nn.ConvTranspose2d), **kwargs):
+    "State of a network after each update of a fit with noise for gradients"
+    with monkeypatch.context() as m:
+        if plain: m.setattr(pool, '_has_kernels', lambda device: False)
+        model = net(**kind)
+        sp,states = Sparsifier(model, layer_type=layer_type, **kwargs),[]
+        noise = torch.Generator().manual_seed(1)
+        for level in (10,25,25,40,30,49):
+            with torch.no_grad():
+                for p in model.parameters(): p += .1*torch.randn(p.shape, generator=noise).to(p)
+            sp.update(level)
+            sp.apply_masks()
+            states.append({k:v.detach().clone() for k,v in model.state_dict().items()} | {f'mask {k}':v for k,v in sp.masks.items()})
+        return states
+
+@pytest.mark.parametrize('context', ['local','global'])
+@pytest.mark.parametrize('granularity', ['weight','filter','kernel','2:4','block(2,3)','shared_kernel'])
+@pytest.mark.parametrize('kind', [dict(), dict(channels_last=True), dict(dtype=torch.bfloat16), dict(dtype=torch.float64)], ids=str)
+def test_sparsifier_is_the_same(kind, granularity, context, counted, monkeypatch):
+    "Weights, side parameters and masks are bit for bit what they are without kernels, through updates that rise and fall"
+    for criteria in (large_final, movement) if granularity in ('weight','filter') else (large_final,):
+        ours,theirs = (walk(kind, monkeypatch, plain, granularity=granularity, context=context, criteria=criteria) for plain in (False,True))
+        for a,b in zip(ours, theirs): assert all(torch.equal(a[k], b[k]) for k in a)
+
+@pytest.mark.parametrize('reducer', ['mean','sum','max','l2'])
+def test_coupled_filters_are_the_same(reducer, counted, monkeypatch):
+    "Tied filters, scored in one go"
+    monkeypatch.setattr(kernels, 'SIZE', 2**15)
+    monkeypatch.setattr(kernels, 'STEP', 2**15)
+    from torchvision.models.resnet import BasicBlock, ResNet
+    masks = []
+    for plain in (False,True):
+        with monkeypatch.context() as m:
+            if plain: m.setattr(pool, '_has_kernels', lambda device: False)
+            torch.manual_seed(0)
+            model = ResNet(BasicBlock, [1,1,0,0], num_classes=4)
+            model.layer3,model.layer4,model.fc = nn.Identity(),nn.Identity(),nn.Linear(128,4)
+            model = model.to(DEVICE)
+            sp = Sparsifier(model, 'filter', criteria=Criteria(large_final, reducer), coupled=True, example_inputs=torch.randn(2,3,32,32, device=DEVICE))
+            sp.update(30)
+            nn.init.ones_(model.bn1.bias)
+            sp.update(40)
+            masks.append(sp.masks | dict(model.state_dict()))
+    assert all(torch.equal(masks[0][k], masks[1][k]) for k in masks[1])
+
+def test_zeros_of_any_origin_are_held(counted, monkeypatch):
+    "`hold_zeros`, with free entries beside"
+    held = []
+    for plain in (False,True):
+        with monkeypatch.context() as m:
+            if plain: m.setattr(pool, '_has_kernels', lambda device: False)
+            model = net()
+            with torch.no_grad():
+                model[0].weight[::2] = 0
+                model[1].weight[:3] = 0
+                model[1].bias[1:] = 0
+            sp = hold_zeros(model, torch.randn(2,3,8,8, device=DEVICE))
+            for p in model.parameters(): nn.init.ones_(p)
+            sp.apply_masks()
+            held.append({k:v.clone() for k,v in model.state_dict().items()})
+    assert all(torch.equal(held[0][k], held[1][k]) for k in held[1]) and (held[0]['0.weight']==0).any()
+
+def test_writes_are_seen_by_autograd():
+    "A weight that is needed for a gradient and is zeroed meanwhile raises, as after any other write in place"
+    w = nn.Parameter(torch.ones(8, device=DEVICE))
+    y = w.square().sum()
+    kernels.zero([(w, 1, None, torch.zeros(8, dtype=torch.int8, device=DEVICE))])
+    assert (w==0).all()
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'): y.backward()
+
+@pytest.mark.parametrize('shape,low', [((50,4),2), ((7,3),1), ((300,8),6), ((0,4),2), ((5,16),15)])
+def test_lowest_of_rows(shape, low):
+    s = torch.randn(shape, device=DEVICE).round(decimals=1)
+    assert torch.equal(kernels.lowest_of_rows(s, low), s.argsort(dim=1, stable=True).argsort(dim=1)<low)
