@@ -15,10 +15,10 @@ from training_step import begin, learner
 STAGES = ['layer1','layer2','layer3','layer4']
 HOW = dict(logits=dict(), features=dict(loss=['SoftTarget','Attention'], activations_student=STAGES, activations_teacher=STAGES))
 
-def sides(n_steps, how):
+def sides(n_steps, how, **student): # What `KnowledgeDistillationCallback` takes, and what `learner` does
     "Functions that take a step: with the callback, the student's alone, the teacher's forward pass alone"
-    (ours,batch),(base,_) = learner(n_steps),learner(n_steps)
-    teacher = resnet34(num_classes=10).eval()
+    (ours,batch),(base,_) = learner(n_steps, **student),learner(n_steps, **student)
+    teacher = resnet34(num_classes=10).eval().to(batch[0].device)
     begin(ours, [KnowledgeDistillationCallback(teacher, **how)])
     begin(base, [])
     def teach():

@@ -16,11 +16,14 @@ from fastai.learner import Learner
 from fasterai.quantize.all import KMeansCallback
 from fasterai.sparse.all import SparsifyCallback, large_final, movement, one_cycle
 
-def learner(n_steps):
+def learner(n_steps, model=resnet18, n_images=32, px=64, device='cpu', layout=torch.contiguous_format):
+    "A learner of `model` with 10 classes, and the batch that it sees at each step"
     torch.manual_seed(0)
-    batch = torch.randn(32,3,64,64),torch.randint(0, 10, (32,))
-    dl = DataLoader(range(32*n_steps), bs=32, create_batch=lambda b: batch)
-    learn = Learner(DataLoaders(dl, dl), resnet18(num_classes=10), loss_func=nn.CrossEntropyLoss(), lr=1e-3)
+    images,labels = torch.randn(n_images,3,px,px),torch.randint(0, 10, (n_images,))
+    batch = images.to(device, memory_format=layout),labels.to(device)
+    dl = DataLoader(range(n_images*n_steps), bs=n_images, create_batch=lambda b: batch)
+    dls = DataLoaders(dl, dl, device=torch.device(device))
+    learn = Learner(dls, model(num_classes=10).to(device, memory_format=layout), loss_func=nn.CrossEntropyLoss(), lr=1e-3)
     learn.remove_cbs(learn.cbs[2:])  # no progress bar, no table
     learn.logger = lambda log: None
     return learn,batch
@@ -33,18 +36,28 @@ def begin(learn, cbs):
     learn.n_iter = len(learn.dl)
     for event in ('before_fit','before_epoch','before_train'): learn(event)
 
-def compare(name, cb, n_steps):
-    (ours,batch),(base,_),times = learner(n_steps),learner(n_steps),([],[])
+def in_turn(steps, n_steps, clock=time.perf_counter):
+    "Seconds of the `n_steps` calls of each of `steps`, functions of the number of the call; each goes first every other time"
+    times = [[] for _ in steps]
+    for i in range(n_steps):
+        for step,ts in list(zip(steps, times))[::1 if i%2 else -1]:
+            start = clock()
+            step(i)
+            ts.append(clock()-start)
+    return times
+
+def with_and_without(cb, n_steps, clock=time.perf_counter, **how): # How: what `learner` takes
+    "Seconds of each step of a learner with `cb`, and of one without"
+    (ours,batch),(base,_) = learner(n_steps, **how),learner(n_steps, **how)
     begin(ours, [cb])
     begin(base, [])
-    for i in range(n_steps):
-        for learn,ts in list(zip((ours,base), times))[::1 if i%2 else -1]:  # each goes first every other time
-            start = time.perf_counter()
-            learn.one_batch(i, batch)
-            ts.append(time.perf_counter()-start)
+    times = in_turn([lambda i: ours.one_batch(i, batch), lambda i: base.one_batch(i, batch)], n_steps, clock)
     for learn in (ours,base):
         for event in ('after_train','after_epoch','after_fit'): learn(event)
-    ours,base = (sorted(o[2:]) for o in times)  # two steps to warm up
+    return times
+
+def compare(name, cb, n_steps):
+    ours,base = (sorted(o[2:]) for o in with_and_without(cb, n_steps))  # two steps to warm up
     n = len(base)
     print(f'{name:26} {n_steps:4} steps: {1e3*sum(ours)/n:6.1f} ms beside {1e3*sum(base)/n:6.1f} ms without'
           f' = ×{sum(ours)/sum(base):.3f} (of medians ×{ours[n//2]/base[n//2]:.3f})', f'reached {cb.reached():.4f} %' if hasattr(cb, 'reached') else '', flush=True)
