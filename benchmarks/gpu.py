@@ -19,7 +19,8 @@ from torchvision.models import mobilenet_v3_small, resnet18, resnet50, squeezene
 from distillation import HOW, sides
 from training_step import in_turn, with_and_without
 from fasterai.core.graph import ChannelGraph
-from fasterai.core.selection import Scores, select
+from fasterai.core.pool import select
+from fasterai.core.selection import Scores
 from fasterai.misc.all import BN_Folder, FC_Decomposer
 from fasterai.prune.all import Pruner
 from fasterai.quantize.all import KMeansCallback, KMeansQuantizer, load_compressed, save_compressed

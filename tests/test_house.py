@@ -16,6 +16,7 @@ RULES = [  # module                  ours                              others
     ('*__init__.py',                '',                               ''),
     ('*/all.py',                    'core legacy',                    ''),
     ('legacy.py',                   'core',                           'torch'),
+    ('core/kernels.py',             '',                               'torch numpy triton'),
     ('core/*',                      '',                               'torch numpy fastprogress'),
     ('*callback*.py',               'core legacy callback',           'torch numpy fastai fastcore safetensors'),
     ('report/*',                    'core analyze',                   'torch numpy pandas matplotlib'),

@@ -8,6 +8,7 @@ __all__ = ['contexts', 'CONTEXT_NEEDS', 'local', 'global_', 'erk', 'uniform_plus
 
 # %% ../../nbs/core/05_context.ipynb #0acc410c
 import inspect, math
+from functools import lru_cache
 import torch
 from torch import Tensor
 from .registry import did_you_mean, named
@@ -81,6 +82,7 @@ contexts = {'local':local, 'global':global_, 'erk':erk, 'uniform_plus':uniform_p
 # %% ../../nbs/core/05_context.ipynb #a7d9d565
 CONTEXT_NEEDS = 'sparsity','sizes','room','shapes','scores','gone'
 
+@lru_cache(maxsize=64)
 def context_needs(f): # Context
     "What the context `f` asks for, by the names of its parameters"
     ps = inspect.signature(f).parameters.values()

@@ -21,7 +21,9 @@ class Weight:
     name:str # Name of the parameter in the model
     axes:str # Names of the weight's axes, or ''
     @property
-    def w(self): return getattr(self.mod, self.attr)
+    def w(self):
+        p = self.mod._parameters.get(self.attr)  # asked for many times in a training step, where `getattr` takes several times as long
+        return getattr(self.mod, self.attr) if p is None else p
 
 def weight_of(
     model:nn.Module, # Any model

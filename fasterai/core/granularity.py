@@ -13,6 +13,7 @@ from math import ceil, prod
 from typing import Callable
 import torch
 from torch import nn, Tensor
+from .pool import in_kernels
 from .registry import did_you_mean,named
 
 # %% ../../nbs/core/01_granularity.ipynb #e785f93e
@@ -127,13 +128,19 @@ class _Pattern(Answers):
     def spread(self, flags, scores):
         s = self.fold(scores).nan_to_num(nan=float('-inf'))  # what is not there goes first, at no cost
         rank = s.argsort(dim=1, stable=True).argsort(dim=1)
-        gone = (rank<self.zeros) & flags[:,None]
+        return self._unfold((rank<self.zeros) & flags[:,None])
+    def _unfold(self, x):
+        "`x` [n, m] in the shape of the weight"
         others = [o for i,o in enumerate(self.shape) if i!=self.i]
-        return gone.view(*others, -1)[...,:self.shape[self.i]].movedim(-1, self.i)
+        return x.view(*others, -1)[...,:self.shape[self.i]].movedim(-1, self.i)
     def at_stake(self, scores):
         s = self.fold(scores).nan_to_num(nan=float('-inf')).sort(dim=1).values[:,:self.zeros]
         return s.masked_fill(s==float('-inf'), float('nan'))
-    def mask(self, keep, scores): return self.spread(keep==0, scores).to(torch.int8).sub_(1)
+    def mask(self, keep, scores):
+        if scores.dtype==torch.float32 and in_kernels(keep, scores):
+            from fasterai.core import kernels
+            return self._unfold(kernels.lowest_of_rows(self.fold(scores).contiguous(), keep, self.zeros))
+        return self.spread(keep==0, scores).to(torch.int8).sub_(1)
 
 # %% ../../nbs/core/01_granularity.ipynb #88080e0a
 _ANSWERS = 'n','padded','full','spares_last','in_order','partial','channels','at_stake','mask'

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/core/15_kernels.ipynb #ebd50602
-from dataclasses import dataclass
+# %% ../../nbs/core/15_kernels.ipynb #b8a76d69
 from functools import lru_cache
 import numpy as np
 import torch, triton
 from torch import Tensor
 from triton import language as tl
 
-# %% ../../nbs/core/15_kernels.ipynb #2316f88b
+# %% ../../nbs/core/15_kernels.ipynb #61cfd53c
 SIZE,STEP = 8192,1024  # scores that one program sees, and how many at a time: the fastest of ten choices on an H100
 BITS = 8  # leading bits that a pass settles: 11 would save a pass, whose tables take seven times as long
 PIECE,WHOLE = 2**23,2**25  # scores that are there at a time; up to so many, all are
@@ -41,82 +40,110 @@ def _look(scores, row, i, first: tl.constexpr, best, protect: tl.constexpr, STEP
     return number, inside, keep, place
 
 @triton.jit
-def _find_best(scores, table, best, SIZE: tl.constexpr, STEP: tl.constexpr):
-    "The highest score that is kept of each source, and its place, the last of equals"
-    row = table+6*tl.program_id(0)
-    top = tl.zeros([STEP], tl.int64)
-    for i in range(0, SIZE, STEP):
-        number,inside,_,place = _look(scores, row, i, True, best, False, STEP)
-        top = tl.maximum(top, tl.where(inside, (number.to(tl.int64)<<31) | place, 0))
-    tl.atomic_max(best+tl.load(row+4), tl.max(top, 0), sem='relaxed')
+def _last_of(done, n):
+    "Is this the last of `n` programs to come here? What the others have written is there then"
+    tl.debug_barrier()
+    return tl.atomic_add(done, 1, sem='acq_rel')==n-1
 
 @triton.jit
-def _count(scores, table, state, bins, best, at: tl.constexpr, first: tl.constexpr, protect: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr):
-    "Count into `bins` the scores of a chunk by the bits from `at`, as far as those before are the ones that are known"
+def _narrow(state, bins, groups, best, find: tl.constexpr, BITS: tl.constexpr):
+    "In which bucket the k-th score of a group is, and the how-manieth it is there; the bins are empty afterwards"
+    bucket = tl.arange(0, 1<<BITS)
+    n = tl.load(bins+bucket, cache_modifier='.cg')
+    tl.store(bins+bucket, tl.zeros([1<<BITS], tl.int64))
+    if find:  # the best of each source, now that they are known, come last
+        for i in range(tl.load(groups+2), tl.load(groups+3)):
+            lead = (tl.load(best+i, cache_modifier='.cg')>>31)>>(32-BITS)
+            n += (bucket==(1<<BITS)-1).to(tl.int64)-(bucket==lead).to(tl.int64)
+    known,k = tl.load(state),tl.load(state+1)
+    before = tl.cumsum(n, 0)<k
+    tl.store(state, (known<<BITS) | tl.sum(before.to(tl.int64), 0))
+    k -= tl.sum(tl.where(before, n, 0), 0)
+    tl.store(state+1, k)
+    tl.store(state+2, k<tl.sum(tl.where(bucket==tl.sum(before.to(tl.int64), 0), n, 0), 0))
+
+@triton.jit
+def _count(scores, table, groups, state, bins, best, at: tl.constexpr, first: tl.constexpr, find: tl.constexpr, protect: tl.constexpr,
+           SIZE: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr):
+    "Count into `bins` the scores of a chunk by the bits from `at`, as far as those before are the ones that are known; the group's last program narrows down"
     row = table+6*tl.program_id(0)
     group = tl.load(row)
-    known = tl.load(state+2*group).to(tl.uint32)
+    state,bins,groups = state+4*group,bins+(group<<BITS),groups+4*group
+    known = tl.load(state).to(tl.uint32)
     bucket = tl.arange(0, 1<<BITS)
-    found,out = tl.zeros([1<<BITS], tl.int32),0
+    found,out,top = tl.zeros([1<<BITS], tl.int32),0,tl.zeros([STEP], tl.int64)
     for i in range(0, SIZE, STEP):
-        number,inside,_,_ = _look(scores, row, i, first, best, protect, STEP)
+        number,inside,_,place = _look(scores, row, i, first, best, protect, STEP)
+        if find: top = tl.maximum(top, tl.where(inside, (number.to(tl.int64)<<31) | place, 0))
         if at+BITS<32: inside = inside & ((number>>(at+BITS))==known)
         found += tl.histogram(tl.where(inside, (number>>at) & ((1<<BITS)-1), 0).to(tl.int32), 1<<BITS)
         out += tl.sum(1-inside.to(tl.int32), 0)
     found -= tl.where(bucket==0, out, 0)
-    tl.atomic_add(bins+(group<<BITS)+bucket, found.to(tl.int64), mask=found>0, sem='relaxed')
+    tl.atomic_add(bins+bucket, found.to(tl.int64), mask=found>0, sem='relaxed')
+    if find: tl.atomic_max(best+tl.load(row+4), tl.max(top, 0), sem='relaxed')
+    if _last_of(state+3, tl.load(groups+1)):
+        _narrow(state, bins, groups, best, find, BITS)
+        tl.store(state+3, 0)
 
-@triton.jit
-def _narrow(state, bins, BITS: tl.constexpr):
-    "In which bucket the k-th score of a group is, and the how-manieth it is there; the bins are empty afterwards"
-    group,bucket = tl.program_id(0),tl.arange(0, 1<<BITS)
-    n = tl.load(bins+(group<<BITS)+bucket)
-    tl.store(bins+(group<<BITS)+bucket, tl.zeros([1<<BITS], tl.int64))
-    known,k = tl.load(state+2*group),tl.load(state+2*group+1)
-    before = tl.cumsum(n, 0)<k
-    tl.store(state+2*group, (known<<BITS) | tl.sum(before.to(tl.int64), 0))
-    tl.store(state+2*group+1, k-tl.sum(tl.where(before, n, 0), 0))
-
-@triton.jit
-def _ties(scores, table, state, ties, best, first: tl.constexpr, protect: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr):
-    "How many scores of a chunk equal the k-th"
-    row = table+6*tl.program_id(0)
-    bound = tl.load(state+2*tl.load(row)).to(tl.uint32)
-    n = tl.zeros([STEP], tl.int32)
-    for i in range(0, SIZE, STEP):
-        number,inside,_,_ = _look(scores, row, i, first, best, protect, STEP)
-        n += (inside & (number==bound)).to(tl.int32)
-    tl.store(ties+tl.program_id(0), tl.sum(n, 0))
+@triton.jit(do_not_specialize=['chunk','n'])
+def _ties(scores, table, state, ties, chunk, done, n, best, first: tl.constexpr, protect: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr):
+    "How many scores of a chunk equal the k-th, where not all of these go; the last program sums up over chunks"
+    row,c = table+6*tl.program_id(0),tl.program_id(0)+chunk
+    state += 4*tl.load(row)
+    equal = tl.zeros([STEP], tl.int32)
+    if tl.load(state+2)!=0:
+        bound = tl.load(state).to(tl.uint32)
+        for i in range(0, SIZE, STEP):
+            number,inside,_,_ = _look(scores, row, i, first, best, protect, STEP)
+            equal += (inside & (number==bound)).to(tl.int32)
+    tl.store(ties+c, tl.sum(equal, 0).to(tl.int64))
+    if _last_of(done, n):
+        tl.store(done, 0)
+        so_far = tl.zeros([], tl.int64)
+        for i in range(0, n, STEP):
+            o = i+tl.arange(0, STEP)
+            more = tl.load(ties+o, mask=o<n, other=0, cache_modifier='.cg')
+            tl.store(ties+o, so_far+tl.cumsum(more, 0), mask=o<n)
+            so_far += tl.sum(more, 0)
 
 @triton.jit(do_not_specialize=['chunk'])
-def _decide(scores, table, state, ties, begins, chunk, best, first: tl.constexpr, protect: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr):
-    "Keep what is above the k-th score; of its equals, as many go as are missing, in order of position. `ties` are summed up over chunks"
+def _decide(scores, table, groups, state, ties, chunk, best, first: tl.constexpr, protect: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr):
+    "Keep what is above the k-th score; of its equals all go, or as many as are missing, in order of position"
     row,c = table+6*tl.program_id(0),tl.program_id(0)+chunk
     group = tl.load(row)
-    bound,left = tl.load(state+2*group).to(tl.uint32),tl.load(state+2*group+1)
-    begin = tl.load(begins+group)
+    state += 4*group
+    bound,left,some = tl.load(state).to(tl.uint32),tl.load(state+1),tl.load(state+2)
+    begin = tl.load(groups+4*group)
     before = tl.load(ties+c-1, mask=c>0, other=0)
     n = tl.load(ties+c)-before
     before -= tl.load(ties+begin-1, mask=begin>0, other=0)
     for i in range(0, SIZE, STEP):
         number,inside,keep,_ = _look(scores, row, i, first, best, protect, STEP)
-        gone = number<bound
+        gone = (number<bound) | ((number==bound) & (some==0))
         if n>0:
             tie = (inside & (number==bound)).to(tl.int32)
             gone = gone | ((tie>0) & (before+tl.cumsum(tie, 0)<=left))
             before += tl.sum(tie, 0).to(tl.int64)
         tl.store(keep, tl.where(gone, 0, -1).to(tl.int8), mask=inside)
 
-# %% ../../nbs/core/15_kernels.ipynb #aff64d15
-@dataclass
+# %% ../../nbs/core/15_kernels.ipynb #438f39ed
 class _Plan:
     "Which program looks where"
-    table:Tensor # [chunks, 6]
-    begins:Tensor # First chunk of each group
-    pieces:list # First chunk, last, and the slices of sources that they are in: (number, from, to)
+    def __init__(self, device, groups):
+        rows,begins,sources = _chunked(groups)
+        piece = rows[:,1]//PIECE if rows[:,2].sum()>WHOLE else np.zeros(len(rows), np.int64)
+        ends = [0, *(np.flatnonzero(np.diff(piece))+1).tolist(), len(rows)]
+        self.pieces = [(i, j, list(_slices(rows[i:j]))) for i,j in zip(ends, ends[1:])] # First chunk, the one after the last, and the slices of sources that they are in: (number, from, to)
+        for i,j,_ in self.pieces: rows[i:j,1] -= rows[i,1]
+        n = np.diff([*begins, len(rows)])
+        self.table = torch.from_numpy(rows).to(device) # [chunks, 6]
+        self.groups = torch.from_numpy(np.stack([begins, n, *sources], 1)).to(device) # [groups, 4]
+        self.bins = torch.zeros(len(groups), 1<<BITS, dtype=torch.int64, device=device)
+        self.ties = torch.empty(len(rows), dtype=torch.int64, device=device)
+        self.done = torch.zeros(1, dtype=torch.int64, device=device)
 
 def _chunked(groups):
-    "A row for each chunk of the sources, and the first chunk of each group"
+    "A row for each chunk of the sources; the first chunk of each group, its first source and the one after its last"
     rows,begins,total,source = [np.empty((0,6), np.int64)],[],0,0
     for group,sources in enumerate(groups):
         begins.append(sum(map(len, rows)))
@@ -125,7 +152,8 @@ def _chunked(groups):
             same = np.ones_like(start)
             rows.append(np.stack([same*group, total+start, np.minimum(n-start, SIZE), ptr+start, same*source, start], 1))
             total,source = total+n,source+1
-    return np.concatenate(rows), begins
+    ends = np.cumsum([0, *map(len, groups)])
+    return np.concatenate(rows), begins, (ends[:-1],ends[1:])
 
 def _slices(rows):
     "The slices of sources that consecutive chunks are"
@@ -133,14 +161,9 @@ def _slices(rows):
         mine = rows[rows[:,4]==source]
         yield int(source), int(mine[0,5]), int(mine[-1,5]+mine[-1,2])
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def _plan(device, groups): # Of each group, of each source: address of `keep`, number of blocks
-    rows,begins = _chunked(groups)
-    piece = rows[:,1]//PIECE if rows[:,2].sum()>WHOLE else np.zeros(len(rows), np.int64)
-    ends = [0, *(np.flatnonzero(np.diff(piece))+1).tolist(), len(rows)]
-    pieces = [(i, j, list(_slices(rows[i:j]))) for i,j in zip(ends, ends[1:])]
-    for i,j,_ in pieces: rows[i:j,1] -= rows[i,1]
-    return _Plan(torch.from_numpy(rows).to(device), torch.tensor(begins, device='cpu').to(device), pieces)
+    return _Plan(device, groups)
 
 def _score(sources, slices):
     "Scores of some slices of sources, one after the other"
@@ -149,31 +172,32 @@ def _score(sources, slices):
 class _Run:
     "The passes over the scores of groups of sources"
     def __init__(self, groups, first, protect):
-        self.sources,self.first,self.protect,self.n = [o for g in groups for o in g],first,protect,len(groups)
+        self.sources,self.first,self.protect = [o for g in groups for o in g],first,protect
         self.device = self.sources[0].keep.device
         self.plan = _plan(self.device, tuple(tuple((o.keep.data_ptr(), o.n) for o in g) for g in groups))
-        self.held = _score(self.sources, self.plan.pieces[0][2])  # of several, the first only tells of what kind they are
-        self.best = torch.zeros(len(self.sources) if protect else 1, dtype=torch.int64, device=self.device)
+        self.held = _score(self.sources, self.plan.pieces[0][2])
+        self.best = torch.zeros(len(self.sources), dtype=torch.int64, device=self.device) if protect else self.plan.done
 
     def over(self, kernel, *args, **kwargs):
         "Launch `kernel` on all chunks; `args` may depend on the first of a piece"
+        scores,alone = self.held,len(self.plan.pieces)==1
         for i,j,slices in self.plan.pieces:
-            scores = self.held if len(self.plan.pieces)==1 else _score(self.sources, slices)
-            kernel[(j-i,)](scores, self.plan.table[i:j], *(o(i) if callable(o) else o for o in args), SIZE=SIZE, STEP=STEP, num_warps=4, **kwargs)
+            if not alone:
+                scores = None  # before there are others
+                scores = _score(self.sources, slices)
+            table = self.plan.table if alone else self.plan.table[i:j]
+            kernel[(j-i,)](scores, table, *(i if o is _Run else o for o in args), first=self.first, SIZE=SIZE, STEP=STEP, num_warps=4, **kwargs)
 
     def __call__(self, ks):
-        how = dict(first=self.first, protect=self.protect)
-        if self.protect: self.over(_find_best, self.best)
-        state = torch.tensor([[0,k] for k in ks], device='cpu').to(self.device, non_blocking=True)
-        bins = torch.zeros(self.n, 1<<BITS, dtype=torch.int64, device=self.device)
+        plan,protect = self.plan,self.protect
+        state = torch.tensor([[0,k,0,0] for k in ks], device='cpu').to(self.device, non_blocking=True) # bits that are known, how many go of what has these, do not all, programs that are done
         for at in range(32-BITS, -1, -BITS):
-            self.over(_count, state, bins, self.best, at=at, BITS=BITS, **how)
-            _narrow[(self.n,)](state, bins, BITS=BITS)
-        ties = torch.empty(len(self.plan.table), dtype=torch.int32, device=self.device)
-        self.over(_ties, state, lambda i: ties[i:], self.best, **how)
-        self.over(_decide, state, ties.cumsum(0), self.plan.begins, lambda i: i, self.best, **how)
+            find = protect and at==32-BITS
+            self.over(_count, plan.groups, state, plan.bins, self.best, at=at, find=find, protect=protect and not find, BITS=BITS)
+        self.over(_ties, state, plan.ties, _Run, plan.done, len(plan.table), self.best, protect=protect)
+        self.over(_decide, plan.groups, state, plan.ties, _Run, self.best, protect=protect)
 
-# %% ../../nbs/core/15_kernels.ipynb #cbeae5ab
+# %% ../../nbs/core/15_kernels.ipynb #f9efefee
 def rank(
     groups:list, # Of each group of sources that compete: the sources, how many of their blocks are to be gone
     first:bool, # Do blocks go? Otherwise blocks return
@@ -186,7 +210,7 @@ def rank(
     run([k for _,k in groups])
     return True
 
-# %% ../../nbs/core/15_kernels.ipynb #2f0bc6fe
+# %% ../../nbs/core/15_kernels.ipynb #89edad7f
 _words = {1:tl.int8, 2:tl.int16, 4:tl.int32, 8:tl.int64}
 
 @triton.jit
@@ -203,32 +227,35 @@ def _zero(table, WORD: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr):
         gone = tl.load(keep+block, mask=inside & (block>=0), other=-1)==0
         tl.store(x+o, tl.zeros([STEP], WORD), mask=gone)
 
-@lru_cache(maxsize=16)
-def _items(device, items): # Of each: address, entries, run, address of the numbers or 0, address of `keep`
-    rows = [np.empty((0,6), np.int64)]
-    for ptr,n,inner,number,keep in items:
-        start = np.arange(0, n, SIZE)
-        same = np.ones_like(start)
-        rows.append(np.stack([same*ptr, start, np.minimum(start+SIZE, n), same*inner, same*number, same*keep], 1))
-    return torch.from_numpy(np.concatenate(rows)).to(device)
+def _rows_of(ptr, n, inner, number, keep):
+    "A row for each chunk of an item"
+    start = np.arange(0, n, SIZE)
+    same = np.ones_like(start)
+    return np.stack([same*ptr, start, np.minimum(start+SIZE, n), same*inner, same*number, same*keep], 1)
 
-def zero(
-    items:list, # Tensor, dense in memory; how many consecutive entries go together; the block of each such run, -1 for none, or `None`; int8 for each block, 0 for what is gone
-):
-    "Zero the entries whose blocks are gone"
-    sizes = {}
-    for x,inner,number,keep in items:
-        item = x.data_ptr(), x.numel(), inner, 0 if number is None else number.data_ptr(), keep.data_ptr()
-        sizes.setdefault((x.device, x.element_size()), []).append(item)
-    for (device,size),some in sizes.items():
-        table = _items(device, tuple(some))
-        if len(table): _zero[(len(table),)](table, WORD=_words[size], SIZE=SIZE, STEP=STEP, num_warps=4)
-    torch.autograd.graph.increment_version([o[0] for o in items])  # as any other write in place, so that autograd can tell
+class Zeros:
+    "Zeroes the entries whose blocks are gone, as often as it is called, until something has moved"
+    def __init__(self,
+        items:list, # Tensor, dense in memory; how many consecutive entries go together; the block of each such run, -1 for none, or `None`; int8 for each block, 0 for what is gone
+    ):
+        self.items,self.tensors,rows = items,[o[0] for o in items],{}  # the items stay alive, as the addresses have to
+        self.places = [o.data_ptr() for o in self.tensors]
+        for (x,inner,number,keep),ptr in zip(items, self.places):
+            number = 0 if number is None else number.data_ptr()
+            rows.setdefault((x.device, x.element_size()), []).append(_rows_of(ptr, x.numel(), inner, number, keep.data_ptr()))
+        self.tables = [(torch.from_numpy(np.concatenate(o)).to(device), _words[size]) for (device,size),o in rows.items()]
+    def holds(self, tensors): # Those that it is to zero
+        "Are these the tensors, and where they were?"
+        return len(tensors)==len(self.tensors) and all(a is b and a.data_ptr()==p for a,b,p in zip(tensors, self.tensors, self.places))
+    def __call__(self):
+        for table,word in self.tables:
+            if len(table): _zero[(len(table),)](table, WORD=word, SIZE=SIZE, STEP=STEP, num_warps=4)
+        torch.autograd.graph.increment_version(self.tensors)  # as any other write in place, so that autograd can tell
 
-# %% ../../nbs/core/15_kernels.ipynb #0ec02835
+# %% ../../nbs/core/15_kernels.ipynb #2ee5becc
 @triton.jit
-def _rows(scores, gone, n, low: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    "Which of M scores are the `low` lowest of their row"
+def _of_rows(scores, keep, mask, n, low: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    "0 in `mask` for the `low` lowest of M scores of a row that is not to be kept, else -1"
     r,j = tl.program_id(0).to(tl.int64)*ROWS+tl.arange(0, ROWS),tl.arange(0, WIDTH)
     at = r[:,None]*M+j[None,:]
     inside = (r[:,None]<n) & (j[None,:]<M)
@@ -239,14 +266,16 @@ def _rows(scores, gone, n, low: tl.constexpr, M: tl.constexpr, WIDTH: tl.constex
         x = tl.load(scores+r*M+i, mask=r<n, other=0.)[:,None]
         x = tl.where(x!=x, float('-inf'), x)
         rank += ((x<s) | ((x==s) & (i<j[None,:]))).to(tl.int32)
-    tl.store(gone+at, (rank<low).to(tl.int8), mask=inside)
+    kept = tl.load(keep+r, mask=r<n, other=-1)[:,None]
+    tl.store(mask+at, tl.where((rank<low) & (kept==0), 0, -1).to(tl.int8), mask=inside)
 
 def lowest_of_rows(
     scores:Tensor, # [n, m], contiguous, of 32 bits; nan counts as lowest
-    low:int, # How many of each row
+    keep:Tensor, # int8 [n], 0 for the rows of which something goes
+    low:int, # How many of each
 )->Tensor:
-    "Which scores are the `low` lowest of their row, the first of equals: booleans [n, m]"
+    "int8 [n, m], 0 for the `low` lowest of a row, the first of equals, and -1 for the rest"
     n,m = scores.shape
-    gone,rows = torch.empty(n, m, dtype=torch.int8, device=scores.device),max(1, STEP//triton.next_power_of_2(m))
-    if n: _rows[(triton.cdiv(n, rows),)](scores, gone, n, low=low, M=m, WIDTH=triton.next_power_of_2(m), ROWS=rows)
-    return gone.view(torch.bool)
+    mask,rows = torch.empty(n, m, dtype=torch.int8, device=scores.device),max(1, STEP//triton.next_power_of_2(m))
+    if n: _of_rows[(triton.cdiv(n, rows),)](scores, keep, mask, n, low=low, M=m, WIDTH=triton.next_power_of_2(m), ROWS=rows)
+    return mask

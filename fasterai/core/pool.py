@@ -6,17 +6,23 @@
 __all__ = []
 
 # %% ../../nbs/core/17_pool.ipynb #16e5f305
+from functools import cache
 from importlib.util import find_spec
 import torch
-from .selection import Source, rank
+from .context import shares
+from .selection import Source, n_of, rank, rounded_gone
 from . import streaming
 
 # %% ../../nbs/core/17_pool.ipynb #f3bf18c4
 def in_kernels(*tensors): # Tensors of a model
     "Are there kernels for where all of these lie?"
-    return all(type(o) in (torch.Tensor,torch.nn.Parameter) and o.device==tensors[0].device for o in tensors) and _has_kernels(tensors[0].device)
+    device = tensors[0].device
+    return _has_kernels(device) and all(type(o) in _plain and o.device==device for o in tensors)
 
-def _has_kernels(device): return device.type=='cuda' and find_spec('triton') is not None
+_plain = torch.Tensor,torch.nn.Parameter # What has an address, unlike fake tensors, and is what it looks like, unlike subclasses
+def _has_kernels(device): return device.type=='cuda' and _triton()
+@cache
+def _triton(): return find_spec('triton') is not None
 
 def select_each(
     groups:list, # Of each group: sources that compete, how many of their blocks are gone now, and how many afterwards
@@ -58,3 +64,42 @@ def _count(sources, k):
 def select(sources:list[Source], gone:int, k:int, protect:bool=False): # Sources that compete, how many blocks are gone now and afterwards, does each keep its best block?
     "Exactly `k` blocks of `sources` are gone: the lowest of the kept ones go, or the highest of those that are gone return"
     return select_each([(sources,gone,k)], protect)[0]
+
+# %% ../../nbs/core/17_pool.ipynb #6020cb30
+class Pool:
+    "Layers that share a budget"
+    def __init__(self,
+        context, # How they share it: a function, see `core.context`
+        round_to:int|None=None, # Each layer keeps a multiple of so many blocks
+        protect:bool=True, # Does each keep its best block?
+    ):
+        self.context,self.round_to,self.protect = context,round_to,protect
+        self.shares = {} # By layer, how many blocks go before numbers are rounded
+
+    def counts(self,
+        sizes:dict, # Number of blocks by layer
+        target, # Percentage, or a dict by layer
+        **known, # What a context may ask for: a value, or a function that gives it
+    )->dict:
+        "How many blocks are to be gone, by the layers that compete for them"
+        if isinstance(target, dict): return {(o,): n_of(sizes[o], s) for o,s in target.items() if o in sizes}
+        room = {o: n-self.protect for o,n in sizes.items()}
+        return shares(self.context, sizes, sparsity=target, room=room, **known) if sizes else {}
+
+    def rounded(self,
+        ks:dict, # Numbers by the layers that compete
+        sources, # Function that gives `Source`s of some layers, by name, that may be changed
+    )->dict:
+        "Numbers by layer that leave a multiple of `round_to`, and never fewer than that"
+        if not self.round_to: return ks
+        res = {}
+        for names,k in ks.items():
+            found = sources(names)
+            each = [k]
+            if len(names)>1:  # see first how they would share it
+                select(found, sum(o.gone for o in found), k, self.protect)
+                each = [o.gone for o in found]
+            for name,o,n in zip(names, found, each):
+                self.shares[name] = min(n, o.n-self.protect)
+                res[name,] = rounded_gone(o.n, self.shares[name], self.round_to)
+        return res

@@ -7,7 +7,8 @@ __all__ = []
 
 # %% ../../nbs/core/04_selection.ipynb #daf65e46
 import math
-from decimal import Decimal
+from fractions import Fraction
+from functools import lru_cache
 from numbers import Real
 import numpy as np
 import torch
@@ -18,9 +19,13 @@ def check_percent(what:str, value): # What it is called, percentage
     "`ValueError` if `value` is no percentage, but for rounding"
     if isinstance(value, bool) or not isinstance(value, Real) or not -1e-9<=value<=100+1e-9: raise ValueError(f'{what} is in percent, from 0 to 100, not {value!r}')
 
+@lru_cache(maxsize=64)
+def _exactly(pct): return Fraction(repr(round(pct, 10)))/100
+
 def n_of(n:int, pct:float): # Number of blocks, percentage
     "How many blocks `pct` percent of `n` are, rounded down"
-    return int(Decimal(repr(round(float(pct), 10)))*n/100)
+    share = _exactly(float(pct))
+    return n*share.numerator//share.denominator
 
 def rounded_gone(n:int, gone:int, to:int): # Number of blocks, how many are to go, what is left is a multiple of this
     "How many of `n` go so that a multiple of `to` is left: rather more are left than too few, but no more than there are; none go where `to` cannot be left"

@@ -15,7 +15,7 @@ import torch
 from torch import nn,Tensor
 from safetensors import SafetensorError,safe_open
 from safetensors.torch import save_file
-from ..core.context import shares,context_of,local
+from ..core.context import context_of,local
 from ..core.criteria import criteria_of,large_final,needs
 from ..core.registry import did_you_mean
 from ..core.graph import ChannelGraph,layer_of
@@ -26,8 +26,8 @@ from ..core.brought import check_held,check_scores,check_values,falls_short,list
 from ..core.liveness import Liveness,spare_last
 from ..core.evidence import _wide,act_norms,check_trained,evidence,weight_of
 from ..core.proof import TOLERANCE,check_same,random_like
-from ..core.selection import Scores,Source,check_percent,n_of,rounded_gone
-from ..core.pool import select
+from ..core.selection import Scores,Source,check_percent,n_of
+from ..core.pool import Pool, select_each
 from ..core.surgery import _pick,_sub,apply_plan,check_plan,follow_cut,legal,reshaped,without
 
 # %% ../../nbs/prune/01_pruner.ipynb #7826b0de
@@ -623,23 +623,15 @@ class Pruner:
 
     def _choose(self, groups, ratio, targets):
         "Classes to remove"
-        by,gone = {g.name:g for g in groups},[torch.zeros(0, dtype=torch.long, device='cpu')]
-        for names,k in self._counts(by, ratio, targets).items():
-            gs = [by[o] for o in names]
-            now,fresh = sum(g.gone for g in gs),lambda: [Scores(self._score(g), g.keep.clone()) for g in gs]
-            if min(k, sum(g.n-1 for g in gs))<=now: continue
-            select(sources:=fresh(), now, k, True)
-            if self.round_to:
-                for g,o in zip(gs, sources): g.share = o.gone
-                ks,sources = [rounded_gone(o.n, o.gone, self.round_to) for o in sources],fresh()
-                for g,o,n in zip(gs, sources, ks): select([o], g.gone, max(n, g.gone), True)
-            gone += [g.classes[(o.keep==0) & (g.keep!=0)] for g,o in zip(gs, sources)]
-        return torch.cat(gone)
-
-    def _counts(self, by, ratio, targets):
-        "How many classes are to be gone, by the groups that compete for them"
-        sizes = {o:g.n for o,g in by.items()}
-        if targets is not None: return {(o,):n_of(sizes[o], r) for o,r in targets.items() if o in sizes}
-        if not sizes: return {}
-        return shares(self.context, sizes, sparsity=ratio, room={o:n-1 for o,n in sizes.items()}, gone={o:g.gone for o,g in by.items()},
+        by,pool = {g.name:g for g in groups},Pool(self.context, self.round_to)
+        def sources(names): return [Scores(self._score(by[o]), by[o].keep.clone()) for o in names]
+        gone = {o:g.gone for o,g in by.items()}
+        ks = pool.counts({o:g.n for o,g in by.items()}, ratio if targets is None else targets, gone=gone,
             shapes=lambda: {o:self.shapes[o] for o in by}, scores=lambda: {o:self._score(g) for o,g in by.items()})
+        ks = pool.rounded({names:k for names,k in ks.items() if k>sum(gone[o] for o in names)}, sources)
+        for name,share in pool.shares.items(): by[name].share = share
+        competing = {names:(sources(names), sum(gone[o] for o in names), k) for names,k in ks.items()}
+        competing = {names:o for names,o in competing.items() if o[2]>o[1]}  # what is gone does not return
+        select_each(list(competing.values()), True)
+        taken = [by[name].classes[(o.keep==0) & (by[name].keep!=0)] for names,(found,*_) in competing.items() for name,o in zip(names, found)]
+        return torch.cat(taken) if taken else torch.zeros(0, dtype=torch.long, device='cpu')

@@ -20,9 +20,9 @@ from ..core.running import at_home, check_scripts, inputs_that_run, plain_model
 from ..core.brought import check_finite, check_scores, computed, falls_short, made_of, much_less, plain_name, rounds_up, still, told
 from ..core.brought import unfit, warn
 from ..core.criteria import criteria_of, criterias, large_final, needs, reducers
-from ..core.context import context_of, local, shares
+from ..core.context import context_of, local
 from ..core.selection import Scores, Source, check_percent, n_of, rounded_gone
-from ..core.pool import in_kernels, select, select_each
+from ..core.pool import Pool, in_kernels, select_each
 from ..core.graph import ChannelGraph, layer_of
 from ..core.evidence import Weight, _wide, check_trained, evidence, weight_of
 from ..legacy import OldLevelPruner, old_prune, old_sparsifier
@@ -64,7 +64,7 @@ class Streamed(Source):
     def joined(self, slices):
         alike = all(isinstance(o, Streamed) and o.f is self.f for o,_,_ in slices)
         if len(slices)==1 or not alike: return super().joined(slices)
-        return self.f(**{k: _wide(torch.cat([o.flat[k][i:j] for o,i,j in slices])) for k in self.flat})
+        return self.f(**{k: _wide(torch.cat([o.flat[k] if j-i==o.n else o.flat[k][i:j] for o,i,j in slices])) for k in self.flat})
 
 class Later(Source):
     "Scores that are computed when they are asked for first"
@@ -82,8 +82,8 @@ class Layer:
         w,b = parts[0].w,parts[0].blocks
         self.keep,self.n = torch.full((b.n,), -1, dtype=torch.int8, device=w.device),b.n
         self.name,self.parts,self.criteria = name,parts,criteria
-        self.past,self.given,self.masked,self._masks,self._whole = {},{},False,None,None
-        self._dense,self._run_of = {},{}
+        self.past,self.given,self.masked,self._masks,self._whole,self._stream = {},{},False,None,None,None
+        self._dense,self._run_of,self.version = {},{},0
         self.needs,one = needs(criteria),torch.tensor([[-1.]], device='cpu')
         self.alone = criteria.pointwise and 'act' not in self.needs
         self.streams = len(parts)==1 and b.in_order and self.alone and bool(criteria.reducer(one)==-1)
@@ -110,12 +110,21 @@ class Layer:
 
     def source(self, checked=False):
         "The scores of its blocks; a criteria that fails does so here, and with `checked` one that gives nan or inf, for which a device is waited"
-        if self.streams and (self.trusted or not checked):
-            res = Streamed(self.keep, self.criteria.f, {o: x.reshape(-1) for o,x in self.known(0).items()})
+        if self.streams and (self.trusted or not checked): res = self._streamed()
         elif self.partial and self.trusted: res = Later(self.keep, self.scored)
         else: res = Scores(self.scored(checked), self.keep)
         res.left = self.left
         return res
+
+    def _streamed(self):
+        "A `Streamed` source, the last one as long as what it looks at is where it was"
+        seen = [self.parts[0].w, *(self.past[o][0] for o in self.needs if o in self.past)]
+        places = [x.data_ptr() for x in seen] if in_kernels(*seen) and len(seen)==len({'w',*self.needs}) else None
+        if self._stream is None or places is None or self._stream[0]!=places:
+            source = Streamed(self.keep, self.criteria.f, {o: x.reshape(-1) for o,x in self.known(0).items()})
+            if not all(x.is_contiguous() for x in seen): return source
+            self._stream = places,source
+        return self._stream[1]
 
     def _score(self, i, checked=False): # Which part
         "Scores of its weights"
@@ -161,7 +170,13 @@ class Layer:
             ready[ids.to(ready.device)] = self.criteria.lump(torch.cat([b.fold(s, ids) for (b,s),n in zip(scored, some.tolist()) if n], 1))
         return ready
 
-    @property
+    @cached_property
+    def by_rows(self):
+        "Can `Rows` score its blocks?"
+        plain = self.alone and not self.streams and not self.by_score and self.criteria.reducer in reducers.values()
+        return plain and all(p.w.numel() and p.blocks.channels(0) is not None for p in self.parts)
+
+    @cached_property
     def by_score(self): "Do scores say what goes of a block?"; return self.partial or getattr(self.parts[0].blocks, 'takes_scores', False)
 
     @property
@@ -172,13 +187,14 @@ class Layer:
 
     def renew_masks(self):
         "From now on, masks are what `keep` says"
-        old,s = self.masks if self.partial else [],self._whole
-        self._masks,self._whole,self.masked = None,None,True
-        self._dense.clear()
-        if not self.by_score: return
-        if s is None: s = self._score(0)
-        if old: s = s.masked_fill(old[0]==0, -math.inf)  # what is gone stays the lowest
-        self._masks = [p.blocks.mask(self.keep, s) for p in self.parts]
+        old,s,self._whole = self._masks,self._whole,None
+        if not self.masked: self.masked,self.version = True,self.version+1
+        if self.by_score:
+            if s is None: s = self._score(0)
+            if self.partial and old: s = s.masked_fill(old[0]==0, -math.inf)  # what is gone stays the lowest
+            self._masks = [p.blocks.mask(self.keep, s) for p in self.parts]
+        else: self._masks = None
+        for i,dense in self._dense.items(): dense.copy_(self.masks[i])
 
     def let_go(self):
         "Nothing is masked any more"
@@ -188,7 +204,7 @@ class Layer:
     def set_masks(self, masks): # Masks of a pattern, or `None`
         "Have these masks, or none"
         self._masks,self.masked,self.left = masks,masks is not None,None
-        self._dense.clear()
+        self._dense,self.version = {},self.version+1
 
     def apply(self):
         "Zero what is masked"
@@ -201,13 +217,17 @@ class Layer:
         if key not in self._run_of: self._run_of[key] = None if self.by_score else _runs(p.blocks, w)
         return self._run_of[key]
 
+    def held(self):
+        "What is zeroed"
+        return [p.w for p in self.parts] if self.masked else []
+
     def items(self):
-        "What `kernels.zero` takes"
+        "What `kernels.Zeros` takes"
         if not self.masked: return
         for i,p in enumerate(self.parts):
             if runs := self.runs(i): yield p.w, *runs, self.keep
             else:
-                if i not in self._dense: self._dense[i] = _dense(p.w, self.masks[i])
+                if i not in self._dense: self._dense[i] = torch.empty_like(p.w, dtype=torch.int8).copy_(self.masks[i])
                 yield p.w, 1, None, self._dense[i]
 
     def follow_device(self):
@@ -216,7 +236,7 @@ class Layer:
         if self.keep.device==dev: return
         self.keep = self.keep.to(dev)
         self.past = {o: [x.to(dev) for x in xs] for o,xs in self.past.items()}
-        self._dense.clear()
+        self._dense,self._stream,self.version = {},None,self.version+1
         if self._masks is not None: self._masks = [m.to(dev) for m in self._masks]
 
 def in_rows(w): # Weight
@@ -231,10 +251,6 @@ def _runs(blocks, w):
     if number is None or not in_rows(w): return None
     own = len(number)==blocks.n and torch.equal(number, torch.arange(blocks.n, device='cpu'))
     return w.numel()//len(number), None if own else number.to(w.device)
-
-def _dense(w, mask):
-    "`mask` at full size, in memory as `w` is"
-    return torch.empty_like(w, dtype=torch.int8).copy_(mask)
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #000b2349
 def _weights(m):
@@ -312,13 +328,15 @@ def parts_of(layers): return [p for o in layers for p in o.parts]
 class Side:
     "A parameter with an entry a channel, whose entries go with the blocks of some layers"
     def __init__(self, mod, attr):
-        self.mod,self.attr,self.follows,self.masked,self._mask,self._numbers = mod,attr,[],False,None,{}
+        self.mod,self.attr,self.follows,self.masked,self._mask,self._numbers,self.version = mod,attr,[],False,None,{},0
         self.free = None # Booleans of the parameter's shape: entries that nothing masks
     @property
-    def p(self): return getattr(self.mod, self.attr)
+    def p(self): return self.mod._parameters[self.attr]
     def add(self, layer, blocks, rows, dim=0): # Layer, some of its blocks; entries along `dim` that go with these
         self.follows.append((layer, blocks, rows, dim))
-    def renew(self): self.masked,self._mask = True,None
+    def renew(self):
+        if not self.masked or not self._in_place: self.version += 1
+        self.masked,self._mask = True,None
     @property
     def mask(self):
         "int8 of the parameter's shape, or `None` before something was masked"
@@ -334,13 +352,20 @@ class Side:
         return mask if self.free is None else mask | self.free.to(p.device, torch.int8).neg_()
     def apply(self):
         if self.masked: zero_(self.p, self.mask)
+    def held(self):
+        "What is zeroed, as often as there is a reason"
+        return [self.p]*(len(self.follows) if self._in_place else 1) if self.masked else []
+    @cached_property
+    def _in_place(self):
+        "Is each entry zeroed by what is kept of the layers, without a mask?"
+        return self.free is None and in_rows(self.p) and not any(dim for *_,dim in self.follows)
     def items(self):
-        "What `kernels.zero` takes"
+        "What `kernels.Zeros` takes"
         if not self.masked: return
         p = self.p
-        if self.free is None and in_rows(p) and not any(dim for *_,dim in self.follows):
+        if self._in_place:
             for i,(layer,*_) in enumerate(self.follows): yield p, p.numel()//len(p), self._number(i, p), layer.keep
-        else: yield p, 1, None, _dense(p, self.mask)
+        else: yield p, 1, None, torch.empty_like(p, dtype=torch.int8).copy_(self.mask)
     def _number(self, i, p):
         "The block of each entry that goes with a layer's, -1 for none"
         if (i,p.device) not in self._numbers:
@@ -544,10 +569,6 @@ def _none_goes(wanted, stays):
 # %% ../../nbs/sparse/01_sparsifier.ipynb #000a6486
 AT_ONCE = 2**25 # Weights that are scored in one go
 
-def by_rows(o:Layer):
-    "Can `Rows` score the blocks of this layer?"
-    return o.alone and not o.streams and not o.by_score and o.criteria.reducer in reducers.values() and all(p.w.numel() and p.blocks.channels(0) is not None for p in o.parts)
-
 def _one_by_one(known):
     "The tensors that are known of a weight, each as one row, in the same order"
     xs = list(known.values())
@@ -573,10 +594,25 @@ class Rows:
         self.length,self.order,self.n_rows,self.size = (x.to(device) for x in (length, order, n_rows, size))
         self.plain = torch.equal(order, torch.arange(len(block), device='cpu')) and bool((n_rows==1).all()) # a row for each block, in order
         self.batches = _batches([p.w.numel() for _,p in parts], [len(p.w) for _,p in parts])
+        self.seen = None
+
+    def fits(self, layers):
+        "Is it made for these, where they are?"
+        return self.layers==layers and self.length.device==layers[0].keep.device
+
+    def _known(self):
+        "What is known of each part, as one row; what was found last, as long as it is where it was"
+        known = [o.known(i) for o in self.layers for i in range(len(o.parts))]
+        places = [(x.data_ptr(), x.stride()) for xs in known for x in xs.values()]
+        if self.seen is None or self.seen[0]!=places:
+            rows = [_one_by_one(o) for o in known]
+            if any(a.data_ptr()!=b.data_ptr() for xs,ys in zip(rows, known) for a,b in zip(xs.values(), ys.values())): return rows
+            self.seen = places,rows
+        return self.seen[1]
 
     def scores(self):
         "Scores of the blocks of each layer, as they are now"
-        known = [_one_by_one(o.known(i)) for o in self.layers for i in range(len(o.parts))]
+        known = self._known()
         how,rows = 'max' if self.criteria.reducer is reducers['max'] else 'sum',[]
         for some,which in self.batches:
             s = self.criteria.f(**{k: _wide(torch.cat([x[k] for x in known[some]])) for k in known[0]})
@@ -649,11 +685,12 @@ class Sparsifier:
             self.layers,out = find_layers(self.model, self.granularity, layer_type, self.criteria)
             self._stays = [self._computed(n, how) for n,(how,_) in out.items()]
         self._check_finite()
-        smallest = {o.parts[0].w.dtype:o for o in sorted(self.layers, key=lambda o: -o.parts[0].w.numel())}
-        for o in smallest.values(): _check_criteria(o)
+        if self.criteria.f not in criterias.values():
+            smallest = {o.parts[0].w.dtype:o for o in sorted(self.layers, key=lambda o: -o.parts[0].w.numel())}
+            for o in smallest.values(): _check_criteria(o)
         most = max(o.n for o in self.layers)
         if round_to and most<round_to: raise ValueError(f'round_to={round_to}: no layer has so many blocks to keep, the largest has {most}')
-        self._gone,self._shares,self._sides,self._rows,self._asked,self._coupled,self._told = {},{},None,None,0,coupled,False
+        self._gone,self._sides,self._rows,self._zeros,self._asked,self._coupled,self._told = {},None,None,None,0,coupled,False
         if coupled:
             check_scripts(self.model)
             if not all(map(_by_filter, self.layers)):
@@ -661,6 +698,7 @@ class Sparsifier:
             self.layers,self._sides,stays = couple(self.model, self.layers, self.criteria, example_inputs)
             self._stays += stays
         self._by_name = {o.name:o for o in self.layers}
+        self.pool = Pool(self.context, round_to, any(p.blocks.spares_last for p in parts_of(self.layers)))
         self.n_weights = sum(p.w.numel() for o in self.layers for p in o.parts)
         self.remember()
         if out: self._tell_computed(out)
@@ -691,7 +729,7 @@ class Sparsifier:
         rows,known = [],{o.layer for o in self._stays}
         for o in self.layers:
             percent = self._asked.get(o.name, 0) if isinstance(self._asked, dict) else self._asked
-            share = min(n_of(o.n, 100*percent/self.own), o.n-self._protect) if self.context is local else self._shares.get(o.name, 0)
+            share = min(n_of(o.n, 100*percent/self.own), o.n-self.pool.protect) if self.context is local else self.pool.shares.get(o.name, 0)
             gone = rounded_gone(o.n, share, self.round_to) if self.round_to else share
             for p in o.parts:
                 name = p.name.removesuffix('.weight')
@@ -837,31 +875,47 @@ class Sparsifier:
         `checked`, if scores are looked at, as not in a training step"""
         for o in self.layers: o.follow_device()
         if self._sides is None: self._sides = find_sides(self.model, self.layers, self.example_inputs)
-        self._hold([o for o in layers if not o.streams])  # what is gone scores as a zero, not as what the optimizer made of it
-        sources = self._sources(layers, checked)
-        self._select(counts(), sources, alike)
+        rows = set(self._in_rows(layers, checked))
+        self._hold([o for o in layers if not o.streams and o not in rows])  # what is gone scores as a zero, not as what the optimizer made of it
+        ks = self._changed(counts())
+        returns = [names for names,(before,k) in ks.items() if k<before]
+        if returns: self._hold([self._by_name[o] for names in returns for o in names])
+        self._select(ks, self._sources(layers, rows, checked), alike)
         self.apply_masks()
         for o in layers:
             if 'w_prev' in o.past: torch._foreach_copy_(o.past['w_prev'], [p.w.detach() for p in o.parts])
 
-    def _sources(self, layers, checked):
-        "The scores of the blocks of `layers`, by name"
-        rows = [o for o in layers if by_rows(o) and (o.trusted or not checked)] if in_kernels(*(p.w for p in parts_of(layers))) else []
-        found = dict(zip([o.name for o in rows], self._rows_of(rows).scores())) if rows else {}
-        res = {o.name: o.source(checked) for o in layers if o.name not in found}
-        for o in rows: res[o.name] = Scores(found[o.name], o.keep)
+    @property
+    def counts(self): "Are there kernels for where the weights lie?"; return in_kernels(*(p.w for p in parts_of(self.layers)))
+
+    def _in_rows(self, layers, checked):
+        "Those of `layers` that are scored together"
+        some = [o for o in layers if o.by_rows and (o.trusted or not checked)]
+        return some if some and in_kernels(*(p.w for p in parts_of(some))) else []
+
+    def _sources(self, layers, rows, checked):
+        "The scores of the blocks of `layers`, by name; those of `rows` come together"
+        res = {o.name: o.source(checked) for o in layers if o not in rows}
+        if rows:
+            some = [o for o in layers if o in rows]
+            if self._rows is None or not self._rows.fits(some): self._rows = Rows(some)
+            res |= {o.name: Scores(s, o.keep) for o,s in zip(some, self._rows.scores())}
         return res
 
-    def _rows_of(self, layers):
-        if self._rows is None or self._rows.layers!=layers: self._rows = Rows(layers)
-        return self._rows
+    def _changed(self, ks):
+        "Of those of whom blocks go or return, how many are gone now, and how many are to be, by the layers that compete for them"
+        res = {}
+        for names,k in ks.items():
+            before = self._n_gone(names)
+            k = min(k, sum(self._by_name[o].n for o in names)-len(names)*self.pool.protect)
+            if k!=before: res[names] = before,k
+        return res
 
     def _counts(self, sparsity):
         "How many blocks are gone at `sparsity`, by the layers that compete for it"
         sizes = {o.name:o.n for o in self.layers}
-        if isinstance(sparsity, dict): return {(o,): n_of(n, 100*sparsity[o]/self.own) for o,n in sizes.items()}
-        return shares(self.context, sizes, sparsity=100*sparsity/self.own,
-            room={o: n-self._protect for o,n in sizes.items()},
+        own = {o: 100*s/self.own for o,s in sparsity.items()} if isinstance(sparsity, dict) else 100*sparsity/self.own
+        return self.pool.counts(sizes, own,
             gone=lambda: {o: self._n_gone((o,)) for o in sizes},
             shapes=lambda: {o.name: _shape(o.parts[0]) for o in self.layers},
             scores=lambda: self._scores(self.layers))
@@ -871,25 +925,12 @@ class Sparsifier:
         self._hold(layers)
         return {o.name: o.source().scores(0, o.n) for o in layers}
 
-    @property
-    def _protect(self):
-        "Does each layer keep its last block?"
-        return any(p.blocks.spares_last for p in parts_of(self.layers))
-
     def _rounded(self, ks):
         "Numbers by layer that leave a multiple of `round_to`, and never fewer than that"
-        if not self.round_to: return ks
-        res = {}
-        for names,k in ks.items():
+        def sources(names):
             layers = [self._by_name[o] for o in names]
-            if len(names)>1:  # see first how they would share it
-                trial = [Scores(s, o.keep.clone()) for s,o in zip(self._scores(layers).values(), layers)]
-                select(trial, self._n_gone(names), k, self._protect)
-                k = [o.gone for o in trial]
-            each = k if len(names)>1 else [k]
-            self._shares |= {o.name:min(n, o.n-self._protect) for o,n in zip(layers, each)}
-            res |= {(o.name,): rounded_gone(o.n, self._shares[o.name], self.round_to) for o in layers}
-        return res
+            return [Scores(s, o.keep.clone()) for s,o in zip(self._scores(layers).values(), layers)]
+        return self.pool.rounded(ks, sources)
 
     def _n_gone(self, names):
         if names not in self._gone:
@@ -899,18 +940,15 @@ class Sparsifier:
 
     def _select(self, ks, sources, alike):
         "Have so many blocks gone of the layers that compete for them, exactly"
-        groups = {}
-        for names,k in ks.items():
-            layers = [self._by_name[o] for o in names]
-            k,before = min(k, sum(o.n for o in layers)-len(layers)*self._protect),self._n_gone(names)
-            if k==before: continue
-            if k<before: self._hold(layers)
-            if alike and len(layers)==1 and layers[0].kinds is not None:
-                sources[names[0]] = Scores(layers[0].alike(sources[names[0]].values), layers[0].keep)
-            groups[names] = [sources[o] for o in names],before,k
-        for names,k in zip(groups, select_each(list(groups.values()), self._protect)):
-            others = {o:n for o,n in self._gone.items() if set(names).isdisjoint(o)}
-            self._gone = others | {names:k}
+        for name in (names[0] for names in ks if alike and len(names)==1 and self._by_name[names[0]].kinds is not None):
+            layer = self._by_name[name]
+            sources[name] = Scores(layer.alike(sources[name].values), layer.keep)
+        select_each([([sources[o] for o in names],*numbers) for names,numbers in ks.items()], self.pool.protect)
+        if not ks.keys()<=self._gone.keys():  # others compete than before
+            taken = {o for names in ks for o in names}
+            self._gone = {names:k for names,k in self._gone.items() if taken.isdisjoint(names)}
+        for names,(_,k) in ks.items():
+            self._gone[names] = k
             for o in names:
                 self._by_name[o].left = sources[o].left
                 self._by_name[o].renew_masks()
@@ -918,21 +956,22 @@ class Sparsifier:
 
     def _hold(self, layers):
         "Zero what is masked of `layers`, and of what stands beside them"
-        if layers and in_kernels(layers[0].keep, *(p.w for p in parts_of(layers))):
-            from fasterai.core import kernels
-            kernels.zero([item for o in layers for item in o.items()])
-        else:
-            for o in layers: o.apply()
+        for o in layers: o.apply()
 
     def apply_masks(self):
         "Zero what is masked: after each optimizer step, this keeps it zero"
-        sides = list((self._sides or {}).values())
-        held = [*(p.w for p in parts_of(self.layers)), *(o.p for o in sides)]
-        if in_kernels(self.layers[0].keep, *held):
-            from fasterai.core import kernels
-            kernels.zero([item for o in [*self.layers, *sides] for item in o.items()])
-        else:
-            for o in [*self.layers, *sides]: o.apply()
+        all_ = [*self.layers, *(self._sides or {}).values()]
+        if self._zeros is not None and self._zeros[0]==sum(o.version for o in all_) and self._zeros[1].holds([t for o in all_ for t in o.held()]):
+            return self._zeros[1]()
+        tensors = [t for o in all_ for t in o.held()]
+        if not tensors: return
+        if not in_kernels(self.layers[0].keep, *tensors):
+            for o in all_: o.apply()
+            return
+        from fasterai.core import kernels
+        zeros = kernels.Zeros([item for o in all_ for item in o.items()])
+        self._zeros = sum(o.version for o in all_),zeros
+        zeros()
 
     @property
     def masks(self):

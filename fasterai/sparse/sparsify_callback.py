@@ -21,9 +21,14 @@ from ..legacy import old_arguments
 # %% ../../nbs/sparse/02_sparsify_callback.ipynb #29d56b2a
 MANY = 2**20  # weights whose ranking takes a good part of a training step
 
-def most_updates(n:int, n_epoch:int, n_weights:int): # Steps in a fit, epochs in it, weights that are ranked
+def most_updates(
+    n:int, # Steps in a fit
+    n_epoch:int, # Epochs in it
+    n_weights:int, # Weights that are ranked
+    counted:bool=False, # By kernels?
+)->int:
     "Most updates in a fit, by default"
-    return 200 if n_weights<=MANY else max(n_epoch, min(n//8, 200))
+    return n if counted or n_weights<=MANY else max(n_epoch, min(n//8, 200))
 
 # %% ../../nbs/sparse/02_sparsify_callback.ipynb #4c5d1023
 class SparsifyCallback(ScheduledCallback):
@@ -44,7 +49,7 @@ class SparsifyCallback(ScheduledCallback):
         round_to:int|None=None, # Keep a multiple of so many blocks in each layer
         layer_type=nn.Conv2d, # Type of layer, or a tuple of types
         coupled:bool=False, # Score and zero together the filters that are tied, so that they can be removed
-        n_updates:int|None=None, # Most mask updates in a fit; by default 200, and of more than a million weights one step in eight
+        n_updates:int|None=None, # Most mask updates in a fit; by default one a step, but without kernels, of more than a million weights, one in eight steps and 200 at most
         verbose:bool=False, # Print the sparsity of each layer after training
         example_inputs=None, # Inputs to follow filters to their normalization with, by default the first batch
     ):
@@ -85,7 +90,7 @@ class SparsifyCallback(ScheduledCallback):
 
     def hold(self): self.sparsifier.apply_masks()
     def reached(self): return self.sparsifier.reached()
-    def most(self, n): return self.n_updates or most_updates(n, self.n_epoch, self.sparsifier.n_weights)
+    def most(self, n): return self.n_updates or most_updates(n, self.n_epoch, self.sparsifier.n_weights, self.sparsifier.counts)
 
     def update(self, pct):
         level,before = self.at(pct, self.target),self.reached() if self.lth else 0
