@@ -11,6 +11,7 @@ import difflib,gc,math,re,warnings,weakref
 from collections import Counter
 from dataclasses import dataclass,field
 from functools import cache
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves,tree_map
@@ -112,11 +113,12 @@ class _Facts:
         named = [(n,p) for kind in ('_parameters','_buffers') for n,p in self.owned(kind) if p.is_floating_point() or p.is_complex()]
         self.params,self.names = dict(named),{id(p):n for n,p in named}
         self.numbers = torch.arange(max([1,*(m for p in self.params.values() for m in p.shape)]), device='cpu')
-        self.none = torch.zeros_like(self.numbers)
+        self.none,self.lined_up = torch.zeros_like(self.numbers),{}
         self.whole = {id(b):n for n,b in self.owned('_buffers') if not b.is_floating_point()}
         self.n = 1 # the next channel number
         self.ties,self.pins,self.splits,self.fixes = [],[],[],[]  # (a, b, why, pins before); (ids, why); labels; (labels, dims, why)
-        self.uses,self.bound,self.issued,self.linears,self.splits_at = [],{},{},[],{}
+        self.uses,self.bound,self.issued,self.splits_at = [],{},{},{}
+        self.made,self.linears = [],[]  # by linear layers: (channels made, read), and the same by range
         self.mixes,self.sized,self.reshapes,self.unknown = [],[],[],{}
         self.order,self.macs,self.seen,self.counts,self.settled = {},Counter(),set(),'',[]
     def owned(self, kind):
@@ -181,6 +183,12 @@ class _Facts:
         self.tie(ids, base, why)
         return ids
 
+    def rows(self, n, d, dims):
+        "The numbers from 0 to `n-1` along dimension `d` of `dims`"
+        key = n,d,dims
+        if key not in self.lined_up: self.lined_up[key] = self.numbers[:n].view([-1 if i==d else 1 for i in range(dims)])
+        return self.lined_up[key]
+
     def in_order(self, rows, n): "Are `rows` just the numbers from 0 to `n-1`, untouched?"; return rows.numel()==n and rows.data_ptr()==self.numbers.data_ptr()
 
     def use(self, name, dim, rows, ids, why, role=None, kind='', grid=None):
@@ -203,10 +211,10 @@ class _Facts:
     def hold(self, par, why):
         "Parameters indexed by the labels of `par` keep their size"
         for (name,dim),j in par.items():
-            if (name,dim) not in self.bound and self.in_order(j, n:=self.params[name].shape[dim]):
-                self.bound[name,dim] = self.none[:n]
+            if self.in_order(j, n:=self.params[name].shape[dim]):
+                was = self.bound.setdefault((name,dim), self.none[:n])
                 self.order.setdefault(layer_of(name))
-                continue
+                if was.data_ptr()==self.none.data_ptr(): continue  # it is held already
             j = j[j>=0].unique()
             self.use(name, dim, j, torch.zeros_like(j), why)
 
@@ -232,13 +240,15 @@ class _Shared(_Facts):
         "Channel numbers for what weight `o` makes of its dimension `d`: the same ones each time it is used"
         keys = [k for k,j in o.par.items() if _varying(j)==[d%j.dim()]]
         if not keys: return torch.zeros(o.shape[d]*groups, dtype=torch.long, device='cpu')  # a single channel, or not the size of a parameter: never removed
-        if len(keys)==1 and not (o.par[keys[0]]<0).any(): return self.issue_one(keys[0], o.par[keys[0]].flatten(), groups).flatten()
+        if len(keys)==1 and self.all_there(*keys[0], o.par[keys[0]]): return self.issue_one(keys[0], o.par[keys[0]].flatten(), groups).flatten()
         ids = torch.zeros(groups, o.shape[d], dtype=torch.long, device='cpu')
         for k in keys:  # parameters side by side
             rows = o.par[k].flatten()
             at = (rows>=0)&(ids[0]==0)
             ids[:,at] = self.issue_one(k, rows[at], groups)
         return ids.flatten()
+
+    def all_there(self, name, dim, rows): return self.in_order(rows, self.params[name].shape[dim]) or not (rows<0).any()
 
     def issue_one(self, key, rows, groups):
         "Channel numbers for indices `rows` of parameter and dimension `key`, [groups, rows]"
@@ -329,14 +339,19 @@ class _Shared(_Facts):
         for _,l in group: self.tie(base, l, why)
         return bound
 
-    def made_by_linear(self, outs, ins):
-        if len(outs)>1 and outs.all(): self.linears.append((int(outs[0]),int(outs[-1])+1,ins))
+    def made_by_linear(self, outs, ins): self.made.append((outs,ins))
+
+    def linear_ranges(self):
+        "First and last channel that each linear layer made, the latter excluded, with those that it read"
+        self.linears += [(int(outs[0]),int(outs[-1])+1,ins) for outs,ins in self.made if len(outs)>1 and outs.all()]
+        self.made.clear()
+        return self.linears
 
     def heads(self, l, c):
         """Channels that a linear layer made are split over several dimensions. The sizes may come from its input, if that is as wide
         (`C // num_heads`), or from an attribute that queries, keys and values share: tie them, so that all change alike"""
         u = l[l>0].unique()
-        for lo,hi,ins in self.linears:
+        for lo,hi,ins in self.linear_ranges():
             if not (len(u) and lo<=u[0] and u[-1]<hi): continue
             if len(u)%len(ins)==0: self.tie(u, ins[(u-lo)%len(ins)], f'split into heads, {c.why}')
             like = self.splits_at.setdefault((c.where,*l.shape), l)
@@ -366,14 +381,15 @@ def _shape_of_product(c):
 _SAME_TYPE = frozenset('''relu relu6 hardtanh hardsigmoid hardswish leaky_relu elu celu selu gelu silu mish softplus sigmoid tanh exp sqrt rsqrt square
     clamp clamp_min clamp_max add sub mul div neg'''.split())
 
-class _Blanks(dict):
+class _Blanks:
     "Tensors of zeros that share their memory: nothing has to be written"
+    def __init__(self): self.memory,self.n = None,-1
     def like(self, x, shape):
         if type(x) not in (torch.Tensor,nn.Parameter) or x.device.type!='cpu': return x.new_zeros(shape)
-        n = math.prod(shape)
-        if x.dtype not in self or self[x.dtype].numel()<n: self[x.dtype] = x.new_zeros(n)
-        strides = [math.prod(shape[i+1:]) for i in range(len(shape))]
-        return x.new_empty(0).set_(self[x.dtype].untyped_storage(), 0, shape, strides)
+        n = math.prod(shape)*x.element_size()
+        if n>self.n:  # numpy's zeros take no time until somebody looks at them
+            self.memory,self.n = torch.from_numpy(np.zeros(n, np.uint8)).untyped_storage(),n
+        return x.new_empty(0).set_(self.memory, 0, shape)
 
 def _empty_result(c, blank): # A call, and a function that gives zeros of the type of a tensor
     "What has the shape and the type of the result of operation `c`, without its values; `None` if that is more than a question of shapes"
@@ -448,7 +464,7 @@ class _Trace(Watch, _Shared):
         if name not in self.cache:
             n = t.dim()
             wide = [d for d,m in enumerate(t.shape) if m>1] or range(n)  # a single entry stays anyway
-            par = {(name,d): self.numbers[:t.shape[d]].view([-1 if i==d else 1 for i in range(n)]) for d in wide}
+            par = {(name,d): self.rows(t.shape[d], d, n) for d in wide}
             self.cache[name] = _Shadow(tuple(t.shape), par=par)
         return self.cache[name]
 
