@@ -949,6 +949,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fasterai/core/running.py'),
                                        'fasterai.core.running._Plain.__torch_function__': ( 'core/running.html#_plain.__torch_function__',
                                                                                             'fasterai/core/running.py'),
+                                       'fasterai.core.running._Plain.call': ('core/running.html#_plain.call', 'fasterai/core/running.py'),
+                                       'fasterai.core.running._Plain.own': ('core/running.html#_plain.own', 'fasterai/core/running.py'),
                                        'fasterai.core.running._Plain.plain': ('core/running.html#_plain.plain', 'fasterai/core/running.py'),
                                        'fasterai.core.running._State': ('core/running.html#_state', 'fasterai/core/running.py'),
                                        'fasterai.core.running._State.__init__': ( 'core/running.html#_state.__init__',

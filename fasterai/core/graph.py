@@ -1306,7 +1306,7 @@ class ChannelGraph:
         "A `_Trace` of one forward; `hollow` computes no large products"
         tr = _Trace(model, hollow)
         tr.telling = Telling(tr)
-        with untouched(model): self.shapes = self._run(model, tr, self.example_inputs)
+        with untouched(model, plain=False): self.shapes = self._run(model, tr, self.example_inputs)
         return tr
 
     def _for_others(self, tr):
@@ -1344,7 +1344,7 @@ class ChannelGraph:
         for k in (1,2,4):  # what is small enough to be quick may be too small for an auxiliary head
             larger = lambda o: o.repeat(1, 1, *[k]*(o.dim()-2)) if isinstance(o, torch.Tensor) and o.is_floating_point() and o.dim()>2 and k>1 else o
             try:
-                with untouched(model), as_in_training(model): self._run(model, tr, tree_map(larger, self.example_inputs))
+                with untouched(model, plain=False), as_in_training(model): self._run(model, tr, tree_map(larger, self.example_inputs))
                 break
             except SLIPS: tr.unread.clear()
         tr.macs = macs
