@@ -7,11 +7,10 @@ __all__ = ['connected', 'Slice', 'layer_of', 'indexed', 'mask_of', 'places_of', 
            'ChannelGraph', 'unknown_ops']
 
 # %% ../../nbs/core/08_graph.ipynb #e347a4bc
-import difflib,gc,math,re,warnings,weakref
+import difflib,gc,math,mmap,re,warnings,weakref
 from collections import Counter
 from dataclasses import dataclass,field
 from functools import cache
-import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves,tree_map
@@ -35,7 +34,7 @@ def connected(
         if not differ.any(): return root
         a,b,ra,rb = (o[differ] for o in (a,b,ra,rb))
         root.scatter_reduce_(0, torch.maximum(ra,rb), torch.minimum(ra,rb), 'amin')
-        while not torch.equal(root, root[root]): root = root[root]
+        while not torch.equal(root, up := root[root]): root = up
 
 # %% ../../nbs/core/08_graph.ipynb #87510cb7
 def _varying(l): return [d for d,n in enumerate(l.shape) if n>1]
@@ -78,6 +77,7 @@ class _Shadow:
     direct: bool = True # The parameter's own values, moved at most
     mixed: frozenset = frozenset() # (name, dim) of parameters along which its entries depend on each other
     key: int = 0 # To tell which tensors are never read
+    name: str = '' # Of the parameter, if it is one as it stands
 
     def each(self, f, shape):
         "_Shadow of the given `shape` with `f` applied to all labels"
@@ -117,7 +117,8 @@ class _Facts:
         self.whole = {id(b):n for n,b in self.owned('_buffers') if not b.is_floating_point()}
         self.n = 1 # the next channel number
         self.ties,self.pins,self.splits,self.fixes = [],[],[],[]  # (a, b, why, pins before); (ids, why); labels; (labels, dims, why)
-        self.uses,self.bound,self.issued,self.splits_at = [],{},{},{}
+        self.uses,self.bound,self.partly,self.issued,self.splits_at = [],{},set(),{},{}  # `partly` bound: not yet for all indices
+        self.kept = set()  # where numbers are in memory that stay there and none of which is 0
         self.made,self.linears = [],[]  # by linear layers: (channels made, read), and the same by range
         self.mixes,self.sized,self.reshapes,self.unknown = [],[],[],{}
         self.order,self.macs,self.seen,self.counts,self.settled = {},Counter(),set(),'',[]
@@ -141,18 +142,19 @@ class _Facts:
         self.pins.append((ids,why))
 
     def settle(self):
-        "Pairs of channels that are tied, and pins: those that were said, and what is tied to something fixed"
+        "Pairs of channels that are tied, and pins in the order in which they were said: these, and what is tied to something fixed"
         if not self.ties: return torch.zeros(2, 0, dtype=torch.long, device='cpu'),self.pins
         flat = [(a,b) if a.shape==b.shape else torch.broadcast_tensors(a, b) for a,b,*_ in self.ties]
         a,b = (torch.cat([o[k].reshape(-1) for o in flat]) for k in (0,1))
         differ = (a!=b)&(a>=0)&(b>=0)
         at,a,b = differ.nonzero().flatten(),a[differ],b[differ]
         fixed = (a==0)|(b==0)
+        if not fixed.any(): return torch.stack([a,b]),[*self.pins]
         starts = torch.tensor([o.numel() for o,_ in flat], device='cpu').cumsum(0)
         ends,by = torch.maximum(a, b)[fixed],torch.searchsorted(starts, at[fixed], right=True)
         late = [(ends[by==k],f'tied to something fixed, {self.ties[k][2]}',self.ties[k][3]) for k in by.unique().tolist()]
         pins = [(ids,why,i+.5) for i,(ids,why) in enumerate(self.pins)] + late
-        pins = [(ids,why) for ids,why,_ in sorted(pins, key=lambda o: o[2])]  # in the order in which they were said
+        pins = [(ids,why) for ids,why,_ in sorted(pins, key=lambda o: o[2])]
         return torch.stack([a[~fixed],b[~fixed]]),pins
 
     def fix(self, l, dims, why):
@@ -192,19 +194,20 @@ class _Facts:
     def in_order(self, rows, n): "Are `rows` just the numbers from 0 to `n-1`, untouched?"; return rows.numel()==n and rows.data_ptr()==self.numbers.data_ptr()
 
     def use(self, name, dim, rows, ids, why, role=None, kind='', grid=None):
-        "Index `rows[i]` along dimension `dim` of parameter `name` belongs to channel `ids[i]`; without `role` it is just fixed"
-        n = self.params[name].shape[dim]
-        if self.in_order(rows, n): vec = ids
+        "Index `rows[i]` (`i` if these are `None`) along dimension `dim` of parameter `name` belongs to channel `ids[i]`; without `role` it is just fixed"
+        if rows is None or self.in_order(rows, n := self.params[name].shape[dim]): vec = ids
         else:
             if (there := rows>=0).logical_not().any(): rows,ids = rows[there],ids[there]  # entries of others beside it
             vec = torch.full([n], -1, device='cpu')
             vec[rows] = ids
+            self.partly.add((name,dim))
             self.tie(vec[rows], ids, why)  # an index that several channels share ties them
         was = self.bound.get((name,dim))
         if was is not None and was is not vec:
             self.tie(was, vec, f'{name} used again, {why}')
             if vec is not ids: vec = torch.where(was>=0, was, vec)
-        self.bound[name,dim] = vec if was is None or vec is not ids else torch.where(was>=0, was, vec)
+        if was is None or vec is not ids: self.bound[name,dim] = vec
+        elif (name,dim) in self.partly: self.bound[name,dim] = torch.where(was>=0, was, vec)
         self.order.setdefault(layer_of(name))
         if role: self.uses.append(Slice(name, dim, vec, role, kind, grid))
 
@@ -227,7 +230,8 @@ class _Shared(_Facts):
         if len(own)!=1:
             for l in own: self.pin(l, f'two kinds of channels meet, {why}')
             return torch.zeros(o.shape[d], dtype=torch.long, device='cpu')
-        return self.squash(own[0], [d], why).flatten()
+        l, = own
+        return (l if l.numel()==l.shape[d] else self.squash(l, [d], why)).flatten()
 
     def squash(self, l, keep, why):
         "Labels `l` after tying all that differs along other dimensions than `keep`"
@@ -238,9 +242,12 @@ class _Shared(_Facts):
 
     def issue(self, o, d, groups=1):
         "Channel numbers for what weight `o` makes of its dimension `d`: the same ones each time it is used"
-        keys = [k for k,j in o.par.items() if _varying(j)==[d%j.dim()]]
+        d %= len(o.shape)
+        if o.name: keys = [(o.name,d)] if o.shape[d]>1 else []
+        else: keys = [k for k,j in o.par.items() if _varying(j)==[d]]
         if not keys: return torch.zeros(o.shape[d]*groups, dtype=torch.long, device='cpu')  # a single channel, or not the size of a parameter: never removed
-        if len(keys)==1 and self.all_there(*keys[0], o.par[keys[0]]): return self.issue_one(keys[0], o.par[keys[0]].flatten(), groups).flatten()
+        if o.name: return self.issue_one(keys[0], None, groups).flatten()
+        if len(keys)==1 and not (o.par[keys[0]]<0).any(): return self.issue_one(keys[0], o.par[keys[0]].flatten(), groups).flatten()
         ids = torch.zeros(groups, o.shape[d], dtype=torch.long, device='cpu')
         for k in keys:  # parameters side by side
             rows = o.par[k].flatten()
@@ -248,15 +255,15 @@ class _Shared(_Facts):
             ids[:,at] = self.issue_one(k, rows[at], groups)
         return ids.flatten()
 
-    def all_there(self, name, dim, rows): return self.in_order(rows, self.params[name].shape[dim]) or not (rows<0).any()
-
     def issue_one(self, key, rows, groups):
-        "Channel numbers for indices `rows` of parameter and dimension `key`, [groups, rows]"
+        "Channel numbers for indices `rows` (all, if these are `None`) of parameter and dimension `key`, [groups, rows]"
         n = self.params[key[0]].shape[key[1]]
+        if rows is None: rows = self.rows(n, 0, 1)
         known = self.issued.get((*key,groups))
         if known is None and self.in_order(rows, n):
             known = self.issued[(*key,groups)] = torch.arange(self.n, self.n+groups*n, device='cpu').view(groups, n)
             self.n += groups*n
+            self.kept.add(known.data_ptr())
             return known
         if known is None: known = self.issued[(*key,groups)] = torch.zeros(groups, n, dtype=torch.long, device='cpu')
         elif self.in_order(rows, n) and known.all(): return known
@@ -275,11 +282,11 @@ class _Shared(_Facts):
         "Weight `o` has channels `ids` along its dimension `d`, for each `d: (ids, role, kind)` in `table`"
         table,found = {d%len(o.shape):v for d,v in table.items()},set()
         for (name,dim),j in o.par.items():
-            v = _varying(j)
+            v = [dim] if o.name and o.shape[dim]>1 else _varying(j)
             if len(v)==1 and v[0] in table:
                 ids,*role = table[v[0]]
                 if (name,dim) in o.mixed: self.mix(ids, [0], why)
-                self.use(name, dim, j.flatten(), ids, why, *role)
+                self.use(name, dim, None if o.name else j.flatten(), ids, why, *role)
                 found.add(v[0])
             else:
                 self.hold({(name,dim):j}, why)
@@ -289,9 +296,10 @@ class _Shared(_Facts):
 
     def lines_up(self, l, d, o):
         "Is `o` a parameter with one value for each channel of labels `l`, which vary along `d` alone? Its name, if so"
-        if len(o.par)!=1 or o.ids or len(o.shape)!=1 or l.dim()<1 or l.numel()!=l.shape[d]: return
+        if len(o.par)!=1 or o.ids or len(o.shape)!=1 or l.dim()<1 or not l.numel()==l.shape[d]==o.shape[0]: return
+        if o.name: return o.name
         ((name,dim),rows), = o.par.items()
-        return name if dim==0 and l.numel()==o.shape[0] and self.in_order(rows, self.params[name].shape[0]) else None
+        return name if dim==0 and self.in_order(rows, self.params[name].shape[0]) else None
 
     def meet(self, parts, why, same=False, kind='add'):
         "Labels of what is made element by element of shadows `parts` of one rank; `same` if a lone channel that is zero stays so"
@@ -387,8 +395,8 @@ class _Blanks:
     def like(self, x, shape):
         if type(x) not in (torch.Tensor,nn.Parameter) or x.device.type!='cpu': return x.new_zeros(shape)
         n = math.prod(shape)*x.element_size()
-        if n>self.n:  # numpy's zeros take no time until somebody looks at them
-            self.memory,self.n = torch.from_numpy(np.zeros(n, np.uint8)).untyped_storage(),n
+        if n>self.n:  # the system makes a page of zeros when somebody looks at it: most are never made
+            self.memory,self.n = torch.frombuffer(mmap.mmap(-1, max(n, 1)), dtype=torch.uint8).untyped_storage(),n
         return x.new_empty(0).set_(self.memory, 0, shape)
 
 def _empty_result(c, blank): # A call, and a function that gives zeros of the type of a tensor
@@ -397,7 +405,7 @@ def _empty_result(c, blank): # A call, and a function that gives zeros of the ty
     if shape is not None: return blank(c.a[c.first], shape)
     if c.name=='native_batch_norm' and not c.a['training'] and c.a['input'].is_contiguous():
         x = c.a['input']
-        none = blank(x, (0,))
+        none = x.new_empty(0)
         return blank(x, x.shape),none,none
     if c.name not in _SAME_TYPE: return
     xs = [o for o in c.a.values() if isinstance(o, torch.Tensor)]
@@ -462,10 +470,10 @@ class _Trace(Watch, _Shared):
             return o
         self.seen.add(name)
         if name not in self.cache:
-            n = t.dim()
-            wide = [d for d,m in enumerate(t.shape) if m>1] or range(n)  # a single entry stays anyway
-            par = {(name,d): self.rows(t.shape[d], d, n) for d in wide}
-            self.cache[name] = _Shadow(tuple(t.shape), par=par)
+            shape = tuple(t.shape)
+            wide = [d for d,m in enumerate(shape) if m>1] or range(len(shape))  # a single entry stays anyway
+            par = {(name,d): self.rows(shape[d], d, len(shape)) for d in wide}
+            self.cache[name] = _Shadow(shape, par=par, name=name)
         return self.cache[name]
 
     def hand_out(self, name, args):
@@ -482,11 +490,12 @@ class _Trace(Watch, _Shared):
     def put(self, t, shadow):
         "`shadow` is what is known of tensor `t`"
         if id(t) in self.names: raise _Unknown # a parameter or buffer that is written to
+        shape = t.shape
         for l in (*shadow.ids, *shadow.par.values()):
-            if l.dim()!=t.dim() or any(m not in (1,n) for m,n in zip(l.shape, t.shape)): raise _Unknown
+            if l.dim()!=len(shape) or any(m not in (1,n) for m,n in zip(l.shape, shape)): raise _Unknown
         for l in shadow.ids:
             if l.numel()==1: self.pin(l, 'a single channel')
-        shadow.ids = [l for l in shadow.ids if l.numel()>1 and l.any()]
+        shadow.ids = [l for l in shadow.ids if l.numel()>1 and (l.data_ptr() in self.kept or l.any())]
         if not (shadow.ids or shadow.par): return self.shadows.pop(t, None)
         self.know_of(t, shadow)
 
@@ -1053,28 +1062,31 @@ def _filtered(tr, c, x, w, b):
     for l in x.beside(1): tr.pin(l, c.why)
     tr.put(c.y, _biased(tr, c, _Shadow(tuple(c.y.shape), [ids.view([-1 if d==1 else 1 for d in range(n)])]), b, 1))
 
+def _weighed_by_groups(tr, c, w, back, ins, outs):
+    "Weight `w` of a convolution, transposed if `back`, reads channels `ins` and makes `outs`, a row for each group"
+    depthwise = ins.shape[1]==1
+    if depthwise: tr.tie(ins, outs, c.why)  # a channel goes with its group
+    else:                                   # as many from each group
+        tr.tie(ins, ins[:1], c.why)
+        tr.tie(outs, outs[:1], c.why)
+    eats = (ins.flatten() if back else ins[0], 'in', 'weight', ins)
+    makes = (outs[0] if back else outs.flatten(), 'out', 'weight', outs if back else None)
+    tr.weigh(w, {int(not back):eats, int(back):makes}, c.why)
+    if depthwise and not back: tr.weigh(w, {0: (ins.expand_as(outs).flatten(),'in','weight')}, c.why)
+    if depthwise and back and outs.shape[1]==1: tr.weigh(w, {0: (outs.flatten(),'out','weight')}, c.why)
+
 def _convolve(tr, c, back, b):
     "Convolution `c`, transposed if `back`, with bias `b`"
     x,w,G = c.get('input'),c.get('weight'),c.a['groups']
     if w.ids and w.shape[0]==x.shape[1]==G and all(_varying(l)==[0] for l in w.ids): return _filtered(tr, c, x, w, b)
     if w.ids or not w.par: raise _Unknown
     if x.par: x = tr.as_input(x, 1, c.why)
-    o,i = (1,0) if back else (0,1)
     n,pointwise = len(x.shape),all(k==1 for k in w.shape[2:]) and c.meaning=='convolution'
-    ins = tr.take(x, 1, c.why).view(G, -1)
-    outs = (tr.issue(w, 1, G) if back and (w.shape[1]>1 or G==1) else tr.issue(w, 0)).view(G, -1)
-    depthwise = G>1 and ins.shape[1]==1
-    if depthwise: tr.tie(ins, outs, c.why)  # a channel goes with its group
-    elif G>1:                               # as many from each group
-        tr.tie(ins, ins[:1], c.why)
-        tr.tie(outs, outs[:1], c.why)
-    grids = (None,None) if G==1 else (ins,outs if back else None)
-    eats = (ins.flatten() if back else ins[0], 'in', 'weight', grids[0])
-    makes = (outs[0] if back else outs.flatten(), 'out', 'weight', grids[1])
-    tr.weigh(w, {i:eats, o:makes}, c.why)
-    if depthwise and not back: tr.weigh(w, {0: (ins.expand_as(outs).flatten(),'in','weight')}, c.why)
-    if depthwise and back and outs.shape[1]==1: tr.weigh(w, {0: (outs.flatten(),'out','weight')}, c.why)
-    if not (back or G>1) and pointwise: tr.made_by_linear(outs.flatten(), ins.flatten())
+    ins = tr.take(x, 1, c.why)
+    outs = tr.issue(w, 1, G) if back and (w.shape[1]>1 or G==1) else tr.issue(w, 0)
+    if G>1: _weighed_by_groups(tr, c, w, back, ins.view(G, -1), outs.view(G, -1))
+    else: tr.weigh(w, {int(not back):(ins,'in','weight'), int(back):(outs,'out','weight')}, c.why)
+    if not (back or G>1) and pointwise: tr.made_by_linear(outs, ins)
     rest = []
     for l in x.beside(1):  # channels along an axis that this convolution takes for space
         same = tuple(c.y.shape[2:])==x.shape[2:]
@@ -1092,7 +1104,7 @@ def _biased(tr, c, y, b, d):
     n = len(y.shape)
     name = tr.lines_up(y.ids[0], d%n, b) if len(y.ids)==1 and y.ids[0].shape[d]>1 and y.ids[0].all() else None
     if name:
-        tr.use(name, 0, tr.numbers[:b.shape[0]], y.ids[0].flatten(), c.why, 'affine', 'bias')
+        tr.use(name, 0, None, y.ids[0].flatten(), c.why, 'affine', 'bias')
         return y
     if len(b.shape)==1: b = b.each(lambda l: l.reshape([-1 if i==d%n else 1 for i in range(n)]), [b.shape[0] if i==d%n else 1 for i in range(n)])
     b = b.lift(n)
@@ -1195,12 +1207,13 @@ _PARAMETERS = dict(weight='scale', bias='shift', running_mean='stat', running_va
 
 def _normalized_each(tr, c, dims):
     "The usual case: channels along one dimension, and parameters with one value for each of them. Is it that?"
-    w,given = c.get('weight'),{k:c.get(k) for k in _PARAMETERS if c.get(k)}
-    if w is None or len(dims)>1 or len(c.x.ids)!=1 or c.x.par: return False
+    given = {k:c.tensors[k] for k in _PARAMETERS if k in c.tensors}
+    if 'weight' not in given or len(dims)>1 or len(c.x.ids)!=1 or c.x.par: return False
     l, = c.x.ids
     names = {k:tr.lines_up(l, dims[0], o) for k,o in given.items()}
     if None in names.values(): return False
-    for k,name in names.items(): tr.use(name, 0, tr.numbers[:l.numel()], l.flatten(), c.why, 'affine', _PARAMETERS[k])
+    ids = l.flatten()
+    for k,name in names.items(): tr.use(name, 0, None, ids, c.why, 'affine', _PARAMETERS[k])
     tr.pass_on(c.y, [l])
     return True
 
@@ -1264,8 +1277,10 @@ def _slices(uses):
         else: same.append(u)
     for same in kept.values():
         for s in same[1:]: s.ids = torch.where(s.ids<0, same[0].ids, s.ids)
-        for s in same: s.ids = s.ids.clamp(min=0)
-    return [s for same in kept.values() for s in same]
+    slices = [s for same in kept.values() for s in same]
+    if slices and (torch.cat([s.ids for s in slices])<0).any():  # entries that nothing has used
+        for s in slices: s.ids = s.ids.clamp(min=0)
+    return slices
 
 class ChannelGraph:
     "Which channels of `model` are the same channel, and which entries of its parameters belong to each"

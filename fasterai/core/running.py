@@ -179,7 +179,8 @@ class _State:
     def registered(self): return type(self.m),[*self.m._modules],[*self.m._parameters]
     def names(self):
         "All but what every module has, and weights that hooks compute"
-        return [k for k in vars(self.m).keys()-_OWN if f'{k}_orig' not in self.m._parameters and f'{k}_g' not in self.m._parameters]
+        computed = [k.removesuffix(end) for end in ('_orig','_g') for k in self.m._parameters if k.endswith(end)]
+        return [k for k in vars(self.m) if k not in _OWN and k not in computed]
     def give_back(self):
         if self.registered()!=self.parts: return  # a first run has built it
         own = vars(self.m)

@@ -147,9 +147,12 @@ def _telling(v, tell, path):
         return type(v)(new) if any(a is not b for a,b in zip(new, v)) else v
     return v
 
+_MAY_TELL = {Told,dict,list,tuple,torch.Size}
+
 def _plain(v):
     "`v` without numbers that tell; the same object, if there are none"
     if isinstance(v, Told): return int(v)
+    if type(v) in (list,tuple,torch.Size) and _MAY_TELL.isdisjoint(map(type, v)): return v
     if type(v) is dict:
         new = {k:_plain(o) for k,o in v.items()}
         return new if any(new[k] is not o for k,o in v.items()) else v
@@ -165,8 +168,6 @@ def _same(a, b):
     if isinstance(a, dict): return a.keys()==b.keys() and all(_same(a[k], b[k]) for k in a)
     if isinstance(a, (list,tuple)): return len(a)==len(b) and all(map(_same, a, b))
     return isinstance(a, (int,float,str)) and a==b
-
-_MAY_TELL = {Told,dict,list,tuple,torch.Size}
 
 class _Attributes:
     "The attributes of a model, as numbers that tell: from `start` to `stop`"
@@ -314,12 +315,13 @@ class Watching(_Plain):
         if name not in _PLACES or not args or not isinstance(args[0], Tensor): return self.read(func, name, types, args, kwargs)
         where = self.stack[-1] if self.stack else ''
         calls = self.calls.setdefault(where, [])
-        self.now = name,args,kwargs,(where,len(calls))  # stays so, if it fails
+        self.begin(name, args, kwargs, where, len(calls))
         calls.append(name)
         out = self.call(func, types, args, kwargs)
         self.note(name, _PLACES[name](name, args, kwargs, out, self.size), where, len(calls)-1)
         self.now = None
         return out
+    def begin(self, name, args, kwargs, where, nth): self.now = name,args,kwargs,(where,nth)  # stays so, if it fails
     def read(self, func, name, types, args, kwargs): return self.call(func, types, args, kwargs)
     def note(self, name, places, where, nth): self.numbers[where,nth] = [p.n for p in places]
     def size(self, x, dim): return x.shape[dim]
@@ -385,9 +387,9 @@ class Telling(Watching):
         super().__exit__(*args)
         self.running = False
         self.attributes.stop()
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def begin(self, name, args, kwargs, where, nth):
+        super().begin(name, args, kwargs, where, nth)
         if self.tried is not None: self.line = _line()
-        return super().__torch_function__(func, types, args, kwargs)
     def only_again(self):
         "From here on, only what has run before is explained: what runs in training alone cannot be tried"
         self.tried = {(s.where,s.line) for s in self.sizings}
