@@ -30,8 +30,8 @@ def connected(
     root = torch.arange(n, device='cpu') if root is None else root.clone()
     while True:
         ra,rb = root[a],root[b]
-        differ = ra!=rb
-        if not differ.any(): return root
+        differ = (ra!=rb).nonzero().flatten()
+        if not len(differ): return root
         a,b,ra,rb = (o[differ] for o in (a,b,ra,rb))
         root.scatter_reduce_(0, torch.maximum(ra,rb), torch.minimum(ra,rb), 'amin')
         while not torch.equal(root, up := root[root]): root = up
@@ -146,8 +146,8 @@ class _Facts:
         if not self.ties: return torch.zeros(2, 0, dtype=torch.long, device='cpu'),self.pins
         flat = [(a,b) if a.shape==b.shape else torch.broadcast_tensors(a, b) for a,b,*_ in self.ties]
         a,b = (torch.cat([o[k].reshape(-1) for o in flat]) for k in (0,1))
-        differ = (a!=b)&(a>=0)&(b>=0)
-        at,a,b = differ.nonzero().flatten(),a[differ],b[differ]
+        at = ((a!=b)&(a>=0)&(b>=0)).nonzero().flatten()
+        a,b = a[at],b[at]
         fixed = (a==0)|(b==0)
         if not fixed.any(): return torch.stack([a,b]),[*self.pins]
         starts = torch.tensor([o.numel() for o,_ in flat], device='cpu').cumsum(0)
