@@ -371,6 +371,8 @@ class _Shared(_Facts):
 class _Asked(BaseException): "The model asks for a value, and there are none; no `except Exception` of its code may catch this"
 _NEEDS_VALUES = (*SLIPS,_Asked)
 
+def _for_each_dim(o, n): return [*o]*(n if len(o)==1 else 1)
+
 def _shape_of_product(c):
     "Shape of the result of a convolution or a product of matrices, `None` for other operations"
     if c.name in ('mm','bmm','addmm','baddbmm'):
@@ -381,10 +383,51 @@ def _shape_of_product(c):
     x,w,n = c.a['input'],c.a['weight'],c.a['input'].dim()-2
     if not (x.is_contiguous() and w.is_contiguous()): return  # the layout of the result is another matter
     if x.shape[1]!=(w.shape[0] if c.a['transposed'] else w.shape[1]*c.a['groups']): return
-    stride,pad,dilation,extra = ([*o]*(n if len(o)==1 else 1) for o in (c.a['stride'],c.a['padding'],c.a['dilation'],c.a['output_padding']))
+    stride,pad,dilation,extra = (_for_each_dim(c.a[k], n) for k in ('stride','padding','dilation','output_padding'))
     span = [d*(k-1)+1 for d,k in zip(dilation, w.shape[2:])]
     if c.a['transposed']: return (len(x),w.shape[1]*c.a['groups'],*((o-1)*s-2*p+k+e for o,s,p,k,e in zip(x.shape[2:], stride, pad, span, extra)))
     return (len(x),len(w),*((o+2*p-k)//s+1 for o,s,p,k in zip(x.shape[2:], stride, pad, span)))
+
+_POOLS = dict(avg_pool1d=1, avg_pool2d=2, avg_pool3d=3, max_pool2d_with_indices=2, max_pool3d_with_indices=3)  # over how many dimensions
+
+def _shape_of_pool(c):
+    "Shape of what an operation of `_POOLS` gives; `None` if that is rounded up, or not allowed"
+    n,shape,kernel = _POOLS[c.name],c.a['self'].shape,c.a['kernel_size']
+    kernel,stride,pad,dilation = (_for_each_dim(o, n) for o in (kernel,c.a['stride'] or kernel,c.a['padding'],c.a.get('dilation', [1])))
+    if c.a['ceil_mode'] or not n<len(shape)<n+3 or any(2*p>k for p,k in zip(pad, kernel)): return
+    sizes = [(o+2*p-d*(k-1)-1)//s+1 for o,s,p,d,k in zip(shape[-n:], stride, pad, dilation, kernel)]
+    return (*shape[:-n],*sizes) if min(sizes)>0 else None
+
+def _shape_of_cat(c):
+    "Shape of tensors of one type one after the other; `None` if they do not fit"
+    x,*others = c.a['tensors']
+    d,shape = c.a['dim'],x.shape
+    if not -len(shape)<=d<len(shape) or not all(o.dtype is x.dtype and o.device==x.device and o.is_contiguous() for o in others): return
+    rest = lambda s: (len(s),*(n for i,n in enumerate(s) if i!=d%len(shape)))
+    if any(rest(o.shape)!=rest(shape) for o in others): return
+    return [sum(o.shape[d] for o in c.a['tensors']) if i==d%len(shape) else n for i,n in enumerate(shape)]
+
+_OTHER_SHAPES = frozenset(('clone','cat','_softmax','_log_softmax','native_batch_norm','native_layer_norm',*_POOLS))
+
+def _other_empty_result(c, blank):
+    "`_empty_result` of one of `_OTHER_SHAPES`"
+    x = c.a[c.first] if c.name!='cat' else c.a['tensors'][0]
+    if c.spec.mutable or x.layout!=torch.strided or not x.is_floating_point(): return
+    if c.name=='clone': return blank(x, x.shape) if c.a['memory_format'] is torch.contiguous_format else None
+    if not x.is_contiguous(): return
+    if c.name in ('_softmax','_log_softmax') and not c.a['half_to_float'] and -x.dim()<=c.a['dim']<x.dim(): return blank(x, x.shape)
+    if c.name=='native_batch_norm' and not c.a['training']:
+        none = x.new_empty(0)
+        return blank(x, x.shape),none,none
+    if c.name=='native_layer_norm':
+        n = len(c.a['normalized_shape'])
+        params = [o for o in (c.a['weight'],c.a['bias']) if o is not None]
+        if any(tuple(o.shape)!=tuple(x.shape[-n:]) or o.dtype is not x.dtype for o in params) or [*x.shape[-n:]]!=[*c.a['normalized_shape']]: return
+        stats = [*x.shape[:-n],*[1]*n]
+        return blank(x, x.shape),blank(x, stats),blank(x, stats)
+    if c.name in _POOLS and (shape := _shape_of_pool(c)) is not None:
+        return (blank(x, shape),blank(x.new_empty(0, dtype=torch.long), shape)) if c.name.startswith('max') else blank(x, shape)
+    if c.name=='cat' and (shape := _shape_of_cat(c)) is not None: return blank(x, shape)
 
 _SAME_TYPE = frozenset('''relu relu6 hardtanh hardsigmoid hardswish leaky_relu elu celu selu gelu silu mish softplus sigmoid tanh exp sqrt rsqrt square
     clamp clamp_min clamp_max add sub mul div neg'''.split())
@@ -403,13 +446,10 @@ def _empty_result(c, blank): # A call, and a function that gives zeros of the ty
     "What has the shape and the type of the result of operation `c`, without its values; `None` if that is more than a question of shapes"
     shape = _shape_of_product(c)
     if shape is not None: return blank(c.a[c.first], shape)
-    if c.name=='native_batch_norm' and not c.a['training'] and c.a['input'].is_contiguous():
-        x = c.a['input']
-        none = x.new_empty(0)
-        return blank(x, x.shape),none,none
+    if c.name in _OTHER_SHAPES: return _other_empty_result(c, blank)
     if c.name not in _SAME_TYPE: return
-    xs = [o for o in c.a.values() if isinstance(o, torch.Tensor)]
     x = c.a[c.first]
+    xs = [o for o in c.a.values() if isinstance(o, torch.Tensor)]
     if not all(o.dtype is x.dtype and o.device==x.device and o.is_contiguous() for o in xs) or not x.is_floating_point(): return
     shape = x.shape if all(o.shape==x.shape for o in xs) else torch.broadcast_shapes(*(o.shape for o in xs))
     if not c.spec.mutable: return blank(x, shape)
@@ -427,6 +467,7 @@ class _Trace(Watch, _Shared):
         self.telling = None  # knows where sizes in the model's code come from, where somebody asks for that
 
     def see(self, func, spec, args, kwargs):
+        if self.hollow and spec.takes==[]: return func(*args, **kwargs)  # it makes a tensor of nothing
         call = Call(func, spec, args, kwargs, self.shadow, self.stack[-1] if self.stack else '')
         call.out = self.compute(call, func, args, kwargs)
         asked = call.counts or type(call.out) in (int,float)
