@@ -1359,7 +1359,7 @@ class ChannelGraph:
             raise ValueError(f'this {type(model).__name__} does not run where its channels are followed ({type(e).__name__}: {said})') from e
 
     def _traced(self, model, hollow):
-        "A `_Trace` of one forward; `hollow` computes no large products"
+        "A `_Trace` of one forward; `hollow` computes nothing large that is only a question of shapes"
         tr = _Trace(model, hollow)
         tr.telling = Telling(tr)
         with untouched(model, plain=False): self.shapes = self._run(model, tr, self.example_inputs)
