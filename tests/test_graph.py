@@ -4,8 +4,9 @@ import pytest,torch,torchvision
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations,prune
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves,tree_map
 from fasterai.core.graph import *
+from fasterai.core.graph import _Trace,_empty_result
 from fasterai.core.running import *
 from fasterai.core.running import tensors_of
 
@@ -333,3 +334,32 @@ def test_lazy_and_wrong_names():
     (nn.Sequential(nn.Conv2d(1,2,5), nn.Flatten(), nn.Linear(2*24*24,2)),(2,1,28,28)), (nn.Sequential(nn.Flatten(), nn.Linear(784,2)),(2,784)),
     (nn.GRU(4,2),(2,16,4)), (nn.TransformerEncoderLayer(8,2),(2,16,8)), (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3,2,40)),(2,3,64,64))], ids=str)
 def test_example_inputs(m, shape): assert example_inputs_for(m)[0].shape==shape
+
+X = torch.randn(2, 4, 9, 7)
+@pytest.mark.parametrize('f', [lambda: F.max_pool2d(X, 3, 2, 1), lambda: F.max_pool2d(X, 2, dilation=2, return_indices=True), lambda: F.max_pool2d(X, 2, ceil_mode=True),
+    lambda: F.max_pool3d(X, 2, 1), lambda: F.avg_pool2d(X, (3,2), 1, 1), lambda: F.avg_pool1d(X[0], 3), lambda: F.avg_pool3d(X, 2), lambda: X.softmax(-2), lambda: X.log_softmax(0),
+    lambda: torch.cat([X,X[:,:1]], -3), lambda: torch.cat([X,X.double()], 1), lambda: F.layer_norm(X, (9,7)), lambda: F.layer_norm(X, (7,), torch.ones(7), torch.ones(7)),
+    lambda: X.mT.contiguous(), lambda: F.batch_norm(X, torch.zeros(4), torch.ones(4)), lambda: F.relu6(X), lambda: F.conv2d(X, torch.ones(6,2,3,3), None, 2, 1, 2, 2), lambda: X@X.mT])
+def test_blanks_are_like_results(f):
+    "What is not computed has the shape, type and strides of what would be"
+    class Same(_Trace):
+        def compute(self, call, func, args, kwargs):
+            blank,result = _empty_result(call, self.blanks.like),func(*args, **kwargs)
+            for a,b in zip(tree_leaves(blank), tree_leaves(result)):
+                if a is not None and a.numel(): assert (a.shape,a.dtype,a.stride())==(b.shape,b.dtype,b.stride())
+            self.known.append(blank is not None)
+            return result
+    trace = Same(nn.Identity())
+    trace.known = []
+    with trace: f()
+    assert trace.known
+
+@pytest.mark.parametrize('f', [lambda x: x.softmax(4), lambda x: torch.cat([x,x[:,:,1:]], 1), lambda x: F.max_pool2d(x, 2, padding=2), lambda x: F.avg_pool2d(x, 99),
+    lambda x: F.layer_norm(x, (3,))])
+def test_mistakes_are_told_as_they_are(f):
+    class Wrong(nn.Sequential):
+        def forward(self, x): return f(super().forward(x))
+    m = Wrong(nn.Conv2d(3,4,3))
+    with pytest.raises(Exception) as plain: m(torch.randn(1,3,9,9))
+    with pytest.raises(ValueError) as told: ChannelGraph(m, torch.randn(1,3,9,9))
+    assert str(plain.value).partition('\n')[0] in str(told.value)

@@ -7,7 +7,7 @@ __all__ = ['connected', 'Slice', 'layer_of', 'indexed', 'mask_of', 'places_of', 
            'ChannelGraph', 'unknown_ops']
 
 # %% ../../nbs/core/08_graph.ipynb #e347a4bc
-import difflib,gc,math,re,warnings,weakref
+import difflib,gc,math,mmap,re,warnings,weakref
 from collections import Counter
 from dataclasses import dataclass,field
 from functools import cache
@@ -30,11 +30,11 @@ def connected(
     root = torch.arange(n, device='cpu') if root is None else root.clone()
     while True:
         ra,rb = root[a],root[b]
-        differ = ra!=rb
-        if not differ.any(): return root
+        differ = (ra!=rb).nonzero().flatten()
+        if not len(differ): return root
         a,b,ra,rb = (o[differ] for o in (a,b,ra,rb))
         root.scatter_reduce_(0, torch.maximum(ra,rb), torch.minimum(ra,rb), 'amin')
-        while not torch.equal(root, root[root]): root = root[root]
+        while not torch.equal(root, up := root[root]): root = up
 
 # %% ../../nbs/core/08_graph.ipynb #87510cb7
 def _varying(l): return [d for d,n in enumerate(l.shape) if n>1]
@@ -77,6 +77,7 @@ class _Shadow:
     direct: bool = True # The parameter's own values, moved at most
     mixed: frozenset = frozenset() # (name, dim) of parameters along which its entries depend on each other
     key: int = 0 # To tell which tensors are never read
+    name: str = '' # Of the parameter, if it is one as it stands
 
     def each(self, f, shape):
         "_Shadow of the given `shape` with `f` applied to all labels"
@@ -112,11 +113,13 @@ class _Facts:
         named = [(n,p) for kind in ('_parameters','_buffers') for n,p in self.owned(kind) if p.is_floating_point() or p.is_complex()]
         self.params,self.names = dict(named),{id(p):n for n,p in named}
         self.numbers = torch.arange(max([1,*(m for p in self.params.values() for m in p.shape)]), device='cpu')
-        self.none = torch.zeros_like(self.numbers)
+        self.none,self.lined_up = torch.zeros_like(self.numbers),{}
         self.whole = {id(b):n for n,b in self.owned('_buffers') if not b.is_floating_point()}
         self.n = 1 # the next channel number
         self.ties,self.pins,self.splits,self.fixes = [],[],[],[]  # (a, b, why, pins before); (ids, why); labels; (labels, dims, why)
-        self.uses,self.bound,self.issued,self.linears,self.splits_at = [],{},{},[],{}
+        self.uses,self.bound,self.partly,self.issued,self.splits_at = [],{},set(),{},{}  # `partly` bound: not yet for all indices
+        self.kept = set()  # where numbers are in memory that stay there and none of which is 0
+        self.made,self.linears = [],[]  # by linear layers: (channels made, read), and the same by range
         self.mixes,self.sized,self.reshapes,self.unknown = [],[],[],{}
         self.order,self.macs,self.seen,self.counts,self.settled = {},Counter(),set(),'',[]
     def owned(self, kind):
@@ -139,18 +142,19 @@ class _Facts:
         self.pins.append((ids,why))
 
     def settle(self):
-        "Pairs of channels that are tied, and pins: those that were said, and what is tied to something fixed"
+        "Pairs of channels that are tied, and pins in the order in which they were said: these, and what is tied to something fixed"
         if not self.ties: return torch.zeros(2, 0, dtype=torch.long, device='cpu'),self.pins
         flat = [(a,b) if a.shape==b.shape else torch.broadcast_tensors(a, b) for a,b,*_ in self.ties]
         a,b = (torch.cat([o[k].reshape(-1) for o in flat]) for k in (0,1))
-        differ = (a!=b)&(a>=0)&(b>=0)
-        at,a,b = differ.nonzero().flatten(),a[differ],b[differ]
+        at = ((a!=b)&(a>=0)&(b>=0)).nonzero().flatten()
+        a,b = a[at],b[at]
         fixed = (a==0)|(b==0)
+        if not fixed.any(): return torch.stack([a,b]),[*self.pins]
         starts = torch.tensor([o.numel() for o,_ in flat], device='cpu').cumsum(0)
         ends,by = torch.maximum(a, b)[fixed],torch.searchsorted(starts, at[fixed], right=True)
         late = [(ends[by==k],f'tied to something fixed, {self.ties[k][2]}',self.ties[k][3]) for k in by.unique().tolist()]
         pins = [(ids,why,i+.5) for i,(ids,why) in enumerate(self.pins)] + late
-        pins = [(ids,why) for ids,why,_ in sorted(pins, key=lambda o: o[2])]  # in the order in which they were said
+        pins = [(ids,why) for ids,why,_ in sorted(pins, key=lambda o: o[2])]
         return torch.stack([a[~fixed],b[~fixed]]),pins
 
     def fix(self, l, dims, why):
@@ -181,32 +185,39 @@ class _Facts:
         self.tie(ids, base, why)
         return ids
 
+    def rows(self, n, d, dims):
+        "The numbers from 0 to `n-1` along dimension `d` of `dims`"
+        key = n,d,dims
+        if key not in self.lined_up: self.lined_up[key] = self.numbers[:n].view([-1 if i==d else 1 for i in range(dims)])
+        return self.lined_up[key]
+
     def in_order(self, rows, n): "Are `rows` just the numbers from 0 to `n-1`, untouched?"; return rows.numel()==n and rows.data_ptr()==self.numbers.data_ptr()
 
     def use(self, name, dim, rows, ids, why, role=None, kind='', grid=None):
-        "Index `rows[i]` along dimension `dim` of parameter `name` belongs to channel `ids[i]`; without `role` it is just fixed"
-        n = self.params[name].shape[dim]
-        if self.in_order(rows, n): vec = ids
+        "Index `rows[i]` (`i` if these are `None`) along dimension `dim` of parameter `name` belongs to channel `ids[i]`; without `role` it is just fixed"
+        if rows is None or self.in_order(rows, n := self.params[name].shape[dim]): vec = ids
         else:
             if (there := rows>=0).logical_not().any(): rows,ids = rows[there],ids[there]  # entries of others beside it
             vec = torch.full([n], -1, device='cpu')
             vec[rows] = ids
+            self.partly.add((name,dim))
             self.tie(vec[rows], ids, why)  # an index that several channels share ties them
         was = self.bound.get((name,dim))
         if was is not None and was is not vec:
             self.tie(was, vec, f'{name} used again, {why}')
             if vec is not ids: vec = torch.where(was>=0, was, vec)
-        self.bound[name,dim] = vec if was is None or vec is not ids else torch.where(was>=0, was, vec)
+        if was is None or vec is not ids: self.bound[name,dim] = vec
+        elif (name,dim) in self.partly: self.bound[name,dim] = torch.where(was>=0, was, vec)
         self.order.setdefault(layer_of(name))
         if role: self.uses.append(Slice(name, dim, vec, role, kind, grid))
 
     def hold(self, par, why):
         "Parameters indexed by the labels of `par` keep their size"
         for (name,dim),j in par.items():
-            if (name,dim) not in self.bound and self.in_order(j, n:=self.params[name].shape[dim]):
-                self.bound[name,dim] = self.none[:n]
+            if self.in_order(j, n:=self.params[name].shape[dim]):
+                was = self.bound.setdefault((name,dim), self.none[:n])
                 self.order.setdefault(layer_of(name))
-                continue
+                if was.data_ptr()==self.none.data_ptr(): continue  # it is held already
             j = j[j>=0].unique()
             self.use(name, dim, j, torch.zeros_like(j), why)
 
@@ -219,7 +230,8 @@ class _Shared(_Facts):
         if len(own)!=1:
             for l in own: self.pin(l, f'two kinds of channels meet, {why}')
             return torch.zeros(o.shape[d], dtype=torch.long, device='cpu')
-        return self.squash(own[0], [d], why).flatten()
+        l, = own
+        return (l if l.numel()==l.shape[d] else self.squash(l, [d], why)).flatten()
 
     def squash(self, l, keep, why):
         "Labels `l` after tying all that differs along other dimensions than `keep`"
@@ -230,8 +242,11 @@ class _Shared(_Facts):
 
     def issue(self, o, d, groups=1):
         "Channel numbers for what weight `o` makes of its dimension `d`: the same ones each time it is used"
-        keys = [k for k,j in o.par.items() if _varying(j)==[d%j.dim()]]
+        d %= len(o.shape)
+        if o.name: keys = [(o.name,d)] if o.shape[d]>1 else []
+        else: keys = [k for k,j in o.par.items() if _varying(j)==[d]]
         if not keys: return torch.zeros(o.shape[d]*groups, dtype=torch.long, device='cpu')  # a single channel, or not the size of a parameter: never removed
+        if o.name: return self.issue_one(keys[0], None, groups).flatten()
         if len(keys)==1 and not (o.par[keys[0]]<0).any(): return self.issue_one(keys[0], o.par[keys[0]].flatten(), groups).flatten()
         ids = torch.zeros(groups, o.shape[d], dtype=torch.long, device='cpu')
         for k in keys:  # parameters side by side
@@ -241,12 +256,14 @@ class _Shared(_Facts):
         return ids.flatten()
 
     def issue_one(self, key, rows, groups):
-        "Channel numbers for indices `rows` of parameter and dimension `key`, [groups, rows]"
+        "Channel numbers for indices `rows` (all, if these are `None`) of parameter and dimension `key`, [groups, rows]"
         n = self.params[key[0]].shape[key[1]]
+        if rows is None: rows = self.rows(n, 0, 1)
         known = self.issued.get((*key,groups))
         if known is None and self.in_order(rows, n):
             known = self.issued[(*key,groups)] = torch.arange(self.n, self.n+groups*n, device='cpu').view(groups, n)
             self.n += groups*n
+            self.kept.add(known.data_ptr())
             return known
         if known is None: known = self.issued[(*key,groups)] = torch.zeros(groups, n, dtype=torch.long, device='cpu')
         elif self.in_order(rows, n) and known.all(): return known
@@ -265,11 +282,11 @@ class _Shared(_Facts):
         "Weight `o` has channels `ids` along its dimension `d`, for each `d: (ids, role, kind)` in `table`"
         table,found = {d%len(o.shape):v for d,v in table.items()},set()
         for (name,dim),j in o.par.items():
-            v = _varying(j)
+            v = [dim] if o.name and o.shape[dim]>1 else _varying(j)
             if len(v)==1 and v[0] in table:
                 ids,*role = table[v[0]]
                 if (name,dim) in o.mixed: self.mix(ids, [0], why)
-                self.use(name, dim, j.flatten(), ids, why, *role)
+                self.use(name, dim, None if o.name else j.flatten(), ids, why, *role)
                 found.add(v[0])
             else:
                 self.hold({(name,dim):j}, why)
@@ -279,9 +296,10 @@ class _Shared(_Facts):
 
     def lines_up(self, l, d, o):
         "Is `o` a parameter with one value for each channel of labels `l`, which vary along `d` alone? Its name, if so"
-        if len(o.par)!=1 or o.ids or len(o.shape)!=1 or l.dim()<1 or l.numel()!=l.shape[d]: return
+        if len(o.par)!=1 or o.ids or len(o.shape)!=1 or l.dim()<1 or not l.numel()==l.shape[d]==o.shape[0]: return
+        if o.name: return o.name
         ((name,dim),rows), = o.par.items()
-        return name if dim==0 and l.numel()==o.shape[0] and self.in_order(rows, self.params[name].shape[0]) else None
+        return name if dim==0 and self.in_order(rows, self.params[name].shape[0]) else None
 
     def meet(self, parts, why, same=False, kind='add'):
         "Labels of what is made element by element of shadows `parts` of one rank; `same` if a lone channel that is zero stays so"
@@ -329,14 +347,19 @@ class _Shared(_Facts):
         for _,l in group: self.tie(base, l, why)
         return bound
 
-    def made_by_linear(self, outs, ins):
-        if len(outs)>1 and outs.all(): self.linears.append((int(outs[0]),int(outs[-1])+1,ins))
+    def made_by_linear(self, outs, ins): self.made.append((outs,ins))
+
+    def linear_ranges(self):
+        "First and last channel that each linear layer made, the latter excluded, with those that it read"
+        self.linears += [(int(outs[0]),int(outs[-1])+1,ins) for outs,ins in self.made if len(outs)>1 and outs.all()]
+        self.made.clear()
+        return self.linears
 
     def heads(self, l, c):
         """Channels that a linear layer made are split over several dimensions. The sizes may come from its input, if that is as wide
         (`C // num_heads`), or from an attribute that queries, keys and values share: tie them, so that all change alike"""
         u = l[l>0].unique()
-        for lo,hi,ins in self.linears:
+        for lo,hi,ins in self.linear_ranges():
             if not (len(u) and lo<=u[0] and u[-1]<hi): continue
             if len(u)%len(ins)==0: self.tie(u, ins[(u-lo)%len(ins)], f'split into heads, {c.why}')
             like = self.splits_at.setdefault((c.where,*l.shape), l)
@@ -348,6 +371,8 @@ class _Shared(_Facts):
 class _Asked(BaseException): "The model asks for a value, and there are none; no `except Exception` of its code may catch this"
 _NEEDS_VALUES = (*SLIPS,_Asked)
 
+def _for_each_dim(o, n): return [*o]*(n if len(o)==1 else 1)
+
 def _shape_of_product(c):
     "Shape of the result of a convolution or a product of matrices, `None` for other operations"
     if c.name in ('mm','bmm','addmm','baddbmm'):
@@ -358,34 +383,73 @@ def _shape_of_product(c):
     x,w,n = c.a['input'],c.a['weight'],c.a['input'].dim()-2
     if not (x.is_contiguous() and w.is_contiguous()): return  # the layout of the result is another matter
     if x.shape[1]!=(w.shape[0] if c.a['transposed'] else w.shape[1]*c.a['groups']): return
-    stride,pad,dilation,extra = ([*o]*(n if len(o)==1 else 1) for o in (c.a['stride'],c.a['padding'],c.a['dilation'],c.a['output_padding']))
+    stride,pad,dilation,extra = (_for_each_dim(c.a[k], n) for k in ('stride','padding','dilation','output_padding'))
     span = [d*(k-1)+1 for d,k in zip(dilation, w.shape[2:])]
     if c.a['transposed']: return (len(x),w.shape[1]*c.a['groups'],*((o-1)*s-2*p+k+e for o,s,p,k,e in zip(x.shape[2:], stride, pad, span, extra)))
     return (len(x),len(w),*((o+2*p-k)//s+1 for o,s,p,k in zip(x.shape[2:], stride, pad, span)))
 
+_POOLS = dict(avg_pool1d=1, avg_pool2d=2, avg_pool3d=3, max_pool2d_with_indices=2, max_pool3d_with_indices=3)  # over how many dimensions
+
+def _shape_of_pool(c):
+    "Shape of what an operation of `_POOLS` gives; `None` if that is rounded up, or not allowed"
+    n,shape,kernel = _POOLS[c.name],c.a['self'].shape,c.a['kernel_size']
+    kernel,stride,pad,dilation = (_for_each_dim(o, n) for o in (kernel,c.a['stride'] or kernel,c.a['padding'],c.a.get('dilation', [1])))
+    if c.a['ceil_mode'] or not n<len(shape)<n+3 or any(2*p>k for p,k in zip(pad, kernel)): return
+    sizes = [(o+2*p-d*(k-1)-1)//s+1 for o,s,p,d,k in zip(shape[-n:], stride, pad, dilation, kernel)]
+    return (*shape[:-n],*sizes) if min(sizes)>0 else None
+
+def _shape_of_cat(c):
+    "Shape of tensors of one type one after the other; `None` if they do not fit"
+    x,*others = c.a['tensors']
+    d,shape = c.a['dim'],x.shape
+    if not -len(shape)<=d<len(shape) or not all(o.dtype is x.dtype and o.device==x.device and o.is_contiguous() for o in others): return
+    rest = lambda s: (len(s),*(n for i,n in enumerate(s) if i!=d%len(shape)))
+    if any(rest(o.shape)!=rest(shape) for o in others): return
+    return [sum(o.shape[d] for o in c.a['tensors']) if i==d%len(shape) else n for i,n in enumerate(shape)]
+
+_OTHER_SHAPES = frozenset(('clone','cat','_softmax','_log_softmax','native_batch_norm','native_layer_norm',*_POOLS))
+
+def _other_empty_result(c, blank):
+    "`_empty_result` of one of `_OTHER_SHAPES`"
+    x = c.a[c.first] if c.name!='cat' else c.a['tensors'][0]
+    if c.spec.mutable or x.layout!=torch.strided or not x.is_floating_point(): return
+    if c.name=='clone': return blank(x, x.shape) if c.a['memory_format'] is torch.contiguous_format else None
+    if not x.is_contiguous(): return
+    if c.name in ('_softmax','_log_softmax') and not c.a['half_to_float'] and -x.dim()<=c.a['dim']<x.dim(): return blank(x, x.shape)
+    if c.name=='native_batch_norm' and not c.a['training']:
+        none = x.new_empty(0)
+        return blank(x, x.shape),none,none
+    if c.name=='native_layer_norm':
+        n = len(c.a['normalized_shape'])
+        params = [o for o in (c.a['weight'],c.a['bias']) if o is not None]
+        if any(tuple(o.shape)!=tuple(x.shape[-n:]) or o.dtype is not x.dtype for o in params) or [*x.shape[-n:]]!=[*c.a['normalized_shape']]: return
+        stats = [*x.shape[:-n],*[1]*n]
+        return blank(x, x.shape),blank(x, stats),blank(x, stats)
+    if c.name in _POOLS and (shape := _shape_of_pool(c)) is not None:
+        return (blank(x, shape),blank(x.new_empty(0, dtype=torch.long), shape)) if c.name.startswith('max') else blank(x, shape)
+    if c.name=='cat' and (shape := _shape_of_cat(c)) is not None: return blank(x, shape)
+
 _SAME_TYPE = frozenset('''relu relu6 hardtanh hardsigmoid hardswish leaky_relu elu celu selu gelu silu mish softplus sigmoid tanh exp sqrt rsqrt square
     clamp clamp_min clamp_max add sub mul div neg'''.split())
 
-class _Blanks(dict):
+class _Blanks:
     "Tensors of zeros that share their memory: nothing has to be written"
+    def __init__(self): self.memory,self.n = None,-1
     def like(self, x, shape):
         if type(x) not in (torch.Tensor,nn.Parameter) or x.device.type!='cpu': return x.new_zeros(shape)
-        n = math.prod(shape)
-        if x.dtype not in self or self[x.dtype].numel()<n: self[x.dtype] = x.new_zeros(n)
-        strides = [math.prod(shape[i+1:]) for i in range(len(shape))]
-        return x.new_empty(0).set_(self[x.dtype].untyped_storage(), 0, shape, strides)
+        n = math.prod(shape)*x.element_size()
+        if n>self.n:  # the system makes a page of zeros when somebody looks at it: most are never made
+            self.memory,self.n = torch.frombuffer(mmap.mmap(-1, max(n, 1)), dtype=torch.uint8).untyped_storage(),n
+        return x.new_empty(0).set_(self.memory, 0, shape)
 
 def _empty_result(c, blank): # A call, and a function that gives zeros of the type of a tensor
     "What has the shape and the type of the result of operation `c`, without its values; `None` if that is more than a question of shapes"
     shape = _shape_of_product(c)
     if shape is not None: return blank(c.a[c.first], shape)
-    if c.name=='native_batch_norm' and not c.a['training'] and c.a['input'].is_contiguous():
-        x = c.a['input']
-        none = blank(x, (0,))
-        return blank(x, x.shape),none,none
+    if c.name in _OTHER_SHAPES: return _other_empty_result(c, blank)
     if c.name not in _SAME_TYPE: return
-    xs = [o for o in c.a.values() if isinstance(o, torch.Tensor)]
     x = c.a[c.first]
+    xs = [o for o in c.a.values() if isinstance(o, torch.Tensor)]
     if not all(o.dtype is x.dtype and o.device==x.device and o.is_contiguous() for o in xs) or not x.is_floating_point(): return
     shape = x.shape if all(o.shape==x.shape for o in xs) else torch.broadcast_shapes(*(o.shape for o in xs))
     if not c.spec.mutable: return blank(x, shape)
@@ -403,6 +467,7 @@ class _Trace(Watch, _Shared):
         self.telling = None  # knows where sizes in the model's code come from, where somebody asks for that
 
     def see(self, func, spec, args, kwargs):
+        if self.hollow and spec.takes==[]: return func(*args, **kwargs)  # it makes a tensor of nothing
         call = Call(func, spec, args, kwargs, self.shadow, self.stack[-1] if self.stack else '')
         call.out = self.compute(call, func, args, kwargs)
         asked = call.counts or type(call.out) in (int,float)
@@ -446,10 +511,10 @@ class _Trace(Watch, _Shared):
             return o
         self.seen.add(name)
         if name not in self.cache:
-            n = t.dim()
-            wide = [d for d,m in enumerate(t.shape) if m>1] or range(n)  # a single entry stays anyway
-            par = {(name,d): self.numbers[:t.shape[d]].view([-1 if i==d else 1 for i in range(n)]) for d in wide}
-            self.cache[name] = _Shadow(tuple(t.shape), par=par)
+            shape = tuple(t.shape)
+            wide = [d for d,m in enumerate(shape) if m>1] or range(len(shape))  # a single entry stays anyway
+            par = {(name,d): self.rows(shape[d], d, len(shape)) for d in wide}
+            self.cache[name] = _Shadow(shape, par=par, name=name)
         return self.cache[name]
 
     def hand_out(self, name, args):
@@ -466,11 +531,12 @@ class _Trace(Watch, _Shared):
     def put(self, t, shadow):
         "`shadow` is what is known of tensor `t`"
         if id(t) in self.names: raise _Unknown # a parameter or buffer that is written to
+        shape = t.shape
         for l in (*shadow.ids, *shadow.par.values()):
-            if l.dim()!=t.dim() or any(m not in (1,n) for m,n in zip(l.shape, t.shape)): raise _Unknown
+            if l.dim()!=len(shape) or any(m not in (1,n) for m,n in zip(l.shape, shape)): raise _Unknown
         for l in shadow.ids:
             if l.numel()==1: self.pin(l, 'a single channel')
-        shadow.ids = [l for l in shadow.ids if l.numel()>1 and l.any()]
+        shadow.ids = [l for l in shadow.ids if l.numel()>1 and (l.data_ptr() in self.kept or l.any())]
         if not (shadow.ids or shadow.par): return self.shadows.pop(t, None)
         self.know_of(t, shadow)
 
@@ -1037,28 +1103,31 @@ def _filtered(tr, c, x, w, b):
     for l in x.beside(1): tr.pin(l, c.why)
     tr.put(c.y, _biased(tr, c, _Shadow(tuple(c.y.shape), [ids.view([-1 if d==1 else 1 for d in range(n)])]), b, 1))
 
+def _weighed_by_groups(tr, c, w, back, ins, outs):
+    "Weight `w` of a convolution, transposed if `back`, reads channels `ins` and makes `outs`, a row for each group"
+    depthwise = ins.shape[1]==1
+    if depthwise: tr.tie(ins, outs, c.why)  # a channel goes with its group
+    else:                                   # as many from each group
+        tr.tie(ins, ins[:1], c.why)
+        tr.tie(outs, outs[:1], c.why)
+    eats = (ins.flatten() if back else ins[0], 'in', 'weight', ins)
+    makes = (outs[0] if back else outs.flatten(), 'out', 'weight', outs if back else None)
+    tr.weigh(w, {int(not back):eats, int(back):makes}, c.why)
+    if depthwise and not back: tr.weigh(w, {0: (ins.expand_as(outs).flatten(),'in','weight')}, c.why)
+    if depthwise and back and outs.shape[1]==1: tr.weigh(w, {0: (outs.flatten(),'out','weight')}, c.why)
+
 def _convolve(tr, c, back, b):
     "Convolution `c`, transposed if `back`, with bias `b`"
     x,w,G = c.get('input'),c.get('weight'),c.a['groups']
     if w.ids and w.shape[0]==x.shape[1]==G and all(_varying(l)==[0] for l in w.ids): return _filtered(tr, c, x, w, b)
     if w.ids or not w.par: raise _Unknown
     if x.par: x = tr.as_input(x, 1, c.why)
-    o,i = (1,0) if back else (0,1)
     n,pointwise = len(x.shape),all(k==1 for k in w.shape[2:]) and c.meaning=='convolution'
-    ins = tr.take(x, 1, c.why).view(G, -1)
-    outs = (tr.issue(w, 1, G) if back and (w.shape[1]>1 or G==1) else tr.issue(w, 0)).view(G, -1)
-    depthwise = G>1 and ins.shape[1]==1
-    if depthwise: tr.tie(ins, outs, c.why)  # a channel goes with its group
-    elif G>1:                               # as many from each group
-        tr.tie(ins, ins[:1], c.why)
-        tr.tie(outs, outs[:1], c.why)
-    grids = (None,None) if G==1 else (ins,outs if back else None)
-    eats = (ins.flatten() if back else ins[0], 'in', 'weight', grids[0])
-    makes = (outs[0] if back else outs.flatten(), 'out', 'weight', grids[1])
-    tr.weigh(w, {i:eats, o:makes}, c.why)
-    if depthwise and not back: tr.weigh(w, {0: (ins.expand_as(outs).flatten(),'in','weight')}, c.why)
-    if depthwise and back and outs.shape[1]==1: tr.weigh(w, {0: (outs.flatten(),'out','weight')}, c.why)
-    if not (back or G>1) and pointwise: tr.made_by_linear(outs.flatten(), ins.flatten())
+    ins = tr.take(x, 1, c.why)
+    outs = tr.issue(w, 1, G) if back and (w.shape[1]>1 or G==1) else tr.issue(w, 0)
+    if G>1: _weighed_by_groups(tr, c, w, back, ins.view(G, -1), outs.view(G, -1))
+    else: tr.weigh(w, {int(not back):(ins,'in','weight'), int(back):(outs,'out','weight')}, c.why)
+    if not (back or G>1) and pointwise: tr.made_by_linear(outs, ins)
     rest = []
     for l in x.beside(1):  # channels along an axis that this convolution takes for space
         same = tuple(c.y.shape[2:])==x.shape[2:]
@@ -1076,7 +1145,7 @@ def _biased(tr, c, y, b, d):
     n = len(y.shape)
     name = tr.lines_up(y.ids[0], d%n, b) if len(y.ids)==1 and y.ids[0].shape[d]>1 and y.ids[0].all() else None
     if name:
-        tr.use(name, 0, tr.numbers[:b.shape[0]], y.ids[0].flatten(), c.why, 'affine', 'bias')
+        tr.use(name, 0, None, y.ids[0].flatten(), c.why, 'affine', 'bias')
         return y
     if len(b.shape)==1: b = b.each(lambda l: l.reshape([-1 if i==d%n else 1 for i in range(n)]), [b.shape[0] if i==d%n else 1 for i in range(n)])
     b = b.lift(n)
@@ -1179,12 +1248,13 @@ _PARAMETERS = dict(weight='scale', bias='shift', running_mean='stat', running_va
 
 def _normalized_each(tr, c, dims):
     "The usual case: channels along one dimension, and parameters with one value for each of them. Is it that?"
-    w,given = c.get('weight'),{k:c.get(k) for k in _PARAMETERS if c.get(k)}
-    if w is None or len(dims)>1 or len(c.x.ids)!=1 or c.x.par: return False
+    given = {k:c.tensors[k] for k in _PARAMETERS if k in c.tensors}
+    if 'weight' not in given or len(dims)>1 or len(c.x.ids)!=1 or c.x.par: return False
     l, = c.x.ids
     names = {k:tr.lines_up(l, dims[0], o) for k,o in given.items()}
     if None in names.values(): return False
-    for k,name in names.items(): tr.use(name, 0, tr.numbers[:l.numel()], l.flatten(), c.why, 'affine', _PARAMETERS[k])
+    ids = l.flatten()
+    for k,name in names.items(): tr.use(name, 0, None, ids, c.why, 'affine', _PARAMETERS[k])
     tr.pass_on(c.y, [l])
     return True
 
@@ -1248,8 +1318,10 @@ def _slices(uses):
         else: same.append(u)
     for same in kept.values():
         for s in same[1:]: s.ids = torch.where(s.ids<0, same[0].ids, s.ids)
-        for s in same: s.ids = s.ids.clamp(min=0)
-    return [s for same in kept.values() for s in same]
+    slices = [s for same in kept.values() for s in same]
+    if slices and (torch.cat([s.ids for s in slices])<0).any():  # entries that nothing has used
+        for s in slices: s.ids = s.ids.clamp(min=0)
+    return slices
 
 class ChannelGraph:
     "Which channels of `model` are the same channel, and which entries of its parameters belong to each"
@@ -1287,10 +1359,10 @@ class ChannelGraph:
             raise ValueError(f'this {type(model).__name__} does not run where its channels are followed ({type(e).__name__}: {said})') from e
 
     def _traced(self, model, hollow):
-        "A `_Trace` of one forward; `hollow` computes no large products"
+        "A `_Trace` of one forward; `hollow` computes nothing large that is only a question of shapes"
         tr = _Trace(model, hollow)
         tr.telling = Telling(tr)
-        with untouched(model): self.shapes = self._run(model, tr, self.example_inputs)
+        with untouched(model, plain=False): self.shapes = self._run(model, tr, self.example_inputs)
         return tr
 
     def _for_others(self, tr):
@@ -1328,7 +1400,7 @@ class ChannelGraph:
         for k in (1,2,4):  # what is small enough to be quick may be too small for an auxiliary head
             larger = lambda o: o.repeat(1, 1, *[k]*(o.dim()-2)) if isinstance(o, torch.Tensor) and o.is_floating_point() and o.dim()>2 and k>1 else o
             try:
-                with untouched(model), as_in_training(model): self._run(model, tr, tree_map(larger, self.example_inputs))
+                with untouched(model, plain=False), as_in_training(model): self._run(model, tr, tree_map(larger, self.example_inputs))
                 break
             except SLIPS: tr.unread.clear()
         tr.macs = macs

@@ -578,7 +578,7 @@ def _run(model, tr, inputs):
         elif not _exact(o): tr.taint(o)
     tr.telling = Telling(tr)  # what follows a size does so here as well
     try:
-        with untouched(model), naming(model, tr.stack), _as_outside(model), tr, tr.telling: _call(model, inputs)
+        with untouched(model, plain=False), naming(model, tr.stack), _as_outside(model), tr, tr.telling: _call(model, inputs)
     except SLIPS as e: return f'{type(e).__name__}: {str(e).partition(chr(10))[0]}'  # any error may come of a nan
 
 def _one_way(model, graph):

@@ -7,7 +7,7 @@ __all__ = ['PRODUCTS', 'ops', 'equals', 'channels', 'values', 'scales', 'macs', 
            'op', 'plain_of', 'equal_of', 'Watch', 'Call']
 
 # %% ../../nbs/core/07_ops.ipynb #0p500004
-import sys
+import re,sys
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -121,6 +121,7 @@ class Spec:
     mutable: bool # Does it write to any argument?
     defaults: dict # Of its arguments, by name
     first: str # Name of its first argument
+    takes: list = None # Names of arguments that are tensors or lists of some; `None` if any may be
 
 _specs = {}
 equals,_likes = {},{}  # by name: a function that computes the same; arguments that an operation needs to be like another
@@ -139,7 +140,8 @@ def _look_up(func):
     if lacks := [o for o in _likes.get(name, ()) if o not in defaults]:
         raise ValueError(f'op({name!r}, like=…): it has no argument {lacks[0]!r}, which the other has; it has {", ".join(defaults)}. Decorate a function that computes the same')
     first = next((o for o in ('self','input') if o in defaults), next(iter(defaults), ''))
-    return Spec(op, name, meaning, inplace, schema.is_mutable, defaults, first)
+    takes = [o.name for o in schema.arguments if re.search('Tensor|Any', str(o.type))]
+    return Spec(op, name, meaning, inplace, schema.is_mutable, defaults, first, takes)
 
 def spec_of(
     func, # An operation, `torch.ops.aten.relu.default`
@@ -308,8 +310,9 @@ def _line():
     while frame is not None:
         code = frame.f_code
         path = code.co_filename
-        if path not in _theirs: _theirs[path] = not path.startswith((_TORCH,_OURS,'<frozen'))
-        if _theirs[path]: return f'a cell, line {frame.f_lineno}' if 'ipykernel_' in path else f'{Path(path).name}, line {frame.f_lineno}'
+        theirs = _theirs.get(path)
+        if theirs is None: theirs = _theirs[path] = not path.startswith((_TORCH,_OURS,'<frozen'))
+        if theirs: return f'a cell, line {frame.f_lineno}' if 'ipykernel_' in path else f'{Path(path).name}, line {frame.f_lineno}'
         if code.co_name=='call_with': return ''
         frame = frame.f_back
     return ''
@@ -330,12 +333,12 @@ class Call:
             self.first = next((k for k,o in a.items() if isinstance(o, Tensor)), self.first)
         if self.meaning=='strided': self.strides = a[self.first].stride()
         self.tensors,self.lists = {},{}
-        for k,o in a.items():
+        for k in a if spec.takes is None else spec.takes:
+            o = a[k]
             if isinstance(o, Tensor): self.tensors[k] = shadow(o)
             elif isinstance(o, (list,tuple)): self.lists[k] = [shadow(v) for v in o if isinstance(v, Tensor)]
+        self.shadows = [*self.tensors.values(), *(o for v in self.lists.values() for o in v)]
         self.counts = self.meaning=='count' or self.name=='index' and any(o is not None and o.dtype in (torch.bool,torch.uint8) for o in a['indices'])
-    @property
-    def shadows(self): return [*self.tensors.values(), *(o for v in self.lists.values() for o in v)]
     @property
     def x(self): return self.tensors[self.first]
     @property

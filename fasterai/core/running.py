@@ -12,9 +12,10 @@ __all__ = ['SLIPS', 'SOON', 'tensors_of', 'map_parts', 'plain', 'at_home', 'rest
 import copy,math,random,sys,warnings
 from collections import deque
 from collections.abc import Mapping
-from contextlib import ExitStack,contextmanager
+from contextlib import ExitStack,contextmanager,nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass,fields,is_dataclass
+from functools import cached_property
 from types import FunctionType
 import numpy as np
 from time import perf_counter
@@ -86,18 +87,24 @@ def _batch_normed(x, running_mean, running_var, weight=None, bias=None, training
     if x.numel() or training: return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     return torch.native_batch_norm(x, weight, bias, running_mean, running_var, False, momentum, eps)[0]
 
+_PLAIN = frozenset((Tensor,nn.Parameter))
+
 class _Plain(TorchFunctionMode):
     "Tensors of other classes act as plain ones, and make plain ones. What `model` owns stays the object that it is"
     def __init__(self, model):
         super().__init__()
-        self.own = {id(o) for m in model.modules() for o in (*m._parameters.values(),*m._buffers.values())}
+        self.model = model
+    @cached_property
+    def own(self): return {id(o) for m in self.model.modules() for o in (*m._parameters.values(),*m._buffers.values())}
     def plain(self, o):
         if not isinstance(o, Tensor) or _has_own_code(o) or id(o) in self.own: return o
         return _unwrapped(o)
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func, types, args=(), kwargs=None): return self.call(func, types, args, kwargs or {})
+    def call(self, func, types, args, kwargs):
+        "The result of `func`, which got arguments of `types` other than tensors"
         if func is F.batch_norm: func = _batch_normed
-        if all(t in (Tensor,nn.Parameter) for t in types): return func(*args, **(kwargs or {}))
-        args,kwargs = tree_map(self.plain, (args,kwargs or {}))
+        if _PLAIN.issuperset(types): return func(*args, **kwargs)
+        args,kwargs = tree_map(self.plain, (args,kwargs))
         with torch._C.DisableTorchFunctionSubclass(): return func(*args, **kwargs)
 
 # %% ../../nbs/core/06_running.ipynb #1e78f9a8
@@ -172,7 +179,8 @@ class _State:
     def registered(self): return type(self.m),[*self.m._modules],[*self.m._parameters]
     def names(self):
         "All but what every module has, and weights that hooks compute"
-        return [k for k in vars(self.m).keys()-_OWN if f'{k}_orig' not in self.m._parameters and f'{k}_g' not in self.m._parameters]
+        computed = [k.removesuffix(end) for end in ('_orig','_g') for k in self.m._parameters if k.endswith(end)]
+        return [k for k in vars(self.m) if k not in _OWN and k not in computed]
     def give_back(self):
         if self.registered()!=self.parts: return  # a first run has built it
         own = vars(self.m)
@@ -223,10 +231,11 @@ def restored(
 @contextmanager
 def untouched(
     model:nn.Module, # Left as it was, also after an error
+    plain:bool=True, # Are tensors to act as plain ones? A `Watching` that runs along sees to that by itself
 ):
     "Run `model` to look at it: `restored` afterwards, `at_home`, with all digits, uncompiled, without fused attention, on plain tensors"
     fast = torch.backends.mha.get_fastpath_enabled()
-    with at_home(), restored(model), _all_digits(), _eager(), _Plain(model):
+    with at_home(), restored(model), _all_digits(), _eager(), _Plain(model) if plain else nullcontext():
         torch.backends.mha.set_fastpath_enabled(False)  # one fused operation would hide what happens inside
         try: yield
         finally: torch.backends.mha.set_fastpath_enabled(fast)

@@ -10,8 +10,7 @@ import operator,os,sys
 from dataclasses import dataclass,field
 import torch
 from torch import nn,Tensor
-from torch.overrides import TorchFunctionMode
-from .running import _OWN
+from .running import _OWN,_Plain
 
 # %% ../../nbs/core/07_sizes.ipynb #addefd8a
 @dataclass(frozen=True)
@@ -148,9 +147,12 @@ def _telling(v, tell, path):
         return type(v)(new) if any(a is not b for a,b in zip(new, v)) else v
     return v
 
+_MAY_TELL = {Told,dict,list,tuple,torch.Size}
+
 def _plain(v):
     "`v` without numbers that tell; the same object, if there are none"
     if isinstance(v, Told): return int(v)
+    if type(v) in (list,tuple,torch.Size) and _MAY_TELL.isdisjoint(map(type, v)): return v
     if type(v) is dict:
         new = {k:_plain(o) for k,o in v.items()}
         return new if any(new[k] is not o for k,o in v.items()) else v
@@ -166,8 +168,6 @@ def _same(a, b):
     if isinstance(a, dict): return a.keys()==b.keys() and all(_same(a[k], b[k]) for k in a)
     if isinstance(a, (list,tuple)): return len(a)==len(b) and all(map(_same, a, b))
     return isinstance(a, (int,float,str)) and a==b
-
-_MAY_TELL = {Told,dict,list,tuple,torch.Size}
 
 class _Attributes:
     "The attributes of a model, as numbers that tell: from `start` to `stop`"
@@ -302,23 +302,27 @@ def _made(name, args, kwargs, out):
     if len(given)!=out.dim(): return []
     return [_Place(o, n, out, d, n) for d,(o,n) in enumerate(zip(given, out.shape)) if isinstance(o, int)]
 
-class Watching(TorchFunctionMode):
-    "Runs along with a model and notes the numbers that its code cuts and reshapes with"
-    def __init__(self, stack): # List with the name of the module that is running at its end
-        super().__init__()
+class Watching(_Plain):
+    "Runs along with a model, on plain tensors, and notes the numbers that its code cuts and reshapes with"
+    def __init__(self,
+        model:nn.Module, # What runs
+        stack, # List with the name of the module that is running at its end
+    ):
+        super().__init__(model)
         self.stack,self.calls,self.numbers,self.now = stack,{},{},None
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs,name = kwargs or {},getattr(func, '__name__', '')
-        if name not in _PLACES or not args or not isinstance(args[0], Tensor): return self.read(func, name, args, kwargs)
+        if name not in _PLACES or not args or not isinstance(args[0], Tensor): return self.read(func, name, types, args, kwargs)
         where = self.stack[-1] if self.stack else ''
         calls = self.calls.setdefault(where, [])
-        self.now = name,args,kwargs,(where,len(calls))  # stays so, if it fails
+        self.begin(name, args, kwargs, where, len(calls))
         calls.append(name)
-        out = func(*args, **kwargs)
+        out = self.call(func, types, args, kwargs)
         self.note(name, _PLACES[name](name, args, kwargs, out, self.size), where, len(calls)-1)
         self.now = None
         return out
-    def read(self, func, name, args, kwargs): return func(*args, **kwargs)
+    def begin(self, name, args, kwargs, where, nth): self.now = name,args,kwargs,(where,nth)  # stays so, if it fails
+    def read(self, func, name, types, args, kwargs): return self.call(func, types, args, kwargs)
     def note(self, name, places, where, nth): self.numbers[where,nth] = [p.n for p in places]
     def size(self, x, dim): return x.shape[dim]
 
@@ -369,7 +373,7 @@ NOT_THE_MODELS = os.path.dirname(torch.__file__),_line.__code__.co_filename
 class Telling(Watching):
     "Runs along with a `trace` and has each number say where it comes from"
     def __init__(self, trace):
-        super().__init__(trace.stack)
+        super().__init__(trace.modules[''], trace.stack)
         self.trace = trace
         self.differences = []
         self.sizings,self.equations,self.running,self.tried,self.line = [],[],False,None,''
@@ -383,9 +387,9 @@ class Telling(Watching):
         super().__exit__(*args)
         self.running = False
         self.attributes.stop()
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def begin(self, name, args, kwargs, where, nth):
+        super().begin(name, args, kwargs, where, nth)
         if self.tried is not None: self.line = _line()
-        return super().__torch_function__(func, types, args, kwargs)
     def only_again(self):
         "From here on, only what has run before is explained: what runs in training alone cannot be tried"
         self.tried = {(s.where,s.line) for s in self.sizings}
@@ -412,13 +416,13 @@ class Telling(Watching):
 
     def size(self, x, dim, about=None): return Told(x.shape[dim], self.axis(x, dim, None, about), self)
 
-    def read(self, func, name, args, kwargs):
+    def read(self, func, name, types, args, kwargs):
         "Have sizes that the code reads tell"
         if name in _SCALES:
             for o in args:
                 if type(o) is Told: self.measured(o)
         if name in self.trace.doors: self.trace.hand_out(name, args)
-        out = func(*args, **kwargs)
+        out = self.call(func, types, args, kwargs)
         if name in _MADE and isinstance(out, Tensor): self.spread(_made(name, args, kwargs, out))
         if name not in ('__get__','size'): return out
         if isinstance(out, torch.Size):

@@ -416,9 +416,9 @@ def _trial(
     inputs, # To run it with
 ):
     "The `_Problem` of `new`, or `None`"
-    watch,error = Watching([]),None
+    watch,error = Watching(new, []),None
     try:
-        with untouched(new), naming(new, watch.stack), watch: out = call_with(new, inputs)
+        with untouched(new, plain=False), naming(new, watch.stack), watch: out = call_with(new, inputs)
     except SLIPS as e: error = e
     misread = _misread(graph, watch, left)
     if misread: return _Problem(f'{misread[0]} would take other channels', misread[0].where, error, tuple(misread))
