@@ -48,9 +48,9 @@ def test_counting_is_ranking(name, counted):
     "Several groups in one go, one group of several sources, blocks that go and that return, with and without protection"
     r = np.random.default_rng(0)
     every = list(product([(1300,), (700,1,90), (40,700)], [False,True]))
-    for sizes,protect in (every[i] for i in r.permutation(len(every))[:2]):
+    for sizes,protect in (every[i] for i in r.permutation(len(every))[:1]):
         ours = sources(name, sizes, r)
-        for together,share in zip([True,False,True,False,True], [.31,.9,.999,.2,.6]):
+        for together,share in zip([True,False,True], [.9,.999,.2]):
             groups = [ours] if together else [[o] for o in ours]
             theirs = [[Scores(o.values, o.keep.clone()) for o in g] for g in groups]
             asked = []
@@ -97,7 +97,7 @@ def walk(kind, monkeypatch, plain, layer_type=(nn.Conv2d, nn.ConvTranspose2d), *
         model = net(**kind)
         sp,states = Sparsifier(model, layer_type=layer_type, **kwargs),[]
         noise = torch.Generator().manual_seed(1)
-        for level in (10,25,25,40,30,49):
+        for level in (10,25,25,40,30):
             with torch.no_grad():
                 for p in model.parameters(): p += .1*torch.randn(p.shape, generator=noise).to(p)
             sp.update(level)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PRODUCTS', 'ops', 'equals', 'channels', 'values', 'scales', 'macs', 'recurrent_weights', 'Spec', 'spec_of', 'Facet',
-           'op', 'plain_of', 'equal_of', 'Watch', 'Call']
+           'op', 'plain_of', 'equal_of', 'Watch', 'of_model', 'Call']
 
 # %% ../../nbs/core/07_ops.ipynb #0p500004
-import re,sys
+import os,re,sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -299,10 +300,14 @@ class Watch(TorchDispatchMode):
         return out
 
 # %% ../../nbs/core/07_ops.ipynb #0p500024
-_OURS = str(Path(__file__).parent.parent) if '__file__' in globals() else ''
-_TORCH = str(Path(torch.__file__).parent)
+def _below(module): return f'{Path(module).parent}{os.sep}'
+_OURS = _below(Path(__file__).parent) if '__file__' in globals() else ''
+_TORCH = _below(torch.__file__)  # not torchvision's, whose name begins alike
 
-_theirs = {}  # by path of a file: is it the model's code?
+@lru_cache(maxsize=4096)
+def of_model(path): # Of a file
+    "Is it code of a model, not PyTorch's or ours?"
+    return not path.startswith((_TORCH,_OURS,'<frozen'))
 
 def _line():
     "File and line of the model's code that is running, or ''"
@@ -310,9 +315,7 @@ def _line():
     while frame is not None:
         code = frame.f_code
         path = code.co_filename
-        theirs = _theirs.get(path)
-        if theirs is None: theirs = _theirs[path] = not path.startswith((_TORCH,_OURS,'<frozen'))
-        if theirs: return f'a cell, line {frame.f_lineno}' if 'ipykernel_' in path else f'{Path(path).name}, line {frame.f_lineno}'
+        if of_model(path): return f'a cell, line {frame.f_lineno}' if 'ipykernel_' in path else f'{Path(path).name}, line {frame.f_lineno}'
         if code.co_name=='call_with': return ''
         frame = frame.f_back
     return ''

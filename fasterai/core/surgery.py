@@ -19,7 +19,8 @@ from .brought import warn
 from .registry import did_you_mean
 from .graph import ChannelGraph
 from .running import SLIPS,tensors_of,call_with,naming,plain,untouched
-from .sizes import NOT_THE_MODELS,Attr,Axis,Watching,evaluate,is_layer
+from .ops import of_model
+from .sizes import Attr,Axis,Watching,evaluate,is_layer
 
 # %% ../../nbs/core/10_surgery.ipynb #9ab53a14
 def kept_by(
@@ -444,7 +445,7 @@ def _failed(new, graph, watch, error):
     for frame,number in walk_tb(error.__traceback__):
         code,owner = frame.f_code.co_filename,frame.f_locals.get('self')
         if isinstance(owner, nn.Module): where = names.get(owner, where)
-        if not code.startswith(NOT_THE_MODELS): line = f'{os.path.basename(code)}:{number}'
+        if of_model(code): line = f'{os.path.basename(code)}:{number}'
     at = watch.now[-1] if watch.now else None  # it failed inside of this operation
     sizings = tuple(s for s in graph.sizings if (s.where,s.nth)==at)
     said = str(error).partition('\n')[0]
