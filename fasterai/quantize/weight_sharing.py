@@ -183,7 +183,10 @@ class _ByPairs:
 # %% ../../nbs/quantize/02_weight_sharing.ipynb #c0aae62e
 _piece = 4096  # Elements of a piece: enough for the threads of a block, few enough for all blocks to have some
 
-def _sum_runs(x, ends): "Sums of runs of `x` between `ends`, at which nobody looks (`unsafe`), as the GPU would be waited for"; return torch.segment_reduce(x, 'sum', offsets=ends, unsafe=True)
+def _sum_runs(x, ends):
+    "Sums of runs of `x` between `ends`"
+    # unsafe: without a look at `offsets`, for which the GPU would be waited for
+    return torch.segment_reduce(x, 'sum', offsets=ends, unsafe=True)
 
 class _Together:
     "Shared weights of one device and dtype, all at once"

@@ -48,7 +48,9 @@ def _too_short(bs):
     "Are the runs of blocks `bs` so short that it is better to go layer by layer?"
     return sum(prod(b.shape) for b in bs)<_short_run*sum(b.n for b in bs)
 
-def _waits_for_python(w): "Is launching an operation on `w` what takes long? On a CPU it is reading the weights, best while a layer is in the cache"; return w.device.type=='cuda'
+def _waits_for_python(w):
+    "Is launching an operation on `w` what takes long? On a CPU it is reading the weights, best while a layer is in the cache"
+    return w.device.type=='cuda'
 
 class _Pass:
     "How weights of one device and dtype are priced in one pass"
@@ -92,7 +94,8 @@ class _Pass:
         with torch.set_grad_enabled(slope): scores = self.criteria(w=flat)
         known = scores.detach()
         if self.l2:
-            norms = torch.segment_reduce(known.square(), 'sum', offsets=self.ends, unsafe=True).sqrt()  # unsafe: without a look at `offsets`, for which the GPU would be waited for
+            # unsafe: without a look at `offsets`, for which the GPU would be waited for
+            norms = torch.segment_reduce(known.square(), 'sum', offsets=self.ends, unsafe=True).sqrt()
             total = norms.sum()
             if slope: by_score = known*norms.reciprocal().masked_fill_(norms==0, 0.).index_select(0, self.run)  # a block of zeros stays
         else: total,by_score = (known*self.share).sum(),self.share
@@ -112,7 +115,8 @@ class _Priced(torch.autograd.Function):
     def backward(ctx, grad):
         by_weight,*ws = ctx.saved_tensors
         asked = [w for w,o in zip(ws, ctx.needs_input_grad[2:]) if o]
-        if torch.is_grad_enabled(): found = torch.autograd.grad(ctx.how.one_by_one(ws), asked, grad, create_graph=True)  # a gradient of the gradient is wanted
+        if torch.is_grad_enabled():  # a gradient of the gradient is wanted
+            found = torch.autograd.grad(ctx.how.one_by_one(ws), asked, grad, create_graph=True)
         else:
             found = ctx.how.spread((by_weight*grad).to(ws[0].dtype), ws)
             found = [g for g,o in zip(found, ctx.needs_input_grad[2:]) if o]
