@@ -8,6 +8,8 @@ from fastai.learner import load_learner
 from fastai.optimizer import SGD
 from functools import partial
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from fasterai import legacy
 from fasterai.core.granularity import available, numbered_by
 from fasterai.prune.pruner import Pruner
@@ -59,8 +61,14 @@ def grads(cbs, n_acc=None, n=32):
     fit(learn, 1, [*cbs, *([GradientAccumulation(n_acc)] if n_acc else [])])
     return learn,got
 
+@pytest.fixture
+def one_pass(monkeypatch): monkeypatch.setattr('fasterai.regularize.penalties._waits_for_python', lambda w: True)
+
+@pytest.fixture(params=['layer by layer','one pass'])
+def either_way(request): return request.param=='one pass' and request.getfixturevalue('one_pass')
+
 @pytest.mark.parametrize('n_acc', [None,16,32])
-def test_gradient(n_acc):
+def test_gradient(n_acc, either_way):
     "What is added to the gradient of a step is that of the penalty, once, however many batches are accumulated"
     _,plain = grads([], n_acc)
     learn,ours = grads([RegularizeCallback('group_lasso', 'filter', .5)], n_acc)
@@ -174,3 +182,138 @@ def test_threshold():
     for o in ('x', float('nan'), None):
         with pytest.raises(ValueError, match='threshold'): sp.sparsify_below(o)
     assert same(was, state(model))
+
+# --- all layers in one pass
+
+class Squared(nn.Module):
+    def forward(self, w): return w*w+w
+
+class Many(nn.Module):
+    "Layers of every sort; of some the weight is computed, of some it is tied, or frozen, or lies in memory in another order"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a,self.last = nn.Conv2d(3,8,3),nn.Conv2d(8,16,3).to(memory_format=torch.channels_last)
+        self.t,self.small = nn.ConvTranspose2d(16,8,3),nn.Conv2d(8,8,1)
+        self.lin,self.half,self.double = nn.Linear(40,6),nn.Conv2d(4,8,3).bfloat16(),nn.Conv2d(8,16,3).double()
+        self.computed,self.tied,self.frozen = nn.Conv2d(8,16,3),nn.Conv2d(3,8,3),nn.Conv2d(8,4,3)
+        nn.utils.parametrize.register_parametrization(self.computed, 'weight', Squared())
+        self.tied.weight = self.a.weight
+        self.deep = nn.Conv2d(16,16,3,groups=16)
+        self.gap = nn.Linear(8,4)
+        self.gap.weight = nn.Parameter(torch.randn(4,16)[:,::2])
+        self.frozen.requires_grad_(False)
+        with torch.no_grad(): self.a.weight[0] = 0
+    types = nn.Conv2d,nn.ConvTranspose2d,nn.Linear
+    def trained(self): return [p for n,p in self.named_parameters() if p.requires_grad and 'bias' not in n]
+
+def biggest(w): return w.abs()  # not marked as pointwise
+
+@pytest.mark.parametrize('criteria', ['group_l1','group_lasso','squared_final','small_final',Criteria('large_final', reducer='sum'),Criteria('squared_final', reducer='max'),Criteria('large_final', normalizer='sum'),biggest],
+    ids=lambda o: o if isinstance(o, str) else o.__name__)
+@pytest.mark.parametrize('granularity', ['weight','kernel','filter','layer','shared_kernel','block(4,2)'])
+def test_one_pass_is_layer_by_layer(criteria, granularity, one_pass):
+    "The price, its gradient, and the gradient of that"
+    model = Many()
+    types = (nn.Conv2d,nn.ConvTranspose2d) if granularity in ('kernel','shared_kernel') else model.types
+    pen,ps = Penalty(model, criteria, granularity, types),model.trained()
+    got = []
+    for price in pen,lambda: sum(pen.by_layer().values()):
+        first = torch.autograd.grad(3*price(), ps, allow_unused=True, create_graph=True)
+        second = torch.autograd.grad(sum(g.double().square().sum() for g in first if g is not None and g.requires_grad), ps, allow_unused=True) if any(g is not None and g.requires_grad for g in first) else ()
+        got.append((price(), torch.autograd.grad(3*price(), ps, allow_unused=True), first, second))
+    (ours,*derived),(theirs,*wanted) = got
+    assert ours.dtype==theirs.dtype and torch.isclose(ours, theirs, rtol=1e-5)
+    for gs,ws in zip(derived, wanted):
+        assert [g is None for g in gs]==[w is None for w in ws]
+        for g,w,p in zip(gs, ws, ps):
+            if g is None: continue
+            assert g.dtype==p.dtype and g.shape==p.shape
+            assert torch.allclose(g, w, rtol=1e-2 if p.element_size()<4 else 1e-4, atol=1e-6, equal_nan=True)  # of a norm of zeros there is no second derivative
+    assert model.frozen.weight.grad is None
+    with torch.no_grad(): assert not pen().requires_grad and torch.isclose(pen(), theirs, rtol=1e-5)
+
+class Count(TorchDispatchMode):
+    "How many operations compute something; a view does not"
+    n = 0
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.n += not op.is_view
+        return op(*args, **(kwargs or {}))
+
+def counted(f):
+    with Count() as c: f()
+    return c.n
+
+@pytest.mark.parametrize('criteria,most', [('group_l1',8), ('group_lasso',15)])
+@pytest.mark.parametrize('layout', [torch.contiguous_format,torch.channels_last])
+def test_operations_do_not_grow_with_layers(criteria, most, layout, one_pass):
+    def operations(n, train):
+        model = nn.Sequential(*[nn.Conv2d(8,8,3).to(memory_format=layout) for _ in range(n)])
+        pen,ws = Penalty(model, criteria, 'filter'),[m.weight for m in model]
+        pen()  # blocks are found once
+        if train: return counted(lambda: torch.autograd.grad(pen(), ws))
+        with torch.no_grad(): return counted(pen)
+    assert operations(2, True)==operations(40, True)<=most and operations(2, False)==operations(40, False)<operations(2, True)
+
+def test_nothing_is_waited_for(one_pass):
+    "Of fake tensors no value is known: to ask for one raises"
+    with FakeTensorMode():
+        model = net()
+        for c in 'group_l1','group_lasso':
+            pen = Penalty(model, c, 'filter')
+            assert [g.shape for g in torch.autograd.grad(pen(), [m.weight for m in convs(model)])]==[(8,3,3,3),(8,8,3,3)] and pen.groups[0][1]
+
+@pytest.mark.parametrize('criteria', ['group_l1','group_lasso'])
+def test_shapes_that_change(criteria, one_pass):
+    "Filters are cut, weights are replaced, moved to another layout or dtype: the price is that of the weights as they are"
+    model = net()
+    pen = Penalty(model, criteria, 'filter')
+    def right():
+        price,want = pen(),sum(pen.by_layer().values())
+        gs = [torch.autograd.grad(o, [m.weight for m in convs(model)]) for o in (price,want)]
+        return torch.isclose(price, want, rtol=1e-5) and all(torch.allclose(a, b, rtol=1e-4) for a,b in zip(*gs))
+    assert right()
+    model[0].weight = nn.Parameter(model[0].weight[:5].detach().clone())
+    assert right()
+    model[3].weight.data = model[3].weight.data[:,:5].clone()
+    assert right()
+    model.to(memory_format=torch.channels_last)
+    assert right()
+    model.double()
+    assert right()
+
+def test_backward_twice_and_in_place(one_pass):
+    "As of any loss: the graph is gone after its backward pass, and weights that have changed since are noticed"
+    model = net()
+    pen = Penalty(model, 'group_lasso', 'filter')
+    price = pen()
+    price.backward(retain_graph=True)
+    once = model[0].weight.grad.clone()
+    price.backward()
+    assert torch.allclose(model[0].weight.grad, 2*once)
+    with pytest.raises(RuntimeError, match='second time'): price.backward()
+    price = pen()
+    with torch.no_grad(): model[0].weight.add_(1)
+    with pytest.raises(RuntimeError, match='inplace'): price.backward()
+
+@pytest.mark.parametrize('criteria', ['group_l1','group_lasso'])
+def test_autocast(criteria, one_pass):
+    model = net()
+    pen = Penalty(model, criteria, 'filter')
+    want = torch.autograd.grad(pen(), [m.weight for m in convs(model)])
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        price = pen()
+        assert price.dtype==torch.float32
+        for a,b in zip(torch.autograd.grad(price, [m.weight for m in convs(model)]), want): assert torch.equal(a, b)
+
+def test_fit_is_the_same_either_way(monkeypatch):
+    "Filters are cut and others pulled to zero in one fit"
+    from fasterai.prune.all import PruneCallback
+    models = []
+    for one in False,True:
+        monkeypatch.setattr('fasterai.regularize.penalties._waits_for_python', lambda w: one)
+        learn = learner(opt_func=SGD)
+        fit(learn, 3, [PruneCallback(50, schedule='lin'), RegularizeCallback('group_lasso', 'filter', .1)])
+        models.append(learn.model)
+    a,b = map(state, models)
+    assert a.keys()==b.keys() and convs(models[0])[0].out_channels<8 and all(torch.allclose(a[k].float(), b[k].float(), atol=1e-5) for k in a)

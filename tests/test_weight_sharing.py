@@ -1,5 +1,5 @@
 """Shared weights in training: clusters and zeros stay as they are, to the last bit, beside all that a fit may have"""
-import copy, pickle
+import copy, functools, pickle
 import pytest, torch
 from fastai.callback.core import *
 from fastai.callback.schedule import *
@@ -10,13 +10,14 @@ from fastai.optimizer import *
 from functools import partial
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from fasterai.quantize.all import *
-from fasterai.quantize.weight_sharing import SharedWeight
+from fasterai.quantize.weight_sharing import SharedWeight, SharedWeights, _ByPairs, _Together
 from fasterai.distill.all import Attention, KnowledgeDistillationCallback
 from fasterai.prune.all import PruneCallback
 from fasterai.regularize.all import RegularizationCallback
 from fasterai.sparse.all import KeepSparsity, Sparsifier, SparsifyCallback
-from tiny import At, fit, learner, net, raises, same, state
+from tiny import FAKE_GPU, At, fit, learner, net, raises, same, state
 
 def partition(w): "Number of the cluster of each element"; return w.detach().unique(return_inverse=True)[1]
 def weights(model): return [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
@@ -110,6 +111,143 @@ def test_no_waiting_for_the_device(axis):
         fake.drop_zeros()
         fake.snap()
         assert {v.device.type for v in vars(fake).values() if isinstance(v, torch.Tensor)}=={'cuda'}
+
+SIZES = (16,3,3,3),(32,16,3,3),(9,7,1,1),(5,129,1,1),(6,41),(161,129),(64,32,3,3),(7,),(2,)
+WAYS = dict(one_by_one=lambda ws: ws, by_pairs=lambda ws: [_ByPairs(o) for o in ws], together=lambda ws: [_Together(ws)], chosen=lambda ws: [SharedWeights(ws)])
+
+@functools.cache
+def made(dtype, axis, bits, layout):
+    torch.manual_seed(0)
+    ws = []
+    for i,size in enumerate(SIZES):
+        x = torch.randn(size, dtype=dtype)
+        x[x.abs()<.3] = 0
+        p = nn.Parameter(x.to(memory_format=layout) if len(size)==4 and i%3 else x)
+        ws.append(SharedWeight(p, 2**bits, axis if len(size)>1 else None, init='linear'))
+    return ws
+
+def many(*args):
+    "Shared weights of all sizes, with zeros, some with a gradient of another layout, one without any"
+    ws = copy.deepcopy(made(*args))
+    torch.manual_seed(0)
+    for i,o in enumerate(ws):
+        if i!=4: o.p.grad = torch.randn_like(o.p)
+        if i in (1,6): o.p.grad = o.p.grad.contiguous()
+    return ws
+
+def a_step(ws, way):
+    way = WAYS[way](ws)
+    for o in way: o.sum_grads() if isinstance(o, SharedWeights) else o.sum_grad()
+    grads = [None if o.p.grad is None else o.p.grad.clone() for o in ws]
+    with torch.no_grad():
+        for o in ws: o.p += 1e-4*torch.arange(o.p.numel(), dtype=torch.double).view(o.p.shape)  # no two elements are equal
+    for o in way: o.snap()
+    return grads,[o.p.detach() for o in ws]
+
+@pytest.mark.parametrize('way', ['by_pairs','together','chosen'])
+@pytest.mark.parametrize('layout', [torch.contiguous_format,torch.channels_last])
+@pytest.mark.parametrize('dtype,bits,axis', [(torch.float32,1,None), (torch.float32,4,None), (torch.float32,8,None), (torch.float64,2,0), (torch.bfloat16,2,None), (torch.float32,1,0), (torch.float32,2,1), (torch.float16,4,1)])
+def test_all_ways_are_one_by_one(way, layout, dtype, bits, axis):
+    "The same sums, and after a step those that share are equal to the last bit and zeros are zero"
+    ws,again = many(dtype, axis, bits, layout),many(dtype, axis, bits, layout)
+    (grads,ps),(wanted,want) = a_step(ws, way),a_step(again, 'one_by_one')
+    rtol = {torch.float64:1e-12, torch.float32:1e-4, torch.float16:2e-3, torch.bfloat16:1e-2}[dtype]
+    for g,w,p in zip(grads, wanted, ps):
+        assert (g is None)==(w is None)
+        if g is not None: assert g.any() and g.dtype==dtype and torch.allclose(g, w, rtol=rtol, atol=rtol)
+    for p,w,o in zip(ps, want, ws):
+        assert torch.equal(p, w) and p.stride()==w.stride() and not p.flatten()[torch.isin(o.codes, o.zero)].any()
+
+@pytest.mark.parametrize('way', ['by_pairs','together'])
+def test_all_ways_after_zeros_are_dropped(way):
+    ws,again = many(torch.float32, None, 2, torch.channels_last),many(torch.float32, None, 2, torch.channels_last)
+    for os in ws,again:
+        for o in os:
+            with torch.no_grad(): o.p[o.p==o.p.max()] = 0
+        if os is ws:
+            shared = SharedWeights(os)
+            shared.snap()
+            before = shared._by_device()[0]
+            for o in os:
+                with torch.no_grad(): o.p[o.p==o.p.max()] = 0
+            shared.drop_zeros()
+            assert shared._by_device()[0] is not before  # found again
+            assert shared._by_device()[0] is shared._by_device()[0]
+        else:
+            for o in os: o.snap()
+            for o in os:
+                with torch.no_grad(): o.p[o.p==o.p.max()] = 0
+                o.drop_zeros()
+    (grads,ps),(wanted,want) = a_step(ws, way),a_step(again, 'one_by_one')
+    for a,b in zip(ps, want): assert torch.equal(a, b)
+    for a,b in zip(grads, wanted): assert a is None and b is None or torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+def test_views_of_another_tensor():
+    "A weight that begins at an odd place of its storage, as one of flattened parameters does, or whose elements have gaps"
+    for place in 1,2:
+        store = torch.randn(2**14+2)
+        p = nn.Parameter(store[place:place+2**14].view(128,128))
+        q = nn.Parameter(torch.randn(128,256)[:,::2])
+        for o in (SharedWeight(p, 4),SharedWeight(q, 4)):
+            o.p.grad = torch.randn(2**15+1)[1:][::2].view(128,128) if place==1 else torch.randn(128,128)
+            want = torch.zeros(o.n).index_add_(0, o.codes, o.p.grad.flatten()).index_fill(0, o.zero, 0)[o.codes].view(128,128)
+            way = _ByPairs(o)
+            way.sum_grad()
+            assert way.paired and torch.allclose(o.p.grad, want, atol=1e-3)
+            o.p.data += torch.arange(2**14).view(128,128)
+            way.snap()
+            v = o.p.detach().flatten()
+            assert torch.equal(v, v[o.first][o.codes])
+
+class Count(TorchDispatchMode):
+    "How many operations compute something; a view does not"
+    n = 0
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.n += not op.is_view
+        return op(*args, **(kwargs or {}))
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format,torch.channels_last])
+def test_operations_do_not_grow_with_layers(layout):
+    def operations(n, event):
+        ws = [SharedWeight(nn.Parameter(torch.randn(8,4,3,3).to(memory_format=layout)), 4) for _ in range(n)]
+        for o in ws: o.p.grad = torch.randn_like(o.p)
+        together = _Together(ws)
+        with Count() as c: getattr(together, event)()
+        return c.n
+    for event,most in (('sum_grad',8),('snap',6)): assert operations(2, event)==operations(40, event)<=most
+
+def on_gpu(o):
+    "A copy with fake tensors that say that they are on a GPU"
+    fake = copy.copy(o)
+    for k,v in vars(o).items():
+        if isinstance(v, torch.Tensor): setattr(fake, k, torch.empty(v.shape, dtype=v.dtype, device=FAKE_GPU))
+    fake.p = nn.Parameter(fake.p)
+    fake.p.grad = torch.empty_like(fake.p)
+    return fake
+
+def test_together_waits_for_no_value():
+    "On a (fake) GPU, weights of one dtype are together, and asking for a value raises"
+    real = [SharedWeight(nn.Parameter(torch.randn(4, 6, dtype=dtype)), 4, axis) for dtype in (torch.float32,torch.float64) for axis in (None,0)]
+    with FakeTensorMode():
+        shared = SharedWeights(map(on_gpu, real))
+        ways = [_Together(shared[:2]),_Together(shared[2:])]
+        for o in ways:
+            o.sum_grad()
+            o.snap()
+        if FAKE_GPU=='cuda':
+            shared.sum_grads(), shared.drop_zeros(), shared.snap()
+            assert [[o.p.dtype for o in w.weights] for w in shared._by_device()]==[[torch.float32]*2,[torch.float64]*2]
+
+def test_parts_of_sums_do_not_depend_on_threads():
+    n,sums = torch.get_num_threads(),[]
+    try:
+        for threads in 1,2:
+            torch.set_num_threads(threads)
+            ws = many(torch.float32, None, 4, torch.contiguous_format)
+            SharedWeights(ws).sum_grads()
+            sums.append([o.p.grad for o in ws if o.p.grad is not None])
+    finally: torch.set_num_threads(n)
+    assert all(torch.equal(a, b) for a,b in zip(*sums))
 
 @pytest.mark.parametrize('cb,says', [(lambda: PruneCallback(50), 'PruneCallback changes the shapes'), (lambda: SparsifyCallback(50, schedule='dsd'), 'falls')])
 def test_what_cannot_be_with_clusters_is_refused(cb, says):

@@ -34,6 +34,12 @@ def has_axes(m:nn.Module): # Any module
     "Are the axes of `m`'s weight known?"
     return any(t in layer_axes or t.__name__ in layer_axes for t in type(m).__mro__)
 
+# %% ../../nbs/core/01_granularity.ipynb #4d118edb
+def _memory_order(w): # Tensor
+    "Axes of `w` from the outermost in memory to the innermost, if `w` lies there without a gap; else as they are"
+    order = sorted(range(w.dim()), key=w.stride, reverse=True)
+    return order if w.permute(order).is_contiguous() else list(range(w.dim()))
+
 # %% ../../nbs/core/01_granularity.ipynb #47a5fa55
 def _all(axes): return axes
 def _none(axes): return ''

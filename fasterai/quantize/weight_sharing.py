@@ -6,11 +6,12 @@
 __all__ = ['Quantizer', 'is_weight', 'check_bits', 'bits_by_name', 'SharedWeight', 'SharedWeights', 'KMeansQuantizer']
 
 # %% ../../nbs/quantize/02_weight_sharing.ipynb #db01ed1b
+from math import gcd
 import torch
 from torch import nn, Tensor
 from ..core.running import check_scripts, check_shapes, plain_model
 from ..core.brought import check_weights, computed, made_of, plain_name, still, told, warn
-from ..core.granularity import axes_of
+from ..core.granularity import _memory_order, axes_of
 from ..core.registry import did_you_mean, named
 from .kmeans import inits, kmeans
 from ..legacy import old_options
@@ -113,17 +114,164 @@ class SharedWeight:
         "After the step: those that share a value are equal to the last bit, and zeros are zero"
         self._write(self.p, self.p.detach().flatten().index_select(0, self.first))
 
+# %% ../../nbs/quantize/02_weight_sharing.ipynb #5e1d294b
+_pairs = {2:torch.int32, 4:torch.int64, 8:torch.complex128}  # By the bytes of a number, a type of twice as many: only copied
+_most_parts = 16  # Into which the elements of a weight are split for the threads
+_worth_it = 4  # A table is worth building if there are so many times more elements to look up
+
+class _ByPairs:
+    "A `SharedWeight` on the CPU, two elements at a time where that pays"
+    def __init__(self, shared):
+        self.shared,self.order = shared,_memory_order(shared.p)
+        p,k = shared.p,shared.k
+        self.shape = [p.shape[o] for o in self.order]
+        codes = shared.codes.view(p.shape).permute(self.order).flatten().long()  # 64 bits, as torch wants them in `gather`
+        self.first = torch.unravel_index(shared.first, p.shape)
+        pairs = self._pair_up(codes) if p.element_size() in _pairs and len(codes)%2==0 else None
+        self.paired = pairs is not None
+        if self.paired: codes = pairs
+        self.size = shared.n*k if self.paired else shared.n  # of the table
+        if self.paired: self.both = self._members()
+        parts = gcd(len(codes), _most_parts)
+        while parts>1 and _worth_it*parts*self.size>len(codes): parts //= 2
+        self.codes = codes.view(parts, -1)
+
+    def _pair_up(self, codes):
+        "One number for each pair of neighbours; None if there are too few pairs, or if two neighbours have values of different slices"
+        k,(a,b) = self.shared.k,codes.view(-1,2).T
+        if _worth_it*self.shared.n*k>len(a) or not torch.equal(a//k, b//k): return
+        return a*k+b%k  # slice·k² + first·k + second
+
+    def _members(self):
+        "The codes of the two elements of each pair"
+        n,k = self.shared.n,self.shared.k
+        first = torch.arange(n, device='cpu')[:,None].expand(n, k)
+        second = (first//k*k)+torch.arange(k, device='cpu')
+        return torch.stack([first, second], -1).flatten()
+
+    def _flat(self, x):
+        "The elements of `x` as they lie in memory, and whether these are its own and pairs can be viewed as one number"
+        x = x.detach().permute(self.order)
+        own = x.is_contiguous() and x.storage_offset()%2==0
+        return x.view(-1) if own else x.clone(memory_format=torch.contiguous_format).view(-1),own
+
+    def sums(self, g):
+        "The sum of the elements of `g` for each value"
+        g = g.to(torch.promote_types(g.dtype, torch.float32))
+        if self.paired: g = torch.view_as_complex(g.view(-1,2))
+        parts = g.new_zeros(len(self.codes), self.size).scatter_add_(1, self.codes, g.view(self.codes.shape)).sum(0)
+        return g.real.new_zeros(self.shared.n).index_add_(0, self.both, torch.view_as_real(parts).flatten()) if self.paired else parts
+
+    def write(self, x, values):
+        "Give each element of `x` its value of `values`"
+        flat,own = self._flat(x)
+        table = values.to(x.dtype).index_fill(0, self.shared.zero, 0)
+        if self.paired:
+            wide = _pairs[x.element_size()]
+            table,flat = table.index_select(0, self.both).view(wide),flat.view(wide)
+        torch.gather(table.expand(len(self.codes), -1), 1, self.codes, out=flat.view(self.codes.shape))
+        if not own: x.detach().permute(self.order).copy_(flat.view(x.dtype).view(self.shape))
+
+    def sum_grad(self):
+        g = self.shared.p.grad
+        if g is not None: self.write(g, self.sums(self._flat(g)[0]))
+
+    def snap(self):
+        p = self.shared.p.detach()
+        self.write(p, p[self.first])
+
+# %% ../../nbs/quantize/02_weight_sharing.ipynb #c0aae62e
+_piece = 4096  # Elements of a piece: enough for the threads of a block, few enough for all blocks to have some
+
+def _sum_runs(x, ends):
+    "Sums of runs of `x` between `ends`"
+    # unsafe: without a look at `offsets`, for which the GPU would be waited for
+    return torch.segment_reduce(x, 'sum', offsets=ends, unsafe=True)
+
+class _Together:
+    "Shared weights of one device and dtype, all at once"
+    def __init__(self, weights): # `SharedWeight`s
+        self.weights,self.params = weights,[o.p for o in weights]
+        self.orders = [_memory_order(p) for p in self.params]
+        self.as_is = all(order==sorted(order) for order in self.orders)
+        self.flat = torch.cat([p.new_empty(p.numel()) for p in self.params])  # what is written, before it goes to the layers
+        self.parts = [self._shaped(x, p, order) for x,p,order in zip(self.flat.split([p.numel() for p in self.params]), self.params, self.orders)]
+        self._number()
+        self._sort()
+
+    def _shaped(self, x, p, order): return x.view([p.shape[o] for o in order]).permute([order.index(i) for i in range(p.dim())])
+
+    def _number(self):
+        "Codes, zeros and first elements of all weights, each counted on from those of the weight before"
+        codes,zeros,firsts,n_values,n_elements = [],[],[],0,0
+        for o,p,order in zip(self.weights, self.params, self.orders):
+            codes.append(o.codes.view(p.shape).permute(order).flatten()+n_values)
+            zeros.append(o.zero+n_values)
+            places = self._shaped(torch.arange(p.numel(), device=p.device), p, order).flatten()  # where each element lies
+            firsts.append(places[o.first]+n_elements)
+            n_values,n_elements = n_values+o.n,n_elements+p.numel()
+        self.codes,self.zeros,self.firsts,self.n_values = torch.cat(codes),torch.cat(zeros),torch.cat(firsts),n_values
+
+    def _sort(self):
+        "Where the elements of each value lie, one value after the other, and where pieces of these runs and the runs themselves end"
+        device,n = self.codes.device,len(self.codes)
+        codes,self.where = self.codes.sort(stable=True)
+        if n<2**31: self.where = self.where.int()  # half the memory
+        starts = torch.searchsorted(codes, torch.arange(self.n_values+1, dtype=codes.dtype, device=device))
+        self.pieces = torch.cat([starts, torch.arange(0, n, _piece, device=device)]).sort().values
+        self.runs = torch.searchsorted(self.pieces, starts)
+
+    def _read(self, xs):
+        if self.as_is: return torch._utils._flatten_dense_tensors(xs)
+        return torch.cat([x.permute(order).reshape(-1) for x,order in zip(xs, self.orders)])
+
+    def _write(self, xs, parts, values):
+        values = values.to(self.flat.dtype).index_fill_(0, self.zeros, 0)
+        torch.index_select(values, 0, self.codes, out=self.flat)
+        torch._foreach_copy_(xs, parts)
+
+    @torch.no_grad()
+    def sum_grad(self):
+        grads = [p.grad for p in self.params]
+        held = [i for i,g in enumerate(grads) if g is not None]
+        if not held: return
+        flat = self._read([p if g is None else g for g,p in zip(grads, self.params)])  # of what has no gradient, nothing is written
+        flat = flat.index_select(0, self.where).to(torch.promote_types(flat.dtype, torch.float32))
+        self._write([grads[i] for i in held], [self.parts[i] for i in held], _sum_runs(_sum_runs(flat, self.pieces), self.runs))
+
+    @torch.no_grad()
+    def snap(self): self._write(self.params, self.parts, self._read(self.params).index_select(0, self.firsts))
+
+# %% ../../nbs/quantize/02_weight_sharing.ipynb #14e32fab
 class SharedWeights(list):
     "What `KMeansQuantizer.share` gives: the weights that share values, to train these"
+    def __init__(self, weights=()):
+        super().__init__(weights)
+        self._seen,self._ways = None,[]
+
+    def _by_device(self):
+        "What sums and snaps the weights, found again if something about these has changed"
+        seen = [(o,o.codes._version,o.p.device,o.p.dtype) for o in self]
+        if seen!=self._seen: self._ways,self._seen = self._find(),seen
+        return self._ways
+
+    def _find(self):
+        ways,groups = [],{}
+        for o in self:
+            kind = o.p.device.type
+            if kind=='cuda': groups.setdefault((o.p.device,o.p.dtype), []).append(o)
+            else: ways.append(_ByPairs(o) if kind=='cpu' else o)
+        return ways+[_Together(os) for os in groups.values()]
+
     def sum_grads(self):
         "Before the optimizer's step"
-        for o in self: o.sum_grad()
+        for o in self._by_device(): o.sum_grad()
     def drop_zeros(self):
         "When others have zeroed elements"
         for o in self: o.drop_zeros()
     def snap(self):
         "After it"
-        for o in self: o.snap()
+        for o in self._by_device(): o.snap()
 
 # %% ../../nbs/quantize/02_weight_sharing.ipynb #3718590f
 class KMeansQuantizer:

@@ -6,12 +6,14 @@
 __all__ = ['norm_types', 'penalties', 'penalty', 'Penalty']
 
 # %% ../../nbs/regularize/01_penalties.ipynb #15e02949
+from math import prod
 from typing import Callable
+import torch
 from torch import nn, Tensor
-from ..core.criteria import Criteria, criteria_of, criterias, large_final, needs
-from ..core.running import plain_model
+from ..core.criteria import Criteria, criteria_of, criterias, large_final, needs, reducers
+from ..core.running import is_fake, plain, plain_model
 from ..core.brought import still
-from ..core.granularity import axes_of, blocks, layer_axes
+from ..core.granularity import Blocks, _memory_order, axes_of, blocks, layer_axes
 from ..core.registry import did_you_mean, named
 
 # %% ../../nbs/regularize/01_penalties.ipynb #eab45f14
@@ -35,6 +37,92 @@ penalties = dict(
     group_lasso= (Criteria(large_final, reducer='l2'), nn.Conv2d), # l2 norm of each block: Yuan & Lin 2006, eq. 2; Wen et al., arXiv 1608.03665, eq. 2
     slimming   = (Criteria(large_final), norm_types)) # Scales of normalizations: Liu et al., arXiv 1708.06519, eq. 1
 
+# %% ../../nbs/regularize/01_penalties.ipynb #eead0e70
+_short_run = 32  # Where runs are shorter than this, on average, most threads are idle that a GPU has for each of them (a warp has 32)
+
+def _in_runs(b, order):
+    "Are the weights of each of the blocks `b` neighbours in memory?"
+    return order[:len(b.dims)]==list(b.dims)
+
+def _too_short(bs):
+    "Are the runs of blocks `bs` so short that it is better to go layer by layer?"
+    return sum(prod(b.shape) for b in bs)<_short_run*sum(b.n for b in bs)
+
+def _waits_for_python(w):
+    "Is launching an operation on `w` what takes long? On a CPU it is reading the weights, best while a layer is in the cache"
+    return w.device.type=='cuda'
+
+class _Pass:
+    "How weights of one device and dtype are priced in one pass"
+    def __init__(self, ws, bs, criteria): # Weights, as they are now; their blocks, numbered by axes; criteria, pointwise
+        self.criteria,self.bs = criteria,bs
+        self.orders = [_memory_order(w) for w in ws]
+        self.as_is = all(order==sorted(order) for order in self.orders)
+        shapes = [torch.empty([w.shape[o] for o in order], device='meta') for w,order in zip(ws, self.orders)]
+        self.strides = [x.permute([order.index(i) for i in range(x.dim())]).stride() for x,order in zip(shapes, self.orders)]
+        self.sizes = [w.numel() for w in ws]
+        self.l2 = criteria.reducer is reducers['l2']
+        if self.l2: self._count_runs(ws[0].device)
+        else: self.share = self._shares(ws[0])
+
+    def _count_runs(self, device):
+        "Find where the runs end, and of which run each weight is"
+        lengths = torch.cat([torch.full((b.n,), size//b.n, device=device) for b,size in zip(self.bs, self.sizes)])
+        self.ends = nn.functional.pad(lengths.cumsum(0), (1,0))
+        self.run = torch.arange(len(lengths), dtype=torch.int32, device=device).repeat_interleave(lengths, output_size=sum(self.sizes))
+
+    def _shares(self, w):
+        "How much the score of each weight counts"
+        mean = self.criteria.reducer is reducers['mean']
+        shares = [b.n/size if mean else 1. for b,size in zip(self.bs, self.sizes)]
+        parts = [torch.full((), share, dtype=_wide(w[:0]).dtype, device=w.device).expand(size) for share,size in zip(shares, self.sizes)]
+        return parts[0][:1].expand(sum(self.sizes)) if len(set(shares))==1 else torch.cat(parts)
+
+    def read(self, ws):
+        "The weights `ws` in one vector, each in the order of its memory"
+        if self.as_is: return torch._utils._flatten_dense_tensors(ws)
+        return torch.cat([w.permute(order).reshape(-1) for w,order in zip(ws, self.orders)])
+
+    def spread(self, flat, ws):
+        "The parts of `flat` in the shapes of `ws`"
+        if self.as_is: return torch._utils._unflatten_dense_tensors(flat, ws)
+        return [x.as_strided(w.shape, stride) for x,w,stride in zip(flat.split(self.sizes), ws, self.strides)]
+
+    def price(self, ws, slope): # Weights; is the gradient asked for?
+        "The sum of the scores of all blocks, and its gradient for each weight, in one vector"
+        with torch.no_grad(): flat = _wide(self.read(ws)).detach().requires_grad_(slope)
+        with torch.set_grad_enabled(slope): scores = self.criteria(w=flat)
+        known = scores.detach()
+        if self.l2:
+            # unsafe: without a look at `offsets`, for which the GPU would be waited for
+            norms = torch.segment_reduce(known.square(), 'sum', offsets=self.ends, unsafe=True).sqrt()
+            total = norms.sum()
+            if slope: by_score = known*norms.reciprocal().masked_fill_(norms==0, 0.).index_select(0, self.run)  # a block of zeros stays
+        else: total,by_score = (known*self.share).sum(),self.share
+        return total,torch.autograd.grad(scores, flat, by_score)[0] if slope else None
+
+    def one_by_one(self, ws): return sum(_price(w, b, self.criteria) for w,b in zip(ws, self.bs))
+
+class _Priced(torch.autograd.Function):
+    "The price of weights by a `_Pass`"
+    @staticmethod
+    def forward(ctx, how, slope, *ws):
+        total,by_weight = how.price(ws, slope)
+        ctx.how = how
+        ctx.save_for_backward(by_weight, *ws)
+        return total
+    @staticmethod
+    def backward(ctx, grad):
+        by_weight,*ws = ctx.saved_tensors
+        asked = [w for w,o in zip(ws, ctx.needs_input_grad[2:]) if o]
+        if torch.is_grad_enabled():  # a gradient of the gradient is wanted
+            found = torch.autograd.grad(ctx.how.one_by_one(ws), asked, grad, create_graph=True)
+        else:
+            found = ctx.how.spread((by_weight*grad).to(ws[0].dtype), ws)
+            found = [g for g,o in zip(found, ctx.needs_input_grad[2:]) if o]
+        found = iter(found)
+        return None,None,*(next(found) if o else None for o in ctx.needs_input_grad[2:])
+
 # %% ../../nbs/regularize/01_penalties.ipynb #f71e5e38
 def _axes(m): return 'o' if isinstance(m, norm_types) else axes_of(m)
 
@@ -55,7 +143,7 @@ class Penalty:
         types = tuple(types) if isinstance(types, (tuple, list)) else (types,)
         for t in types:
             if not isinstance(t, type): raise TypeError(f'layer_types is a class of layers or a tuple of them, not {t!r}: {did_you_mean(t, [o.__name__ for o in layer_axes if isinstance(o, type)])}')
-        self.layers,self.blocks = {},{}
+        self.layers,self.blocks,self.looks,self.groups = {},{},None,[]
         with still(model): self._find(model, types)
         if not self.layers: raise ValueError(f'the model has no layer of type {", ".join(t.__name__ for t in types)} with a weight; it has {", ".join(sorted({type(m).__name__ for m in model.modules() if getattr(m, "weight", None) is not None}))}')
         n,(m,_) = next(iter(self.layers.items()))
@@ -85,4 +173,35 @@ class Penalty:
 
     def _price(self, name, w): return _price(w, self._blocks(name, w), self.criteria)
     def by_layer(self): "The penalty of each layer, by name"; return {n: self._price(n, m.weight) for n,(m,_) in self.layers.items()}
-    def __call__(self): "The penalty of all layers"; return sum(self.by_layer().values())
+
+    def _passable(self, b, w):
+        "Can the weight `w`, of blocks `b`, be priced together with others?"
+        known = self.criteria.reducer in (reducers['mean'],reducers['sum'],reducers['l2'])
+        if not (self.criteria.pointwise and known and type(b).fold is Blocks.fold): return False
+        if type(plain(w)) not in (Tensor,nn.Parameter) and not is_fake(w): return False
+        return self.criteria.reducer is not reducers['l2'] or _in_runs(b, _memory_order(w))
+
+    def _group(self, ws):
+        "The names of the layers that are priced together, each with its `_Pass`, and of those that are priced alone, with None"
+        groups = {}
+        for n,w in ws.items():
+            together = _waits_for_python(w) and self._passable(self._blocks(n, w), w)
+            groups.setdefault((w.device,w.dtype) if together else n, []).append(n)
+        return [o for key,ns in groups.items() for o in self._planned(ns, ws, alone=key==ns[0])]
+
+    def _planned(self, ns, ws, alone):
+        bs = [self._blocks(n, ws[n]) for n in ns]
+        if alone or self.criteria.reducer is reducers['l2'] and _too_short(bs): return [([n], None) for n in ns]
+        return [(ns, _Pass([ws[n] for n in ns], bs, self.criteria))]
+
+    def __call__(self):
+        "The penalty of all layers"
+        ws = {n: m.weight for n,(m,_) in self.layers.items()}
+        looks = [(type(w),w.shape,w.stride(),w.dtype,w.device) for w in ws.values()]  # what a callback may change while a model is trained
+        if looks!=self.looks: self.groups,self.looks = self._group(ws),looks
+        prices = []
+        for ns,together in self.groups:
+            group = [ws[n] for n in ns]
+            slope = torch.is_grad_enabled() and any(w.requires_grad for w in group)
+            prices.append(_Priced.apply(together, slope, *group) if together else self._price(ns[0], group[0]))
+        return sum((o.to(prices[0].device) for o in prices[1:]), prices[0])
