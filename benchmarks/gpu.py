@@ -212,7 +212,7 @@ def told_setting(model, n_images, px, layout=None):
 
 def steps(device, small):
     "Training steps with masks renewed at each, beside the same without a callback"
-    for setting,n in ((setting_a(small), 60), (setting_b(small), 30)):
+    for setting,n in ((setting_a(small), 120), (setting_b(small), 40)):
         n = WARM_STEPS+3 if small else n
         for name,make in callbacks(n).items():
             times = told(lambda: with_and_without(make(), n, now, device=device, **setting))

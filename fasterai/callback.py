@@ -34,10 +34,10 @@ class ScheduledCallback(Callback):
         if n_updates is not None and (not isinstance(n_updates, int) or isinstance(n_updates, bool) or n_updates<1): raise ValueError(f'n_updates is a whole number, at least 1, not {n_updates!r}')
         self.schedule,self.n_updates,self.inputs = schedule_of(schedule),n_updates,example_inputs
         self.next = None  # what is in use when training begins: `validate` comes to `before_fit` and `after_fit` too
-        self.last = 0
+        self.last,self.planned = 0,None  # step of the last update; how many steps there are, and updates
 
     def __call__(self, event_name):
-        if event_name=='before_fit': self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')  # anew: the last fit may have been interrupted
+        if event_name=='before_fit': self.planned,self.run = None,not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')  # anew: the last fit may have been interrupted
         return super().__call__(event_name)
 
     @property
@@ -64,7 +64,8 @@ class ScheduledCallback(Callback):
 
     def after_step(self):
         k,n = self.step
-        if due(k, n, n_due(n, self.n_epoch, self.most(n)), self.last): self._update()
+        if self.planned is None or self.planned[0]!=n: self.planned = n,n_due(n, self.n_epoch, self.most(n))
+        if due(k, n, self.planned[1], self.last): self._update()
         else: self.hold()
 
     def after_train(self):

@@ -97,8 +97,9 @@ def shares(context, sizes, **known): # Context, number of blocks by layer, the r
     ks = context(**{o: known[o]() if callable(known[o]) else known[o] for o in context_needs(context)})
     ks = {o if isinstance(o, tuple) else (o,): int(k) for o,k in ks.items()}
     for names,k in ks.items():
-        if wrong := [o for o in names if o not in sizes]: raise ValueError(f'context {name!r} names a layer {wrong[0]!r}: {did_you_mean(wrong[0], sizes)}')
-        n = sum(sizes[o] for o in names)
+        for o in names:
+            if o not in sizes: raise ValueError(f'context {name!r} names a layer {o!r}: {did_you_mean(o, sizes)}')
+        n = sum([sizes[o] for o in names])
         if not 0<=k<=n: raise ValueError(f'context {name!r} takes {k} of the {n} blocks of {", ".join(names)}')
     return ks
 

@@ -10,6 +10,7 @@ __all__ = ['grad_crit', 'movmag', 'criterias', 'NEEDS', 'reducers', 'pointwise',
 
 # %% ../../nbs/core/02_criteria.ipynb #3cad9c6c
 import inspect
+from functools import cached_property
 from typing import Callable
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ def random(w): "i.i.d. noise"; return torch.rand_like(w)
 # %% ../../nbs/core/02_criteria.ipynb #d6193d79
 @pointwise
 def large_final(w): "Magnitude: `|w|`"; return w.abs()
+large_final.absolute = True  # of the one thing it asks for, so that whoever ranks may look at that alone
 @pointwise
 def squared_final(w): "`w²`"; return w.square()
 @pointwise
@@ -98,12 +100,14 @@ class Criteria:
         normalizer:Callable|str|None=None, # Block scores of a layer → the same, rescaled: a reducer's name divides by it, or a function
     ):
         self.f,self.reducer = named('criteria', criterias, f),named('reducer', reducers, reducer)
-        needs(self.f)
+        self.needs = needs(self.f)
         self.normalizer = named('normalizer', reducers, normalizer)
         self.by_name = isinstance(normalizer, str)
         self.__name__ = getattr(self.f, '__name__', repr(self.f))
         self.__signature__ = inspect.signature(self.f)
         self.pointwise = self.normalizer is None and getattr(self.f, 'pointwise', False)
+    @cached_property
+    def keeps_one(self): "Is the score of a block of one weight that weight's?"; return bool(self.reducer(torch.tensor([[-1.]], device='cpu'))==-1)
     def __call__(self, **known): return self.f(**known)
     def reduce(self, s, nan=False): # Scores with a block in each row: [blocks, size]; does nan fill the rows of smaller blocks?
         "Score of each block: [blocks]"

@@ -18,9 +18,10 @@ BITS = 8  # leading bits that a pass settles: 11 would save a pass, whose tables
 PIECE,WHOLE = 2**23,2**25  # scores that are there at a time; up to so many, all are
 
 @triton.jit
-def _numbers(scores, at, inside, kept, first: tl.constexpr, best, place, protect: tl.constexpr):
+def _numbers(scores, at, inside, kept, first: tl.constexpr, best, place, protect: tl.constexpr, absolute: tl.constexpr):
     "Scores as whole numbers of the same order: the bits of a float, those of negative ones turned around"
     s = tl.load(scores+at, mask=inside, other=0.)
+    if absolute: s = tl.abs(s)
     bits = tl.where(s!=s, 0x7f800000, tl.where(s==0, 0, s.to(tl.int32, bitcast=True)))  # nan is as infinity; of two zeros, none is lower
     number = (bits ^ ((bits>>31) & 0x7fffffff)).to(tl.uint32, bitcast=True) ^ 0x80000000
     if first: number = tl.where(kept==0, 0, number)
@@ -29,14 +30,14 @@ def _numbers(scores, at, inside, kept, first: tl.constexpr, best, place, protect
     return number.to(tl.uint32)
 
 @triton.jit
-def _look(scores, row, i, first: tl.constexpr, best, protect: tl.constexpr, STEP: tl.constexpr):
+def _look(scores, row, i, first: tl.constexpr, best, protect: tl.constexpr, absolute: tl.constexpr, STEP: tl.constexpr):
     "Numbers of the scores from `i` of a chunk, whether they are there, and where their blocks are kept"
     o = i+tl.arange(0, STEP)
     inside = o<tl.load(row+2)
     keep = tl.load(row+3).to(tl.pointer_type(tl.int8))+o
     place = tl.load(row+5)+o
     safe = tl.load(best+tl.load(row+4)) & 0x7fffffff if protect else 0
-    number = _numbers(scores, tl.load(row+1)+o, inside, tl.load(keep, mask=inside, other=-1), first, safe, place, protect)
+    number = _numbers(scores, tl.load(row+1)+o, inside, tl.load(keep, mask=inside, other=-1), first, safe, place, protect, absolute)
     return number, inside, keep, place
 
 @triton.jit
@@ -63,7 +64,7 @@ def _narrow(state, bins, groups, best, find: tl.constexpr, BITS: tl.constexpr):
     tl.store(state+2, k<tl.sum(tl.where(bucket==tl.sum(before.to(tl.int64), 0), n, 0), 0))
 
 @triton.jit
-def _count(scores, table, groups, state, bins, best, at: tl.constexpr, first: tl.constexpr, find: tl.constexpr, protect: tl.constexpr,
+def _count(scores, table, groups, state, bins, best, at: tl.constexpr, first: tl.constexpr, find: tl.constexpr, protect: tl.constexpr, absolute: tl.constexpr,
            SIZE: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr):
     "Count into `bins` the scores of a chunk by the bits from `at`, as far as those before are the ones that are known; the group's last program narrows down"
     row = table+6*tl.program_id(0)
@@ -73,7 +74,7 @@ def _count(scores, table, groups, state, bins, best, at: tl.constexpr, first: tl
     bucket = tl.arange(0, 1<<BITS)
     found,out,top = tl.zeros([1<<BITS], tl.int32),0,tl.zeros([STEP], tl.int64)
     for i in range(0, SIZE, STEP):
-        number,inside,_,place = _look(scores, row, i, first, best, protect, STEP)
+        number,inside,_,place = _look(scores, row, i, first, best, protect, absolute, STEP)
         if find: top = tl.maximum(top, tl.where(inside, (number.to(tl.int64)<<31) | place, 0))
         if at+BITS<32: inside = inside & ((number>>(at+BITS))==known)
         found += tl.histogram(tl.where(inside, (number>>at) & ((1<<BITS)-1), 0).to(tl.int32), 1<<BITS)
@@ -86,7 +87,7 @@ def _count(scores, table, groups, state, bins, best, at: tl.constexpr, first: tl
         tl.store(state+3, 0)
 
 @triton.jit(do_not_specialize=['chunk','n'])
-def _ties(scores, table, state, ties, chunk, done, n, best, first: tl.constexpr, protect: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr):
+def _ties(scores, table, state, ties, chunk, done, n, best, first: tl.constexpr, protect: tl.constexpr, absolute: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr):
     "How many scores of a chunk equal the k-th, where not all of these go; the last program sums up over chunks"
     row,c = table+6*tl.program_id(0),tl.program_id(0)+chunk
     state += 4*tl.load(row)
@@ -94,7 +95,7 @@ def _ties(scores, table, state, ties, chunk, done, n, best, first: tl.constexpr,
     if tl.load(state+2)!=0:
         bound = tl.load(state).to(tl.uint32)
         for i in range(0, SIZE, STEP):
-            number,inside,_,_ = _look(scores, row, i, first, best, protect, STEP)
+            number,inside,_,_ = _look(scores, row, i, first, best, protect, absolute, STEP)
             equal += (inside & (number==bound)).to(tl.int32)
     tl.store(ties+c, tl.sum(equal, 0).to(tl.int64))
     if _last_of(done, n):
@@ -107,7 +108,7 @@ def _ties(scores, table, state, ties, chunk, done, n, best, first: tl.constexpr,
             so_far += tl.sum(more, 0)
 
 @triton.jit(do_not_specialize=['chunk'])
-def _decide(scores, table, groups, state, ties, chunk, best, first: tl.constexpr, protect: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr):
+def _decide(scores, table, groups, state, ties, chunk, best, first: tl.constexpr, protect: tl.constexpr, absolute: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr):
     "Keep what is above the k-th score; of its equals all go, or as many as are missing, in order of position"
     row,c = table+6*tl.program_id(0),tl.program_id(0)+chunk
     group = tl.load(row)
@@ -118,7 +119,7 @@ def _decide(scores, table, groups, state, ties, chunk, best, first: tl.constexpr
     n = tl.load(ties+c)-before
     before -= tl.load(ties+begin-1, mask=begin>0, other=0)
     for i in range(0, SIZE, STEP):
-        number,inside,keep,_ = _look(scores, row, i, first, best, protect, STEP)
+        number,inside,keep,_ = _look(scores, row, i, first, best, protect, absolute, STEP)
         gone = (number<bound) | ((number==bound) & (some==0))
         if n>0:
             tie = (inside & (number==bound)).to(tl.int32)
@@ -165,17 +166,19 @@ def _slices(rows):
 def _plan(device, groups): # Of each group, of each source: address of `keep`, number of blocks
     return _Plan(device, groups)
 
-def _score(sources, slices):
-    "Scores of some slices of sources, one after the other"
-    return sources[slices[0][0]].joined([(sources[o],i,j) for o,i,j in slices]).contiguous()
+def _score(sources, slices, absolute):
+    "Scores of some slices of sources, one after the other, or with `absolute` what they are the absolute values of"
+    o = sources[slices[0][0]]
+    return (o.signed if absolute else o.joined)([(sources[o],i,j) for o,i,j in slices]).contiguous()
 
 class _Run:
     "The passes over the scores of groups of sources"
     def __init__(self, groups, first, protect):
         self.sources,self.first,self.protect = [o for g in groups for o in g],first,protect
         self.device = self.sources[0].keep.device
-        self.plan = _plan(self.device, tuple(tuple((o.keep.data_ptr(), o.n) for o in g) for g in groups))
-        self.held = _score(self.sources, self.plan.pieces[0][2])
+        self.plan = _plan(self.device, tuple([tuple([(o.keep.data_ptr(), o.n) for o in g]) for g in groups]))
+        self.absolute = all([o.absolute for o in self.sources])
+        self.held = _score(self.sources, self.plan.pieces[0][2], self.absolute)
         self.best = torch.zeros(len(self.sources), dtype=torch.int64, device=self.device) if protect else self.plan.done
 
     def over(self, kernel, *args, **kwargs):
@@ -184,9 +187,9 @@ class _Run:
         for i,j,slices in self.plan.pieces:
             if not alone:
                 scores = None  # before there are others
-                scores = _score(self.sources, slices)
+                scores = _score(self.sources, slices, self.absolute)
             table = self.plan.table if alone else self.plan.table[i:j]
-            kernel[(j-i,)](scores, table, *(i if o is _Run else o for o in args), first=self.first, SIZE=SIZE, STEP=STEP, num_warps=4, **kwargs)
+            kernel[(j-i,)](scores, table, *(i if o is _Run else o for o in args), first=self.first, absolute=self.absolute, SIZE=SIZE, STEP=STEP, num_warps=4, **kwargs)
 
     def __call__(self, ks):
         plan,protect = self.plan,self.protect

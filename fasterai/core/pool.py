@@ -29,30 +29,33 @@ def select_each(
     protect:bool=False, # Does each source keep its best block?
 )->list:
     "Exactly so many blocks of each group are gone: the lowest of the kept ones go, or the highest of those that are gone return. How many that is, as far as what is protected allows"
-    ks = [min(k, sum(o.n for o in sources)-len(sources)*protect) for sources,_,k in groups]
-    asked = [(sources,gone,k) for (sources,gone,_),k in zip(groups, ks) if k!=gone]
-    for first in (True,False): _select([o for o in asked if (o[2]>o[1])==first], first, protect)
-    for sources,_,_ in asked:
-        for o in sources: o.safe = None
-    return ks
+    asked = [(sources, gone, min(k, _room(sources, protect))) for sources,gone,k in groups]
+    go = [o for o in asked if o[2]>o[1]]
+    back = [o for o in asked if o[2]<o[1]]
+    if go: _select(go, [o for o in asked if o[2]>=o[1]], True, protect)
+    if back: _select(back, back, False, protect)
+    return [k for *_,k in asked]
 
-def _select(groups, first, protect):
-    "Have the blocks of all `groups` go, or return"
+def _n(sources): return sources[0].n if len(sources)==1 else sum([o.n for o in sources])
+def _room(sources, protect): return _n(sources)-len(sources)*protect
+
+def _select(groups, all_, first, protect):
+    "Have the blocks of `groups` go, or return; `all_` are these and those that stay as they are, among which kernels rank them, so that they look at the same in each step"
     some = [o for o in groups if not _all_or_none(*o)]
-    if some and in_kernels(*(o.keep for sources,_,_ in some for o in sources)):
+    if not some: return
+    if in_kernels(*[o.keep for sources,_,_ in all_ for o in sources]):
         from fasterai.core import kernels
-        if kernels.rank([(sources,k) for sources,_,k in some], first, protect):
+        if kernels.rank([(sources,k) for sources,_,k in all_], first, protect):
             for sources,_,k in some: _count(sources, k)
             return
     for sources,gone,k in some:
-        n = sum(o.n for o in sources)
-        streams = first and n>=streaming.CHUNK//8 and all(o.keep.device.type=='cpu' for o in sources)
+        for o in sources: o.safe = None
+        streams = first and _n(sources)>=streaming.CHUNK//8 and all(o.keep.device.type=='cpu' for o in sources)
         if not (streams and streaming.drop(sources, gone, k-gone, protect)): rank(sources, k, first, protect)
 
 def _all_or_none(sources, gone, k):
     "Nothing is to be ranked where all or none are gone"
-    n = sum(o.n for o in sources)
-    if 0<k<n: return False
+    if 0<k<_n(sources): return False
     for o in sources: o.keep.fill_(0 if k else -1)
     _count(sources, k)
     return True

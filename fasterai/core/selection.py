@@ -7,8 +7,6 @@ __all__ = []
 
 # %% ../../nbs/core/04_selection.ipynb #daf65e46
 import math
-from fractions import Fraction
-from functools import lru_cache
 from numbers import Real
 import numpy as np
 import torch
@@ -19,13 +17,11 @@ def check_percent(what:str, value): # What it is called, percentage
     "`ValueError` if `value` is no percentage, but for rounding"
     if isinstance(value, bool) or not isinstance(value, Real) or not -1e-9<=value<=100+1e-9: raise ValueError(f'{what} is in percent, from 0 to 100, not {value!r}')
 
-@lru_cache(maxsize=64)
-def _exactly(pct): return Fraction(repr(round(pct, 10)))/100
+_UNIT = 10**10 # parts of a percent to which a percentage is exact
 
 def n_of(n:int, pct:float): # Number of blocks, percentage
     "How many blocks `pct` percent of `n` are, rounded down"
-    share = _exactly(float(pct))
-    return n*share.numerator//share.denominator
+    return n*round(round(float(pct), 10)*_UNIT)//(100*_UNIT)
 
 def rounded_gone(n:int, gone:int, to:int): # Number of blocks, how many are to go, what is left is a multiple of this
     "How many of `n` go so that a multiple of `to` is left: rather more are left than too few, but no more than there are; none go where `to` cannot be left"
@@ -50,6 +46,7 @@ class Source:
     "`n` blocks, which of them are kept, and their scores when asked for"
     safe = None  # position of a block that must stay
     left = None  # how many are kept, where that is known
+    absolute = False  # are scores the absolute values of something that is there?
     def __init__(self, keep): self.keep,self.n = keep,len(keep)
     def scores(self, i, j, step=1): # First block, end, every how many
         "Scores of blocks [i:j:step]: a tensor that may be written to"
@@ -58,6 +55,9 @@ class Source:
         "Scores of slices of several sources, of which this is one, one after the other"
         found = [o.scores(i, j) for o,i,j in slices]
         return torch.cat(found) if len(found)>1 else found[0]
+    def signed(self, slices): # The same
+        "What the scores of `absolute` sources are the absolute values of"
+        raise NotImplementedError(f'{type(self).__name__} has scores alone')
     @property
     def gone(self): "How many are gone"; return self.n-int(self.keep.count_nonzero())
 

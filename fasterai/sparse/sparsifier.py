@@ -19,7 +19,7 @@ from ..core.registry import did_you_mean
 from ..core.running import at_home, check_scripts, inputs_that_run, plain_model
 from ..core.brought import check_finite, check_scores, computed, falls_short, made_of, much_less, plain_name, rounds_up, still, told
 from ..core.brought import unfit, warn
-from ..core.criteria import criteria_of, criterias, large_final, needs, reducers
+from ..core.criteria import criteria_of, criterias, large_final, reducers
 from ..core.context import context_of, local
 from ..core.selection import Scores, Source, check_percent, n_of, rounded_gone
 from ..core.pool import Pool, in_kernels, select_each
@@ -57,7 +57,10 @@ class Streamed(Source):
     "Scores that are computed piece by piece, from what the criteria asks for, one weight after the other"
     def __init__(self, keep, f, flat):
         super().__init__(keep)
-        self.f,self.flat = f,flat
+        self.f,self.flat,self.absolute = f,flat,getattr(f, 'absolute', False)
+    def signed(self, slices):
+        found = [x if j-i==o.n else x[i:j] for o,i,j in slices for x in o.flat.values()]
+        return _wide(torch.cat(found) if len(found)>1 else found[0])
     def scores(self, i, j, step=1):
         s = self.f(**{o: _wide(x[i:j:step]) for o,x in self.flat.items()})
         return s.clone() if s._is_view() else s
@@ -82,11 +85,11 @@ class Layer:
         w,b = parts[0].w,parts[0].blocks
         self.keep,self.n = torch.full((b.n,), -1, dtype=torch.int8, device=w.device),b.n
         self.name,self.parts,self.criteria = name,parts,criteria
-        self.past,self.given,self.masked,self._masks,self._whole,self._stream = {},{},False,None,None,None
+        self.past,self.given,self.masked,self._masks,self._whole = {},{},False,None,None
         self._dense,self._run_of,self.version = {},{},0
-        self.needs,one = needs(criteria),torch.tensor([[-1.]], device='cpu')
+        self.needs = criteria.needs
         self.alone = criteria.pointwise and 'act' not in self.needs
-        self.streams = len(parts)==1 and b.in_order and self.alone and bool(criteria.reducer(one)==-1)
+        self.streams = len(parts)==1 and b.in_order and self.alone and criteria.keeps_one
         self.trusted = self.needs==('w',) and criteria.f in criterias.values()
 
     @property
@@ -110,21 +113,11 @@ class Layer:
 
     def source(self, checked=False):
         "The scores of its blocks; a criteria that fails does so here, and with `checked` one that gives nan or inf, for which a device is waited"
-        if self.streams and (self.trusted or not checked): res = self._streamed()
+        if self.streams and (self.trusted or not checked): res = Streamed(self.keep, self.criteria.f, {o: x.reshape(-1) for o,x in self.known(0).items()})
         elif self.partial and self.trusted: res = Later(self.keep, self.scored)
         else: res = Scores(self.scored(checked), self.keep)
         res.left = self.left
         return res
-
-    def _streamed(self):
-        "A `Streamed` source, the last one as long as what it looks at is where it was"
-        seen = [self.parts[0].w, *(self.past[o][0] for o in self.needs if o in self.past)]
-        places = [x.data_ptr() for x in seen] if in_kernels(*seen) and len(seen)==len({'w',*self.needs}) else None
-        if self._stream is None or places is None or self._stream[0]!=places:
-            source = Streamed(self.keep, self.criteria.f, {o: x.reshape(-1) for o,x in self.known(0).items()})
-            if not all(x.is_contiguous() for x in seen): return source
-            self._stream = places,source
-        return self._stream[1]
 
     def _score(self, i, checked=False): # Which part
         "Scores of its weights"
@@ -236,7 +229,7 @@ class Layer:
         if self.keep.device==dev: return
         self.keep = self.keep.to(dev)
         self.past = {o: [x.to(dev) for x in xs] for o,xs in self.past.items()}
-        self._dense,self._stream,self.version = {},None,self.version+1
+        self._dense,self.version = {},self.version+1
         if self._masks is not None: self._masks = [m.to(dev) for m in self._masks]
 
 def in_rows(w): # Weight
@@ -392,8 +385,9 @@ def _by_filter(o):
 
 def find_sides(model, layers, example_inputs=None):
     "By name, the parameters whose entries go with the filters (or heads) of `layers`"
-    sides,params = {},dict(model.named_parameters())
     filters = {o:number for o in layers if (number := _filters(o)) is not None}
+    if not filters and all(o.parts[0].axes for o in layers): return {}
+    sides,params = {},dict(model.named_parameters())
     own = {p.name for o in filters for p in o.parts}
     if filters and not params.keys()<=own:
         graph = ChannelGraph(model, inputs_that_run(model, example_inputs))
@@ -594,25 +588,11 @@ class Rows:
         self.length,self.order,self.n_rows,self.size = (x.to(device) for x in (length, order, n_rows, size))
         self.plain = torch.equal(order, torch.arange(len(block), device='cpu')) and bool((n_rows==1).all()) # a row for each block, in order
         self.batches = _batches([p.w.numel() for _,p in parts], [len(p.w) for _,p in parts])
-        self.seen = None
-
-    def fits(self, layers):
-        "Is it made for these, where they are?"
-        return self.layers==layers and self.length.device==layers[0].keep.device
-
-    def _known(self):
-        "What is known of each part, as one row; what was found last, as long as it is where it was"
-        known = [o.known(i) for o in self.layers for i in range(len(o.parts))]
-        places = [(x.data_ptr(), x.stride()) for xs in known for x in xs.values()]
-        if self.seen is None or self.seen[0]!=places:
-            rows = [_one_by_one(o) for o in known]
-            if any(a.data_ptr()!=b.data_ptr() for xs,ys in zip(rows, known) for a,b in zip(xs.values(), ys.values())): return rows
-            self.seen = places,rows
-        return self.seen[1]
+        self.known = [_one_by_one(o.known(i)) for o in layers for i in range(len(o.parts))]
 
     def scores(self):
         "Scores of the blocks of each layer, as they are now"
-        known = self._known()
+        known = self.known
         how,rows = 'max' if self.criteria.reducer is reducers['max'] else 'sum',[]
         for some,which in self.batches:
             s = self.criteria.f(**{k: _wide(torch.cat([x[k] for x in known[some]])) for k in known[0]})
@@ -634,6 +614,37 @@ def _batches(sizes, rows):
         res.append((slice(i, j), slice(r, r+n)))
         i,r = j,r+n
     return res
+
+# %% ../../nbs/sparse/01_sparsifier.ipynb #08bdb7d2
+class Sources:
+    "The sources of layers, by name, for an update, and for later ones as long as all that they look at is where it was"
+    def __init__(self, layers, checked=False):
+        self.layers,self.checked = layers,checked
+        ws = [p.w for p in parts_of(layers)]
+        self.fast = in_kernels(layers[0].keep, *ws)
+        self.rows = [o for o in layers if self.fast and o.by_rows and (o.trusted or not checked)]
+        streams = [o for o in layers if o.streams and (o.trusted or not checked)]
+        self.others = [o for o in layers if o not in self.rows and not o.streams]
+        self.made,self.joint = None,Rows(self.rows) if self.rows else None
+        alone = self.fast and not self.others and len(streams)+len(self.rows)==len(layers) and {*layers[0].needs}<={'w','w0','w_prev'}
+        views = alone and all(in_rows(w) if o.by_rows else w.is_contiguous() for o in layers for w in [p.w for p in o.parts])
+        past = [x for o in layers for xs in o.past.values() for x in xs]
+        self.seen = [(x, x.data_ptr()) for x in ws+past] if views else None
+        self.places = [(p.mod._parameters, p.attr) for p in parts_of(layers)]
+
+    def serves(self, layers, checked):
+        "Does it give the scores of `layers` as they are now?"
+        if self.seen is None or checked or self.checked or layers is not self.layers and layers!=self.layers: return False
+        now = [d.get(a) for d,a in self.places]+[x for o in layers for xs in o.past.values() for x in xs]
+        return len(now)==len(self.seen) and all([x is y and x.data_ptr()==ptr for x,(y,ptr) in zip(now, self.seen)])
+
+    def __call__(self):
+        if self.made is None or self.seen is None: self.made = {o.name: o.source(self.checked) for o in self.layers if o not in self.rows}
+        else:
+            for o in self.layers:
+                if o.name in self.made: self.made[o.name].left = o.left
+        found = self.joint.scores() if self.joint else ()
+        return self.made | {o.name: Scores(s, o.keep) for o,s in zip(self.rows, found)}
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #b0451259
 def check_level(sparsity): # Percentage
@@ -690,15 +701,16 @@ class Sparsifier:
             for o in smallest.values(): _check_criteria(o)
         most = max(o.n for o in self.layers)
         if round_to and most<round_to: raise ValueError(f'round_to={round_to}: no layer has so many blocks to keep, the largest has {most}')
-        self._gone,self._sides,self._rows,self._zeros,self._asked,self._coupled,self._told = {},None,None,None,0,coupled,False
+        self._gone,self._sides,self._last,self._zeros,self._asked,self._coupled,self._told = {},None,None,None,0,coupled,False
         if coupled:
             check_scripts(self.model)
             if not all(map(_by_filter, self.layers)):
                 raise ValueError(f'coupled filters go with the granularity filter, not {granularity_name(granularity)!r}')
             self.layers,self._sides,stays = couple(self.model, self.layers, self.criteria, example_inputs)
             self._stays += stays
-        self._by_name = {o.name:o for o in self.layers}
+        self._by_name,self._sizes = {o.name:o for o in self.layers},{o.name:o.n for o in self.layers}
         self.pool = Pool(self.context, round_to, any(p.blocks.spares_last for p in parts_of(self.layers)))
+        self._room = {o:n-self.pool.protect for o,n in self._sizes.items()}
         self.n_weights = sum(p.w.numel() for o in self.layers for p in o.parts)
         self.remember()
         if out: self._tell_computed(out)
@@ -779,7 +791,7 @@ class Sparsifier:
     @at_home()
     def remember(self):
         "Take the weights as they are now for `w0`, what the criteria calls the start of training"
-        needed = [k for k in ('w0','w_prev') if k in needs(self.criteria)]
+        needed = [k for k in ('w0','w_prev') if k in self.criteria.needs]
         for o in self.layers: o.past = {k: [p.w.detach().clone() for p in o.parts] for k in needed}
 
     @at_home()
@@ -817,7 +829,7 @@ class Sparsifier:
         return self.model
 
     def _learn(self, layers):
-        asked,parts = {'grad','act'} & set(needs(self.criteria)),parts_of(layers)
+        asked,parts = {'grad','act'} & set(self.criteria.needs),parts_of(layers)
         if self.data is None or not asked: return
         if 'grad' in asked: check_trained(self.criteria, parts)
         found = evidence(asked, self.data, self.model, parts, self.loss_func)
@@ -873,47 +885,30 @@ class Sparsifier:
     def _renew(self, counts, layers, alike=True, checked=False):
         """Have `counts()` blocks of `layers` gone: how many, by the layers that compete for them; `alike`, if a layer's kinds of blocks are to share its own;
         `checked`, if scores are looked at, as not in a training step"""
-        for o in self.layers: o.follow_device()
         if self._sides is None: self._sides = find_sides(self.model, self.layers, self.example_inputs)
-        rows = set(self._in_rows(layers, checked))
-        self._hold([o for o in layers if not o.streams and o not in rows])  # what is gone scores as a zero, not as what the optimizer made of it
-        ks = self._changed(counts())
-        returns = [names for names,(before,k) in ks.items() if k<before]
-        if returns: self._hold([self._by_name[o] for names in returns for o in names])
-        self._select(ks, self._sources(layers, rows, checked), alike)
+        same = self._last is not None and self._last.serves(layers, checked)
+        if not same:
+            for o in self.layers: o.follow_device()
+            self._last = Sources(layers, checked)
+        self._hold(self._last.others)  # what is gone scores as a zero, not as what the optimizer made of it
+        ks = self._numbers(counts())
+        if returns := [names for names,(before,k) in ks.items() if k<before]: self._hold([self._by_name[o] for names in returns for o in names])
+        self._select(ks, self._last(), alike)
         self.apply_masks()
         for o in layers:
             if 'w_prev' in o.past: torch._foreach_copy_(o.past['w_prev'], [p.w.detach() for p in o.parts])
 
     @property
-    def counts(self): "Are there kernels for where the weights lie?"; return in_kernels(*(p.w for p in parts_of(self.layers)))
+    def counts(self): "Are there kernels for where the weights lie?"; return in_kernels(*[p.w for p in parts_of(self.layers)])
 
-    def _in_rows(self, layers, checked):
-        "Those of `layers` that are scored together"
-        some = [o for o in layers if o.by_rows and (o.trusted or not checked)]
-        return some if some and in_kernels(*(p.w for p in parts_of(some))) else []
-
-    def _sources(self, layers, rows, checked):
-        "The scores of the blocks of `layers`, by name; those of `rows` come together"
-        res = {o.name: o.source(checked) for o in layers if o not in rows}
-        if rows:
-            some = [o for o in layers if o in rows]
-            if self._rows is None or not self._rows.fits(some): self._rows = Rows(some)
-            res |= {o.name: Scores(s, o.keep) for o,s in zip(some, self._rows.scores())}
-        return res
-
-    def _changed(self, ks):
-        "Of those of whom blocks go or return, how many are gone now, and how many are to be, by the layers that compete for them"
-        res = {}
-        for names,k in ks.items():
-            before = self._n_gone(names)
-            k = min(k, sum(self._by_name[o].n for o in names)-len(names)*self.pool.protect)
-            if k!=before: res[names] = before,k
-        return res
+    def _numbers(self, ks):
+        "How many blocks are gone now, and how many are to be, by the layers that compete for them"
+        room = self._room
+        return {names: (self._n_gone(names), min(k, room[names[0]] if len(names)==1 else sum([room[o] for o in names]))) for names,k in ks.items()}
 
     def _counts(self, sparsity):
         "How many blocks are gone at `sparsity`, by the layers that compete for it"
-        sizes = {o.name:o.n for o in self.layers}
+        sizes = self._sizes
         own = {o: 100*s/self.own for o,s in sparsity.items()} if isinstance(sparsity, dict) else 100*sparsity/self.own
         return self.pool.counts(sizes, own,
             gone=lambda: {o: self._n_gone((o,)) for o in sizes},
@@ -933,9 +928,9 @@ class Sparsifier:
         return self.pool.rounded(ks, sources)
 
     def _n_gone(self, names):
-        if names not in self._gone:
-            layers = [self._by_name[o] for o in names]
-            self._gone[names] = sum(o.gone for o in layers) if any(o.masked for o in layers) else 0
+        if names in self._gone: return self._gone[names]
+        layers = [self._by_name[o] for o in names]
+        self._gone[names] = sum(o.gone for o in layers) if any(o.masked for o in layers) else 0
         return self._gone[names]
 
     def _select(self, ks, sources, alike):
@@ -947,8 +942,9 @@ class Sparsifier:
         if not ks.keys()<=self._gone.keys():  # others compete than before
             taken = {o for names in ks for o in names}
             self._gone = {names:k for names,k in self._gone.items() if taken.isdisjoint(names)}
-        for names,(_,k) in ks.items():
+        for names,(before,k) in ks.items():
             self._gone[names] = k
+            if k==before: continue
             for o in names:
                 self._by_name[o].left = sources[o].left
                 self._by_name[o].renew_masks()

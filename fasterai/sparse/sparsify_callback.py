@@ -95,7 +95,7 @@ class SparsifyCallback(ScheduledCallback):
     def update(self, pct):
         level,before = self.at(pct, self.target),self.reached() if self.lth else 0
         if level==self.level: return self.hold()
-        if 'act' in needs(self.sparsifier.criteria): give(self.sparsifier.layers, dict(act=act_norms(self.whole, self.xb, parts_of(self.sparsifier.layers))))
+        if 'act' in self.sparsifier.layers[0].needs: give(self.sparsifier.layers, dict(act=act_norms(self.whole, self.xb, parts_of(self.sparsifier.layers))))
         self.sparsifier.update(level)
         self.level = level
         if self.lth and self.reached()>before: self._rewind()
