@@ -795,6 +795,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.core.kernels._narrow': ('core/kernels.html#_narrow', 'fasterai/core/kernels.py'),
                                        'fasterai.core.kernels._numbers': ('core/kernels.html#_numbers', 'fasterai/core/kernels.py'),
                                        'fasterai.core.kernels._of_rows': ('core/kernels.html#_of_rows', 'fasterai/core/kernels.py'),
+                                       'fasterai.core.kernels._pieces': ('core/kernels.html#_pieces', 'fasterai/core/kernels.py'),
                                        'fasterai.core.kernels._plan': ('core/kernels.html#_plan', 'fasterai/core/kernels.py'),
                                        'fasterai.core.kernels._rows_of': ('core/kernels.html#_rows_of', 'fasterai/core/kernels.py'),
                                        'fasterai.core.kernels._score': ('core/kernels.html#_score', 'fasterai/core/kernels.py'),

@@ -130,9 +130,9 @@ def _decide(scores, table, groups, state, ties, chunk, best, first: tl.constexpr
 # %% ../../nbs/core/15_kernels.ipynb #438f39ed
 class _Plan:
     "Which program looks where"
-    def __init__(self, device, groups):
+    def __init__(self, device, groups, views):
         rows,begins,sources = _chunked(groups)
-        piece = rows[:,1]//PIECE if rows[:,2].sum()>WHOLE else np.zeros(len(rows), np.int64)
+        piece = _pieces(rows, views)
         ends = [0, *(np.flatnonzero(np.diff(piece))+1).tolist(), len(rows)]
         self.pieces = [(i, j, list(_slices(rows[i:j]))) for i,j in zip(ends, ends[1:])] # First chunk, the one after the last, and the slices of sources that they are in: (number, from, to)
         for i,j,_ in self.pieces: rows[i:j,1] -= rows[i,1]
@@ -156,6 +156,18 @@ def _chunked(groups):
     ends = np.cumsum([0, *map(len, groups)])
     return np.concatenate(rows), begins, (ends[:-1],ends[1:])
 
+def _pieces(rows, views):
+    "The number of the piece that each chunk is in; where sources are only viewed, one piece serves the whole of a large one"
+    if rows[:,2].sum()<=WHOLE: return np.zeros(len(rows), np.int64)
+    starts = np.flatnonzero(np.diff(rows[:,4], prepend=-1))
+    piece,number,filled = np.empty(len(rows), np.int64),-1,PIECE
+    for i,j in zip(starts, [*starts[1:], len(rows)]):
+        n = rows[i:j,2].sum()
+        if filled+n>PIECE: number,filled = number+1,0
+        piece[i:j] = number if views else number+np.arange(j-i)*SIZE//PIECE
+        number,filled = int(piece[j-1]),filled+n
+    return piece
+
 def _slices(rows):
     "The slices of sources that consecutive chunks are"
     for source in np.unique(rows[:,4]):
@@ -163,8 +175,8 @@ def _slices(rows):
         yield int(source), int(mine[0,5]), int(mine[-1,5]+mine[-1,2])
 
 @lru_cache(maxsize=8)
-def _plan(device, groups): # Of each group, of each source: address of `keep`, number of blocks
-    return _Plan(device, groups)
+def _plan(device, groups, views): # Of each group, of each source: address of `keep`, number of blocks; are scores what is there already?
+    return _Plan(device, groups, views)
 
 def _score(sources, slices, absolute):
     "Scores of some slices of sources, one after the other, or with `absolute` what they are the absolute values of"
@@ -176,8 +188,9 @@ class _Run:
     def __init__(self, groups, first, protect):
         self.sources,self.first,self.protect = [o for g in groups for o in g],first,protect
         self.device = self.sources[0].keep.device
-        self.plan = _plan(self.device, tuple([tuple([(o.keep.data_ptr(), o.n) for o in g]) for g in groups]))
-        self.absolute = all([o.absolute for o in self.sources])
+        self.absolute = all([o.absolute>0 for o in self.sources])
+        places = tuple([tuple([(o.keep.data_ptr(), o.n) for o in g]) for g in groups])
+        self.plan = _plan(self.device, places, all([o.absolute==4 for o in self.sources]))
         self.held = _score(self.sources, self.plan.pieces[0][2], self.absolute)
         self.best = torch.zeros(len(self.sources), dtype=torch.int64, device=self.device) if protect else self.plan.done
 

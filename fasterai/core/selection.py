@@ -46,7 +46,7 @@ class Source:
     "`n` blocks, which of them are kept, and their scores when asked for"
     safe = None  # position of a block that must stay
     left = None  # how many are kept, where that is known
-    absolute = False  # are scores the absolute values of something that is there?
+    absolute = 0  # if scores are the absolute values of something that is there, bytes of an element of that
     def __init__(self, keep): self.keep,self.n = keep,len(keep)
     def scores(self, i, j, step=1): # First block, end, every how many
         "Scores of blocks [i:j:step]: a tensor that may be written to"

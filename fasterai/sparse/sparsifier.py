@@ -57,7 +57,8 @@ class Streamed(Source):
     "Scores that are computed piece by piece, from what the criteria asks for, one weight after the other"
     def __init__(self, keep, f, flat):
         super().__init__(keep)
-        self.f,self.flat,self.absolute = f,flat,getattr(f, 'absolute', False)
+        self.f,self.flat = f,flat
+        self.absolute = max(x.element_size() for x in flat.values()) if getattr(f, 'absolute', False) else 0
     def signed(self, slices):
         found = [x if j-i==o.n else x[i:j] for o,i,j in slices for x in o.flat.values()]
         return _wide(torch.cat(found) if len(found)>1 else found[0])
