@@ -1133,6 +1133,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fasterai.core.selection': { 'fasterai.core.selection.Scores': ('core/selection.html#scores', 'fasterai/core/selection.py'),
                                          'fasterai.core.selection.Scores.__init__': ( 'core/selection.html#scores.__init__',
                                                                                       'fasterai/core/selection.py'),
+                                         'fasterai.core.selection.Scores.joined': ( 'core/selection.html#scores.joined',
+                                                                                    'fasterai/core/selection.py'),
                                          'fasterai.core.selection.Scores.scores': ( 'core/selection.html#scores.scores',
                                                                                     'fasterai/core/selection.py'),
                                          'fasterai.core.selection.Source': ('core/selection.html#source', 'fasterai/core/selection.py'),

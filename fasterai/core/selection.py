@@ -52,7 +52,7 @@ class Source:
         "Scores of blocks [i:j:step]: a tensor that may be written to"
         raise NotImplementedError(f'{type(self).__name__} has no scores')
     def joined(self, slices): # Source, first block and end of each
-        "Scores of slices of several sources, of which this is one, one after the other"
+        "Scores of slices of several sources, of which this is one, one after the other, to be read only"
         found = [o.scores(i, j) for o,i,j in slices]
         return torch.cat(found) if len(found)>1 else found[0]
     def signed(self, slices): # The same
@@ -67,6 +67,10 @@ class Scores(Source):
         super().__init__(torch.full(values.shape, -1, dtype=torch.int8, device=values.device) if keep is None else keep)
         self.values = values
     def scores(self, i, j, step=1): return self.values[i:j:step].clone()
+    def joined(self, slices):
+        if not all([isinstance(o, Scores) for o,_,_ in slices]): return super().joined(slices)
+        found = [o.values if j-i==o.n else o.values[i:j] for o,i,j in slices]
+        return torch.cat(found) if len(found)>1 else found[0]
 
 # %% ../../nbs/core/04_selection.ipynb #cf4a2875
 def _key(s):
