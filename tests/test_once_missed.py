@@ -208,7 +208,7 @@ def test_a_matrix_that_is_computed():
         dead(model, 'h', 8)
         assert Pruner().prune_model(model, points).h.out_features==8
 
-LEAVES = dict(tolist=lambda x: x.amax().tolist(), numpy=lambda x: float(x.detach().numpy().max()), array=lambda x: float(np.asarray(x).max()), item=lambda x: x.max().item())
+LEAVES = dict(tolist=lambda x: x.amax().tolist(), numpy=lambda x: float(x.detach().cpu().numpy().max()), array=lambda x: float(np.asarray(x.cpu()).max()), item=lambda x: x.max().item())
 
 @pytest.mark.parametrize('f', LEAVES.values(), ids=LEAVES)
 def test_numbers_of_the_input_that_leave(f):

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/core/17_pool.ipynb #16e5f305
 from functools import cache
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 import torch
 from .context import shares
 from .selection import Source, n_of, rank, rounded_gone
@@ -21,8 +21,13 @@ def in_kernels(*tensors): # Tensors of a model
 
 _plain = torch.Tensor,torch.nn.Parameter # What has an address, unlike fake tensors, and is what it looks like, unlike subclasses
 def _has_kernels(device): return device.type=='cuda' and _triton()
+_OLDEST = 3,6 # Triton, of the releases that the kernels were run with
 @cache
-def _triton(): return find_spec('triton') is not None
+def _triton():
+    "Is there a Triton that the kernels were run with?"
+    try: found = version('triton')
+    except PackageNotFoundError: return False
+    return tuple(int(o) for o in found.split('.')[:2])>=_OLDEST
 
 def select_each(
     groups:list, # Of each group: sources that compete, how many of their blocks are gone now, and how many afterwards
