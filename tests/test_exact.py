@@ -17,6 +17,7 @@ from fasterai.core.schedule import sched_cos, schedule_of
 from fasterai.core import selection
 from fasterai.core.pool import select
 from fasterai.core.selection import Scores, Source, lowest, n_of
+from fasterai.prune.all import Pruner
 from fasterai.regularize.penalties import Penalty
 from fasterai.report.plots import show_blocks
 from fasterai.sparse.sparsifier import Sparsifier
@@ -698,3 +699,58 @@ def test_in_pieces_and_at_once_agree(monkeypatch):
 
 @given(st.integers(0, 10**9), st.one_of(st.sampled_from(LEVELS), st.decimals(0, 100, places=6).map(float)))
 def test_count(n, pct): assert n_of(n, pct)==exact(n, pct)
+
+# --- masks that are renewed in one way and then in another
+
+def test_layers_that_compete_in_another_way():
+    "How many are gone is counted anew when one layer was zeroed by itself, and what scores highest returns"
+    for criteria in (large_final, large_init):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(4,8,3), nn.ReLU(), nn.Conv2d(8,16,3))
+        sp = Sparsifier(model, 'weight', 'global', criteria, example_inputs=torch.randn(2,4,9,9))
+        sp.update(50)
+        sp.sparsify_layer('0', 95)
+        assert sp.reached()>60
+        scores = torch.cat([m.weight.detach().abs().flatten() for m in (model[0],model[2])]) if criteria is large_final else torch.cat([o.past['w0'][0].abs().flatten() for o in sp.layers])
+        gone = torch.cat([~sp.masks[f'{n}.weight'].flatten() for n in (0,2)])
+        sp.update(55)
+        back = gone & torch.cat([sp.masks[f'{n}.weight'].flatten() for n in (0,2)])
+        assert sp.reached()==pytest.approx(100*exact(1440, 55)/1440)
+        if criteria is large_init: assert scores[back].min()>=scores[gone & ~back].max()
+
+def test_patterns_by_the_scores_of_now():
+    "A pattern is laid by the weights as they are, also where an update before asked for scores and changed nothing"
+    model = nn.Sequential(nn.Conv2d(4,8,3))
+    sp = Sparsifier(model, '2:4')
+    sp.sparsify_below(-1.)
+    with torch.no_grad(): model[0].weight.copy_(torch.randn(8,4,3,3))
+    groups = model[0].weight.detach().movedim(1, -1).reshape(-1, 4).abs()
+    sp.sparsify_model(50)
+    kept = sp.masks['0.weight'].movedim(1, -1).reshape(-1, 4)
+    assert all(g[k].min()>=g[~k].max() for g,k in zip(groups, kept))
+
+SHIFTS = dict(rows=((16,8), lambda p: p[0]), image=((1,8), lambda p: p), words=((1,1,8), lambda p: p[0]), flat=((8,), lambda p: p))
+
+@pytest.mark.parametrize('shape,used', SHIFTS.values(), ids=SHIFTS)
+def test_a_shift_of_several_axes(shape, used):
+    "What is added to the channels goes with them along the axis that they are on"
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b,self.p = nn.Linear(5,8,bias=False),nn.Linear(8,4),nn.Parameter(torch.ones(shape))
+        def forward(self, x): return self.b(torch.relu(self.a(x)+used(self.p)))
+    model = Shifted()
+    sp = Sparsifier(model, 'filter', layer_type=nn.Linear, example_inputs=torch.randn(2,5))
+    sp.sparsify_layer('a', 50)
+    gone = (model.a.weight==0).all(1)
+    assert gone.sum()==4 and torch.equal((used(model.p)==0).flatten(), gone)
+
+@pytest.mark.parametrize('granularity', ['weight','filter','kernel','2:4'])
+def test_weights_that_were_cut_are_refused(granularity):
+    "Masks of another shape than the weight say so"
+    model,x = nn.Sequential(nn.Conv2d(4,8,3), nn.ReLU(), nn.Conv2d(8,16,3)),torch.randn(2,4,9,9)
+    sp = Sparsifier(model, granularity, example_inputs=x)
+    sp.update(30)
+    Pruner(model, 50, example_inputs=x).prune_model()
+    for f in (sp.apply_masks, lambda: sp.update(40)):
+        with pytest.raises(ValueError, match='when its masks were made'): f()

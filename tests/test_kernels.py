@@ -1,5 +1,5 @@
 """The kernels give what the plain selection gives, on Triton's interpreter where there is no GPU"""
-import os
+import os, pickle
 from itertools import product
 import numpy as np
 import pytest
@@ -164,3 +164,42 @@ def test_writes_are_seen_by_autograd():
 def test_lowest_of_rows(shape, low):
     s = torch.randn(shape, device=DEVICE).round(decimals=1)
     assert torch.equal(kernels.lowest_of_rows(s, torch.zeros(len(s), dtype=torch.int8, device=DEVICE), low)==0, s.argsort(dim=1, stable=True).argsort(dim=1)<low)
+
+@pytest.mark.parametrize('granularity', ['weight','filter','kernel','row','2:4','block(2,3)'])
+def test_memory_that_is_laid_out_anew(granularity, counted):
+    "Masks follow weights into another memory format, another type and another parameter"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4,8,3), nn.ReLU(), nn.Conv2d(8,16,3)).to(DEVICE)
+    sp = Sparsifier(model, granularity, example_inputs=torch.randn(2,4,9,9, device=DEVICE))
+    def anew(m): m[2].weight = nn.Parameter(torch.randn(16,8,3,3, device=DEVICE))
+    for level,change in enumerate((lambda m: m.to(memory_format=torch.channels_last), lambda m: m.to(torch.bfloat16), lambda m: m.float(), anew), 1):
+        sp.update(10*level)
+        change(model)
+        for m in (model[0],model[2]): nn.init.ones_(m.weight)
+        sp.apply_masks()
+        for n in (0,2): assert torch.equal(model[n].weight!=0, sp.masks[f'{n}.weight'])
+
+def test_a_copy_has_no_addresses(counted):
+    "A pickled Sparsifier looks for its weights where they are"
+    sp = Sparsifier(net(), 'filter')
+    sp.update(30)
+    again = pickle.loads(pickle.dumps(sp))
+    assert again._zeros is None and again._last is None
+    for p in again.model.parameters(): nn.init.ones_(p)
+    again.apply_masks()
+    assert all(torch.equal(again.model.get_parameter(n)!=0, m) for n,m in again.masks.items())
+
+def test_weights_of_two_widths(counted, monkeypatch):
+    "Layers of 32 and 64 bits, ranked together, are not counted"
+    monkeypatch.setattr(kernels, 'WHOLE', 100)
+    monkeypatch.setattr(kernels, 'PIECE', 1024)
+    zeros = []
+    for plain in (False,True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40,30), nn.Linear(30,50)).to(DEVICE)
+        model[1].double()
+        with monkeypatch.context() as m:
+            if plain: m.setattr(pool, '_has_kernels', lambda device: False)
+            Sparsifier(model, 'weight', 'global', layer_type=nn.Linear).sparsify_model(50)
+        zeros.append([m.weight==0 for m in model])
+    assert all(torch.equal(a, b) for a,b in zip(*zeros)) and not any(counted)

@@ -1379,7 +1379,7 @@ class ChannelGraph:
     def _follow(self):
         by = {}
         for s in self.slices: by.setdefault((s.name,s.dim), []).append(s)
-        self._followers = [(s.name,self._alone(s, by[s.name,s.dim])) for s in self.slices if s.role=='affine' and s.kind in ('bias','scale','shift')]
+        self._followers = [(s.name,s.dim,self._alone(s, by[s.name,s.dim])) for s in self.slices if s.role=='affine' and s.kind in ('bias','scale','shift')]
 
     def _run(self, model, tr, inputs):
         "Trace a forward, and pin what leaves the model; the shapes of that"
@@ -1483,19 +1483,20 @@ class ChannelGraph:
 
     def following(self,
         param, # The weight of a convolution or a linear layer, or its name
+        dims:bool=False, # Say for each along which of its dimensions the entries are, too?
     ):
         """Parameters with an entry for each channel that `param` makes and nothing else does: the layer's bias, then scale and shift of the
-        normalizations it reaches; `(name, rows)`, where `rows[i]` is the entry of filter `i`, -1 for none"""
+        normalizations it reaches; `(name, rows)`, where `rows[i]` is the entry of filter `i`, -1 for none, or `(name, rows, dim)`"""
         s,res = self.out(param),[]
         for ids in (s.ids[None] if s.grid is None else s.grid):
             filter_of = torch.full_like(self._root, -1)
             filter_of[ids] = torch.arange(len(ids), device='cpu')
             filter_of[0] = -1
-            for name,channels in self._followers:
+            for name,dim,channels in self._followers:
                 f = filter_of[channels]
                 rows = torch.full_like(ids, -1)
                 rows[f[f>=0]] = (f>=0).nonzero().flatten()
-                if (rows>=0).any(): res.append((name,rows))
+                if (rows>=0).any(): res.append((name,rows,dim) if dims else (name,rows))
         return res
 
     def _alone(self, s, twins): # A slice, and all of the same dimension of the same parameter

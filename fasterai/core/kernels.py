@@ -220,6 +220,7 @@ def rank(
     protect:bool=False, # Does each source of a group of several keep its best block?
 )->bool:
     "Exactly `k` blocks of each group are gone, as `core.selection.rank` has it; `False`, with nothing changed, for scores of 64 bits, which it does not count"
+    if any([o.wide for g,_ in groups for o in g]): return False
     run = _Run([g for g,_ in groups], first, protect and first and any(len(g)>1 for g,_ in groups))
     if run.held.dtype!=torch.float32: return False
     if len(run.plan.pieces)>1: run.held = None
@@ -249,20 +250,22 @@ def _rows_of(ptr, n, inner, number, keep):
     same = np.ones_like(start)
     return np.stack([same*ptr, start, np.minimum(start+SIZE, n), same*inner, same*number, same*keep], 1)
 
+def _look_of(x): return x.data_ptr(),x.dtype,x.shape,x.stride()
+
 class Zeros:
     "Zeroes the entries whose blocks are gone, as often as it is called, until something has moved"
     def __init__(self,
         items:list, # Tensor, dense in memory; how many consecutive entries go together; the block of each such run, -1 for none, or `None`; int8 for each block, 0 for what is gone
     ):
         self.items,self.tensors,rows = items,[o[0] for o in items],{}  # the items stay alive, as the addresses have to
-        self.places = [o.data_ptr() for o in self.tensors]
-        for (x,inner,number,keep),ptr in zip(items, self.places):
+        self.looks = [_look_of(o) for o in self.tensors]
+        for x,inner,number,keep in items:
             number = 0 if number is None else number.data_ptr()
-            rows.setdefault((x.device, x.element_size()), []).append(_rows_of(ptr, x.numel(), inner, number, keep.data_ptr()))
+            rows.setdefault((x.device, x.element_size()), []).append(_rows_of(x.data_ptr(), x.numel(), inner, number, keep.data_ptr()))
         self.tables = [(torch.from_numpy(np.concatenate(o)).to(device), _words[size]) for (device,size),o in rows.items()]
     def holds(self, tensors): # Those that it is to zero
-        "Are these the tensors, and where they were?"
-        return len(tensors)==len(self.tensors) and all(a is b and a.data_ptr()==p for a,b,p in zip(tensors, self.tensors, self.places))
+        "Are these the tensors, and are they as they were, where they were?"
+        return len(tensors)==len(self.tensors) and all([a is b and _look_of(a)==look for a,b,look in zip(tensors, self.tensors, self.looks)])
     def __call__(self):
         for table,word in self.tables:
             if len(table): _zero[(len(table),)](table, WORD=word, SIZE=SIZE, STEP=STEP, num_warps=4)

@@ -46,6 +46,7 @@ class Source:
     "`n` blocks, which of them are kept, and their scores when asked for"
     safe = None  # position of a block that must stay
     left = None  # how many are kept, where that is known
+    wide = False  # are scores of 64 bits?
     absolute = 0  # if scores are the absolute values of something that is there, bytes of an element of that
     def __init__(self, keep): self.keep,self.n = keep,len(keep)
     def scores(self, i, j, step=1): # First block, end, every how many
@@ -65,7 +66,7 @@ class Scores(Source):
     "Scores that are there already"
     def __init__(self, values, keep=None):
         super().__init__(torch.full(values.shape, -1, dtype=torch.int8, device=values.device) if keep is None else keep)
-        self.values = values
+        self.values,self.wide = values,values.dtype==torch.float64
     def scores(self, i, j, step=1): return self.values[i:j:step].clone()
     def joined(self, slices):
         if not all([isinstance(o, Scores) for o,_,_ in slices]): return super().joined(slices)

@@ -57,7 +57,7 @@ class Streamed(Source):
     "Scores that are computed piece by piece, from what the criteria asks for, one weight after the other"
     def __init__(self, keep, f, flat):
         super().__init__(keep)
-        self.f,self.flat = f,flat
+        self.f,self.flat,self.wide = f,flat,any(x.dtype==torch.float64 for x in flat.values())
         self.absolute = max(x.element_size() for x in flat.values()) if getattr(f, 'absolute', False) else 0
     def signed(self, slices):
         found = [x if j-i==o.n else x[i:j] for o,i,j in slices for x in o.flat.values()]
@@ -85,7 +85,7 @@ class Layer:
     def __init__(self, name, parts, criteria):
         w,b = parts[0].w,parts[0].blocks
         self.keep,self.n = torch.full((b.n,), -1, dtype=torch.int8, device=w.device),b.n
-        self.name,self.parts,self.criteria = name,parts,criteria
+        self.name,self.parts,self.criteria,self.shapes = name,parts,criteria,[p.w.shape for p in parts]
         self.past,self.given,self.masked,self._masks,self._whole = {},{},False,None,None
         self._dense,self._run_of,self.version = {},{},0
         self.needs = criteria.needs
@@ -188,7 +188,7 @@ class Layer:
             if self.partial and old: s = s.masked_fill(old[0]==0, -math.inf)  # what is gone stays the lowest
             self._masks = [p.blocks.mask(self.keep, s) for p in self.parts]
         else: self._masks = None
-        for i,dense in self._dense.items(): dense.copy_(self.masks[i])
+        for (i,_),dense in self._dense.items(): dense.copy_(self.masks[i])
 
     def let_go(self):
         "Nothing is masked any more"
@@ -221,11 +221,17 @@ class Layer:
         for i,p in enumerate(self.parts):
             if runs := self.runs(i): yield p.w, *runs, self.keep
             else:
-                if i not in self._dense: self._dense[i] = torch.empty_like(p.w, dtype=torch.int8).copy_(self.masks[i])
-                yield p.w, 1, None, self._dense[i]
+                key = i,p.w.stride()
+                if key not in self._dense:
+                    self._dense = {k:dense for k,dense in self._dense.items() if k[0]!=i}  # of the layout that it had
+                    self._dense[key] = torch.empty_like(p.w, dtype=torch.int8).copy_(self.masks[i])
+                yield p.w, 1, None, self._dense[key]
 
-    def follow_device(self):
-        "Move with the weight, if it was moved"
+    def follow(self):
+        "Move with the weight, if it was moved; `ValueError` if it was cut"
+        for p,shape in zip(self.parts, self.shapes):
+            if p.w.shape!=shape:
+                raise ValueError(f'{p.name} has the shape {tuple(p.w.shape)}, and had {tuple(shape)} when its masks were made: sparsify what is left with a new Sparsifier')
         dev = self.parts[0].w.device
         if self.keep.device==dev: return
         self.keep = self.keep.to(dev)
@@ -334,7 +340,7 @@ class Side:
     @property
     def mask(self):
         "int8 of the parameter's shape, or `None` before something was masked"
-        if self._mask is None and self.masked: self._mask = self._masked()
+        if self.masked and (self._mask is None or self._mask.device!=self.p.device): self._mask = self._masked()
         return self._mask
     def _masked(self):
         p = self.p
@@ -397,10 +403,10 @@ def find_sides(model, layers, example_inputs=None):
             if o.parts[0].name not in makes:  # it never ran, or has one filter, or is read by an operation that is not known
                 if o.n>1 and o.parts[0].name not in graph.unused: _own_bias(sides, o, number, params)
                 continue
-            for name,rows in graph.following(o.parts[0].name):
+            for name,rows,dim in graph.following(o.parts[0].name, dims=True):
                 if len(rows)!=len(number) or name not in params: continue  # a transposed convolution with a filter a group
                 some = ((rows>=0)&(number>=0)).nonzero()[:,0]
-                _side(sides, model, name).add(o, number[some], rows[some])
+                _side(sides, model, name).add(o, number[some], rows[some], dim)
         _tell_hidden(model, graph, filters, sides)
     names = {id(p):n for n,p in params.items()}
     for o in layers:
@@ -887,9 +893,10 @@ class Sparsifier:
         """Have `counts()` blocks of `layers` gone: how many, by the layers that compete for them; `alike`, if a layer's kinds of blocks are to share its own;
         `checked`, if scores are looked at, as not in a training step"""
         if self._sides is None: self._sides = find_sides(self.model, self.layers, self.example_inputs)
+        for o in layers: o._whole = None  # scores of another moment
         same = self._last is not None and self._last.serves(layers, checked)
         if not same:
-            for o in self.layers: o.follow_device()
+            for o in self.layers: o.follow()
             self._last = Sources(layers, checked)
         self._hold(self._last.others)  # what is gone scores as a zero, not as what the optimizer made of it
         ks = self._numbers(counts())
@@ -940,9 +947,10 @@ class Sparsifier:
             layer = self._by_name[name]
             sources[name] = Scores(layer.alike(sources[name].values), layer.keep)
         select_each([([sources[o] for o in names],*numbers) for names,numbers in ks.items()], self.pool.protect)
-        if not ks.keys()<=self._gone.keys():  # others compete than before
+        if others := self._gone.keys()-ks.keys():  # who compete in another way than now
             taken = {o for names in ks for o in names}
-            self._gone = {names:k for names,k in self._gone.items() if taken.isdisjoint(names)}
+            for names in others:
+                if not taken.isdisjoint(names): del self._gone[names]
         for names,(before,k) in ks.items():
             self._gone[names] = k
             if k==before: continue
@@ -950,6 +958,8 @@ class Sparsifier:
                 self._by_name[o].left = sources[o].left
                 self._by_name[o].renew_masks()
         for o in self._sides.values(): o.renew()
+
+    def __getstate__(self): return self.__dict__ | dict(_last=None, _zeros=None)  # addresses mean nothing elsewhere
 
     def _hold(self, layers):
         "Zero what is masked of `layers`, and of what stands beside them"
@@ -960,6 +970,7 @@ class Sparsifier:
         all_ = [*self.layers, *(self._sides or {}).values()]
         if self._zeros is not None and self._zeros[0]==sum(o.version for o in all_) and self._zeros[1].holds([t for o in all_ for t in o.held()]):
             return self._zeros[1]()
+        for o in self.layers: o.follow()
         tensors = [t for o in all_ for t in o.held()]
         if not tensors: return
         if not in_kernels(self.layers[0].keep, *tensors):
