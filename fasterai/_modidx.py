@@ -2613,6 +2613,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fasterai/sparse/sparsifier.py'),
                                             'fasterai.sparse.sparsifier._runs': ( 'sparse/sparsifier.html#_runs',
                                                                                   'fasterai/sparse/sparsifier.py'),
+                                            'fasterai.sparse.sparsifier._same_place': ( 'sparse/sparsifier.html#_same_place',
+                                                                                        'fasterai/sparse/sparsifier.py'),
                                             'fasterai.sparse.sparsifier._shape': ( 'sparse/sparsifier.html#_shape',
                                                                                    'fasterai/sparse/sparsifier.py'),
                                             'fasterai.sparse.sparsifier._side': ( 'sparse/sparsifier.html#_side',

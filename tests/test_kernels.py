@@ -203,3 +203,21 @@ def test_weights_of_two_widths(counted, monkeypatch):
             Sparsifier(model, 'weight', 'global', layer_type=nn.Linear).sparsify_model(50)
         zeros.append([m.weight==0 for m in model])
     assert all(torch.equal(a, b) for a,b in zip(*zeros)) and not any(counted)
+
+@pytest.mark.parametrize('granularity', ['weight','filter'])
+def test_what_is_remembered_in_another_layout(granularity, counted, monkeypatch):
+    "Weights that are laid out anew are compared with those that they were, in each update"
+    seen = []
+    for plain in (False,True):
+        with monkeypatch.context() as m:
+            if plain: m.setattr(pool, '_has_kernels', lambda device: False)
+            model = net()
+            sp = Sparsifier(model, granularity, criteria='updating_movement')
+            noise = torch.Generator().manual_seed(1)
+            for level in (10,20,30,40,50):
+                with torch.no_grad():
+                    for p in model.parameters(): p += .1*torch.randn(p.shape, generator=noise).to(p)
+                sp.update(level)
+                if level==20: model.to(memory_format=torch.channels_last)
+            seen.append(sp.masks)
+    assert all(torch.equal(seen[0][k], seen[1][k]) for k in seen[1])

@@ -576,6 +576,8 @@ def _one_by_one(known):
     if all(in_rows(x) and x.stride()==xs[0].stride() for x in xs): return {k: x.as_strided((x.numel(),), (1,)) for k,x in known.items()}
     return {k: x.reshape(-1) for k,x in known.items()}
 
+def _same_place(xs, ys): return all(x.data_ptr()==y.data_ptr() for x,y in zip(xs.values(), ys.values()))
+
 class Rows:
     "Scores of the blocks of many layers that are made of whole slices along the first axis of their weights"
     def __init__(self, layers):
@@ -595,7 +597,9 @@ class Rows:
         self.length,self.order,self.n_rows,self.size = (x.to(device) for x in (length, order, n_rows, size))
         self.plain = torch.equal(order, torch.arange(len(block), device='cpu')) and bool((n_rows==1).all()) # a row for each block, in order
         self.batches = _batches([p.w.numel() for _,p in parts], [len(p.w) for _,p in parts])
-        self.known = [_one_by_one(o.known(i)) for o in layers for i in range(len(o.parts))]
+        known = [o.known(i) for o in layers for i in range(len(o.parts))]
+        self.known = [_one_by_one(o) for o in known]
+        self.views = all(_same_place(a, b) for a,b in zip(self.known, known)) # or copies, of one moment
 
     def scores(self):
         "Scores of the blocks of each layer, as they are now"
@@ -646,7 +650,10 @@ class Sources:
         return len(now)==len(self.seen) and all([x is y and x.data_ptr()==ptr for x,(y,ptr) in zip(now, self.seen)])
 
     def __call__(self):
-        if self.made is None or self.seen is None: self.made = {o.name: o.source(self.checked) for o in self.layers if o not in self.rows}
+        if self.made is None or self.seen is None:
+            self.made = {o.name: o.source(self.checked) for o in self.layers if o not in self.rows}
+            copies = [o for o in self.layers if o.name in self.made and self.seen is not None and not _same_place(self.made[o.name].flat, o.known(0))]
+            if copies or self.joint and not self.joint.views: self.seen = None
         else:
             for o in self.layers:
                 if o.name in self.made: self.made[o.name].left = o.left
