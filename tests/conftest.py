@@ -1,6 +1,7 @@
 """Hypothesis repeats itself from run to run; `pytest --hypothesis-profile=hunt` looks further. `pytest --device cuda` puts models and data on a GPU"""
 import os
 import torch
+if not torch.cuda.is_available(): os.environ['TRITON_INTERPRET'] = '1'  # before anybody imports Triton, whose interpreter runs the kernels there
 from hypothesis import HealthCheck, settings
 
 quiet = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))

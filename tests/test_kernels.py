@@ -1,11 +1,11 @@
 """The kernels give what the plain selection gives, on Triton's interpreter where there is no GPU"""
-import os, pickle
+import pickle
 from itertools import product
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from fasterai.core import pool
+from fasterai.core import kernels, pool
 from fasterai.core.criteria import large_final, movement
 from fasterai.core.pool import select_each
 from fasterai.core.selection import Scores, rank
@@ -14,10 +14,7 @@ from fasterai.sparse.all import *
 from fasterai.sparse.sparsifier import hold_zeros
 from test_exact import VALUES
 
-GPU = torch.cuda.is_available()
-if not GPU: os.environ['TRITON_INTERPRET'] = '1'  # before Triton is imported, and from then on
-from fasterai.core import kernels
-DEVICE = 'cuda' if GPU else 'cpu'
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 @pytest.fixture
 def counted(monkeypatch):
