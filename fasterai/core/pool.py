@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/core/17_pool.ipynb #16e5f305
+import os
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 import torch
@@ -20,7 +21,7 @@ def in_kernels(*tensors): # Tensors of a model
     return _has_kernels(device) and all(type(o) in _plain and o.device==device for o in tensors)
 
 _plain = torch.Tensor,torch.nn.Parameter # What has an address, unlike fake tensors, and is what it looks like, unlike subclasses
-def _has_kernels(device): return device.type=='cuda' and _triton()
+def _has_kernels(device): return device.type=='cuda' and _triton() and os.environ.get('TRITON_INTERPRET')!='1'  # an interpreter on the CPU cannot follow addresses of a GPU
 _OLDEST = 3,6 # Triton, of the releases that the kernels were run with
 @cache
 def _triton():
