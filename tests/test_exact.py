@@ -754,3 +754,10 @@ def test_weights_that_were_cut_are_refused(granularity):
     Pruner(model, 50, example_inputs=x).prune_model()
     for f in (sp.apply_masks, lambda: sp.update(40)):
         with pytest.raises(ValueError, match='when its masks were made'): f()
+
+@pytest.mark.parametrize('granularity,criteria', [('weight',lambda w: w.abs()), ('kernel',large_final), ('2:4',large_final), ('filter',movement)])
+def test_scores_do_not_stay(granularity, criteria):
+    "After an update nothing is left that is as large as the weights, but the masks"
+    sp = Sparsifier(nn.Sequential(nn.Conv2d(4,8,3)), granularity, criteria=criteria)
+    sp.update(30)
+    assert sp._last is None and all(o._whole is None for o in sp.layers)

@@ -9,14 +9,13 @@ from fastai.optimizer import SGD
 from functools import partial
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from fasterai import legacy
 from fasterai.core.granularity import available, numbered_by
 from fasterai.prune.pruner import Pruner
 from fasterai.regularize.all import *
 from fasterai.regularize.penalties import penalties
 from fasterai.sparse.all import *
-from tiny import At, convs, fit, learner, net, raises, same, state, zeros
+from tiny import At, Count, convs, fit, learner, net, raises, same, state, zeros
 
 LAYERS = nn.Conv1d(4,6,3), nn.Conv2d(4,6,3), nn.Conv3d(4,6,2), nn.ConvTranspose2d(4,6,3), nn.Linear(4,6), nn.Conv2d(4,6,3,groups=2)
 
@@ -232,13 +231,6 @@ def test_one_pass_is_layer_by_layer(criteria, granularity, one_pass):
             assert torch.allclose(g, w, rtol=1e-2 if p.element_size()<4 else 1e-4, atol=1e-6, equal_nan=True)  # of a norm of zeros there is no second derivative
     assert model.frozen.weight.grad is None
     with torch.no_grad(): assert not pen().requires_grad and torch.isclose(pen(), theirs, rtol=1e-5)
-
-class Count(TorchDispatchMode):
-    "How many operations compute something; a view does not"
-    n = 0
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.n += not op.is_view
-        return op(*args, **(kwargs or {}))
 
 def counted(f):
     with Count() as c: f()

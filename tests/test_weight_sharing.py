@@ -10,14 +10,13 @@ from fastai.optimizer import *
 from functools import partial
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from fasterai.quantize.all import *
 from fasterai.quantize.weight_sharing import SharedWeight, SharedWeights, _ByPairs, _Together
 from fasterai.distill.all import Attention, KnowledgeDistillationCallback
 from fasterai.prune.all import PruneCallback
 from fasterai.regularize.all import RegularizationCallback
 from fasterai.sparse.all import KeepSparsity, Sparsifier, SparsifyCallback
-from tiny import FAKE_GPU, At, fit, learner, net, raises, same, state
+from tiny import At, Count, FAKE_GPU, fit, learner, net, raises, same, state
 
 def partition(w): "Number of the cluster of each element"; return w.detach().unique(return_inverse=True)[1]
 def weights(model): return [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
@@ -198,13 +197,6 @@ def test_views_of_another_tensor():
             way.snap()
             v = o.p.detach().flatten()
             assert torch.equal(v, v[o.first][o.codes])
-
-class Count(TorchDispatchMode):
-    "How many operations compute something; a view does not"
-    n = 0
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.n += not op.is_view
-        return op(*args, **(kwargs or {}))
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format,torch.channels_last])
 def test_operations_do_not_grow_with_layers(layout):

@@ -3,6 +3,7 @@ import warnings
 from contextlib import contextmanager
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from fastai.callback.core import Callback
 from fastai.callback.schedule import *
 from fastai.data.core import DataLoaders
@@ -71,3 +72,10 @@ class At(Callback):
 def raises(ex):
     def f(_): raise ex('stop')
     return f
+
+class Count(TorchDispatchMode):
+    "How many operations compute something; a view does not"
+    n = 0
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.n += not op.is_view
+        return op(*args, **(kwargs or {}))

@@ -909,6 +909,7 @@ class Sparsifier:
         ks = self._numbers(counts())
         if returns := [names for names,(before,k) in ks.items() if k<before]: self._hold([self._by_name[o] for names in returns for o in names])
         self._select(ks, self._last(), alike)
+        if self._last.seen is None: self._last = None  # scores that serve no other update
         self.apply_masks()
         for o in layers:
             if 'w_prev' in o.past: torch._foreach_copy_(o.past['w_prev'], [p.w.detach() for p in o.parts])
