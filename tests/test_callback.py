@@ -329,7 +329,7 @@ def test_nothing_is_held_after_the_fit():
     "Copies of the weights are given back when a fit ends"
     learn,cb = learner(),SparsifyCallback(50, criteria=movement, lth=True, schedule=iterative)
     fit(learn, 2, cb)
-    assert cb.saved is None and not any(o.past or o.given for o in cb.sparsifier.layers)
+    assert cb.technique.tickets.saved is None and not any(o.past or o.given for o in cb.sparsifier.layers)
 
 # --- zeros stay zero
 
@@ -654,8 +654,8 @@ class Ends(Callback):
 @pytest.mark.parametrize('make', [lambda: SparsifyCallback(50, schedule='lin'), lambda: SparsifyCallback([40,50], schedule='lin'), lambda: SparsifyCallback(50, 'filter', coupled=True), lambda: PruneCallback(50)])
 def test_a_fit_that_ends_early_is_told(make):
     "How far it came, in one warning; a fit that comes to its end, and one that ends after the schedule did, say nothing"
-    with pytest.warns(UserWarning, match=r'the fit ended after step \d+ of \d+, before the schedule of \w+ did: [\d.]+ percent (sparsity|pruned)') as said: fit(learner(), 4, [make(),Ends()])
-    assert len([w for w in said if 'the fit ended' in str(w.message)])==1
+    with pytest.warns(UserWarning, match=r'training ended after step \d+ of \d+, before the schedule of \w+ did: [\d.]+ percent (sparsity|pruned)') as said: fit(learner(), 4, [make(),Ends()])
+    assert len([w for w in said if 'training ended' in str(w.message)])==1
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         fit(learner(), 2, make())

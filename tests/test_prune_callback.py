@@ -470,5 +470,5 @@ def test_data_that_is_missing_or_wrong():
 def test_masks_beside_pruning_are_refused_before_anything_changes(other, first):
     learn = learner()
     was,cbs = state(learn.model),[PruneCallback(50),other()]
-    with pytest.raises(ValueError, match='holds masks of weights, whose shapes PruneCallback changes: prune in one fit'): fit(learn, 2, cbs if first else cbs[::-1])
+    with pytest.raises(ValueError, match='holds masks of weights, whose shapes PruneCallback changes: prune first'): fit(learn, 2, cbs if first else cbs[::-1])
     assert same(was, state(learn.model))

@@ -93,7 +93,7 @@ def test_with_sparsify_and_one_schedule(first):
     sched = Schedule(sched_agp, .25)
     cbs = [SparsifyCallback(50, 'filter', schedule=sched), RegularizeCallback('group_lasso', 'filter', .1, schedule=sched)]
     seen,learn = [],learner()
-    fit(learn, 4, [*(cbs if first else cbs[::-1]), At('after_loss', lambda o: seen.append(cbs[1].now), order=99)])
+    fit(learn, 4, [*(cbs if first else cbs[::-1]), At('after_loss', lambda o: seen.append(cbs[1].technique.weight_at(cbs[1].progress[0]/cbs[1].progress[1])), order=99)])
     assert zeros(learn.model)==[108,288] and seen[:3]==[0,0,0] and seen[-1]==.1 and seen==sorted(seen)
 
 @pytest.mark.parametrize('order', list(itertools.permutations(range(3))), ids=str)
@@ -163,7 +163,7 @@ def test_paper_listing_11():
 def test_old_spelling(monkeypatch):
     monkeypatch.setattr(legacy, '_said', set())
     with pytest.warns(FutureWarning, match='weights'): cb = RegularizationCallback('weights')
-    assert cb.how['granularity']=='weight'
+    assert cb.technique.how['granularity']=='weight'
 
 def test_threshold():
     "`sparsify_below` counts: what is below goes, what is equal stays, the best of a layer stays, what is gone stays gone"

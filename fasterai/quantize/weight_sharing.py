@@ -80,11 +80,26 @@ class SharedWeight:
         c = kmeans(w.flatten(1), k, keep_zeros=True, **kwargs)
         r,k = c.values.shape
         codes = (c.codes+k*torch.arange(r, dtype=torch.int32, device=w.device)[:,None]).view(w.shape)
-        self.p,self.k,self.n = p,k,r*k
-        self.codes = (codes if axis is None else codes.movedim(0, axis)).flatten()
-        self.zero = torch.arange(0, self.n, k, device=w.device)
-        self.used = self._find().index_fill_(0, self.zero, False).sum()
+        self.used = self._set(p, (codes if axis is None else codes.movedim(0, axis)).flatten(), k, r*k).index_fill_(0, self.zero, False).sum()
         self._write(p, c.values.flatten())
+
+    @classmethod
+    def again(cls,
+        p:nn.Parameter, # Parameter whose elements share values already
+        codes:Tensor, # Which of them share: [elements], whole numbers
+        k:int, # How many values a slice has, zero among them
+        n:int, # How many all slices have
+    ):
+        "What `codes` of an earlier `SharedWeight` says of `p`"
+        if codes.numel()!=p.numel(): raise ValueError(f'codes of {codes.numel()} elements cannot be those of a parameter of {p.numel()}')
+        res = cls.__new__(cls)
+        res._set(p, codes.to(p.device, copy=True), k, n)
+        return res
+
+    def _set(self, p, codes, k, n):
+        self.p,self.codes,self.k,self.n = p,codes,k,n
+        self.zero = torch.arange(0, n, k, device=codes.device)
+        return self._find()
 
     def _find(self):
         "Find the first element of each value, which stands for those that share it; which values have one"
@@ -245,9 +260,9 @@ class _Together:
 # %% ../../nbs/quantize/02_weight_sharing.ipynb #14e32fab
 class SharedWeights(list):
     "What `KMeansQuantizer.share` gives: the weights that share values, to train these"
-    def __init__(self, weights=()):
+    def __init__(self, weights=(), names=()): # `SharedWeight`s, and names of their parameters
         super().__init__(weights)
-        self._seen,self._ways = None,[]
+        self.names,self._seen,self._ways = list(names),None,[]
 
     def _by_device(self):
         "What sums and snaps the weights, found again if something about these has changed"
@@ -272,6 +287,11 @@ class SharedWeights(list):
     def snap(self):
         "After it"
         for o in self._by_device(): o.snap()
+
+    def state_dict(self):
+        "Which elements share a value: tensors by name, for `KMeansQuantizer.share`"
+        number = lambda v: torch.tensor(v, device='cpu')
+        return {f'{name}.{k}':v for name,o in zip(self.names, self) for k,v in dict(codes=o.codes, k=number(o.k), n=number(o.n)).items()}
 
 # %% ../../nbs/quantize/02_weight_sharing.ipynb #3718590f
 class KMeansQuantizer:
@@ -305,9 +325,18 @@ class KMeansQuantizer:
         for _ in self._each(model): pass
         return model
 
-    def share(self, model:nn.Module)->SharedWeights: # Model, in place
+    def share(self,
+        model:nn.Module, # Model, in place
+        state=None, # What `state_dict` of earlier `SharedWeights` gave: weights that share values already stay as they are
+    )->SharedWeights:
         "`quantize`, and give what it takes to train the shared values: `sum_grads` before each step, `snap` after it"
-        return SharedWeights(self._each(model))
+        names = bits_by_name(model, self.bits)
+        if state is None: return SharedWeights(self._each(model), names)
+        model = plain_model(model)
+        for o in names:
+            if f'{o}.codes' not in state: raise ValueError(f'the state has no {o!r}: {did_you_mean(o, [k.removesuffix(".codes") for k in state if k.endswith(".codes")])}')
+        again = lambda o: SharedWeight.again(model.get_parameter(o), state[f'{o}.codes'], int(state[f'{o}.k']), int(state[f'{o}.n']))
+        return SharedWeights(map(again, names), names)
 
     def report(self):
         "What the last model's layers share: a DataFrame; `values` counts those in use, `error` is the change of the weights in percent (of their 2-norm)"

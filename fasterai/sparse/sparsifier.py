@@ -896,6 +896,10 @@ class Sparsifier:
         for s in sparsity.values() if isinstance(sparsity, dict) else [sparsity]: check_level(s)
         self._renew(lambda: self._rounded(self._counts(sparsity)), self.layers)
 
+    def step(self, sparsity=None): # Level to be reached, as from a `Pace`, or `None`
+        "After an optimizer's step: renew the masks for `sparsity`, or hold those that there are"
+        self.apply_masks() if sparsity is None else self.update(sparsity)
+
     def _renew(self, counts, layers, alike=True, checked=False):
         """Have `counts()` blocks of `layers` gone: how many, by the layers that compete for them; `alike`, if a layer's kinds of blocks are to share its own;
         `checked`, if scores are looked at, as not in a training step"""
