@@ -6,8 +6,7 @@
 __all__ = ['scale_of', 'add_columns', 'LeftOff', 'TechniqueCallback']
 
 # %% ../nbs/98_callback.ipynb #b674df18
-import inspect, math
-from contextlib import contextmanager
+import math
 from functools import wraps
 import numpy as np
 import torch
@@ -16,8 +15,8 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastai.torch_core import find_bs, get_model, rank_distrib
 from .core.brought import warn
-from .core.pace import Training, two_of
-from .core.plan import as_bytes, as_text, cut_to, plan_text, pruned_plan, read_plan
+from .core.pace import Driver, Training, two_of
+from .core.plan import carrying, receiving
 
 # %% ../nbs/98_callback.ipynb #45ef345a
 def scale_of(
@@ -39,20 +38,11 @@ class LeftOff(dict):
     "States by name of the technique, to go on from; a learner that is exported has none"
     def __reduce__(self): return LeftOff,()
 
-class TechniqueCallback(Callback):
+class TechniqueCallback(Driver, Callback):
     "Drives a `technique` through a fit; what it has reached is a column of the progress table"
     run_valid,order,_only_train_loop = False,55,True  # after the Recorder, whose table gets a column, and before what shows it; `learn.summary` does without
     searches = False  # does it take part in `lr_find`?
     ready = busy = False  # is training to begin? has it, and not ended?
-
-    def __init_subclass__(cls, technique=None):
-        "Of `technique` it takes the arguments, and what it says of itself"
-        if technique is None: return
-        cls.make,cls.__signature__,cls.__doc__ = technique,inspect.signature(technique),cls.__doc__ or technique.__doc__
-
-    def __init__(self, *args, **kwargs):
-        self.technique = self.make(*args, **kwargs)
-        self.technique.called = type(self).__name__
 
     def __call__(self, event_name):
         if event_name=='before_fit':  # anew: the last fit may have been interrupted
@@ -76,8 +66,10 @@ class TechniqueCallback(Callback):
         return two_of(b[:getattr(self.dls, 'n_inp', max(len(b)-1, 1))])
 
     def _training(self):
-        others = [o.technique for o in self.learn.cbs if isinstance(o, TechniqueCallback) and o is not self]
-        return Training(self.model, self.opt, self.n_epoch, self.sample, None if rank_distrib() else self.path/self.model_dir, others)
+        folder = None if rank_distrib() else self.path/self.model_dir
+        return Training(self.model, self.opt, self.n_epoch, self.sample, folder, self._others)
+
+    def _others(self): return [o.technique for o in self.learn.cbs if isinstance(o, TechniqueCallback) and o is not self]
 
     def before_fit(self):
         self.technique.check(self._training())
@@ -139,30 +131,7 @@ class TechniqueCallback(Callback):
 
     def __getstate__(self): return {k:v for k,v in super().__getstate__().items() if k not in ('ready','busy')}
 
-# %% ../nbs/98_callback.ipynb #481ecb4b
-_KEY = 'fasterai'
-
-@contextmanager
-def _carrying(model, states):
-    "Inside, a `state_dict` of `model` holds `states` and the plan of its cuts"
-    plan = pruned_plan(model)
-    if plan['kept']: states = states | dict(plan=as_bytes(plan_text(plan)))
-    def add(m, state, prefix, meta):
-        if states: state._metadata[''][_KEY] = states
-    hook = model._register_state_dict_hook(add)
-    try: yield
-    finally: hook.remove()
-
-@contextmanager
-def _receiving(model, found):
-    "Inside, what a `state_dict` holds of ours goes into `found` when `model` loads it, and the model is cut before"
-    def take(state, prefix, meta, *args):
-        found.update(meta.get(_KEY, {}))
-        if (plan := found.pop('plan', None)) is not None: cut_to(model, read_plan(as_text(plan)))
-    hook = model._register_load_state_dict_pre_hook(take)
-    try: yield
-    finally: hook.remove()
-
+# %% ../nbs/98_callback.ipynb #47d2de3d
 def _states(learn):
     "By name, the states of techniques at work, or of the last fit's, if it ended early"
     busy = {o.key: o.technique.state_dict() for o in learn.cbs if isinstance(o, TechniqueCallback) and o.busy}
@@ -171,14 +140,14 @@ def _states(learn):
 def _carries(save):
     @wraps(save)
     def _save(self, *args, **kwargs):
-        with _carrying(get_model(self.model), _states(self)): return save(self, *args, **kwargs)
+        with carrying(get_model(self.model), _states(self)): return save(self, *args, **kwargs)
     return _save
 
 def _receives(load):
     @wraps(load)
     def _load(self, *args, **kwargs):
         found = LeftOff()
-        with _receiving(get_model(self.model), found): res = load(self, *args, **kwargs)
+        with receiving(get_model(self.model), found): res = load(self, *args, **kwargs)
         self.left_off = found
         return res
     return _load

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prune']
 
-# %% ../../nbs/prune/02_training.ipynb #6cdc81db
+# %% ../../nbs/prune/02_training.ipynb #3503299b
 import json
 from collections.abc import Mapping
 import torch
@@ -18,7 +18,7 @@ from ..core.schedule import agp, check_rises, schedule_of
 from ..core.plan import pruned_plan
 from .pruner import Pruner, check_layer_type, check_ratio
 
-# %% ../../nbs/prune/02_training.ipynb #fefb0037
+# %% ../../nbs/prune/02_training.ipynb #5b3fd210
 class Prune(Technique):
     """Remove channels while training: `schedule` says how many, a `Pruner` says which. What cannot go is told once, and is in
     `left`: a row for each `layer`, with its number of `channels`, how many are asked for (`dead`), how many were `removed`, and `why`
@@ -45,9 +45,7 @@ class Prune(Technique):
             check_rises(check_schedule(self.schedule, o), o)
 
     def check(self, training):
-        for o in training.others:
-            if o.holds_masks:
-                raise ValueError(f'{o.title} holds masks of weights, whose shapes {self.title} changes: prune first and sparsify after that, not both at once')
+        super().check(training)
         self.next = Pruner(followable(training.model, resizes=True), self.ratio, example_inputs=self.inputs, **self.how)
 
     def begin(self, training):

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['Share']
 
-# %% ../../nbs/quantize/03_training.ipynb #0f4c8cf6
+# %% ../../nbs/quantize/03_training.ipynb #f477c39a
 from ..core.pace import Technique, clear_state
 from ..core.running import plain_model
 from ..core.schedule import check_rises
 from .weight_sharing import KMeansQuantizer, bits_by_name
 
-# %% ../../nbs/quantize/03_training.ipynb #abcd8749
+# %% ../../nbs/quantize/03_training.ipynb #cd012b5d
 class Share(Technique):
     "Let the weights of each layer share `2**bits` values, and zero, and train the values"
-    name,shared,remembers = 'share',None,True
+    name,holds,shared,remembers = 'share','clusters of weights',None,True
     def __init__(self,
         bits, # 1 to 8; a dict by layer or parameter; or a function of a parameter's name and the parameter: see `KMeansQuantizer`
         init='optimal', # Where k-means begins: a name of `inits`
@@ -24,25 +24,25 @@ class Share(Technique):
 
     def check(self, training):
         bits_by_name(plain_model(training.model), self.quantizer.bits)  # refused before anything is changed
-        for o in training.others:
-            if o.resizes:
-                raise ValueError(f'{o.title} changes the shapes of weights, whose clusters stay as they are while values are trained: prune first, then share')
-            if o.holds_masks and hasattr(o, 'schedule'): check_rises(o.schedule, 100.)
+        super().check(training)
+        for o in training.others():
+            if hasattr(o, 'pace'): check_rises(o.schedule, 100.)
 
     def begin(self, training):
-        self.others,self.updated = [o for o in training.others if hasattr(o, 'pace')],[]
-        state = self._taken()
+        self.check(training)
+        self.training,self.updated,state = training,[],self._taken()
         self.shared = self.quantizer.share(training.model, state)
         if state is None: clear_state(training.optimizer)
 
     def state_dict(self): return (self.state or {}) if self.shared is None else self.shared.state_dict()
 
     def before_step(self):
-        if (updated := [o.pace.last for o in self.others if o.pace is not None])!=self.updated:
+        paces = [getattr(o, 'pace', None) for o in self.training.others()]
+        if (updated := [o.last for o in paces if o is not None])!=self.updated:
             self.shared.drop_zeros()
             self.updated = updated
         self.shared.sum_grads()
 
     def after_step(self, k, n, inputs=()): self.shared.snap()
-    def end(self, k, n): self.shared,self.others = None,[]
-    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('shared','others')}
+    def end(self, k, n): self.shared = None
+    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('shared','training')}

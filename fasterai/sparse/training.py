@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANY', 'most_updates', 'Tickets', 'Sparsify', 'Keep']
 
-# %% ../../nbs/sparse/02_training.ipynb #1214aea8
+# %% ../../nbs/sparse/02_training.ipynb #bb04b48a
 from pathlib import Path
 from torch import nn
 from safetensors.torch import save_model
@@ -29,7 +29,7 @@ def most_updates(
     "Most updates in a fit, by default"
     return n if counted or n_weights<=MANY else max(n_epoch, min(n//8, 200))
 
-# %% ../../nbs/sparse/02_training.ipynb #da96d45a
+# %% ../../nbs/sparse/02_training.ipynb #29d80684
 class Tickets:
     "What a network was early in training, to set back what is left of it (Frankle & Carbin, arXiv 1803.03635; from a later epoch: arXiv 1912.05671)"
     def __init__(self,
@@ -70,10 +70,10 @@ class Tickets:
             path.mkdir(parents=True, exist_ok=True)
             save_model(model, str(path/f'ticket_{sparsifier.reached():.2f}.safetensors'))
 
-# %% ../../nbs/sparse/02_training.ipynb #1635e01b
+# %% ../../nbs/sparse/02_training.ipynb #96c353bb
 class Sparsify(Technique):
     "Zero weights while training: `schedule` says how many, a `Sparsifier` says which"
-    name,column,holds_masks,remembers = 'sparsify','sparsity',True,True
+    name,column,holds,remembers = 'sparsify','sparsity','masks of weights',True
     sparsifier = next = pace = None
     @old_arguments
     def __init__(self,
@@ -99,6 +99,7 @@ class Sparsify(Technique):
         self.how = dict(granularity=granularity, context=context, criteria=criteria, layer_type=layer_type, coupled=coupled, round_to=round_to)
 
     def check(self, training):
+        super().check(training)
         model = training.model if self.sub is None else self.sub
         if not {id(p) for p in model.parameters()}<={id(p) for p in training.model.parameters()}:
             raise ValueError("model is no part of the model that is trained: nothing of it would be trained")
@@ -156,8 +157,10 @@ class Sparsify(Technique):
 
 class Keep(Technique):
     "Hold zero, while fine-tuning, what is zero at the start"
-    name,holds_masks,sparsifier = 'keep',True,None
-    def begin(self, training): self.training,self.sparsifier = training,None
+    name,holds,sparsifier = 'keep','masks of weights',None
+    def begin(self, training):
+        self.check(training)
+        self.training,self.sparsifier = training,None
     def batch(self, inputs):
         if self.sparsifier is None: self.sparsifier = hold_zeros(self.training.model, two_of(inputs))
     def after_step(self, k, n, inputs=()): self.sparsifier.apply_masks()

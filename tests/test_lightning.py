@@ -1,0 +1,176 @@
+"""In Lightning: the same masks as in a loop of one's own, and checkpoints that go on with the same bits"""
+import logging, warnings
+import pytest, torch
+import lightning.pytorch as pl
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from fasterai.core.all import *
+from fasterai.core.pace import Training, attach
+from fasterai.core.plan import pruned_plan
+from fasterai.lightning import *
+from fasterai.prune.training import Prune
+from fasterai.quantize.training import Share
+from fasterai.regularize.training import GroupRegularize, Regularize
+from fasterai.sparse.training import Keep, Sparsify
+
+logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
+pytestmark = pytest.mark.filterwarnings('ignore:.*does not have many workers', 'ignore:.*GPU available', 'ignore:Checkpoint directory')
+
+torch.manual_seed(0)
+X,Y = torch.randn(40, 1, 8, 8),torch.randint(0, 4, (40,))
+
+class Net(nn.Module):
+    def __init__(self, n=12):
+        super().__init__()
+        self.a,self.bn,self.b,self.c,self.head = nn.Conv2d(1, n, 3), nn.BatchNorm2d(n), nn.Conv2d(n, n, 3, padding=1), nn.Conv2d(n, 8, 3), nn.Linear(8, 4)
+    def forward(self, x):
+        x = self.bn(self.a(x)).relu()
+        return self.head(self.c((x+self.b(x)).relu()).relu().amax((2, 3)))
+
+class Inside(pl.LightningModule):
+    "A network in a module, which runs it"
+    def __init__(self, opt=torch.optim.AdamW, **kwargs):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net,self.opt,self.kwargs = Net(),opt,kwargs
+    def training_step(self, batch, i):
+        x,y = batch
+        loss = F.cross_entropy(self.net(x), y)
+        self.log('loss', loss)
+        return loss
+    def configure_optimizers(self): return self.opt(self.parameters(), lr=1e-2, **self.kwargs)
+
+class Itself(pl.LightningModule, Net):
+    "A module that is the network"
+    def __init__(self):
+        pl.LightningModule.__init__(self)
+        torch.manual_seed(0)
+        net = Net()
+        for n,m in net.named_children(): setattr(self, n, m)
+    forward = Net.forward
+    def training_step(self, batch, i): return F.cross_entropy(self(batch[0]), batch[1])
+    def configure_optimizers(self): return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+def data(): return DataLoader(TensorDataset(X, Y), batch_size=8)
+def trainer(path, epochs=4, **kwargs):
+    quiet = dict(accelerator='cpu', logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=path)
+    return pl.Trainer(max_epochs=epochs, **(dict(enable_checkpointing=False) | quiet | kwargs))
+
+TECHNIQUES = dict(
+    sparsify=(SparsifyCallback, Sparsify, (60,'weight','global','movement','agp'), {}),
+    filters=(SparsifyCallback, Sparsify, (50,'filter'), dict(coupled=True)),
+    updates=(SparsifyCallback, Sparsify, (70,'filter','local','updating_movement','lin'), dict(n_updates=7)),
+    taylor=(SparsifyCallback, Sparsify, (60,'weight','global','taylor','cos'), {}),
+    wanda=(SparsifyCallback, Sparsify, (60,'weight','local','wanda','lin'), dict(n_updates=8)),
+    tickets=(SparsifyCallback, Sparsify, (60,), dict(schedule='iterative', lth=True)),
+    keep=(KeepSparsity, Keep, (), {}),
+    prune=(PruneCallback, Prune, (50,'lin'), dict(criteria='movement', n_updates=8)),
+    share=(KMeansCallback, Share, (2,), {}),
+    penalty=(RegularizeCallback, Regularize, ('group_lasso','filter',1e-2), dict(schedule='lin')),
+    penalty_paper=(RegularizationCallback, GroupRegularize, ('filter',1e-2), {}))
+
+def prepared(module, name):
+    net = getattr(module, 'net', module)
+    if name=='keep': net.b.weight.data[:5] = 0
+    return net
+
+def loop(make, net, epochs=4):
+    "The same with plain PyTorch"
+    opt,k = torch.optim.AdamW(net.parameters(), lr=1e-2),0
+    with attach(technique := make(), Training(net, opt, epochs, lambda: (X[:2],)), 5*epochs):
+        for i in range(epochs):
+            technique.epoch(i)
+            for x,y in data():
+                opt.zero_grad()
+                F.cross_entropy(net(x), y).backward()
+                opt.step()
+    return net
+
+def same(a, b):
+    a,b = a.state_dict(),b.state_dict()
+    return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
+
+@pytest.mark.parametrize('module', [Inside,Itself])
+@pytest.mark.parametrize('name', TECHNIQUES)
+def test_as_a_plain_loop(name, module, tmp_path):
+    callback,technique,args,kwargs = TECHNIQUES[name]
+    m = module()
+    net = prepared(m, name)
+    before = pl.Callback.__dict__.keys()
+    trainer(tmp_path, callbacks=callback(*args, **kwargs)).fit(m, data())
+    m2 = Inside()
+    want = loop(lambda: technique(*args, **kwargs), prepared(m2, name))
+    assert same(want, nn.Module.requires_grad_(net)) if module is Inside else all(torch.equal(v, dict(net.state_dict())[k]) for k,v in want.state_dict().items())
+    assert not net._forward_pre_hooks and not net._state_dict_hooks and not net._load_state_dict_pre_hooks
+
+@pytest.mark.parametrize('name', [*TECHNIQUES])
+def test_resume(name, tmp_path):
+    callback,technique,args,kwargs = TECHNIQUES[name]
+    whole,first,again = Inside(),Inside(),Inside()
+    for m in (whole,first,again): prepared(m, name)
+    trainer(tmp_path, callbacks=callback(*args, **kwargs)).fit(whole, data())
+    save = pl.callbacks.ModelCheckpoint(tmp_path/'c', save_top_k=-1, every_n_epochs=1, filename='{epoch}', save_on_train_epoch_end=True)
+    trainer(tmp_path, callbacks=[callback(*args, **kwargs), save], enable_checkpointing=True).fit(first, data())
+    assert same(whole.net, first.net)
+    torch.manual_seed(5)
+    for p in again.parameters(): p.data.normal_()
+    trainer(tmp_path, callbacks=callback(*args, **kwargs)).fit(again, data(), ckpt_path=tmp_path/'c'/'epoch=1.ckpt', weights_only=False)
+    assert same(whole.net, again.net)
+    if name=='prune': assert pruned_plan(again.net)==pruned_plan(whole.net) and again.net.a.out_channels==6
+
+def test_clipped_accumulated_and_with_a_closure(tmp_path):
+    "Gradients of shared values are summed after clipping; steps are the optimizer's"
+    m = Inside(torch.optim.SGD, momentum=.9)
+    trainer(tmp_path, callbacks=[KMeansCallback(2), SparsifyCallback(50, schedule='lin')], gradient_clip_val=.1, accumulate_grad_batches=2).fit(m, data())
+    want = Inside().net
+    opt = torch.optim.SGD(want.parameters(), lr=1e-2, momentum=.9)
+    share,sparse = Share(2),Sparsify(50, schedule='lin')
+    training = Training(want, opt, 4, lambda: (X[:2],))
+    with attach(share, training, 12), attach(sparse, training, 12):
+        for _ in range(4):
+            opt.zero_grad()
+            for i,(x,y) in enumerate(data()):
+                (F.cross_entropy(want(x), y)/2).backward()
+                if i%2==0 and i<4: continue
+                torch.nn.utils.clip_grad_norm_(want.parameters(), .1)
+                opt.step()
+                opt.zero_grad()
+    assert same(want, m.net)
+    assert max(len(o.weight.unique()) for o in (want.a,want.b,want.c))<=5
+
+def test_logged(tmp_path):
+    t = trainer(tmp_path, 2, callbacks=[SparsifyCallback(50), RegularizationCallback('filter')])
+    t.fit(Inside(), data())
+    assert t.callback_metrics['sparsity']==50 and t.callback_metrics['penalty']>0
+
+def test_told(tmp_path):
+    class Two(Inside):
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match=r'without a `forward` holds 2 networks \(net, other\)'): trainer(tmp_path, callbacks=SparsifyCallback(50)).fit(Two(), data())
+    with pytest.raises(ValueError, match='needs to know how long training is'): trainer(tmp_path, -1, callbacks=SparsifyCallback(50)).fit(Inside(), data())
+    with pytest.raises(ValueError, match='SparsifyCallback holds masks of weights, whose shapes PruneCallback changes'):
+        trainer(tmp_path, callbacks=[SparsifyCallback(50), PruneCallback(50)]).fit(Inside(), data())
+    with pytest.raises(ValueError, match="did you mean 'filter'"): trainer(tmp_path, callbacks=SparsifyCallback(50, 'filtr')).fit(Inside(), data())
+    m = Inside()
+    class Halt(pl.Callback):
+        def on_train_batch_end(self, t, *args):
+            if t.global_step==7: raise RuntimeError('stop')
+    with pytest.raises(RuntimeError, match='stop'): trainer(tmp_path, callbacks=[SparsifyCallback(50), Halt()]).fit(m, data())
+    assert not m.net._forward_pre_hooks
+    class Early(pl.Callback):
+        def on_train_batch_end(self, t, *args):
+            if t.global_step==7: t.should_stop = True
+    with pytest.warns(UserWarning, match='training ended after step 7 of 20, before the schedule of SparsifyCallback did'): trainer(tmp_path, callbacks=[SparsifyCallback(50), Early()]).fit(m, data())
+
+def test_several(tmp_path):
+    "Two of a kind have states of their own"
+    def two(): return [SparsifyCallback(50, 'weight', criteria=movement, layer_type=nn.Linear), SparsifyCallback(30, 'filter', criteria='updating_movement')]
+    assert len({o.state_key for o in two()})==2 and [o.state_key for o in two()]==[o.state_key for o in two()]
+    whole,again = Inside(),Inside()
+    save = pl.callbacks.ModelCheckpoint(tmp_path/'c', save_top_k=-1, every_n_epochs=1, filename='{epoch}', save_on_train_epoch_end=True)
+    trainer(tmp_path, callbacks=[*two(), save], enable_checkpointing=True).fit(whole, data())
+    trainer(tmp_path, callbacks=two()).fit(again, data(), ckpt_path=tmp_path/'c'/'epoch=2.ckpt', weights_only=False)
+    assert same(whole.net, again.net)

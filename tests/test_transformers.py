@@ -1,0 +1,99 @@
+"""In the Trainer of transformers: the same masks as in a loop of one's own, and checkpoints that go on with the same bits"""
+import pytest, torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, default_collate
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from fasterai.core.all import *
+from fasterai.core.pace import Training, attach
+from fasterai.core.plan import pruned_plan
+from fasterai.prune.training import Prune
+from fasterai.quantize.training import Share
+from fasterai.regularize.training import Regularize
+from fasterai.sparse.training import Keep, Sparsify
+from fasterai.transformers import *
+
+torch.manual_seed(0)
+IDS,Y = torch.randint(0, 30, (40, 6)),torch.randint(0, 3, (40,))
+DATA = [dict(input_ids=i, attention_mask=torch.ones_like(i), labels=y) for i,y in zip(IDS, Y)]
+
+def bert():
+    torch.manual_seed(0)
+    size = dict(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=3, max_position_embeddings=8)
+    return BertForSequenceClassification(BertConfig(**size, hidden_dropout_prob=0., attention_probs_dropout_prob=0.))
+
+class InOrder(Trainer):
+    "Without shuffling, so that a plain loop sees the same batches"
+    def _get_train_sampler(self, *args): return torch.utils.data.SequentialSampler(self.train_dataset)
+
+def trainer(model, path, callbacks, epochs=4, **kwargs):
+    common = dict(num_train_epochs=epochs, per_device_train_batch_size=8, learning_rate=1e-2, lr_scheduler_type='constant', report_to='none', disable_tqdm=True,
+        save_strategy='no', logging_strategy='epoch', use_cpu=True, max_grad_norm=0, weight_decay=0., optim='adamw_torch', seed=0)
+    return InOrder(model, TrainingArguments(str(path), **common | kwargs), train_dataset=DATA, callbacks=callbacks)
+
+def same(a, b):
+    a,b = a.state_dict(),b.state_dict()
+    return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
+
+LINEAR = dict(layer_type=nn.Linear)
+TECHNIQUES = dict(
+    sparsify=(SparsifyCallback, Sparsify, (60,'weight','global','movement','agp'), LINEAR),
+    updates=(SparsifyCallback, Sparsify, (70,'filter','local','updating_movement','lin'), dict(n_updates=7) | LINEAR),
+    wanda=(SparsifyCallback, Sparsify, (60,'weight','local','wanda','lin'), dict(n_updates=8, layer_type=nn.Linear)),
+    taylor=(SparsifyCallback, Sparsify, (60,'weight','global','taylor','cos'), LINEAR),
+    tickets=(SparsifyCallback, Sparsify, (60,), dict(schedule='iterative', lth=True) | LINEAR),
+    heads=(SparsifyCallback, Sparsify, (50,'head'), dict(schedule='lin')),
+    keep=(KeepSparsity, Keep, (), {}),
+    prune=(PruneCallback, Prune, (50,'lin'), dict(criteria='movement', n_updates=8)),
+    share=(KMeansCallback, Share, (2,), {}),
+    penalty=(RegularizeCallback, Regularize, ('group_lasso','filter',1e-2), dict(schedule='lin', layer_types=nn.Linear)))
+
+def prepared(name):
+    model = bert()
+    if name=='keep': model.bert.encoder.layer[0].output.dense.weight.data[:5] = 0
+    return model
+
+def loop(technique, model, epochs=4):
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.)
+    sample = {k:v for k,v in default_data_collator(DATA[:2]).items() if k!='labels'}
+    with attach(technique, Training(model, opt, epochs, lambda: sample), 5*epochs):
+        for i in range(epochs):
+            technique.epoch(i)
+            model.train()
+            for j in range(5):
+                opt.zero_grad()
+                model(**default_data_collator(DATA[8*j:8*j+8])).loss.backward()
+                opt.step()
+    return model
+
+@pytest.mark.parametrize('name', TECHNIQUES)
+def test_as_a_plain_loop_and_resumed(name, tmp_path):
+    callback,technique,args,kwargs = TECHNIQUES[name]
+    whole,first,again = (prepared(name) for _ in range(3))
+    want = loop(technique(*args, **kwargs), whole)
+    t = trainer(first, tmp_path, [callback(*args, **kwargs)], save_strategy='epoch')
+    t.train()
+    assert same(want, first) and not first._forward_pre_hooks
+    folder = tmp_path/'checkpoint-10'
+    if name=='prune': assert cut_like(again, folder) is again and pruned_plan(again)['kept']
+    for p in again.parameters(): p.data.normal_()
+    trainer(again, tmp_path, [callback(*args, **kwargs)]).train(resume_from_checkpoint=str(folder))
+    assert same(want, again)
+    column = technique.column
+    assert column is None or [column in o for o in t.state.log_history]==[True]*len(t.state.log_history)
+
+def test_told(tmp_path):
+    with pytest.raises(ValueError, match='SparsifyCallback holds masks of weights, whose shapes PruneCallback changes'): trainer(bert(), tmp_path, [SparsifyCallback(50, **LINEAR), PruneCallback(50)]).train()
+    with pytest.raises(ValueError, match='no PruneCallback has written'): cut_like(bert(), tmp_path)
+    trainer(bert(), tmp_path, [], save_strategy='epoch').train()
+    with pytest.warns(UserWarning, match='goes on after step 10, and nothing is known of what SparsifyCallback did before'):
+        trainer(bert(), tmp_path, [SparsifyCallback(50, **LINEAR)]).train(resume_from_checkpoint=str(tmp_path/'checkpoint-10'))
+    class Early(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs): control.should_training_stop = state.global_step==7
+    with pytest.warns(UserWarning, match='training ended after step 7 of 20'): trainer(bert(), tmp_path, [SparsifyCallback(50, **LINEAR), Early()]).train()
+
+def test_clipped_and_accumulated(tmp_path):
+    m = bert()
+    trainer(m, tmp_path, [KMeansCallback(3), SparsifyCallback(50, schedule='lin', **LINEAR)], max_grad_norm=.1, gradient_accumulation_steps=2).train()
+    layers = [o for o in m.modules() if isinstance(o, nn.Linear)]
+    assert all(len(o.weight.unique())<=9 for o in layers) and all(int((o.weight==0).sum())>=o.weight.numel()//2 for o in layers)
