@@ -7,15 +7,17 @@ __all__ = ['Distiller', 'match_feature_layers']
 
 # %% ../../nbs/distill/02_distiller.ipynb #75effa7e
 import hashlib
+from collections.abc import Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from functools import partial
 import torch
 from torch import nn, Tensor
 from ..core.brought import check_held, listed, plain_name
 from ..core.registry import did_you_mean
-from ..core.running import call_with, check_inputs, check_module, example_inputs_for, explained, innermost, tensors_of, untouched
+from ..core.running import _parts, call_with, check_inputs, check_module, example_inputs_for, explained, innermost, untouched
 from ..core.schedule import schedule_of
-from .losses import SoftTarget, compares_any_shape, loss_name, loss_needs, loss_of, meet, takes_axis
+from .losses import SoftTarget, check_meaning, compares_any_shape, compares_tensors, loss_name, loss_needs, loss_of, meet, takes_axis
 
 # %% ../../nbs/distill/02_distiller.ipynb #960164a9
 def _layers(model, given, whose):
@@ -76,6 +78,65 @@ def _adapter(s, t, names):
     if len(a)>5: raise ValueError(f'{told}: no adapter fits between them')
     return {3:nn.Conv1d, 4:nn.Conv2d, 5:nn.Conv3d}[len(a)](a[1], b[1], 1, device='cpu')
 
+def _entries(o):
+    "What `o` holds, by key or position, the last of several as -1"
+    if isinstance(o, (tuple,list)): return {-1 if 0<i==len(o)-1 else i:v for i,v in enumerate(o)}
+    return _parts(o)[0] if isinstance(o, Mapping) or is_dataclass(o) else {}
+
+def _tensors_at(o, place=()):
+    "The tensors in `o`, each with its place, a tuple of keys"
+    if isinstance(o, Tensor): yield place,o
+    else:
+        for k,v in _entries(o).items(): yield from _tensors_at(v, (*place,k))
+
+def place_of(
+    answer, # Output of a model: a tensor, or what holds some
+    read:Tensor, # What a loss reads of it
+):
+    "Where in `answer` the tensor `read` is, itself or its numbers in another precision: a tuple of keys; None if it is not there"
+    found = list(_tensors_at(answer))
+    plain = read.detach().as_subclass(Tensor)
+    def same(t): return t is read or t.data_ptr()==read.data_ptr() and t.shape==read.shape
+    def equal(t): return t.shape==read.shape and t.device==read.device and torch.equal(t.detach().as_subclass(Tensor).to(plain.dtype), plain)
+    here = [k for k,t in found if same(t)] or [k for k,t in found if equal(t)]
+    return here[0] if here else None
+
+_CALLED = 'logits','out'  # what a classifier's scores are called in the answers of transformers', and of torchvision's networks
+
+def _named(answer, k):
+    "Is what is at place `k` of `answer` called as scores are?"
+    names = getattr(answer, '_fields', ())
+    return len(k)==1 and (k[0] in _CALLED or isinstance(k[0], int) and bool(names) and names[k[0]] in _CALLED)
+
+def meant(
+    answer, # Output of a model
+    like:Tensor|None=None, # What the loss of the task reads of the student's answer, if that is known
+    place=None, # Where that is in the student's answer, if it is known
+    output=None, # Says which one it is: a key, a position, or a function of the answer
+):
+    """The tensor of `answer` that is compared. It is what `output` says, or a tensor itself; else the counterpart of `like`: what is at the same place, or else what
+    is called `logits` or `out`, or comes first, of those with its shape. Without `like` it is the one called so, or the only one, or the first if no other has its shape; `TypeError` otherwise"""
+    if isinstance(answer, Tensor): return answer
+    if output is not None: return _picked(answer, output)
+    found = {k:t for k,t in _tensors_at(answer) if t.ndim}
+    if not found: raise TypeError(f'a teacher and its student are compared by tensors, and {type(answer).__name__} holds none: say by `output` what is compared')
+    if place in found: return found[place]
+    alike = {k:t for k,t in found.items() if like is not None and t.shape==like.shape} or found
+    if named := [t for k,t in alike.items() if _named(answer, k)]: return named[0]
+    first,*others = alike.values()
+    if like is None and any(o.shape==first.shape for o in others):
+        raise TypeError(f'the answer is a {type(answer).__name__} with tensors of shapes {", ".join(str(tuple(t.shape)) for t in found.values())}, and several may be compared: '
+                        'say by `output` (a key, a position or a function) which one, or write a loss of your own, which gets answers as they are')
+    return first
+
+def _picked(answer, output):
+    "What `output` says of `answer`"
+    def look_up(): return answer[output] if isinstance(answer, Mapping) or isinstance(output, int) else getattr(answer, output)
+    try: res = output(answer) if callable(output) else look_up()
+    except (KeyError,IndexError,TypeError,AttributeError) as e: raise ValueError(f'output={output!r} does not fit an answer of type {type(answer).__name__}: it has {", ".join(map(repr, _entries(answer))) or "no parts"}') from e
+    if not isinstance(res, Tensor): raise TypeError(f'output={output!r} gives a {type(res).__name__} of the answer: a tensor is compared')
+    return res
+
 # %% ../../nbs/distill/02_distiller.ipynb #88fa7c27
 class Distiller:
     "Run a `teacher` beside a student, and measure how far the student is from it"
@@ -88,6 +149,7 @@ class Distiller:
         schedule=None, # How `weight` is reached: a `Schedule`, a function f(start, end, pos), or a name of `schedules`; constant by default
         alpha:float|None=None, # Share of the logits where there are losses of both kinds, .5 by default
         cache:int=0, # Number of samples whose outputs of the teacher are kept
+        output=None, # Of answers that hold several tensors, the one that is compared: a key, a position, or a function of the answer; by default see `meant`
     ):
         self.teacher = teacher if isinstance(teacher, nn.Module) else getattr(teacher, 'model', None)
         if not isinstance(self.teacher, nn.Module): raise TypeError(f'a teacher is an nn.Module, or has one as its .model, not {type(teacher).__name__}')
@@ -111,6 +173,8 @@ class Distiller:
         self.weight,self.alpha,self.cache,self.schedule = weight,.5 if alpha is None else alpha,cache,None if schedule is None else schedule_of(schedule)
         for i in range(101):
             if not -1e-6<=(w := self._level(i/100))<=1+1e-6: raise ValueError(f'the schedule gives a weight of {w:g} at {i} % of training: it is a share from 0 to 1')
+        if output is not None and not callable(output) and not isinstance(output, (str,int)): raise TypeError(f'output is a key, a position, or a function of a model\'s answer, not {output!r}')
+        self.output,self.place,self.checked = output,None,False
         self.adapters,self.copied,self.kept,self.known,self.terms,self.names = nn.ModuleDict(),(set(),set()),{},{},{},[]
 
     def _level(self, pct): return self.weight if self.schedule is None else self.schedule(pct, self.weight)
@@ -130,7 +194,7 @@ class Distiller:
     ):
         "Run both networks once: check the layers, find those that are overwritten, make the adapters that are missing; what was cached is forgotten"
         names,layers = self.check(student)
-        self.known = {}
+        self.known,self.place,self.checked = {},None,False
         if names:
             check_inputs(xb)
             kept,copied = _overwritten(layers, innermost(student), xb)
@@ -177,7 +241,7 @@ class Distiller:
 
     def teach(self,
         *xb, # Inputs of a batch
-        like=None, # Output of the student: if it is a tensor, the first tensor of the teacher's output is taken
+        like=None, # The student's tensor that is compared, if it is one: its counterpart is taken of the teacher's answer, see `meant`
     ):
         "The teacher's output and the list of its feature maps: without a graph, in eval mode, and every flag as before"
         self._to_device(xb)
@@ -193,17 +257,34 @@ class Distiller:
         return pred,maps
 
     def _answer(self, xb, like):
-        "What `_run` gives; of the teacher's output its first tensor, if the student's is one tensor"
+        "What `_run` gives; of the teacher's answer the counterpart of `like`, if that is a tensor"
         pred,maps = self._run(xb)
-        if isinstance(like, Tensor) and not isinstance(pred, Tensor) and (ts := tensors_of(pred)): pred = ts[0]
-        return pred,maps
+        return self._meant(pred, like) if isinstance(like, Tensor) else pred,maps
+
+    def _meant(self, answer, like=None): return meant(answer, like, self.place, self.output)
+
+    def locate(self,
+        answer, # What the student answers
+        pred, # What the loss of the task reads of it
+    ):
+        "Find out where in an answer that is which the task's loss reads: the teacher's is read at the same place"
+        self.place = place_of(answer, pred) if isinstance(pred, Tensor) else None
+
+    def check_meaning(self,
+        loss_func=None, # Loss of the task, if it is known
+        target=None, # Labels, if they are known
+        shape=None, # Shape of the outputs for these
+        axis:int|None=None, # Axis of the classes, 1 by default
+    ):
+        "`ValueError` if a loss takes a softmax over what are no classes"
+        check_meaning(self.losses, loss_func, target, shape, 1 if axis is None else axis)
 
     def reset(self):
         "Have a teacher that remembers earlier batches, as recurrent networks do, begin anew; others are left alone"
         if callable(f := getattr(innermost(self.teacher), 'reset', None)): f()
 
     def loss(self,
-        pred, # Output of the student; if it is one tensor, and the teacher returns several, the teacher's first one is compared
+        pred, # What the loss of the task reads of the student's answer, or the answer; of several tensors see `meant` for the one that is compared
         *xb, # Inputs of the batch, for the teacher
         target=None, # Labels, for losses that name them
         axis:int|None=None, # Axis of the classes in the outputs, for losses that have one; by default theirs, 1
@@ -212,17 +293,31 @@ class Distiller:
         if self.given and not self.kept: raise RuntimeError('no feature maps of the student: run its forward pass inside `with distiller.watch(student):`')
         fm_s = _maps(self.kept, self.names, 'student')
         self.kept.clear()
-        teacher_pred,fm_t = self.teach(*xb, like=pred)
-        known = dict(pred=pred, teacher_pred=teacher_pred, target=target, fm_s=fm_s, fm_t=fm_t)
+        read = self._read(pred)
+        own = not isinstance(pred, Tensor) and any('pred' in loss_needs(f) and not compares_tensors(f) for f in self.losses.values())
+        teacher_pred,fm_t = self.teach(*xb, like=None if own else read)
+        if target is not None and not self.checked and isinstance(read, Tensor): self.check_meaning(None, target, read.shape, axis)
+        self.checked = self.checked or target is not None
+        known = dict(pred=pred if own else read, teacher_pred=teacher_pred, target=target, fm_s=fm_s, fm_t=fm_t)
+        cut = dict(pred=read, teacher_pred=self._meant(teacher_pred, read)) if own and isinstance(read, Tensor) else {}
         pairs = [self._fitted(str(i), s, t) for i,(s,t) in enumerate(zip(fm_s, fm_t))] if self.exact else []
         fitted = known|dict(fm_s=[s for s,_ in pairs], fm_t=[t for _,t in pairs])
         def asked(o, f):
-            res = {k:(fitted if o in self.exact else known)[k] for k in loss_needs(f)}
+            given = (fitted if o in self.exact else known)|(cut if compares_tensors(f) else {})
+            res = {k:given[k] for k in loss_needs(f)}
             return res|dict(axis=axis) if axis is not None and takes_axis(f) else res
         terms = {o: f(**asked(o, f)) for o,f in self.losses.items()}
         self.terms = {o:v.detach() for o,v in terms.items()}
         logits,maps = (sum(v for o,v in terms.items() if (o in self.of_maps)==k) for k in (False,True))
         return self.alpha*logits+(1-self.alpha)*maps if 0<len(self.of_maps)<len(terms) else logits+maps
+
+    def _read(self, pred):
+        "The tensor of the student's answer that losses compare; if none of them is one of tensors, the answer"
+        if isinstance(pred, Tensor): return pred
+        if self.output is None and not any('pred' in loss_needs(f) and compares_tensors(f) for f in self.losses.values()): return pred
+        read = self._meant(pred)
+        self.locate(pred, read)
+        return read
 
     def _fitted(self, i, s, t):
         "A pair in the same shape"
