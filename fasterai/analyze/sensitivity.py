@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from .budget import allocate,isotonic
 from .counts import check_models,latency,n_nonzero,running,with_bar
+from ..core.brought import told,warn
 from ..core.criteria import criteria_of,large_final,needs
 from ..core.granularity import granularity_name, has_axes
 from ..core.registry import did_you_mean,named
@@ -29,7 +30,7 @@ from ..core.pool import select
 from ..core.surgery import _mend,_told_by_weight,copy_of,kept_by,legal
 from ..legacy import old_function
 from ..prune.pruner import Pruner,check_ratio,group_scores
-from ..quantize.weight_sharing import KMeansQuantizer,bits_by_name,check_bits
+from ..quantize.weight_sharing import KMeansQuantizer,_bits_and_left,bits_by_name,check_bits
 from ..sparse.sparsifier import Sparsifier,_types,find_sides,give,parts_of
 
 # %% ../../nbs/analyze/02_sensitivity.ipynb #98c38f04
@@ -262,7 +263,10 @@ class _Bits:
         self.model,self.layer_type = model,layer_type
         for o in levels: check_bits(o)
         modules = dict(self.model.named_modules())
-        names = [n for n in bits_by_name(self.model, 8) if layer_type is None or isinstance(modules[layer_of(n)], layer_type)]
+        def wanted(name): return layer_type is None or isinstance(modules.get(name, self.model), layer_type)
+        bits,out = _bits_and_left(self.model, 8)
+        names = [n for n in bits if wanted(layer_of(n))]
+        if out := {n:how for n,how in out.items() if wanted(n)}: warn(told(out))
         if not names: raise ValueError(f'the model has no layer of type {", ".join(t.__name__ for t in layer_type)} whose weights could share values; it has {", ".join(sorted({type(m).__name__ for m in _holders(self.model)}))}')
         self.layers,self.said = {n.removesuffix('.weight'):n for n in names},'k-means'
     def held(self, name): return [self.model.get_parameter(self.layers[name])]
