@@ -24,7 +24,7 @@ from ..core.registry import did_you_mean,named
 from ..core.graph import ChannelGraph,layer_of
 from ..core.running import call_with,inputs_that_run,plain_model
 from ..core.liveness import spare_last
-from ..core.evidence import check_trained,evidence
+from ..core.evidence import check_seen,evidence,first_inputs
 from ..core.selection import Scores,n_of,rounded_gone
 from ..core.pool import select
 from ..core.surgery import _mend,_told_by_weight,copy_of,kept_by,legal
@@ -52,7 +52,7 @@ class _Sparsity:
         self.model,self.data,self.loss_func,self.asks = self.sp.model,data,loss_func,{'grad','act'} & set(needs(criteria))
         if data is not None and not self.asks: raise ValueError(f'criteria {criteria.__name__!r} needs no data')
         if data is None: [o.known(i) for o in self.sp.layers for i in range(len(o.parts))]
-        elif 'grad' in self.asks: check_trained(criteria, parts_of(self.sp.layers))
+        else: check_seen(criteria, parts_of(self.sp.layers), self.model, first_inputs(data, self.model))
         self.sp._sides = find_sides(self.model, self.sp.layers, example_inputs)
         self.layers = {o.name:o for o in self.sp.layers}
         self.said = f'{granularity_name(granularity)} {criteria.__name__}'
@@ -118,7 +118,6 @@ class _Pruning:
         self.model,self.levels,self.layer_type = self.pruner.model,levels,layer_type
         self.pruner.start()
         if data is not None:
-            if 'grad' in asks: check_trained(self.criteria, self.pruner.weights)
             self.pruner.given = evidence(asks, data, self.model, self.pruner.weights, loss_func)
         self.graph,self.sets,self.plans = self.pruner.graph,{},{}
         for g in self.pruner.groups:  # those that share a layer have one ratio

@@ -24,7 +24,7 @@ from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes
 from ..core.running import followable,inputs_for,plain_model,staged,untouched
 from ..core.brought import check_held,check_scores,check_values,falls_short,listed,much_less,rounds_up,warn
 from ..core.liveness import Liveness,spare_last
-from ..core.evidence import _wide,act_norms,check_trained,evidence,weight_of
+from ..core.evidence import _wide,act_norms,check_seen,check_trained,evidence,found_now,weight_of
 from ..core.proof import TOLERANCE,check_same,random_like
 from ..core.selection import Scores,Source,check_percent,n_of
 from ..core.pool import Pool, select_each
@@ -435,7 +435,7 @@ class Pruner:
             self._targets(self.pruning_ratio)
             was = pruned_plan(self.model)['sizes'] if widths else {}
             self.shapes = {g.name:tuple(was.get(o:=g.slices[0].name, self.model.get_parameter(o).shape)) for g in self.groups}
-            if 'act' in needs(self.criteria): self._check_acts(act_norms(self.model, self.graph.example_inputs, self.weights))
+            if {'act','grad'} & {*needs(self.criteria)}: self._check_seen()
         self.widths = {g.name:widths.get(g.name, g.n) for g in self.groups}
         for g in self.groups: g.widen(self.widths[g.name])
         if self.round_to and all(g.n<self.round_to for g in self.groups):
@@ -443,17 +443,20 @@ class Pruner:
             raise ValueError(f'round_to={self.round_to}: no group has so many channels to keep, the largest has {largest}')
         self.left,self.known,self.counts_on = [],set(),{}
 
-    def _check_acts(self, seen):
-        for o in self.weights:
-            if o.name in seen: continue
-            raise ValueError(f'criteria {self.criteria.__name__!r} needs the activations that {o.name} reads: it is not the weight of a '
-                             'layer of a known type that is called by itself')
+    def _check_seen(self):
+        "`ValueError` if the criteria needs what a layer never gets; gradients that are there already need no look"
+        weights = self.weights
+        if 'act' not in needs(self.criteria) and all(p.w.grad is not None for p in weights): return
+        check_seen(self.criteria, weights, self.model, self.graph.example_inputs, advice='name it in `ignored_layers`, or choose another criteria')
 
     @at_home()
     def look(self, inputs):
-        "Take the activations for one batch of `inputs` for those that the criteria asks for, if it does"
-        if 'act' not in needs(self.criteria): return
-        with self.bystanders.aside(): self.given = dict(act=act_norms(self.model, inputs, self.weights))
+        "Take what the criteria asks for of one batch: the activations for `inputs`, the gradients that are there"
+        if not {'act','grad'} & {*needs(self.criteria)}: return
+        with self.bystanders.aside():
+            # what runs for some inputs only did so for those that channels were followed with
+            before = act_norms(self.model, self.graph.example_inputs, self.weights) if 'act' in needs(self.criteria) else {}
+            self.given = found_now(self.criteria, self.weights, self.model, inputs, dict(act=before))
 
     @property
     def weights(self):

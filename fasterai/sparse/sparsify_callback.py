@@ -13,7 +13,7 @@ from fastai.callback.core import Callback
 from safetensors.torch import save_model
 from ..callback import ScheduledCallback, two_of
 from ..core.criteria import large_final, needs
-from ..core.evidence import act_norms, check_trained
+from ..core.evidence import check_seen, check_trained, found_now
 from ..core.schedule import one_cycle
 from .sparsifier import Sparsifier, give, hold_zeros, parts_of
 from ..legacy import old_arguments
@@ -58,7 +58,7 @@ class SparsifyCallback(ScheduledCallback):
         if rewind_epoch and not (lth or reset_end): raise ValueError('rewind_epoch says what to rewind to: it goes with lth=True or reset_end=True')
         self.sparsity,self.lth,self.rewind_epoch,self.reset_end,self.save_tickets,self.verbose,self.sub = sparsity,lth,rewind_epoch,reset_end,save_tickets,verbose,model
         self.how = dict(granularity=granularity, context=context, criteria=criteria, layer_type=layer_type, coupled=coupled, round_to=round_to)
-        self.sparsifier = self.saved = None
+        self.sparsifier = self.saved = self.found = None
 
     def before_fit(self):
         model = self.model if self.sub is None else self.sub
@@ -78,7 +78,7 @@ class SparsifyCallback(ScheduledCallback):
 
     def before_train(self):
         if self.next is not None:
-            self.sparsifier,self.next,self.saved,self.level,self.last = self.next,None,None,0.,0
+            self.sparsifier,self.next,self.saved,self.level,self.last,self.found = self.next,None,None,0.,0,None
             self.target = self.sparsifier.targets(self.sparsity)
             self.sparsifier.tell_left(self.target)
         if self.epoch==self.rewind_epoch and (self.lth or self.reset_end) and self.saved is None:
@@ -87,6 +87,12 @@ class SparsifyCallback(ScheduledCallback):
 
     def before_batch(self):
         if self.sparsifier.example_inputs is None and self.sub is None: self.sparsifier.example_inputs = two_of(self.xb)
+        if self.found is None: self._look_first()
+
+    def _look_first(self):
+        "Before anything is trained: does each layer get what the criteria needs?"
+        loss = lambda answer: self.loss_func(answer, *self.yb)
+        self.found = dict(act=check_seen(self.sparsifier.criteria, parts_of(self.sparsifier.layers), self.whole, self.xb, loss))
 
     def hold(self): self.sparsifier.apply_masks()
     def reached(self): return self.sparsifier.reached()
@@ -95,7 +101,8 @@ class SparsifyCallback(ScheduledCallback):
     def update(self, pct):
         level,before = self.at(pct, self.target),self.reached() if self.lth else 0
         if level==self.level: return self.hold()
-        if 'act' in self.sparsifier.layers[0].needs: give(self.sparsifier.layers, dict(act=act_norms(self.whole, self.xb, parts_of(self.sparsifier.layers))))
+        self.found = found_now(self.sparsifier.criteria, parts_of(self.sparsifier.layers), self.whole, self.xb, self.found)
+        give(self.sparsifier.layers, self.found)
         self.sparsifier.update(level)
         self.level = level
         if self.lth and self.reached()>before: self._rewind()
@@ -119,9 +126,10 @@ class SparsifyCallback(ScheduledCallback):
             self.sparsifier.apply_masks()
         self.saved = None
         for o in self.sparsifier.layers: o.past,o.given = {},{}
+        self.found = None
         if self.verbose: self.sparsifier.print_sparsity()
 
-    def __getstate__(self): return {k:v for k,v in super().__getstate__().items() if k not in ('sparsifier','next','saved')} | dict(sparsifier=None, next=None, saved=None)
+    def __getstate__(self): return {k:v for k,v in super().__getstate__().items() if k not in ('sparsifier','next','saved','found')} | dict(sparsifier=None, next=None, saved=None, found=None)
 
 class KeepSparsity(Callback):
     "Hold zero, while fine-tuning, what is zero at the start"
