@@ -346,6 +346,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fasterai.core.evidence.first_inputs': ( 'core/evidence.html#first_inputs',
                                                                                  'fasterai/core/evidence.py'),
                                         'fasterai.core.evidence.found_now': ('core/evidence.html#found_now', 'fasterai/core/evidence.py'),
+                                        'fasterai.core.evidence.nothing_of': ('core/evidence.html#nothing_of', 'fasterai/core/evidence.py'),
                                         'fasterai.core.evidence.weight_of': ('core/evidence.html#weight_of', 'fasterai/core/evidence.py')},
             'fasterai.core.factorization': { 'fasterai.core.factorization.Choice': ( 'core/factorization.html#choice',
                                                                                      'fasterai/core/factorization.py'),

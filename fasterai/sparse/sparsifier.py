@@ -24,7 +24,7 @@ from ..core.context import context_of, local
 from ..core.selection import Scores, Source, check_percent, n_of, rounded_gone
 from ..core.pool import Pool, in_kernels, select_each
 from ..core.graph import ChannelGraph, layer_of
-from ..core.evidence import Weight, _wide, check_trained, evidence, weight_of
+from ..core.evidence import Weight, _wide, check_trained, evidence, nothing_of, weight_of
 from ..legacy import OldLevelPruner, old_prune, old_sparsifier
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #0ee83cb5
@@ -813,7 +813,8 @@ class Sparsifier:
         "Zero `sparsity` percent of the blocks, the least important first, and return the model"
         sparsity = self.targets(sparsity)
         self._check_finite()
-        self._learn(self.layers)
+        idle = [o for o in self.layers if isinstance(sparsity, dict) and not sparsity[o.name]]
+        self._learn([o for o in self.layers if o not in idle], idle)
         self._renew(lambda: self._rounded(self._counts(sparsity)), self.layers, checked=True)
         self.tell_left(sparsity)
         return self.model
@@ -842,7 +843,7 @@ class Sparsifier:
         self._renew(lambda: self._rounded({(n,): below(n, s) for n,s in self._scores(self.layers).items()}), self.layers, alike=False, checked=True)
         return self.model
 
-    def _learn(self, layers):
+    def _learn(self, layers, idle=()): # Layers; others that are scored, and of which nothing goes
         asked,parts = {'grad','act'} & set(self.criteria.needs),parts_of(layers)
         if self.data is None or not asked: return
         if 'grad' in asked: check_trained(self.criteria, parts)
@@ -851,6 +852,7 @@ class Sparsifier:
         for k,xs in found.items():
             check_finite([(f'{words[k]} {n}',x) for n,x in xs.items()], 'these data cannot rank weights')
         give(layers, found)
+        give(idle, nothing_of(asked, parts_of(idle)))
 
     @property
     def own(self):

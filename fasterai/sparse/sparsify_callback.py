@@ -92,7 +92,8 @@ class SparsifyCallback(ScheduledCallback):
     def _look_first(self):
         "Before anything is trained: does each layer get what the criteria needs?"
         loss = lambda answer: self.loss_func(answer, *self.yb)
-        self.found = dict(act=check_seen(self.sparsifier.criteria, parts_of(self.sparsifier.layers), self.whole, self.xb, loss))
+        asked = [o for o in self.sparsifier.layers if not isinstance(self.target, dict) or self.target[o.name]]
+        self.found = dict(act=check_seen(self.sparsifier.criteria, parts_of(asked), self.whole, self.xb, loss))
 
     def hold(self): self.sparsifier.apply_masks()
     def reached(self): return self.sparsifier.reached()
