@@ -17,6 +17,7 @@ from fastai.callback.rnn import ModelResetter
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import apply, find_bs
 from fastcore.foundation import L
+from ..callback import renew_optimizer
 from ..core.running import call_with, innermost, untouched
 from .distiller import Distiller, meant
 from .losses import SoftTarget, loss_needs, meaning_of, takes_classes
@@ -82,6 +83,7 @@ class KnowledgeDistillationCallback(Callback):
 
     def before_train(self):
         if self.distiller is None: raise RuntimeError('a teacher is not saved with its student: remove this callback, or add one with a teacher')
+        renew_optimizer(self.learn)
         if self.sums is None:
             self.ready,self.watches,self.adapters = False,True,self.distiller.adapters
             self.learn._do_one_batch = self._watched_batch

@@ -6,10 +6,8 @@
 __all__ = ['PruneCallback']
 
 # %% ../../nbs/prune/02_prune_callback.ipynb #0d2acfc4
-import math
 from collections.abc import Mapping
-import numpy as np
-from ..callback import ScheduledCallback
+from ..callback import ScheduledCallback, forget_best
 from ..core.context import context_of
 from ..core.criteria import criteria_of, large_final, needs
 from ..core.evidence import check_trained
@@ -56,10 +54,7 @@ class PruneCallback(ScheduledCallback):
         level = self.at(pct, self.pruner.pruning_ratio)
         if level==self.level: return
         self.pruner.look(self.xb)
-        if self.pruner.update(level, self.opt):
-            for o in self.learn.cbs:
-                # a SaveModelCallback; to import it would change the default callbacks
-                if {'every_epoch','best','comp'}<=vars(o).keys(): o.best = math.inf if o.comp is np.less else -math.inf
+        if self.pruner.update(level, self.opt): forget_best(self.learn)
         self.level,self.left = level,self.pruner.left
 
     def reached(self): return self.pruner.reached()

@@ -7,7 +7,7 @@ __all__ = ['KMeansCallback']
 
 # %% ../../nbs/quantize/03_callbacks.ipynb #68e628d6
 from fastai.callback.core import Callback
-from ..callback import ScheduledCallback
+from ..callback import ScheduledCallback, forget_best, renew_optimizer
 from ..core.running import plain_model
 from ..core.schedule import check_rises
 from .weight_sharing import KMeansQuantizer, bits_by_name
@@ -37,7 +37,9 @@ class KMeansCallback(Callback):
             if o.resizes: raise ValueError(f'{type(o).__name__} changes the shapes of weights, whose clusters stay as they are while values are trained: prune first, then share')
             check_rises(o.schedule, 100.)
     def before_train(self):
+        renew_optimizer(self.learn)
         if self.shared is None:
+            forget_best(self.learn)  # of an earlier fit, in which nothing was shared
             self.shared = self.quantizer.share(self._whole)
             self.opt.clear_state()
     def before_step(self):

@@ -12,6 +12,7 @@ from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import find_bs
 from torch import nn
+from ..callback import renew_optimizer
 from ..core.schedule import schedule_of
 from .penalties import Penalty
 from ..legacy import old_arguments
@@ -37,6 +38,8 @@ class RegularizeCallback(Callback):
         self.penalty = Penalty(self.model, **self.how)
         names = self.recorder.metric_names if hasattr(self.learn, 'recorder') else []
         if names: names.insert(len(names)-(names[-1]=='time'), 'penalty')
+
+    def before_train(self): renew_optimizer(self.learn)
 
     @property
     def now(self):

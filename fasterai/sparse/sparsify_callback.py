@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from fastai.callback.core import Callback
 from safetensors.torch import save_model
-from ..callback import ScheduledCallback, two_of
+from ..callback import ScheduledCallback, forget_best, renew_optimizer, savers, two_of
 from ..core.criteria import large_final, needs
 from ..core.evidence import check_seen, check_trained, found_now
 from ..core.schedule import one_cycle
@@ -100,12 +100,13 @@ class SparsifyCallback(ScheduledCallback):
     def most(self, n): return self.n_updates or most_updates(n, self.n_epoch, self.sparsifier.n_weights, self.sparsifier.counts)
 
     def update(self, pct):
-        level,before = self.at(pct, self.target),self.reached() if self.lth else 0
+        level,before = self.at(pct, self.target),self.reached() if self.lth or savers(self.learn) else 0
         if level==self.level: return self.hold()
         self.found = found_now(self.sparsifier.criteria, parts_of(self.sparsifier.layers), self.whole, self.xb, self.found)
         give(self.sparsifier.layers, self.found)
         self.sparsifier.update(level)
         self.level = level
+        if savers(self.learn) and self.reached()!=before: forget_best(self.learn)
         if self.lth and self.reached()>before: self._rewind()
 
     def _rewind(self):
@@ -136,6 +137,9 @@ class KeepSparsity(Callback):
     "Hold zero, while fine-tuning, what is zero at the start"
     run_valid,order,holds_masks = False,55,True
     def before_fit(self): self.sparsifier = None
+    def before_train(self):
+        renew_optimizer(self.learn)
+        if self.sparsifier is None: forget_best(self.learn)  # of an earlier fit
     def before_batch(self):
         if self.sparsifier is None: self.sparsifier = hold_zeros(self.model, two_of(self.xb))
     def after_step(self): self.sparsifier.apply_masks()
