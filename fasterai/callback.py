@@ -32,31 +32,35 @@ def _to_train(learn):
     flat = [p for o in flat for p in (o['params'] if isinstance(o, dict) else [o])]
     return {id(p) for p in flat if p.requires_grad}
 
-def _take_over(opt, hypers):
-    "Give `opt` the hyperparameters `hypers` of another optimizer, one dict a group; those of the last group, if the number of groups differs"
+def _take_over(opt, old):
+    "Give `opt` the hyperparameters of the optimizer `old` (of its last group, if the number of groups differs), and what it remembers of parameters that stay"
     n = len(opt.hypers)
-    for k in hypers[-1].keys() & opt.hypers[-1].keys():
-        values = [o[k] for o in hypers]
+    for k in old.hypers[-1].keys() & opt.hypers[-1].keys():
+        values = [o[k] for o in old.hypers]
         opt._set_hyper(k, values if len(values)==n else [values[-1]]*n)
+    remembered = getattr(old, 'opt', old).state
+    for ps in opt.param_lists:
+        for p in ps:
+            if p in remembered: getattr(opt, 'opt', opt).state[p] = remembered[p]
 
 def renew_optimizer(
     learn, # Learner whose training begins
 ):
-    """If the optimizer holds nothing of `learn.model`, as when another model was put there by hand, make a new one with the same hyperparameters, and warn; if it
-    lacks a part of what is to be trained, warn"""
+    """If the optimizer lacks what is to be trained and holds parameters that `learn.model` no longer has, as when another model or layer was put there by hand, make
+    a new one with the same hyperparameters, and warn; if it lacks some and holds no others, warn"""
     held = {id(p) for ps in learn.opt.param_lists for p in ps}
     wanted = _to_train(learn)
-    missing = wanted-held
+    missing = len(wanted-held)
     if not missing: return
-    if missing!=wanted:
-        warn(f'{len(missing)} of {len(wanted)} parameters that are to be trained are not in the optimizer, and stay as they are: '
-             'call `learn.create_opt()` after a part of the model was replaced')
+    lacks = f'{missing} of {len(wanted)} parameters of learn.model that are to be trained are not in the optimizer'
+    if held<={id(p) for p in learn.model.parameters()}:
+        warn(f'{lacks}, and stay as they are: call `learn.create_opt()` if that is not meant')
         return
-    was = learn.opt.hypers
+    old = learn.opt
     learn.create_opt()
-    _take_over(learn.opt, was)
-    warn('learn.model is not the model whose parameters the optimizer held, so nothing would have been trained: a new optimizer was made, with the same '
-         'hyperparameters. To do so yourself, call `learn.create_opt()` once `learn.model` is another one')
+    _take_over(learn.opt, old)
+    warn(f'{lacks}, which holds parameters of another model: a new optimizer was made, with the same hyperparameters. '
+         'To do so yourself, call `learn.create_opt()` once `learn.model` has changed')
 
 def savers(
     learn, # Learner

@@ -70,12 +70,30 @@ def test_nothing_is_said_where_nothing_is_wrong():
     learn = learner(splitter=lambda m: [list(m[3:].parameters())])
     with warnings_are('error'): fit(fit(learn, 1, RegularizeCallback()), 1, RegularizeCallback())
 
-def test_a_part_put_in_by_hand_is_told():
-    learn = fit(learner(), 1)
-    learn.model[8] = nn.Linear(8, 4)
-    with pytest.warns(UserWarning, match=r'2 of 10 parameters .*create_opt'): fit(learn, 1, RegularizeCallback())
-    learn.create_opt()
+@pytest.mark.parametrize('opt', OPTS)
+def test_a_part_put_in_by_hand_is_trained(opt):
+    "And what the optimizer remembers of the rest is kept"
+    learn = fit(learner(opt_func=OPTS[opt]), 1)
+    learn.model[8],known = nn.Linear(8, 4),getattr(learn.opt, 'opt', learn.opt).state[learn.model[0].weight]
+    before = copies(learn)
+    with pytest.warns(UserWarning, match='2 of 10 parameters .*create_opt'): fit(learn, 1, RegularizeCallback())
+    assert {'0.weight','8.weight','8.bias'}<={*moved(learn, before)} and (opt!='adam' or getattr(learn.opt, 'opt', learn.opt).state[learn.model[0].weight]['step']==8)
     with warnings_are('error'): fit(learn, 1, RegularizeCallback())
+
+def test_channels_removed_by_hand_between_two_fits():
+    "In place, with the optimizer given there, which needs no other"
+    learn = fit(learner(), 1)
+    Pruner(learn.model, 50, example_inputs=X[:2]).prune_model(optimizer=learn.opt)
+    before = copies(learn)
+    with warnings_are('error'): fit(learn, 1, KeepSparsity())
+    assert len(moved(learn, before))==10
+
+def test_parameters_left_out_on_purpose_stay_out():
+    learn = learner()
+    learn.opt = SGD(list(learn.model[8].parameters()), lr=.1)
+    before = copies(learn)
+    with pytest.warns(UserWarning, match='8 of 10 parameters .*stay as they are'): fit(learn, 1, RegularizeCallback())
+    assert moved(learn, before)==['8.weight','8.bias']
 
 def test_weights_assigned_by_a_state_dict():
     learn = fit(learner(), 1)
