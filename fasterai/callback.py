@@ -24,6 +24,7 @@ def two_of(
     two = lambda o: plain(o)[:2] if isinstance(o, torch.Tensor) and o.dim() and len(o)==n else plain(o)
     return tuple(map_parts(plain if isinstance(o, list) else two, o) for o in xb)  # a list may hold a tensor for each sample
 
+# %% ../nbs/98_callback.ipynb #b5ef87ed
 def _to_train(learn):
     "The parameters that an optimizer made now would hold, by id"
     try: groups = list(learn.splitter(learn.model))
@@ -75,6 +76,7 @@ def forget_best(
     "Have a `SaveModelCallback` keep the best epoch of those to come: the model of an earlier one is not what was asked for"
     for o in savers(learn): o.best = math.inf if o.comp is np.less else -math.inf
 
+# %% ../nbs/98_callback.ipynb #4792eb24
 class ScheduledCallback(Callback):
     "After step k of n `update` has a model reach what `schedule` says for k/n, at most `n_updates` times in a fit; `reached` is a column of the progress table"
     run_valid,order = False,55  # after the Recorder, whose table gets a column, and before what shows it

@@ -6,7 +6,7 @@
 __all__ = ['kd_losses', 'LOSS_NEEDS', 'SoftTarget', 'Logits', 'Mutual', 'MLD', 'DecoupledKD', 'NormalizedDecoupledKD',
            'NormalizedKD', 'DIST', 'meet', 'any_shape', 'Attention', 'FitNet', 'ActivationBoundaries', 'Similarity',
            'RKD', 'loss_needs', 'takes_axis', 'compares_tensors', 'takes_classes', 'compares_any_shape', 'loss_name',
-           'meaning_of', 'meaning_in', 'check_meaning', 'loss_of']
+           'loss_of', 'meaning_of', 'meaning_in', 'check_meaning']
 
 # %% ../../nbs/distill/01_losses.ipynb #7feb7d5a
 import inspect
@@ -79,6 +79,7 @@ def Mutual(pred:Tensor, teacher_pred:Tensor, axis:int=1)->Tensor:
     "`KL(teacher ‖ student)` at temperature 1 (Zhang et al., Deep mutual learning, arXiv 1706.00384, eq. 4)"
     return SoftTarget(pred, teacher_pred, T=1., axis=axis)
 
+# %% ../../nbs/distill/01_losses.ipynb #5d69ddfe
 @_full
 def MLD(
     pred:Tensor, # Logits of the student, one for each label
@@ -290,6 +291,13 @@ def compares_any_shape(f): "Does the loss `f` compare feature maps of different 
 
 def loss_name(f): "Name of the loss `f` to show"; return getattr(_bare_loss(f), '__name__', type(f).__name__)
 
+def loss_of(given): # Name of one of `kd_losses`, or a function of what its parameters name
+    "The loss behind a name, or the function itself, checked"
+    f = named('loss', kd_losses, given)
+    loss_needs(f)
+    return f
+
+# %% ../../nbs/distill/01_losses.ipynb #0b75d19e
 def _axis_in(f, axis):
     "The axis of the classes that the loss `f` takes, if it is asked for `axis`"
     if takes_axis(f): return axis
@@ -355,9 +363,3 @@ def check_meaning(
         if found not in _fits: continue
         by = f'the loss of the task, {loss_name(_inner_loss(loss_func))},' if kind else f'the target, of shape {tuple(target.shape)} as the output,'
         raise ValueError(f'{o} takes a softmax over classes, and {by} is of {_told[found]}: {_fits[found]}')
-
-def loss_of(given): # Name of one of `kd_losses`, or a function of what its parameters name
-    "The loss behind a name, or the function itself, checked"
-    f = named('loss', kd_losses, given)
-    loss_needs(f)
-    return f
