@@ -6,7 +6,7 @@
 __all__ = ['TechniqueCallback', 'SparsifyCallback', 'KeepSparsity', 'PruneCallback', 'KMeansCallback', 'RegularizeCallback',
            'RegularizationCallback', 'cut_like']
 
-# %% ../nbs/97_transformers.ipynb #0cd6b9a5
+# %% ../nbs/97_transformers.ipynb #b53ae33c
 import hashlib, math
 from pathlib import Path
 from safetensors.torch import load_file, save_file
@@ -20,7 +20,7 @@ from .sparse.training import Keep, Sparsify
 try: from transformers import TrainerCallback
 except ImportError as e: raise ImportError('fasterai.transformers needs transformers: pip install "fasterai[transformers]"') from e
 
-# %% ../nbs/97_transformers.ipynb #a999c5fb
+# %% ../nbs/97_transformers.ipynb #5749584c
 class TechniqueCallback(Driver, TrainerCallback):
     "Drives a `technique` through a training"
     driver = None
@@ -57,7 +57,7 @@ class TechniqueCallback(Driver, TrainerCallback):
         if self.driver is not None: self.driver.close()
         self.driver = None
 
-# %% ../nbs/97_transformers.ipynb #7dd37905
+# %% ../nbs/97_transformers.ipynb #6619f6a9
 class SparsifyCallback(TechniqueCallback, technique=Sparsify): pass
 class KeepSparsity(TechniqueCallback, technique=Keep): pass
 class PruneCallback(TechniqueCallback, technique=Prune): pass
@@ -65,7 +65,7 @@ class KMeansCallback(TechniqueCallback, technique=Share): pass
 class RegularizeCallback(TechniqueCallback, technique=Regularize): pass
 class RegularizationCallback(TechniqueCallback, technique=GroupRegularize): pass
 
-# %% ../nbs/97_transformers.ipynb #7f9da739
+# %% ../nbs/97_transformers.ipynb #165f36fd
 def cut_like(
     model, # Fresh, of the original architecture; cut in place
     folder, # A checkpoint that a `PruneCallback` has written to

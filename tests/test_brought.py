@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.testing._internal.two_tensor import TwoTensor
 from torchvision.models import mobilenet_v2, resnet18, squeezenet1_1
+from fasterai.analyze.all import sensitivity
 from fasterai.core.criteria import Criteria, large_final
 from fasterai.core.graph import unknown_ops
 from fasterai.core.brought import check_finite, computed, made_of, unfit
@@ -210,6 +211,14 @@ def test_shared_values_of_what_is_computed(how):
     with said('computed: 0 by'): fit(learn, 1, KMeansCallback(2))
     assert [len(learn.model[i].weight.unique()) for i in (3,8)]==[4,4]
     with pytest.raises(ValueError, match='no weights to share: 1 layer is'): KMeansQuantizer(2).quantize(COMPUTED[how][0](nn.Conv2d(3,4,3)))
+
+@pytest.mark.parametrize('how', COMPUTED)
+def test_sensitivity_leaves_them_out_and_says_so(how):
+    "Of zeros and of shared values, once each, and only where such layers are asked for"
+    for kind,levels in (('sparsity',[50]), ('bits',[2])):
+        with said('computed: 0 by'): found = sensitivity(with_one(how), lambda m: 0., levels=levels, kind=kind, progress=False).to_df()
+        assert '0' not in set(found.layer) and '3' in set(found.layer)
+    with silent(): sensitivity(with_one(how), lambda m: 0., levels=[2], kind='bits', layer_type=nn.Linear, progress=False)
 
 # --- what is no model, and models that cannot be looked into
 

@@ -528,7 +528,7 @@ def test_every_criteria(name, granularity):
     model[0].weight.grad = torch.tensor(grad)
     act = x.square().sum((0,2,3)).sqrt()[None,:,None,None]
     for m in model[1:]: m.weight.grad = torch.zeros_like(m.weight)
-    for o in sp.layers: o.given['act'] = [act] if o.name=='0' else [torch.ones_like(o.parts[0].w)]
+    sp.about.give(dict(act={o.parts[0].name: act if o.name=='0' else torch.ones_like(o.parts[0].w) for o in sp.layers}))
     f = dict(random=None, large_final=abs(w), squared_final=w*w, small_final=-abs(w), large_init=abs(w0), small_init=-abs(w0), large_init_large_final=np.minimum(abs(w), abs(w0)),
         small_init_small_final=-np.maximum(abs(w), abs(w0)), magnitude_increase=abs(w)-abs(w0), movement=abs(w-w0), mov_large_final=abs(w*(w-w0)), movmag=abs(w*(w-w0)), mov_mag=abs(abs(w)-abs(w0)),
         updating_magnitude_increase=abs(w)-abs(w0), updating_movement=abs(w-w0), updating_movmag=abs(w*(w-w0)), taylor=(w*grad)**2, grad_crit=(w*grad)**2, wanda=abs(w)*act.numpy())[name]
@@ -711,7 +711,7 @@ def test_layers_that_compete_in_another_way():
         sp.update(50)
         sp.sparsify_layer('0', 95)
         assert sp.reached()>60
-        scores = torch.cat([m.weight.detach().abs().flatten() for m in (model[0],model[2])]) if criteria is large_final else torch.cat([o.past['w0'][0].abs().flatten() for o in sp.layers])
+        scores = torch.cat([m.weight.detach().abs().flatten() for m in (model[0],model[2])]) if criteria is large_final else torch.cat([w0.abs().flatten() for w0 in sp.about.kept['w0'].values()])
         gone = torch.cat([~sp.masks[f'{n}.weight'].flatten() for n in (0,2)])
         sp.update(55)
         back = gone & torch.cat([sp.masks[f'{n}.weight'].flatten() for n in (0,2)])

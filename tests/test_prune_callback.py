@@ -102,12 +102,12 @@ def test_what_is_remembered_is_cut_along():
         order = 56
         def before_fit(self): start.update(state(self.model))
         def after_step(self):
-            if not start or 'w_prev' not in cb.pruner.past: return
+            if not start or 'w_prev' not in cb.pruner.about.kept: return
             kept = pruned_plan(self.model)['kept']
             for n in ('a.weight','b.weight','d.weight'):
                 w = start[n]
                 for d,i in kept.get(n, {}).items(): w = w.index_select(d, torch.tensor(i))
-                assert torch.equal(cb.pruner.past['w0'][n], w)
+                assert torch.equal(cb.pruner.about.kept['w0'][n], w)
     fit(learn, 2, [cb, Keep()])
     assert len(seen)==12 and all(a==b.shape==c.shape for a,b,c in seen)
     assert len({a[0] for a,_,_ in seen})>2
@@ -400,7 +400,7 @@ def test_interrupts(event, ex, criteria):
     fit(learn, 1)
     assert 'pruned' not in learn.recorder.metric_names
     fit(learn, 1, cb)
-    assert widths(learn.model)==[10,15] and not cb.pruner.past
+    assert widths(learn.model)==[10,15] and not cb.pruner.about.kept
 
 # --- refused
 

@@ -17,20 +17,22 @@ import torch
 from torch import nn
 from .budget import allocate,isotonic
 from .counts import check_models,latency,n_nonzero,running,with_bar
+from ..core.brought import told,warn
 from ..core.criteria import criteria_of,large_final,needs
 from ..core.granularity import granularity_name, has_axes
+from ..core.needs import Known
 from ..core.registry import did_you_mean,named
 from ..core.graph import ChannelGraph,layer_of
 from ..core.running import call_with,inputs_that_run,plain_model
 from ..core.liveness import spare_last
-from ..core.evidence import check_trained,evidence
+from ..core.evidence import check_seen,evidence,first_inputs
 from ..core.selection import Scores,n_of,rounded_gone
 from ..core.pool import select
 from ..core.surgery import _mend,_told_by_weight,copy_of,kept_by,legal
 from ..legacy import old_function
 from ..prune.pruner import Pruner,check_ratio,group_scores
-from ..quantize.weight_sharing import KMeansQuantizer,bits_by_name,check_bits
-from ..sparse.sparsifier import Sparsifier,_types,find_sides,give,parts_of
+from ..quantize.weight_sharing import KMeansQuantizer,_bits_and_left,bits_by_name,check_bits
+from ..sparse.sparsifier import Sparsifier,_types,find_sides,parts_of
 
 # %% ../../nbs/analyze/02_sensitivity.ipynb #98c38f04
 def _known_types(model): return tuple({type(m) for m in model.modules() if has_axes(m)})
@@ -48,10 +50,10 @@ class _Sparsity:
         self.layer_type = layer_type or _known_types(model)
         self.sp = Sparsifier(model, granularity, criteria=criteria, layer_type=self.layer_type, example_inputs=example_inputs)
         for o in levels: self.sp.targets(o)
-        self.model,self.data,self.loss_func,self.asks = self.sp.model,data,loss_func,{'grad','act'} & set(needs(criteria))
+        self.model,self.data,self.loss_func,self.asks = self.sp.model,data,loss_func,self.sp.about.from_data
         if data is not None and not self.asks: raise ValueError(f'criteria {criteria.__name__!r} needs no data')
         if data is None: [o.known(i) for o in self.sp.layers for i in range(len(o.parts))]
-        elif 'grad' in self.asks: check_trained(criteria, parts_of(self.sp.layers))
+        else: check_seen(criteria, parts_of(self.sp.layers), self.model, first_inputs(data, self.model))
         self.sp._sides = find_sides(self.model, self.sp.layers, example_inputs)
         self.layers = {o.name:o for o in self.sp.layers}
         self.said = f'{granularity_name(granularity)} {criteria.__name__}'
@@ -64,11 +66,11 @@ class _Sparsity:
         "Have the masks of one layer, as long as it is looked at"
         o = self.layers[name]
         try:
-            if self.data is not None: give([o], evidence(self.asks, self.data, self.model, o.parts, self.loss_func))
+            if self.data is not None: self.sp.about.give(evidence(self.asks, self.data, self.model, o.parts, self.loss_func))
             yield
         finally:
             o.let_go()
-            o.given.clear()
+            self.sp.about.forget_data()
             self.sp._gone.pop((name,), None)
     def compress(self, name, level): self.sp.sparsify_layer(name, level)
     def asked(self, name, level): return {name:level}
@@ -110,15 +112,14 @@ class _Pruning:
     budgets,ascending = ('params','macs','latency','bytes'),True
     def __init__(self, model, levels, criteria=large_final, layer_type=None, example_inputs=None, data=None, loss_func=None):
         self.criteria = _check_now(criteria_of(criteria))
-        asks = {'grad','act'} & set(needs(self.criteria))
+        asks = Known(self.criteria.needs).from_data
         if data is not None and not asks: raise ValueError(f'criteria {self.criteria.__name__!r} needs no data')
         for o in levels: check_ratio(o)
         self.pruner = Pruner(model, 50, criteria=self.criteria, example_inputs=example_inputs, layer_type=layer_type)
         self.model,self.levels,self.layer_type = self.pruner.model,levels,layer_type
         self.pruner.start()
         if data is not None:
-            if 'grad' in asks: check_trained(self.criteria, self.pruner.weights)
-            self.pruner.given = evidence(asks, data, self.model, self.pruner.weights, loss_func)
+            self.pruner.about.give(evidence(asks, data, self.model, self.pruner.weights, loss_func))
         self.graph,self.sets,self.plans = self.pruner.graph,{},{}
         for g in self.pruner.groups:  # those that share a layer have one ratio
             meets = [n for n,gs in self.sets.items() if any(set(o.layers) & set(g.layers) for o in gs)]
@@ -126,7 +127,7 @@ class _Pruning:
             self.sets[joined[0].layers[0]] = joined
         for gs in self.sets.values():
             for g in gs: g.values = group_scores(g, self.graph, self.criteria, self.pruner._known)
-        self.pruner.given = {}
+        self.pruner.about.forget_data()
         self.layers,self.said = self.sets,f'channels {self.criteria.__name__}'
     def classes(self, name, level, round_to=None):
         "Classes of channels that go at `level`"
@@ -262,7 +263,10 @@ class _Bits:
         self.model,self.layer_type = model,layer_type
         for o in levels: check_bits(o)
         modules = dict(self.model.named_modules())
-        names = [n for n in bits_by_name(self.model, 8) if layer_type is None or isinstance(modules[layer_of(n)], layer_type)]
+        def wanted(name): return layer_type is None or isinstance(modules.get(name, self.model), layer_type)
+        bits,out = _bits_and_left(self.model, 8)
+        names = [n for n in bits if wanted(layer_of(n))]
+        if out := {n:how for n,how in out.items() if wanted(n)}: warn(told(out))
         if not names: raise ValueError(f'the model has no layer of type {", ".join(t.__name__ for t in layer_type)} whose weights could share values; it has {", ".join(sorted({type(m).__name__ for m in _holders(self.model)}))}')
         self.layers,self.said = {n.removesuffix('.weight'):n for n in names},'k-means'
     def held(self, name): return [self.model.get_parameter(self.layers[name])]

@@ -6,7 +6,7 @@
 __all__ = ['check_updates', 'check_schedule', 'Pace', 'two_of', 'first_two', 'Training', 'clear_state', 'Technique', 'within',
            'put', 'Driver', 'attach']
 
-# %% ../../nbs/core/18_pace.ipynb #34dc9c05
+# %% ../../nbs/core/18_pace.ipynb #af4bf865
 import inspect
 from dataclasses import dataclass, replace
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from .registry import did_you_mean
 from .running import inputs_of, map_parts, plain, tensors_of
 from .schedule import due, n_due, schedule_of
 
-# %% ../../nbs/core/18_pace.ipynb #8fcf5a48
+# %% ../../nbs/core/18_pace.ipynb #ff857411
 def check_updates(n_updates): # Most updates, or `None`
     "`ValueError` unless `n_updates` is a whole number, at least 1, or `None`"
     if n_updates is None or isinstance(n_updates, int) and not isinstance(n_updates, bool) and n_updates>0: return n_updates
@@ -77,7 +77,7 @@ class Pace:
         levels = {k.removeprefix('level.'):v.item() for k,v in state.items() if k.startswith('level.')}
         self.last,self.level = int(state['last']),levels.get('', levels) if levels else None
 
-# %% ../../nbs/core/18_pace.ipynb #6b88bd94
+# %% ../../nbs/core/18_pace.ipynb #8a66c994
 def two_of(
     xb, # Inputs of a batch: a tuple of tensors, or of what holds some; or a dict of keyword arguments
 ):
@@ -129,10 +129,10 @@ class Technique:
     def begin(self, training): "Training begins, or goes on with what `load_state_dict` got"
     def drop(self): "Training does not begin after all"; self.next = None
     def epoch(self, i): "Epoch `i`, from 0, begins"
-    def batch(self, inputs): "The model is about to be trained on the tuple `inputs`"
+    def batch(self, inputs, loss=None): "The model is trained on `inputs`, a tuple, or a dict of keyword arguments; `loss` is a function of its answer, if it is known"
     def before_step(self): "Gradients are there, and the optimizer is about to use them"
     def loss(self, k, n): "What is added to the loss of step `k` of `n`, from 1, or `None`"
-    def after_step(self, k, n, inputs=()): "The optimizer has made step `k` of `n` with a batch of `inputs`. Is the model another one now, whose loss is not that of the one before?"
+    def after_step(self, k, n, inputs=()): "The optimizer has made step `k` of `n` with a batch of `inputs`"
     def reached(self): "How far it is, as a number"
     def end(self, k, n): "Training ended after step `k` of `n`"
 
@@ -157,7 +157,7 @@ def within(state, prefix): # Tensors by name
 
 def put(prefix, state): "`state` with `prefix` before each name"; return {prefix+k:v for k,v in state.items()}
 
-# %% ../../nbs/core/18_pace.ipynb #e2152620
+# %% ../../nbs/core/18_pace.ipynb #23e2b1b7
 class Driver:
     "What an engine has for a technique, whose arguments it takes: `class SparsifyCallback(Driver, technique=Sparsify)`"
     def __init_subclass__(cls, technique=None):
@@ -171,7 +171,7 @@ class Driver:
 
 def _told(o): return str(getattr(o, '__name__', type(o).__name__ if isinstance(o, nn.Module) else o))
 
-# %% ../../nbs/core/18_pace.ipynb #2474a8e5
+# %% ../../nbs/core/18_pace.ipynb #9ee8cff7
 def _asked(model, args, kwargs):
     "Inputs of a forward pass: a tuple of arguments, or a dict of keyword arguments"
     return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments) if kwargs else args

@@ -1,5 +1,5 @@
 from ..core.schedule import Schedule, agp, dsd, gradual, iterative, lin, one_cycle, one_shot, schedules
-from .losses import (ActivationBoundaries, Attention, DIST, DecoupledKD, FitNet, Logits, Mutual, NormalizedDecoupledKD, NormalizedKD, RKD, Similarity, SoftTarget,
+from .losses import (ActivationBoundaries, Attention, DIST, DecoupledKD, FitNet, Logits, MLD, Mutual, NormalizedDecoupledKD, NormalizedKD, RKD, Similarity, SoftTarget,
     kd_losses)
 from .distiller import Distiller, match_feature_layers
 from .distillation_callback import KnowledgeDistillation, KnowledgeDistillationCallback

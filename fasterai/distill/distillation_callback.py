@@ -7,7 +7,7 @@ __all__ = ['KnowledgeDistillationCallback', 'KnowledgeDistillation']
 
 # %% ../../nbs/distill/03_distillation_callback.ipynb #feafa996
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,12 +17,23 @@ from fastai.callback.rnn import ModelResetter
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import apply, find_bs
 from fastcore.foundation import L
-from .distiller import Distiller
-from .losses import SoftTarget, loss_needs
+from ..callback import renew_optimizer
+from ..core.running import call_with, innermost, untouched
+from .distiller import Distiller, meant
+from .losses import SoftTarget, loss_needs, meaning_of, takes_classes
 from ..legacy import old_distillation, warn_once
 
 # %% ../../nbs/distill/03_distillation_callback.ipynb #034c1d4a
 def _plain(o): return o.as_subclass(Tensor) if isinstance(o, Tensor) else o
+
+def _columns(losses, taken): # By name; columns that are there
+    "The column of each loss, and of the task's unless it is there already: another teacher's losses get a number"
+    res = {} if 'task' in taken else dict(task='task')
+    for o in losses:
+        name,n = o,1
+        while name in (*taken,*res.values()): n,name = n+1,f'{o}_{n+1}'
+        res[o] = name
+    return res
 
 # %% ../../nbs/distill/03_distillation_callback.ipynb #9ddba258
 class KnowledgeDistillationCallback(Callback):
@@ -38,9 +49,11 @@ class KnowledgeDistillationCallback(Callback):
         schedule=None, # How `weight` is reached: a `Schedule`, a function f(start, end, pos), or a name of `schedules`; constant by default
         alpha:float|None=None, # Share of the logits where there are losses of both kinds, .5 by default
         cache:int=0, # Number of samples whose outputs of the teacher are kept: see `Distiller`
+        output=None, # Which tensor of an answer that holds several is compared: a key, a position, or a function; by default what the learner's loss function reads
     ):
-        self.distiller = Distiller(teacher, loss, activations_student, activations_teacher, weight, schedule, alpha, cache)
+        self.distiller = Distiller(teacher, loss, activations_student, activations_teacher, weight, schedule, alpha, cache, output)
         self.sums = self.kd = None
+        self.watches,self.columns = False,[]
 
     @property
     def learn(self): return self.__dict__.get('_learn')
@@ -53,15 +66,27 @@ class KnowledgeDistillationCallback(Callback):
         self.sums = None
         if self.distiller is None: return
         self.distiller.check(self.model)
+        self.distiller.check_meaning(self._task_loss())
         names = self.recorder.metric_names if hasattr(self.learn, 'recorder') else []
-        for o in ('task',*self.distiller.losses):
-            if names: names.insert(len(names)-(names[-1]=='time'), o)
+        if not names: return
+        self.columns = _columns(self.distiller.losses, names)
+        for o in self.columns.values(): names.insert(len(names)-(names[-1]=='time'), o)
+
+    def _mix_handler(self):
+        "A callback that mixes samples in the loss function, whose place it takes, if there is one"
+        return next((o for o in self.learn.cbs if isinstance(o, MixHandler) and getattr(o, 'stack_y', False)), None)
+
+    def _task_loss(self):
+        "The learner's own loss function"
+        mix = getattr(self.loss_func, '__self__', None)
+        return mix.old_lf if isinstance(mix, MixHandler) else self.loss_func
 
     def before_train(self):
         if self.distiller is None: raise RuntimeError('a teacher is not saved with its student: remove this callback, or add one with a teacher')
+        renew_optimizer(self.learn)
         if self.sums is None:
-            self.ready,self.adapters = False,self.distiller.adapters
-            if self.distiller.given: self.learn._do_one_batch = self._watched_batch
+            self.ready,self.watches,self.adapters = False,True,self.distiller.adapters
+            self.learn._do_one_batch = self._watched_batch
         self._reset()
         self.sums,self.n = {},0
 
@@ -69,21 +94,49 @@ class KnowledgeDistillationCallback(Callback):
         "The teacher forgets earlier batches whenever the model does"
         if any(isinstance(o, ModelResetter) for o in self.learn.cbs): self.distiller.reset()
 
+    def _watching(self):
+        "The callbacks of teachers, of which a fit may have several, that take part in this one"
+        return [o for o in self.learn.cbs if isinstance(o, KnowledgeDistillationCallback) and o.watches]
+
     def _watched_batch(self):
-        with ExitStack() as self.stack:
-            if self.training:
-                self._get_ready()
-                self.stack.enter_context(self.distiller.watch(self.model))
+        "A batch, in which all teachers see what the model makes of it"
+        ours = self._watching() if self.training else []
+        for o in ours: o._get_ready()
+        with ExitStack() as stack:
+            for o in ours: stack.enter_context(o._watch())
             type(self.learn)._do_one_batch(self.learn)
+
+    @contextmanager
+    def _watch(self):
+        "Watch the layers that are compared, and in the first batch what the model answers, until it has"
+        with ExitStack() as self.stack:
+            if self.distiller.given: self.stack.enter_context(self.distiller.watch(self.model))
+            self.answers = []
+            if not self.located and getattr(self.model, '_compiled_call_impl', None) is None:  # code that is compiled would keep the hook
+                handle = self.model.register_forward_hook(lambda m, args, out: self.answers.append(out))
+                self.stack.callback(handle.remove)
+            yield
 
     def _get_ready(self):
         "Before the first batch: run both networks once, and have the adapters trained"
         if self.ready: return
+        self.located = False
+        self._check_meaning()
         self.distiller.prepare(self.model, *(_plain(o)[:2] if isinstance(o, Tensor) else o for o in self.xb))
         *rest,last = self.opt.param_lists
         known = {id(p) for p in last}
         self.opt.param_lists = L([*rest, L([*last, *(p for p in self.distiller.parameters() if id(p) not in known)])])
         self.ready = True
+
+    def _check_meaning(self):
+        "Before the first batch: if the loss function does not say what outputs are, have the model answer, and look at the labels"
+        losses,kind = self.distiller.losses,meaning_of(self._task_loss())
+        if kind or not any(takes_classes(f) for f in losses.values()): return
+        with untouched(self.model): answer = call_with(innermost(self.model), tuple(self.xb))
+        try: shape = meant(answer, output=self.distiller.output).shape
+        except TypeError: return  # several tensors, of which the learner's loss function or a callback picks one
+        yb = [_plain(o) for o in self.yb]
+        self.distiller.check_meaning(None, yb[0] if len(yb)==1 else None, shape, self._axis())
 
     @property
     def pct(self): return min(1., (self.epoch*self.n_iter+self.iter+1)/(self.n_epoch*self.n_iter))
@@ -92,16 +145,15 @@ class KnowledgeDistillationCallback(Callback):
         "Labels as the losses see them: probabilities of the classes where two samples are mixed in the loss function"
         if not any('target' in loss_needs(f) for f in self.distiller.losses.values()): return None
         yb = apply(_plain, tuple(self.yb))
-        mix = next((o for o in self.learn.cbs if isinstance(o, MixHandler) and getattr(o, 'stack_y', False)), None)
+        mix = self._mix_handler()
         if mix is None or len(yb)>1: return yb[0] if len(yb)==1 else yb
         a,b = (F.one_hot(o.long(), self.pred.shape[1]).movedim(-1, 1).to(self.pred.dtype) for o in (_plain(mix.yb1[0]), yb[0]))
         return torch.lerp(a, b, _plain(mix.lam).to(a).view(-1, *[1]*(a.ndim-1)))
 
     def after_pred(self):
-        if self.distiller.given: self.stack.close()
-        elif not self.ready:
-            self.distiller.prepare(self.model)
-            self.ready = True
+        self.stack.close()
+        if self.answers: self.distiller.locate(self.answers[0], _plain(self.pred))
+        self.located,self.answers = True,[]
         self.kd = None
         if not self.distiller.weight_at(self.pct): return
         pred,xb = apply(_plain, self.pred),apply(_plain, tuple(self.xb))
@@ -127,7 +179,7 @@ class KnowledgeDistillationCallback(Callback):
 
     def after_validate(self):
         if hasattr(self.learn, 'recorder') and self.sums is not None:
-            self.recorder.log += L([float(self.sums[o])/self.n if o in self.sums else float('nan') for o in ('task',*self.distiller.losses)])
+            self.recorder.log += L([float(self.sums[o])/self.n if o in self.sums else float('nan') for o in self.columns])
 
     def after_fit(self):
         if self.sums is None: return  # nothing was trained
@@ -136,8 +188,10 @@ class KnowledgeDistillationCallback(Callback):
 
     def _leave(self):
         "Nothing stays with the learner"
-        self.learn.__dict__.pop('_do_one_batch', None)
-        self.kd = None
+        self.kd,self.watches,self.answers = None,False,[]
+        others = self._watching()
+        if others: self.learn._do_one_batch = others[0]._watched_batch
+        else: self.learn.__dict__.pop('_do_one_batch', None)
         if self.distiller is None: return
         self.distiller.kept.clear()
         self._reset()
@@ -146,7 +200,9 @@ class KnowledgeDistillationCallback(Callback):
         self.learn.opt.param_lists = L([L([p for p in ps if id(p) not in ours]) for ps in self.learn.opt.param_lists])
         for p in ours.values(): getattr(self.learn.opt, 'opt', self.learn.opt).state.pop(p, None)
 
-    def __getstate__(self): return {k:v for k,v in super().__getstate__().items() if k not in ('distiller','kd','stack','sums','adapters')} | dict(distiller=None, kd=None, sums=None)
+    def __getstate__(self):
+        gone = 'distiller','kd','stack','sums','adapters','answers'
+        return {k:v for k,v in super().__getstate__().items() if k not in gone} | dict(distiller=None, kd=None, sums=None, watches=False)
 
 # %% ../../nbs/distill/03_distillation_callback.ipynb #db18413a
 def KnowledgeDistillation(

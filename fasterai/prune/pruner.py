@@ -16,7 +16,8 @@ from torch import nn,Tensor
 from safetensors import SafetensorError,safe_open
 from safetensors.torch import save_file
 from ..core.context import context_of,local
-from ..core.criteria import criteria_of,large_final,needs
+from ..core.criteria import criteria_of,large_final
+from ..core.needs import Known,needed
 from ..core.registry import did_you_mean
 from ..core.graph import ChannelGraph,layer_of
 from .left import LAST,OUTPUT,add_row,counted,fixed,left_of_zeros,made_by,missing,rows_of,some,in_words
@@ -24,7 +25,7 @@ from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes
 from ..core.running import followable,inputs_for,plain_model,staged,untouched
 from ..core.brought import check_held,check_scores,check_values,falls_short,listed,much_less,rounds_up,warn
 from ..core.liveness import Liveness,spare_last
-from ..core.evidence import _wide,act_norms,check_trained,evidence,weight_of
+from ..core.evidence import _wide,arrived,check_seen,check_trained,evidence,found_now,weight_of
 from ..core.proof import TOLERANCE,check_same,random_like
 from ..core.selection import Scores,Source,check_percent,n_of
 from ..core.pool import Pool, select_each
@@ -304,14 +305,13 @@ class Pruner:
         self.progress = progress
         self.pruning_ratio = None if pruning_ratio is None else self._checked(pruning_ratio)
         self.ignored = [self._name(o) for o in listed(ignored_layers, 'ignored_layers')]
-        self.past,self.given,self.graph,self.left,self.known,self.counts_on = {},{},None,[],set(),{}
+        self.about = Known(self.criteria.needs)
+        self.graph,self.left,self.known,self.counts_on = None,[],set(),{}
         if self.model is not None and pruning_ratio is not None: self.remember()
 
     def remember(self):
         "Take the weights as they are now for `w0`, what the criteria calls the start of training"
-        self.past = {k:self._copies() for k in ('w0','w_prev') if k in needs(self.criteria)}
-
-    def _copies(self): return {n:p.detach().clone() for n,p in self.model.named_parameters()}
+        self.about.begin(self.model.named_parameters())
 
     def _name(self, o):
         "Name of layer `o`"
@@ -371,10 +371,9 @@ class Pruner:
     def _by_ratio(self, inputs, optimizer):
         self.start(inputs)
         yield
-        asked = {'grad','act'} & set(needs(self.criteria))
-        if asked and self.data is not None:
-            if 'grad' in asked: check_trained(self.criteria, self.weights)
-            with self.bystanders.aside(): self.given = evidence(asked, self.data, self.model, self.weights, self.loss_func)
+        if (asked := self.about.from_data) and self.data is not None:
+            if self.about.of('grad'): check_trained(self.criteria, self.weights)
+            with self.bystanders.aside(): self.about.give(evidence(asked, self.data, self.model, self.weights, self.loss_func))
         n = self.update(self.pruning_ratio, optimizer)
         if not n and not self.left and self._asks_for_some():
             warn(f'nothing went: pruning_ratio {self.pruning_ratio} is less than one channel of any layer')
@@ -400,7 +399,7 @@ class Pruner:
             self._targets(self.pruning_ratio)
             was = pruned_plan(self.model)['sizes'] if widths else {}
             self.shapes = {g.name:tuple(was.get(o:=g.slices[0].name, self.model.get_parameter(o).shape)) for g in self.groups}
-            if 'act' in needs(self.criteria): self._check_acts(act_norms(self.model, self.graph.example_inputs, self.weights))
+            if self.about.from_data: self._check_seen()
         self.widths = {g.name:widths.get(g.name, g.n) for g in self.groups}
         for g in self.groups: g.widen(self.widths[g.name])
         if self.round_to and all(g.n<self.round_to for g in self.groups):
@@ -408,17 +407,20 @@ class Pruner:
             raise ValueError(f'round_to={self.round_to}: no group has so many channels to keep, the largest has {largest}')
         self.left,self.known,self.counts_on = [],set(),{}
 
-    def _check_acts(self, seen):
-        for o in self.weights:
-            if o.name in seen: continue
-            raise ValueError(f'criteria {self.criteria.__name__!r} needs the activations that {o.name} reads: it is not the weight of a '
-                             'layer of a known type that is called by itself')
+    def _check_seen(self):
+        "`ValueError` if the criteria needs what a layer never gets; gradients that are there already need no look"
+        weights = self.weights
+        if not self.about.of('x') and all(p.w.grad is not None for p in weights): return
+        check_seen(self.criteria, weights, self.model, self.graph.example_inputs, advice='name it in `ignored_layers`, or choose another criteria')
 
     @at_home()
     def look(self, inputs):
-        "Take the activations for one batch of `inputs` for those that the criteria asks for, if it does"
-        if 'act' not in needs(self.criteria): return
-        with self.bystanders.aside(): self.given = dict(act=act_norms(self.model, inputs, self.weights))
+        "Take what the criteria asks for of one batch: the activations for `inputs`, the gradients that are there"
+        if not self.about.from_data: return
+        with self.bystanders.aside():
+            xs = self.about.of('x')  # what runs for some inputs only did so for those that channels were followed with
+            before = arrived(xs, self.model, self.graph.example_inputs, self.weights) if xs else {}
+            self.about.give(found_now(self.criteria, self.weights, self.model, inputs, before))
 
     @property
     def weights(self):
@@ -439,7 +441,7 @@ class Pruner:
         if self.graph is None: self.start()
         check_values(self.model)
         with self.bystanders.aside(): n = self._update(ratio, self._targets(ratio), optimizer)
-        self.given = {}
+        self.about.forget_data()
         self._tell(ratio)
         return n
 
@@ -454,7 +456,7 @@ class Pruner:
             for g in self.groups: g.hold(removed, chosen, self.round_to is not None)
             if tries>_TRIES and len(removed) and not self.round_to: break
         if len(removed): self._cut(plan, removed, optimizer)
-        if 'w_prev' in self.past: self.past['w_prev'] = self._copies()
+        self.about.update(self.model.named_parameters())
         return len(removed)
 
     def step(self, ratio=None, optimizer=None): # Percentage to be reached, or a dict of them by layer, or `None`; whose state is cut as well
@@ -463,22 +465,20 @@ class Pruner:
 
     def state_dict(self):
         "How the model was cut, and what is remembered of its weights: tensors by name. `cut_to` cuts a fresh model to the plan"
-        return dict(plan=as_bytes(plan_text(pruned_plan(self.model)))) | {f'{k}.{n}':t for k,ts in self.past.items() for n,t in ts.items()}
+        return dict(plan=as_bytes(plan_text(pruned_plan(self.model)))) | self.about.state_dict()
 
     def load_state_dict(self, state): # What `state_dict` of a Pruner with the same arguments gave
         "Go on with what `state` remembers of the weights, which are cut to its plan already"
-        for k,ts in self.past.items():
-            for n,t in ts.items():
-                key = f'{k}.{n}'
-                if key not in state: raise ValueError(f'the state has no {key!r}: {did_you_mean(key, state)}')
-                if state[key].shape!=t.shape: raise ValueError(f'{key} has shape {tuple(state[key].shape)} in the state, and {tuple(t.shape)} here: was the model cut to its plan?')
-                t.copy_(state[key])
+        for k,t in self.about.state_dict().items():
+            if k not in state: raise ValueError(f'the state has no {k!r}: {did_you_mean(k, state)}')
+            if state[k].shape!=t.shape: raise ValueError(f'{k} has shape {tuple(state[k].shape)} in the state, and {tuple(t.shape)} here: was the model cut to its plan?')
+            t.copy_(state[k])
 
     def _cut(self, plan, removed, optimizer):
         apply_plan(self.model, plan, optimizer)
         follow_cut(self.graph, removed)
         for g in self.groups: g.keep[torch.isin(g.classes, removed)] = 0
-        for k,ps in self.past.items(): self.past[k] = {n:_pick(t, plan['kept'].get(n, {})) for n,t in ps.items()}
+        self.about.cut(lambda name, x: _pick(x, plan['kept'].get(name, {})))
         remember_plan(self.model, plan, self.widths)
 
     def _groups(self):
@@ -581,20 +581,12 @@ class Pruner:
     def _known(self, name):
         "What the criteria asks for, for parameter `name`"
         p,res = self.model.get_parameter(name),{}
-        for o in needs(self.criteria):
-            x = self._found(o, name, p)
-            if x is None:
-                lacks = f'gradients, and {name} has none: pass `data`, or call `backward` first' if o=='grad' else 'activations: pass `data`'
+        for o in self.about.needs:
+            if (x := self.about.find(o, name, p)) is None:
+                lacks = f'gradients, and {name} has none: pass `data`, or call `backward` first' if needed[o].of=='grad' else 'activations: pass `data`'
                 raise ValueError(f'criteria {self.criteria.__name__!r} needs {lacks}')
             res[o] = _wide(x.detach()).expand(p.shape)
         return res
-
-    def _found(self, need, name, p):
-        "The tensor that a criteria calls `need`, for parameter `p`; `None` if there is none"
-        if need=='w': return p
-        if need in self.past: return self.past[need][name]
-        if need in self.given: return self.given[need].get(name)
-        if need=='grad': return p.grad
 
     def _score(self, g):
         "Scores of all channels of group `g`, of those that are gone the lowest, of those that cannot go the highest"

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Prune']
 
-# %% ../../nbs/prune/02_training.ipynb #3503299b
+# %% ../../nbs/prune/02_training.ipynb #8cd36589
 import json
 from collections.abc import Mapping
 import torch
 from ..core.context import context_of
-from ..core.criteria import criteria_of, large_final, needs
+from ..core.criteria import criteria_of, large_final
 from ..core.evidence import check_trained
 from ..core.pace import Pace, Technique, check_schedule, check_updates, put, within
 from ..core.running import followable
@@ -18,7 +18,7 @@ from ..core.schedule import agp, check_rises, schedule_of
 from ..core.plan import pruned_plan
 from .pruner import Pruner, check_layer_type, check_ratio
 
-# %% ../../nbs/prune/02_training.ipynb #5b3fd210
+# %% ../../nbs/prune/02_training.ipynb #6fe6b9f5
 class Prune(Technique):
     """Remove channels while training: `schedule` says how many, a `Pruner` says which. What cannot go is told once, and is in
     `left`: a row for each `layer`, with its number of `channels`, how many are asked for (`dead`), how many were `removed`, and `why`
@@ -52,7 +52,7 @@ class Prune(Technique):
         if self.next is None: self.check(training)
         pruner,self.next,self.training = self.next,None,training
         pruner.start(training.sample() if self.inputs is None else self.inputs, pruned_plan(pruner.model)['widths'])
-        if 'grad' in needs(pruner.criteria): check_trained(pruner.criteria, pruner.weights)
+        if pruner.about.of('grad'): check_trained(pruner.criteria, pruner.weights)
         self.pruner,self.left = pruner,[]
         self.pace = Pace(self.schedule, pruner.pruning_ratio, self.n_updates, training.n_epoch)
         if (state := self._taken()) is None: return
@@ -67,14 +67,13 @@ class Prune(Technique):
         level = self.pace(k, n)
         if level is None: return
         self.pruner.look(inputs)
-        gone = self.pruner.update(level, self.training.optimizer)
+        self.pruner.update(level, self.training.optimizer)
         self.left = self.pruner.left
-        return gone>0
 
     def reached(self): return self.pruner.reached()
 
     def end(self, k, n):
         self._tell_early(self.pace, k, n)
-        self.pruner.past = {}
+        self.pruner.about.forget()
 
     def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('pruner','next','pace','training')}

@@ -15,6 +15,7 @@ import torch
 from torch import nn, Tensor
 from ..core.granularity import Answers, axes_of, blocks, granularity_name, granularity_of, has_axes
 from ..core.granularity import head_parts, layer_axes, n_heads
+from ..core.needs import Known, needed
 from ..core.registry import did_you_mean
 from ..core.running import at_home, check_scripts, inputs_that_run, plain_model
 from ..core.brought import check_finite, check_scores, computed, falls_short, made_of, much_less, plain_name, rounds_up, still, told
@@ -24,7 +25,7 @@ from ..core.context import context_of, local
 from ..core.selection import Scores, Source, check_percent, n_of, rounded_gone
 from ..core.pool import Pool, in_kernels, select_each
 from ..core.graph import ChannelGraph, layer_of
-from ..core.evidence import Weight, _wide, check_trained, evidence, weight_of
+from ..core.evidence import Weight, _wide, check_trained, evidence, nothing_of, weight_of
 from ..legacy import OldLevelPruner, old_prune, old_sparsifier
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #0ee83cb5
@@ -86,10 +87,10 @@ class Layer:
         w,b = parts[0].w,parts[0].blocks
         self.keep,self.n = torch.full((b.n,), -1, dtype=torch.int8, device=w.device),b.n
         self.name,self.parts,self.criteria,self.shapes = name,parts,criteria,[p.w.shape for p in parts]
-        self.past,self.given,self.masked,self._masks,self._whole = {},{},False,None,None
+        self.about,self.masked,self._masks,self._whole = Known(criteria.needs),False,None,None
         self._dense,self._run_of,self.version = {},{},0
         self.needs = criteria.needs
-        self.alone = criteria.pointwise and 'act' not in self.needs
+        self.alone = criteria.pointwise and all(needed[o].of!='x' for o in self.needs)  # whose shape is that of the weight
         self.streams = len(parts)==1 and b.in_order and self.alone and criteria.keeps_one
         self.trusted = self.needs==('w',) and criteria.f in criterias.values()
 
@@ -99,14 +100,14 @@ class Layer:
     def known(self, i): # Which part
         "What the criteria asks for, by name"
         p = self.parts[i]
-        found = dict(w=p.w, grad=p.w.grad) | {k:xs[i] for k,xs in (self.given | self.past).items()}
-        for o in self.needs:
-            if found.get(o) is None: raise ValueError(f'criteria {self.criteria.__name__!r} needs {o!r}, and {p.name} has none: {self._remedy(o)}')
-        return {o:found[o].detach() for o in self.needs}
+        found = {o: self.about.find(o, p.name, p.w) for o in self.needs}
+        for o,x in found.items():
+            if x is None: raise ValueError(f'criteria {self.criteria.__name__!r} needs {o!r}, and {p.name} has none: {self._remedy(o)}')
+        return {o:x.detach() for o,x in found.items()}
 
     def _remedy(self, need):
         "What to do about what is missing"
-        if need not in ('grad','act'): return 'nothing was remembered'
+        if needed[need].of=='w': return 'nothing was remembered'
         return 'pass `data` to the Sparsifier, or use it in a training step of weights that are not frozen'
 
     @property
@@ -235,7 +236,7 @@ class Layer:
         dev = self.parts[0].w.device
         if self.keep.device==dev: return
         self.keep = self.keep.to(dev)
-        self.past = {o: [x.to(dev) for x in xs] for o,xs in self.past.items()}
+        for p in self.parts: self.about.move(p.name, dev)
         self._dense,self.version = {},self.version+1
         if self._masks is not None: self._masks = [m.to(dev) for m in self._masks]
 
@@ -317,11 +318,6 @@ def _nothing(model, head, types, out, empty):
     return f'{what}; it has {", ".join(there) or "none that can be sparsified"}'
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #778d11c7
-def give(layers, found): # Layers; what was found, by what it is and name of the weight
-    "Let `layers` know what was found for their criteria"
-    for k,xs in found.items():
-        for o in layers: o.given[k] = [xs.get(p.name) for p in o.parts]
-
 def parts_of(layers): return [p for o in layers for p in o.parts]
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #bc05f734
@@ -637,16 +633,15 @@ class Sources:
         streams = [o for o in layers if o.streams and (o.trusted or not checked)]
         self.others = [o for o in layers if o not in self.rows and not o.streams]
         self.made,self.joint = None,Rows(self.rows) if self.rows else None
-        alone = self.fast and not self.others and len(streams)+len(self.rows)==len(layers) and {*layers[0].needs}<={'w','w0','w_prev'}
+        alone = self.fast and not self.others and len(streams)+len(self.rows)==len(layers) and not layers[0].about.from_data
         views = alone and all(in_rows(w) if o.by_rows else w.is_contiguous() for o in layers for w in [p.w for p in o.parts])
-        past = [x for o in layers for xs in o.past.values() for x in xs]
-        self.seen = [(x, x.data_ptr()) for x in ws+past] if views else None
+        self.seen = [(x, x.data_ptr()) for x in ws+layers[0].about.tensors()] if views else None
         self.places = [(p.mod._parameters, p.attr) for p in parts_of(layers)]
 
     def serves(self, layers, checked):
         "Does it give the scores of `layers` as they are now?"
         if self.seen is None or checked or self.checked or layers is not self.layers and layers!=self.layers: return False
-        now = [d.get(a) for d,a in self.places]+[x for o in layers for xs in o.past.values() for x in xs]
+        now = [d.get(a) for d,a in self.places]+layers[0].about.tensors()
         return len(now)==len(self.seen) and all([x is y and x.data_ptr()==ptr for x,(y,ptr) in zip(now, self.seen)])
 
     def __call__(self):
@@ -675,8 +670,8 @@ def _check_criteria(o):
     """Call the criteria of a layer once on copies, so that one that fails, or that gives something else than a score for each weight, does so before
     anything is changed"""
     p,f = o.parts[0],o.criteria
-    known = dict.fromkeys(('w','w0','w_prev'), p.w.detach())
-    known = {k: _wide(known[k]).clone() if k in known else torch.ones_like(_wide(p.w.detach())) for k in o.needs}
+    w = _wide(p.w.detach())
+    known = {k: needed[k].f(w).clone() if needed[k].of=='w' else torch.ones_like(w) for k in o.needs}
     versions = {k: x._version for k,x in known.items()}
     s = f.f(**known)
     if not isinstance(s, Tensor) or s.shape!=p.w.shape:
@@ -726,6 +721,8 @@ class Sparsifier:
         self.pool = Pool(self.context, round_to, any(p.blocks.spares_last for p in parts_of(self.layers)))
         self._room = {o:n-self.pool.protect for o,n in self._sizes.items()}
         self.n_weights = sum(p.w.numel() for o in self.layers for p in o.parts)
+        self.about = Known(self.criteria.needs)
+        for o in self.layers: o.about = self.about
         self.remember()
         if out: self._tell_computed(out)
 
@@ -805,15 +802,17 @@ class Sparsifier:
     @at_home()
     def remember(self):
         "Take the weights as they are now for `w0`, what the criteria calls the start of training"
-        needed = [k for k in ('w0','w_prev') if k in self.criteria.needs]
-        for o in self.layers: o.past = {k: [p.w.detach().clone() for p in o.parts] for k in needed}
+        self.about.begin(self._params())
+
+    def _params(self): return ((p.name,p.w) for p in parts_of(self.layers))
 
     @at_home()
     def sparsify_model(self, sparsity): # Percentage of blocks; a list in the order of the layers; or a dict by layer
         "Zero `sparsity` percent of the blocks, the least important first, and return the model"
         sparsity = self.targets(sparsity)
         self._check_finite()
-        self._learn(self.layers)
+        idle = [o for o in self.layers if isinstance(sparsity, dict) and not sparsity[o.name]]
+        self._learn([o for o in self.layers if o not in idle], idle)
         self._renew(lambda: self._rounded(self._counts(sparsity)), self.layers, checked=True)
         self.tell_left(sparsity)
         return self.model
@@ -842,15 +841,16 @@ class Sparsifier:
         self._renew(lambda: self._rounded({(n,): below(n, s) for n,s in self._scores(self.layers).items()}), self.layers, alike=False, checked=True)
         return self.model
 
-    def _learn(self, layers):
-        asked,parts = {'grad','act'} & set(self.criteria.needs),parts_of(layers)
+    def _learn(self, layers, idle=()): # Layers; others that are scored, and of which nothing goes
+        asked,parts = self.about.from_data,parts_of(layers)
         if self.data is None or not asked: return
-        if 'grad' in asked: check_trained(self.criteria, parts)
+        if self.about.of('grad'): check_trained(self.criteria, parts)
         found = evidence(asked, self.data, self.model, parts, self.loss_func)
-        words = dict(grad='the gradient of', act='the inputs of')
+        words = dict(grad='the gradient of', x='the inputs of')
         for k,xs in found.items():
-            check_finite([(f'{words[k]} {n}',x) for n,x in xs.items()], 'these data cannot rank weights')
-        give(layers, found)
+            check_finite([(f'{words[needed[k].of]} {n}',x) for n,x in xs.items()], 'these data cannot rank weights')
+        self.about.give(nothing_of(asked, parts_of(idle)))
+        self.about.give(found)
 
     @property
     def own(self):
@@ -915,8 +915,7 @@ class Sparsifier:
         self._select(ks, self._last(), alike)
         if self._last.seen is None: self._last = None  # scores that serve no other update
         self.apply_masks()
-        for o in layers:
-            if 'w_prev' in o.past: torch._foreach_copy_(o.past['w_prev'], [p.w.detach() for p in o.parts])
+        self.about.update((p.name,p.w) for p in parts_of(layers))
 
     @property
     def counts(self): "Are there kernels for where the weights lie?"; return in_kernels(*[p.w for p in parts_of(self.layers)])
@@ -1012,7 +1011,7 @@ class Sparsifier:
     def _remembered(self):
         "What is kept, and what is remembered of the weights, by name"
         kept = {f'keep.{o.name}':o.keep for o in self.layers}
-        return kept | {f'{k}.{p.name}':x for o in self.layers for k,xs in o.past.items() for p,x in zip(o.parts, xs)}
+        return kept | self.about.state_dict()
 
     def state_dict(self):
         "What is kept, and what is remembered of the weights: tensors by name"

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['MANY', 'most_updates', 'Tickets', 'Sparsify', 'Keep']
 
-# %% ../../nbs/sparse/02_training.ipynb #bb04b48a
+# %% ../../nbs/sparse/02_training.ipynb #41bf8ff9
 from pathlib import Path
 from torch import nn
 from safetensors.torch import save_model
-from ..core.criteria import large_final, needs
-from ..core.evidence import act_norms, check_trained
+from ..core.criteria import large_final
+from ..core.evidence import check_seen, check_trained, found_now
 from ..core.pace import Pace, Technique, check_schedule, check_updates, clear_state, put, two_of, within
 from ..core.running import followable
 from ..core.schedule import one_cycle, schedule_of
-from .sparsifier import Sparsifier, give, hold_zeros, parts_of
+from .sparsifier import Sparsifier, hold_zeros, parts_of
 from ..legacy import old_arguments
 
 # %% ../../nbs/sparse/02_training.ipynb #29d56b2a
@@ -29,7 +29,7 @@ def most_updates(
     "Most updates in a fit, by default"
     return n if counted or n_weights<=MANY else max(n_epoch, min(n//8, 200))
 
-# %% ../../nbs/sparse/02_training.ipynb #29d80684
+# %% ../../nbs/sparse/02_training.ipynb #da96d45a
 class Tickets:
     "What a network was early in training, to set back what is left of it (Frankle & Carbin, arXiv 1803.03635; from a later epoch: arXiv 1912.05671)"
     def __init__(self,
@@ -70,7 +70,7 @@ class Tickets:
             path.mkdir(parents=True, exist_ok=True)
             save_model(model, str(path/f'ticket_{sparsifier.reached():.2f}.safetensors'))
 
-# %% ../../nbs/sparse/02_training.ipynb #96c353bb
+# %% ../../nbs/sparse/02_training.ipynb #4c36a00c
 class Sparsify(Technique):
     "Zero weights while training: `schedule` says how many, a `Sparsifier` says which"
     name,column,holds,remembers = 'sparsify','sparsity','masks of weights',True
@@ -106,7 +106,7 @@ class Sparsify(Technique):
         early = self.how['coupled'] and self.inputs is None and self.sub is None  # channels are followed before the first batch
         sparsifier = Sparsifier(model, example_inputs=training.sample() if early else self.inputs, **self.how)
         target = sparsifier.targets(self.sparsity)
-        if 'grad' in needs(sparsifier.criteria): check_trained(sparsifier.criteria, parts_of(sparsifier.layers))
+        if sparsifier.about.of('grad'): check_trained(sparsifier.criteria, parts_of(sparsifier.layers))
         pace = Pace(check_schedule(self.schedule, target), target, self.n_updates, training.n_epoch, level=0.)
         self.tickets.check(pace)
         self.next = sparsifier,pace
@@ -114,15 +114,17 @@ class Sparsify(Technique):
     def begin(self, training):
         if self.next is None: self.check(training)
         (self.sparsifier,self.pace),self.next,self.training,self.tickets.saved = self.next,None,training,None
+        self.looked = False
         self.sparsifier.tell_left(self.pace.target)
         if (state := self._taken()) is None: return
         self.sparsifier.load_state_dict(within(state, 'sparsifier.'))
+        self.sparsifier.about.load_found(within(state, 'found.'))
         self.pace.load_state_dict(within(state, 'pace.'))
         self.tickets.saved = within(state, 'ticket.') or None
 
     def state_dict(self):
         if self.sparsifier is None: return self.state or {}
-        return put('sparsifier.', self.sparsifier.state_dict()) | put('pace.', self.pace.state_dict()) | put('ticket.', self.tickets.saved or {})
+        return put('sparsifier.', self.sparsifier.state_dict()) | put('pace.', self.pace.state_dict()) | put('ticket.', self.tickets.saved or {}) | put('found.', self.sparsifier.about.found_dict())
 
     @property
     def _whole(self): return followable(self.training.model)
@@ -130,16 +132,25 @@ class Sparsify(Technique):
     def epoch(self, i):
         if self.tickets.epoch(i, self._whole): self.sparsifier.remember()
 
-    def batch(self, inputs):
+    def batch(self, inputs, loss=None):
         if self.sparsifier.example_inputs is None and self.sub is None: self.sparsifier.example_inputs = two_of(inputs)
+        if self.sparsifier.about.from_data and not self.looked: self._look_first(inputs, loss)
+
+    def _look_first(self, inputs, loss):
+        "Before anything is trained: does each layer get what the criteria needs?"
+        goal = self.pace.target
+        asked = [o for o in self.sparsifier.layers if not isinstance(goal, dict) or goal[o.name]]
+        found = check_seen(self.sparsifier.criteria, parts_of(asked), self._whole, inputs, loss)
+        if not self.sparsifier.about.found: self.sparsifier.about.give(found)
+        self.looked = True
 
     def after_step(self, k, n, inputs=()):
         if self.n_updates is None: self.pace.n_updates = most_updates(n, self.pace.n_epoch, self.sparsifier.n_weights, self.sparsifier.counts)
         level = self.pace(k, n)
         if level is None: return self.sparsifier.apply_masks()
         before = self.reached() if self.tickets.rounds else 0
-        layers = self.sparsifier.layers
-        if 'act' in layers[0].needs: give(layers, dict(act=act_norms(self._whole, inputs, parts_of(layers))))
+        about = self.sparsifier.about
+        if about.from_data: about.give(found_now(self.sparsifier.criteria, parts_of(self.sparsifier.layers), self._whole, inputs, about.found))
         self.sparsifier.update(level)
         if self.tickets.rounds and self.reached()>before: 
             self.tickets.rewind(self._whole, self.sparsifier, self.training.optimizer, self.training.folder)
@@ -150,10 +161,10 @@ class Sparsify(Technique):
         self._tell_early(self.pace, k, n)
         if self.tickets.at_end and self.tickets.saved is not None: self.tickets.rewind(self._whole, self.sparsifier)
         self.tickets.saved = None
-        for o in self.sparsifier.layers: o.past,o.given = {},{}
+        self.sparsifier.about.forget()
         if self.verbose: self.sparsifier.print_sparsity()
 
-    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('sparsifier','next','pace','training')}
+    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('sparsifier','next','pace','training','looked')}
 
 class Keep(Technique):
     "Hold zero, while fine-tuning, what is zero at the start"
@@ -161,7 +172,7 @@ class Keep(Technique):
     def begin(self, training):
         self.check(training)
         self.training,self.sparsifier = training,None
-    def batch(self, inputs):
+    def batch(self, inputs, loss=None):
         if self.sparsifier is None: self.sparsifier = hold_zeros(self.training.model, two_of(inputs))
     def after_step(self, k, n, inputs=()): self.sparsifier.apply_masks()
     def end(self, k, n): self.sparsifier = None
