@@ -34,7 +34,8 @@ def _to_train(learn):
     return {id(p) for p in flat if p.requires_grad}
 
 def _take_over(opt, old):
-    "Give `opt` the hyperparameters of the optimizer `old` (of its last group, if the number of groups differs), and what it remembers of parameters that stay"
+    """Give `opt` the hyperparameters of the optimizer `old` (of its last group, if the number of groups differs), and what it
+    remembers of parameters that stay"""
     n = len(opt.hypers)
     for k in old.hypers[-1].keys() & opt.hypers[-1].keys():
         values = [o[k] for o in old.hypers]
@@ -47,8 +48,8 @@ def _take_over(opt, old):
 def renew_optimizer(
     learn, # Learner whose training begins
 ):
-    """If the optimizer lacks what is to be trained and holds parameters that `learn.model` no longer has, as when another model or layer was put there by hand, make
-    a new one with the same hyperparameters, and warn; if it lacks some and holds no others, warn"""
+    """If the optimizer lacks what is to be trained and holds parameters that `learn.model` no longer has, as when another model
+    or layer was put there by hand, make a new one with the same hyperparameters, and warn; if it holds no others, only warn"""
     held = {id(p) for ps in learn.opt.param_lists for p in ps}
     wanted = _to_train(learn)
     missing = len(wanted-held)

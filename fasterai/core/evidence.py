@@ -73,8 +73,8 @@ def act_norms(
     weights:list[Weight], # Whose inputs count
     before=None, # Norms of earlier batches, by name, for layers that do not run with these inputs
 )->dict:
-    """Norms of the activations for one batch of `inputs`, by name of the weight, from a forward pass of its own that leaves nothing behind: in eval mode, and as in
-    training for layers that run in no other"""
+    """Norms of the activations for one batch of `inputs`, by name of the weight, from a forward pass of its own that leaves nothing
+    behind: in eval mode, and as in training for layers that run in no other"""
     with untouched(model), ActNorms(weights) as acts: call_with(model, inputs)
     found = (before or {})|acts.norms()
     idle = [p for p in weights if p.name not in found]
@@ -88,9 +88,14 @@ def _norms_in_training(model, inputs, weights):
     return acts.norms()
 
 # %% ../../nbs/core/14_evidence.ipynb #2e7506a5
-_needed = dict(act='the activations that {} reads, and none arrive there', grad='the gradient of {}, and it has no part in what comes out')
-_why = dict(act='it did not run, or is no layer of a known type that is called by itself', grad='it did not run, or nothing that is trained depends on it')
-CHOOSE = 'choose a `layer_type` without it, say how sparse other layers are to be in a dict by layer, or choose another criteria'  # what to do about a layer that never gets what a criteria needs
+_needed = dict(
+    act='the activations that {} reads, and none arrive there',
+    grad='the gradient of {}, and it has no part in what comes out')
+_why = dict(
+    act='it did not run, or is no layer of a known type that is called by itself',
+    grad='it did not run, or nothing that is trained depends on it')
+# what to do about a layer that never gets what a criteria needs
+CHOOSE = 'choose a `layer_type` without it, say how sparse other layers are to be in a dict by layer, or choose another criteria'
 
 def check_got(
     found:dict, # By what it is ('act', 'grad'), the names of the weights that it was found of
@@ -103,7 +108,8 @@ def check_got(
     for need,names in found.items():
         lacks = [p.name for p in weights if p.name not in names]
         if not lacks: continue
-        more = f' (nor is it found for {", ".join(lacks[1:5])}{" and others" if len(lacks)>5 else ""})' if len(lacks)>1 else ''
+        others = ', '.join(lacks[1:5])+(' and others' if len(lacks)>5 else '')
+        more = f' (nor is it found for {others})' if others else ''
         raise ValueError(f'{who} {_needed[need].format(lacks[0])}: {_why[need]}{more}; {advice}')
 
 def _has_part(model, inputs, weights, loss):
@@ -117,7 +123,8 @@ def _has_part(model, inputs, weights, loss):
             except SLIPS:
                 if not training: raise
                 continue  # it asks for labels, for example
-            grads = torch.autograd.grad(total, [p.w for p in rest], allow_unused=True) if total is not None else [None]*len(rest)
+            if total is None: continue
+            grads = torch.autograd.grad(total, [p.w for p in rest], allow_unused=True)
         names |= {p.name for p,g in zip(rest, grads) if g is not None}
     return names
 
@@ -138,7 +145,8 @@ def check_seen(
     loss=None, # Function of what the model answers, by default the sum of all numbers in it
     advice:str=CHOOSE, # What to do about a weight that never gets it
 )->dict:
-    "The norms of activations, if `criteria` needs them; `ValueError` before anything is trained that names a weight which gets none, or no gradient"
+    """The norms of activations, if `criteria` needs them; `ValueError`, before anything is trained, that names a weight which gets
+    none, or no gradient"""
     asked,acts = needs(criteria),{}
     if 'grad' in asked:
         check_trained(criteria, weights)
@@ -163,9 +171,12 @@ def found_now(
     inputs, # Of the batch that was trained with
     before=None, # What was found earlier, for layers that do not run with this batch
 )->dict:
-    "What a training step tells of `weights`, by what it is and name: norms of activations, and gradients, which are zero for a layer that had no part in it"
+    """What a training step tells of `weights`, by what it is and name: norms of activations, and gradients, which are zero for a
+    layer that had no part in it"""
     asked,res = needs(criteria),{}
-    if 'act' in asked: res['act'] = nothing_of(['act'], weights)['act']|act_norms(model, inputs, weights, (before or {}).get('act'))
+    if 'act' in asked:
+        known = act_norms(model, inputs, weights, (before or {}).get('act'))
+        res['act'] = nothing_of(['act'], weights)['act']|known
     held = {p.name:p.w.grad for p in weights if p.w.grad is not None} if 'grad' in asked else {}
     if held: res['grad'] = {p.name: held[p.name] if p.name in held else torch.zeros_like(p.w.detach()) for p in weights}
     return res
@@ -184,6 +195,11 @@ def _inputs(batch):
     "All of a batch but the target, if there is one"
     batch = list(batch) if isinstance(batch, (tuple,list)) else [batch]
     return tuple(batch[:-1] or batch)
+
+def _added(g, h):
+    "The sum of two gradients, each of which may be `None`"
+    if g is None or h is None: return h if g is None else g
+    return g+h
 
 def _default_loss(pred, y): return nn.functional.mse_loss(pred, y) if y.is_floating_point() else nn.functional.cross_entropy(pred, y)
 
@@ -205,14 +221,15 @@ def evidence(
     weights:list[Weight], # Whose gradients and inputs count
     loss_func=None, # By default cross-entropy or, for a float target, mean squared error
 ):
-    "By what is asked and name of the weight: gradients, averaged over the batches of `data`, and norms of activations over all of them; in eval mode. `ValueError` for a weight that got none"
+    """By what is asked and name of the weight: gradients, averaged over the batches of `data`, and norms of activations over all
+    of them; in eval mode. `ValueError` for a weight that got none"""
     loss_func,grads,n = loss_func or _default_loss,None,0
     with untouched(model), ActNorms(weights if 'act' in asked else []) as acts, torch.set_grad_enabled('grad' in asked):
         for n,b in enumerate(batches_of(data), 1):
             b = list(b) if isinstance(b, (tuple, list)) else [b]
             if 'grad' in asked:
                 new = _gradients(model, b, weights, loss_func)
-                grads = new if grads is None else [g if h is None else h if g is None else g+h for g,h in zip(grads, new)]
+                grads = new if grads is None else [_added(g, h) for g,h in zip(grads, new)]
             else: call_with(model, inputs_for(model, _inputs(b)))
     if not n: raise ValueError('data has no batch')
     res = dict(act=acts.norms()) if 'act' in asked else {}

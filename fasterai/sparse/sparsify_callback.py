@@ -131,7 +131,7 @@ class SparsifyCallback(ScheduledCallback):
         self.found = None
         if self.verbose: self.sparsifier.print_sparsity()
 
-    def __getstate__(self): return {k:v for k,v in super().__getstate__().items() if k not in ('sparsifier','next','saved','found')} | dict(sparsifier=None, next=None, saved=None, found=None)
+    def __getstate__(self): return super().__getstate__() | dict(sparsifier=None, next=None, saved=None, found=None)
 
 class KeepSparsity(Callback):
     "Hold zero, while fine-tuning, what is zero at the start"
