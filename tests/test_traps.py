@@ -117,7 +117,7 @@ def test_the_model_that_is_kept_is_sparse_enough(how, schedule, tmp_path):
     with warnings_are('ignore'): fit(learn, 6, [cb, Losses([0.,1.,2.,4.,3.,5.]), SaveModelCallback()])
     n = sum(int((m.weight==0).sum()) for m in convs(learn.model))
     if how.get('granularity')=='2:4': assert n>=.45*sum(m.weight.numel() for m in convs(learn.model))
-    else: assert abs(cb.reached()-50)<1 and n>=.49*sum(m.weight.numel() for m in convs(learn.model))
+    else: assert abs(cb.sparsifier.reached()-50)<1 and n>=.49*sum(m.weight.numel() for m in convs(learn.model))
 
 def test_the_best_of_those_that_are_sparse_enough(tmp_path):
     "With the level reached half way, the best of the later epochs is kept; also where more is better"
