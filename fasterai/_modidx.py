@@ -1540,6 +1540,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'fasterai/distill/distiller.py'),
                                             'fasterai.distill.distiller.Distiller._cast': ( 'distill/distiller.html#distiller._cast',
                                                                                             'fasterai/distill/distiller.py'),
+                                            'fasterai.distill.distiller.Distiller._compare': ( 'distill/distiller.html#distiller._compare',
+                                                                                               'fasterai/distill/distiller.py'),
                                             'fasterai.distill.distiller.Distiller._fit_adapters': ( 'distill/distiller.html#distiller._fit_adapters',
                                                                                                     'fasterai/distill/distiller.py'),
                                             'fasterai.distill.distiller.Distiller._fitted': ( 'distill/distiller.html#distiller._fitted',

@@ -98,11 +98,14 @@ def place_of(
     found = list(_tensors_at(answer))
     plain = read.detach().as_subclass(Tensor)
     def same(t): return t is read or t.data_ptr()==read.data_ptr() and t.shape==read.shape
-    def equal(t): return t.shape==read.shape and t.device==read.device and torch.equal(t.detach().as_subclass(Tensor).to(plain.dtype), plain)
+    def equal(t):
+        if t.shape!=read.shape or t.device!=read.device: return False
+        return torch.equal(t.detach().as_subclass(Tensor).to(plain.dtype), plain)
     here = [k for k,t in found if same(t)] or [k for k,t in found if equal(t)]
     return here[0] if here else None
 
-_CALLED = 'logits','out'  # what a classifier's scores are called in the answers of transformers', and of torchvision's networks
+# what a classifier's scores are called in the answers of transformers', and of torchvision's networks
+_CALLED = 'logits','out'
 
 def _named(answer, k):
     "Is what is at place `k` of `answer` called as scores are?"
@@ -115,26 +118,32 @@ def meant(
     place=None, # Where that is in the student's answer, if it is known
     output=None, # Says which one it is: a key, a position, or a function of the answer
 ):
-    """The tensor of `answer` that is compared. It is what `output` says, or a tensor itself; else the counterpart of `like`: what is at the same place, or else what
-    is called `logits` or `out`, or comes first, of those with its shape. Without `like` it is the one called so, or the only one, or the first if no other has its shape; `TypeError` otherwise"""
+    """The tensor of `answer` that is compared. It is what `output` says, or a tensor itself; else the counterpart of `like`: what is
+    at the same place, or else what is called `logits` or `out`, or comes first, of those with its shape. Without `like` it is the
+    one called so, or the only one, or the first if no other has its shape; `TypeError` otherwise"""
     if isinstance(answer, Tensor): return answer
     if output is not None: return _picked(answer, output)
     found = {k:t for k,t in _tensors_at(answer) if t.ndim}
-    if not found: raise TypeError(f'a teacher and its student are compared by tensors, and {type(answer).__name__} holds none: say by `output` what is compared')
+    kind = type(answer).__name__
+    if not found: raise TypeError(f'a teacher and its student are compared by tensors, and {kind} holds none: say by `output` what is compared')
     if place in found: return found[place]
     alike = {k:t for k,t in found.items() if like is not None and t.shape==like.shape} or found
     if named := [t for k,t in alike.items() if _named(answer, k)]: return named[0]
     first,*others = alike.values()
     if like is None and any(o.shape==first.shape for o in others):
-        raise TypeError(f'the answer is a {type(answer).__name__} with tensors of shapes {", ".join(str(tuple(t.shape)) for t in found.values())}, and several may be compared: '
-                        'say by `output` (a key, a position or a function) which one, or write a loss of your own, which gets answers as they are')
+        shapes = ', '.join(str(tuple(t.shape)) for t in found.values())
+        raise TypeError(f'the answer is a {kind} with tensors of shapes {shapes}, and several may be compared: say by `output` (a key, '
+                        'a position or a function) which one, or write a loss of your own, which gets answers as they are')
     return first
 
 def _picked(answer, output):
     "What `output` says of `answer`"
-    def look_up(): return answer[output] if isinstance(answer, Mapping) or isinstance(output, int) else getattr(answer, output)
+    by_key = isinstance(answer, Mapping) or isinstance(output, int)
+    def look_up(): return answer[output] if by_key else getattr(answer, output)
     try: res = output(answer) if callable(output) else look_up()
-    except (KeyError,IndexError,TypeError,AttributeError) as e: raise ValueError(f'output={output!r} does not fit an answer of type {type(answer).__name__}: it has {", ".join(map(repr, _entries(answer))) or "no parts"}') from e
+    except (KeyError,IndexError,TypeError,AttributeError) as e:
+        there = ', '.join(map(repr, _entries(answer))) or 'no parts'
+        raise ValueError(f'output={output!r} does not fit an answer of type {type(answer).__name__}: it has {there}') from e
     if not isinstance(res, Tensor): raise TypeError(f'output={output!r} gives a {type(res).__name__} of the answer: a tensor is compared')
     return res
 
@@ -174,7 +183,8 @@ class Distiller:
         self.weight,self.alpha,self.cache,self.schedule = weight,.5 if alpha is None else alpha,cache,None if schedule is None else schedule_of(schedule)
         for i in range(101):
             if not -1e-6<=(w := self._level(i/100))<=1+1e-6: raise ValueError(f'the schedule gives a weight of {w:g} at {i} % of training: it is a share from 0 to 1')
-        if output is not None and not callable(output) and not isinstance(output, (str,int)): raise TypeError(f'output is a key, a position, or a function of a model\'s answer, not {output!r}')
+        if not (output is None or callable(output) or isinstance(output, (str,int))):
+            raise TypeError(f'output is a key, a position, or a function of an answer, not {output!r}')
         self.output,self.place,self.checked = output,None,False
         self.adapters,self.copied,self.kept,self.known,self.terms,self.names = nn.ModuleDict(),(set(),set()),{},{},{},[]
 
@@ -295,10 +305,11 @@ class Distiller:
         fm_s = _maps(self.kept, self.names, 'student')
         self.kept.clear()
         read = self._read(pred)
-        own = not isinstance(pred, Tensor) and any('pred' in loss_needs(f) and not compares_tensors(f) for f in self.losses.values())
+        own = not isinstance(pred, Tensor) and self._compare(tensors=False)
         teacher_pred,fm_t = self.teach(*xb, like=None if own else read)
-        if target is not None and not self.checked and isinstance(read, Tensor): self.check_meaning(None, target, read.shape, axis)
-        self.checked = self.checked or target is not None
+        if target is not None and not self.checked:
+            if isinstance(read, Tensor): self.check_meaning(None, target, read.shape, axis)
+            self.checked = True
         known = dict(pred=pred if own else read, teacher_pred=teacher_pred, target=target, fm_s=fm_s, fm_t=fm_t)
         cut = dict(pred=read, teacher_pred=self._meant(teacher_pred, read)) if own and isinstance(read, Tensor) else {}
         pairs = [self._fitted(str(i), s, t) for i,(s,t) in enumerate(zip(fm_s, fm_t))] if self.exact else []
@@ -312,10 +323,14 @@ class Distiller:
         logits,maps = (sum(v for o,v in terms.items() if (o in self.of_maps)==k) for k in (False,True))
         return self.alpha*logits+(1-self.alpha)*maps if 0<len(self.of_maps)<len(terms) else logits+maps
 
+    def _compare(self, tensors):
+        "Is there a loss of outputs that compares tensors, or one that gets answers as they are?"
+        return any('pred' in loss_needs(f) and compares_tensors(f)==tensors for f in self.losses.values())
+
     def _read(self, pred):
         "The tensor of the student's answer that losses compare; if none of them is one of tensors, the answer"
         if isinstance(pred, Tensor): return pred
-        if self.output is None and not any('pred' in loss_needs(f) and compares_tensors(f) for f in self.losses.values()): return pred
+        if self.output is None and not self._compare(tensors=True): return pred
         read = self._meant(pred)
         self.locate(pred, read)
         return read

@@ -45,7 +45,7 @@ def _full(f):
     return _f
 
 def of_classes(f): # Loss
-    "Mark the loss `f` as one that takes a softmax over classes: it means nothing for numbers, or for labels that are each yes or no"
+    "Mark the loss `f` as one that takes a softmax over classes, which means nothing for numbers, or for labels each yes or no"
     f.of_classes = True
     return f
 
@@ -86,7 +86,8 @@ def MLD(
     teacher_pred:Tensor, # Logits of the teacher, of the same shape
     T:float=1., # Temperature
 )->Tensor: # Scalar
-    "`T²·KL(sigmoid(teacher/T) ‖ sigmoid(student/T))` of each label by itself: multi-label logits distillation (Yang et al., arXiv 2308.06453, §3.2), as a mean"
+    """`T²·KL(sigmoid(teacher/T) ‖ sigmoid(student/T))` of each label by itself, mean over samples and labels: multi-label logits
+    distillation (Yang et al., Multi-label knowledge distillation, arXiv 2308.06453)"""
     s,t = pred/T,teacher_pred/T
     p = t.sigmoid()
     yes = p*(F.logsigmoid(t)-F.logsigmoid(s))
@@ -283,7 +284,9 @@ def takes_axis(f):
         f = f.func
     return True
 
-def compares_tensors(f): "Does the loss `f` compare one tensor of each network, or a list of feature maps? Others get answers as they are"; return getattr(_bare_loss(f), 'of_tensors', False)
+def compares_tensors(f):
+    "Does the loss `f` compare one tensor of each network, or a list of feature maps? Others get answers as they are"
+    return getattr(_bare_loss(f), 'of_tensors', False)
 
 def takes_classes(f): "Does the loss `f` take a softmax over classes?"; return getattr(_bare_loss(f), 'of_classes', False)
 
@@ -306,7 +309,8 @@ def _axis_in(f, axis):
         f = f.func
     return axis
 
-_numbers = nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss,nn.PoissonNLLLoss,nn.GaussianNLLLoss,nn.BCELoss  # the last one's outputs are no logits
+# BCELoss is among those of numbers, since its outputs are probabilities, and no logits
+_numbers = nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss,nn.PoissonNLLLoss,nn.GaussianNLLLoss,nn.BCELoss
 _labels = nn.BCEWithLogitsLoss,nn.MultiLabelSoftMarginLoss,nn.MultiLabelMarginLoss
 _classes = nn.CrossEntropyLoss,nn.NLLLoss,nn.NLLLoss2d,nn.MultiMarginLoss
 _as_function = {
@@ -336,7 +340,8 @@ def meaning_in(
     shape, # Shape of the outputs
     axis:int=1, # Axis of the classes in the outputs
 )->str|None:
-    "What labels of the outputs' `shape` are: 'labels' that are each yes or no, or 'numbers'; None if they may be probabilities of classes, or classes"
+    """What labels of the outputs' `shape` are: 'labels' that are each yes or no, or 'numbers'; None if they may be probabilities of
+    classes, or classes"""
     if not isinstance(target, Tensor) or target.shape!=torch.Size(shape) or not -target.ndim<=axis<target.ndim: return
     target = target.detach().float()
     sums = target.sum(axis)
@@ -361,5 +366,6 @@ def check_meaning(
         if shape is not None: _check_classes(o, torch.empty(shape, device='meta'), where)
         found = kind or (meaning_in(target, shape, where) if shape is not None else None)
         if found not in _fits: continue
-        by = f'the loss of the task, {loss_name(_inner_loss(loss_func))},' if kind else f'the target, of shape {tuple(target.shape)} as the output,'
+        if kind: by = f'the loss of the task, {loss_name(_inner_loss(loss_func))},'
+        else: by = f'the target, of shape {tuple(target.shape)} as the output,'
         raise ValueError(f'{o} takes a softmax over classes, and {by} is of {_told[found]}: {_fits[found]}')
