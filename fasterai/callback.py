@@ -7,6 +7,7 @@ __all__ = ['renew_optimizer', 'savers', 'forget_best', 'scale_of', 'add_columns'
 
 # %% ../nbs/98_callback.ipynb #b674df18
 import math
+from contextlib import ExitStack
 from functools import wraps
 import numpy as np
 import torch
@@ -189,7 +190,7 @@ class TechniqueCallback(Driver, Callback):
 
     def __getstate__(self): return {k:v for k,v in super().__getstate__().items() if k not in ('ready','busy')}
 
-# %% ../nbs/98_callback.ipynb #47d2de3d
+# %% ../nbs/98_callback.ipynb #40dc8ed8
 def _states(learn):
     "By name, the states of techniques at work, or of the last fit's, if it ended early"
     busy = {o.key: o.technique.state_dict() for o in learn.cbs if isinstance(o, TechniqueCallback) and o.busy}
@@ -198,7 +199,10 @@ def _states(learn):
 def _carries(save):
     @wraps(save)
     def _save(self, *args, **kwargs):
-        with carrying(get_model(self.model), _states(self)): return save(self, *args, **kwargs)
+        with carrying(get_model(self.model), _states(self)), ExitStack() as stack:
+            for o in self.cbs:
+                if isinstance(o, TechniqueCallback) and o.busy: stack.enter_context(o.technique.aside())
+            return save(self, *args, **kwargs)
     return _save
 
 def _receives(load):

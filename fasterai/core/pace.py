@@ -6,8 +6,9 @@
 __all__ = ['check_updates', 'check_schedule', 'Pace', 'two_of', 'first_two', 'Training', 'clear_state', 'Technique', 'within',
            'put', 'Driver', 'attach']
 
-# %% ../../nbs/core/18_pace.ipynb #af4bf865
+# %% ../../nbs/core/18_pace.ipynb #b9f6aa64
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from collections.abc import Callable, Mapping
 import torch
@@ -77,7 +78,7 @@ class Pace:
         levels = {k.removeprefix('level.'):v.item() for k,v in state.items() if k.startswith('level.')}
         self.last,self.level = int(state['last']),levels.get('', levels) if levels else None
 
-# %% ../../nbs/core/18_pace.ipynb #8a66c994
+# %% ../../nbs/core/18_pace.ipynb #4ffcf89c
 def two_of(
     xb, # Inputs of a batch: a tuple of tensors, or of what holds some; or a dict of keyword arguments
 ):
@@ -136,6 +137,7 @@ class Technique:
     def reached(self): "How far it is, as a number"
     def end(self, k, n): "Training ended after step `k` of `n`"
 
+    def aside(self): "Context manager: inside, the optimizer is that of the model alone"; return nullcontext()
     def state_dict(self): "What it takes to go on with the same bits: tensors by name"; return {}
     def load_state_dict(self, state): # What `state_dict` of a technique with the same arguments gave
         "Go on from there when training begins"

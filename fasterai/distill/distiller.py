@@ -202,9 +202,11 @@ class Distiller:
     def prepare(self,
         student:nn.Module, # The network that is to learn; it is left as it is
         *xb, # Inputs, a few samples are enough
+        named=None, # Inputs by name, in place of these
     ):
         "Run both networks once: check the layers, find those that are overwritten, make the adapters that are missing; what was cached is forgotten"
         names,layers = self.check(student)
+        xb = xb if named is None else named
         self.known,self.place,self.checked = {},None,False
         if names:
             check_inputs(xb)
@@ -231,33 +233,37 @@ class Distiller:
         return _watching(_layers(student, self.given, 'student')[1], self.kept, self.copied[0])
 
     def _to_device(self, xb):
-        p,x = next(self.teacher.parameters(), None),next((o for o in xb if isinstance(o, Tensor)), None)
+        p,x = next(self.teacher.parameters(), None),next((o for o in _each(xb) if isinstance(o, Tensor)), None)
         if p is not None and x is not None and p.device!=x.device: self.teacher.to(x.device)
 
     def _cast(self, xb):
         "Inputs in the teacher's precision, where autocast does not take care of it"
         p = next((o for o in self.teacher.parameters() if o.is_floating_point()), None)
         if p is None or torch.amp.is_autocast_available(p.device.type) and torch.is_autocast_enabled(p.device.type): return xb
-        return tuple(o.to(p.dtype) if isinstance(o, Tensor) and o.is_floating_point() else o for o in xb)
+        def cast(o): return o.to(p.dtype) if isinstance(o, Tensor) and o.is_floating_point() else o
+        return {k:cast(o) for k,o in xb.items()} if isinstance(xb, Mapping) else tuple(map(cast, xb))
 
     def _run(self, xb):
         training,kept = [m for m in self.teacher.modules() if m.training],{}
         try:
             for m in training: m.training = False
             with torch.no_grad(), _watching(self.teacher_layers, kept, self.copied[1]):
-                pred = (innermost(self.teacher) if self.teacher_layers else self.teacher)(*self._cast(xb))
+                teacher,xb = innermost(self.teacher) if self.teacher_layers else self.teacher,self._cast(xb)
+                pred = teacher(**xb) if isinstance(xb, Mapping) else teacher(*xb)
         finally:
             for m in training: m.training = True
         return pred,_maps(kept, self.teacher_names, 'teacher')
 
     def teach(self,
         *xb, # Inputs of a batch
+        named=None, # Inputs by name, in place of these
         like=None, # The student's tensor that is compared, if it is one: its counterpart is taken of the teacher's answer, see `meant`
     ):
         "The teacher's output and the list of its feature maps: without a graph, in eval mode, and every flag as before"
+        xb = xb if named is None else named
         self._to_device(xb)
         if not self.cache: return self._answer(xb, like)
-        keys = _keys(xb)
+        keys = _keys(_each(xb))
         rows = [self.known.get(o) for o in keys]
         if keys and None not in rows:
             pred,*maps = map(torch.stack, zip(*rows))
@@ -297,6 +303,7 @@ class Distiller:
     def loss(self,
         pred, # What the loss of the task reads of the student's answer, or the answer; of several tensors see `meant` for the one that is compared
         *xb, # Inputs of the batch, for the teacher
+        named=None, # Inputs by name, in place of these
         target=None, # Labels, for losses that name them
         axis:int|None=None, # Axis of the classes in the outputs, for losses that have one; by default theirs, 1
     )->Tensor: # Scalar
@@ -306,7 +313,7 @@ class Distiller:
         self.kept.clear()
         read = self._read(pred)
         own = not isinstance(pred, Tensor) and self._compare(tensors=False)
-        teacher_pred,fm_t = self.teach(*xb, like=None if own else read)
+        teacher_pred,fm_t = self.teach(*xb, named=named, like=None if own else read)
         if target is not None and not self.checked:
             if isinstance(read, Tensor): self.check_meaning(None, target, read.shape, axis)
             self.checked = True
@@ -356,6 +363,8 @@ class Distiller:
         return w*kd+(1-w)*task
 
 # %% ../../nbs/distill/02_distiller.ipynb #7d82953d
+def _each(xb): "Inputs, without their names"; return tuple(xb.values()) if isinstance(xb, Mapping) else xb
+
 def _keys(xb):
     "What tells a sample from others: a digest of its bytes, in each of the inputs"
     if not all(isinstance(o, Tensor) and o.ndim for o in xb): raise ValueError('cache knows samples by inputs that are tensors: leave it out')
