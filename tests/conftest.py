@@ -1,4 +1,4 @@
-"""Hypothesis repeats itself from run to run; `pytest --hypothesis-profile=hunt` looks further. `pytest --device cuda` puts models and data on a GPU"""
+"""Hypothesis repeats itself from run to run; `pytest --hypothesis-profile=hunt` looks further. `pytest --device cuda` puts models and data on a GPU, `--device pretend` on a device that needs no hardware"""
 import os
 import torch
 if not torch.cuda.is_available(): os.environ['TRITON_INTERPRET'] = '1'  # before anybody imports Triton, whose interpreter runs the kernels there
@@ -14,6 +14,9 @@ def pytest_addoption(parser): parser.addoption('--device', default='cpu', help='
 def pytest_configure(config):
     device = config.getoption('device')
     if device=='cpu': return
+    if device=='pretend':
+        from pretend import load
+        load()
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # deterministic algorithms ask for it
     torch.set_default_device(device)
     torch.backends.cudnn.allow_tf32,torch.backends.cudnn.deterministic = False,True  # tests compare digits
