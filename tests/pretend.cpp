@@ -26,13 +26,13 @@ using Stack = torch::jit::Stack;
 namespace {
 constexpr auto KIND = c10::DeviceType::PrivateUse1;
 const c10::Device HERE(KIND, 0);
-const c10::DispatchKeySet ON_CPU(c10::DispatchKey::CPU);
+const c10::DispatchKeySet ON_CPU(c10::DispatchKey::CPU), ON_IT(c10::DispatchKey::PrivateUse1);
 
 // --- memory
 
-struct Held { Storage cpu; };
+struct Held { Storage cpu; c10::DataPtr lent; };
 void let_go(void* held) { delete static_cast<Held*>(held); }
-c10::DataPtr hold(const Storage& cpu) { return {cpu.mutable_data(), new Held{cpu}, &let_go, HERE}; }
+c10::DataPtr hold(const Storage& cpu) { return {cpu.mutable_data(), new Held{cpu, {}}, &let_go, HERE}; }
 
 struct Memory final : c10::Allocator {
     c10::DataPtr allocate(size_t n) override {
@@ -47,7 +47,15 @@ REGISTER_ALLOCATOR(KIND, &memory)
 bool here(const Tensor& t) { return t.defined() && t.device().type() == KIND; }
 
 Storage held_by(const Storage& s) {
-    if (!s.data_ptr().get_context()) s.unsafeGetStorageImpl()->set_data_ptr_noswap(memory.allocate(s.nbytes()));
+    auto impl = s.unsafeGetStorageImpl();
+    bool ours = s.data_ptr().get_deleter() == &let_go;
+    if (!ours && !impl->data()) impl->set_data_ptr_noswap(memory.allocate(s.nbytes()));
+    else if (!ours) { // memory that somebody else has made
+        auto data = impl->mutable_data();
+        auto cpu = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), s.nbytes(), c10::DataPtr(data, c10::Device(c10::DeviceType::CPU)), nullptr, false);
+        auto held = new Held{Storage(cpu), {}};
+        held->lent = impl->set_data_ptr(c10::DataPtr(data, held, &let_go, HERE));
+    }
     return static_cast<Held*>(s.data_ptr().get_context())->cpu;
 }
 
@@ -55,10 +63,10 @@ Storage held_by(const Storage& s) {
 
 struct Numbers final : c10::GeneratorImpl {
     at::Generator cpu;
-    explicit Numbers(at::Generator g) : GeneratorImpl(HERE, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1)), cpu(std::move(g)) {}
+    explicit Numbers(at::Generator g) : GeneratorImpl(HERE, ON_IT), cpu(std::move(g)) {}
     void set_current_seed(uint64_t seed) override { cpu.set_current_seed(seed); }
-    void set_offset(uint64_t) override { TORCH_CHECK(false, "a generator of this device has no offset"); }
-    uint64_t get_offset() const override { TORCH_CHECK(false, "a generator of this device has no offset"); }
+    void set_offset(uint64_t) override {} // its state is all there is
+    uint64_t get_offset() const override { return 0; }
     uint64_t current_seed() const override { return cpu.current_seed(); }
     uint64_t seed() override { return cpu.seed(); }
     void set_state(const c10::TensorImpl& state) override { cpu.unsafeGetGeneratorImpl()->set_state(state); }
@@ -80,6 +88,8 @@ struct Drawing {
 
 // --- tensors there and back
 
+c10::DispatchKeySet with_zero(const Tensor& t, c10::DispatchKeySet keys) { return t._is_zerotensor() ? keys.add(c10::DispatchKey::ZeroTensor) : keys; }
+
 struct Crossing {
     std::vector<std::pair<Tensor, Tensor>> tensors; // of the device, of the CPU
     std::unordered_map<const c10::StorageImpl*, Storage> storages; // what holds a storage of the CPU
@@ -92,7 +102,7 @@ struct Crossing {
     Tensor cpu(const Tensor& t) {
         if (!here(t)) return t;
         TORCH_CHECK_NOT_IMPLEMENTED(t.layout() == at::kStrided && !t.is_quantized(), "the pretend device has plain tensors alone");
-        auto o = at::detail::make_tensor<c10::TensorImpl>(cpu(t.storage()), ON_CPU, t.dtype());
+        auto o = at::detail::make_tensor<c10::TensorImpl>(cpu(t.storage()), with_zero(t, ON_CPU), t.dtype());
         o.unsafeGetTensorImpl()->set_sizes_and_strides(t.sizes(), t.strides(), t.storage_offset());
         if (t.unsafeGetTensorImpl()->is_wrapped_number()) o.unsafeGetTensorImpl()->set_wrapped_number(true);
         if (t.is_conj()) o._set_conj(true);
@@ -110,7 +120,7 @@ struct Crossing {
         for (auto& p : tensors) if (p.second.is_same(o)) return p.first;
         if (here(o)) return o;
         TORCH_CHECK_NOT_IMPLEMENTED(o.layout() == at::kStrided && !o.is_quantized() && o.has_storage(), "the pretend device has plain tensors alone");
-        auto t = at::detail::make_tensor<c10::TensorImpl>(back(o.storage()), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), o.dtype());
+        auto t = at::detail::make_tensor<c10::TensorImpl>(back(o.storage()), with_zero(o, ON_IT), o.dtype());
         t.unsafeGetTensorImpl()->set_sizes_and_strides(o.sizes(), o.strides(), o.storage_offset());
         if (o.is_conj()) t._set_conj(true);
         if (o.is_neg()) t._set_neg(true);
@@ -120,7 +130,7 @@ struct Crossing {
     // What an operation has resized, or set elsewhere, is so on both sides
     void settle() {
         for (auto& [cpu, s] : storages) {
-            auto o = static_cast<Held*>(s.data_ptr().get_context())->cpu;
+            auto o = held_by(s);
             if (s.data() == o.data() && s.nbytes() == o.nbytes()) continue;
             s.unsafeGetStorageImpl()->set_data_ptr_noswap(hold(o));
             s.unsafeGetStorageImpl()->set_nbytes(o.nbytes());
@@ -358,11 +368,17 @@ std::tuple<Tensor, Tensor, Tensor> recurrent(int64_t mode, const Tensor& x_, c10
     auto hidden_size = c.defined() ? c.sym_size(2) : h.sym_size(2);
     auto projected = c.defined() && h.sym_size(2) != hidden_size ? h.sym_size(2) : c10::SymInt(0);
     auto per_layer = (bias ? 4 : 2) + (projected != 0 ? 1 : 0);
-    if (!one_chunk(ws))
+    optional<Tensor> chunk;
+    if (one_chunk(ws)) {
+        int64_t n = 0;
+        for (auto& w : ws) n += w.numel();
+        chunk = at::empty({0}, ws[0].options()).set_(ws[0].storage());
+        if (chunk->numel() > n) chunk = chunk->narrow(0, ws[0].storage_offset(), n);
+    } else
         TORCH_WARN("RNN module weights are not part of single contiguous chunk of memory. This means they need to be compacted at every call, possibly greatly increasing memory usage. "
             "To compact weights again call flatten_parameters().");
     auto state = dropout > 0 && train ? at::empty({1}, x_.options().dtype(at::kByte)) : Tensor();
-    auto o = at::_cudnn_rnn_symint(x_, ws, per_layer, Tensor(), h.contiguous(), c.defined() ? optional<Tensor>(c.contiguous()) : optional<Tensor>(), mode, hidden_size, projected, layers,
+    auto o = at::_cudnn_rnn_symint(x_, ws, per_layer, chunk, h.contiguous(), c.defined() ? optional<Tensor>(c.contiguous()) : optional<Tensor>(), mode, hidden_size, projected, layers,
         batch_first, dropout, train, both, lengths, state);
     return {std::get<0>(o), std::get<1>(o), std::get<2>(o)};
 }
@@ -462,6 +478,9 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
     m.impl("_cudnn_rnn_flatten_weight", &flatten_weight);
     for (auto o : {"convolution", "convolution_backward"}) m.impl(o, torch::CppFunction::makeFromBoxedFunction<&on_cpu>());
 }
+// a copy heeds what a tensor has been told to take as negated or conjugated
+TORCH_LIBRARY_IMPL(aten, Negative, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
+TORCH_LIBRARY_IMPL(aten, Conjugate, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
 TORCH_LIBRARY(pretend, m) {
     m.def("lenient(str[] names) -> ()", [](std::vector<string> names) { unchecked().insert(names.begin(), names.end()); });
     m.def("seed(int seed) -> ()", [](int64_t seed) { at::Generator g = numbers(); g.set_current_seed(seed); });
