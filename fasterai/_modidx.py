@@ -869,6 +869,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fasterai.core.liveness._convolve': ('core/liveness.html#_convolve', 'fasterai/core/liveness.py'),
                                         'fasterai.core.liveness._copied': ('core/liveness.html#_copied', 'fasterai/core/liveness.py'),
                                         'fasterai.core.liveness._deform': ('core/liveness.html#_deform', 'fasterai/core/liveness.py'),
+                                        'fasterai.core.liveness._drop': ('core/liveness.html#_drop', 'fasterai/core/liveness.py'),
                                         'fasterai.core.liveness._either': ('core/liveness.html#_either', 'fasterai/core/liveness.py'),
                                         'fasterai.core.liveness._embed': ('core/liveness.html#_embed', 'fasterai/core/liveness.py'),
                                         'fasterai.core.liveness._exact': ('core/liveness.html#_exact', 'fasterai/core/liveness.py'),
