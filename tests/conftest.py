@@ -27,3 +27,6 @@ def pytest_configure(config):
     from fastai.learner import AvgSmoothLoss
     def reset(self): self.count,self.val = 0,torch.tensor(0., device='cpu')  # fastai averages losses there, whatever the default device
     AvgSmoothLoss.reset = reset
+    from fastai import learner
+    def reorder(t, idxs, was=learner.nested_reorder): return was(t, idxs.cpu())  # predictions are there as well
+    learner.nested_reorder = reorder

@@ -234,6 +234,9 @@ Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
     return copy_from(from, to, false);
 }
 void record_stream(Tensor&, c10::Stream) {}
+bool interchangeable(const Tensor& a, const Tensor& b) { // a parameter that moves stays the same object
+    return (here(a) || a.device().is_cpu()) && (here(b) || b.device().is_cpu()) && a.layout() == b.layout();
+}
 
 // --- recurrent layers, as cuDNN has them
 
@@ -467,9 +470,10 @@ REGISTER_PRIVATEUSE1_DISPATCH(_fused_sdp_choice_stub, &attention_choice)
     m.impl("rnn_relu.input", &simple<0>); m.impl("rnn_relu.data", &simple_packed<0>);
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_cpu>()); }
-TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) { RECURRENT(m) }
+TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) { RECURRENT(m) m.impl("_has_compatible_shallow_copy_type", &interchangeable); }
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
     RECURRENT(m)
+    m.impl("_has_compatible_shallow_copy_type", &interchangeable);
     m.impl("_copy_from", &copy_from);
     m.impl("_copy_from_and_resize", &copy_from_and_resize);
     m.impl("record_stream", &record_stream);
