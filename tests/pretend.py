@@ -1,7 +1,8 @@
 """A device without hardware: `pytest --device pretend` finds what a GPU would find of tensors that are in the wrong place.
 
 Its memory is the CPU's, but nobody can tell: `.numpy()`, a tensor of the CPU among its own, a generator of the CPU are errors there as on a GPU,
-and recurrent layers run as cuDNN has them. It is compiled once (`pretend.cpp`)."""
+and recurrent layers run as cuDNN has them. It is compiled once (`pretend.cpp`). Digits are the CPU's, and so is the speed; sparse and quantized tensors,
+autocast, collectives, code of compilers and kernels of our own are out of its reach."""
 import re
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +40,10 @@ def flatten_parameters(self, real=nn.RNNBase.flatten_parameters):
     with torch.no_grad():
         torch._cudnn_rnn_flatten_weight(ws, 2+2*self.bias+(self.proj_size>0), self.input_size, mode, self.hidden_size, self.proj_size, self.num_layers, self.batch_first, bool(self.bidirectional))
 
+def compiled(*args, real=torch.compile, **kwargs):
+    "No compiler makes code for the device: what is compiled is traced, and runs as it is"
+    return real(*args, **{'backend':'eager', **kwargs})
+
 def load(verbose=False):
     "Compile the device and make it known"
     cpp_extension.load('pretend', str(Path(__file__).with_suffix('.cpp')), extra_cflags=['-O1'], is_python_module=False, verbose=verbose)
@@ -46,4 +51,4 @@ def load(verbose=False):
     torch._register_device_module('pretend', module())
     torch.utils.generate_methods_for_privateuse1_backend(unsupported_dtype=[torch.quint8,torch.quint4x2,torch.quint2x4,torch.qint8,torch.qint32])
     torch.ops.pretend.lenient(lenient())
-    nn.RNNBase.flatten_parameters = flatten_parameters
+    nn.RNNBase.flatten_parameters,torch.compile = flatten_parameters,compiled
