@@ -57,7 +57,9 @@ def warnings_are(action):
 def convs(model): return [m for m in model.modules() if isinstance(m, nn.Conv2d)]
 def zeros(model): return [int((m.weight==0).sum()) for m in convs(model)]
 def state(model): return {k:v.detach().clone() for k,v in model.state_dict().items()}
-def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def same(a, b):
+    "The same numbers, wherever they are: `load_learner` puts all on the CPU"
+    return a.keys()==b.keys() and all(torch.equal(a[k], b[k].to(a[k].device)) for k in a)
 
 class At(Callback):
     "Call `f(self)` at `event`, the `n`-th time (every time by default); in training where it is one of a batch's"
