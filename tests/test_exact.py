@@ -625,7 +625,7 @@ VALUES = dict(
     denormal=lambda n, r: r.integers(-50, 50, n)*1e-44, tiny=lambda n, r: r.random(n)*1e-38, steps=lambda n, r: np.arange(n)//7%5, late=lambda n, r: np.where(np.arange(n)<n-5, 1., 0.), bf16=lambda n, r: torch.randn(n).bfloat16().float().cpu().numpy(),
     periodic=lambda n, r: np.where(np.arange(n)%16==0, 1000., r.random(n)))  # what a sample of every so many sees is not what there is
 
-def lists(v): return [float(o) for o in np.asarray(v, dtype='float32')]
+def lists(v): return v.float().tolist() if isinstance(v, torch.Tensor) else [float(o) for o in np.asarray(v, dtype='float32')]
 
 @pytest.mark.parametrize('name', sorted(VALUES))
 @given(data=st.data())
