@@ -654,7 +654,7 @@ def walk(sources, scores, ks, protect):
         assert [set((o.keep==0).nonzero().flatten().tolist()) for o in sources]==gone, (was, k)
 
 def test_selection_takes_its_paths(monkeypatch):
-    "With small pieces the bracket is hit, missed, and hit again with a layer's best block protected; none of it changes the result"
+    "With small pieces, which the CPU alone takes, the bracket is hit, missed, and hit again with a layer's best block protected; none of it changes the result"
     monkeypatch.setattr(streaming, 'CHUNK', 16)
     monkeypatch.setattr(streaming, 'SAMPLE', 64)
     seen,real,rank = [],streaming.drop,pool.rank
@@ -665,9 +665,9 @@ def test_selection_takes_its_paths(monkeypatch):
     monkeypatch.setattr(streaming, 'drop', spy)
     monkeypatch.setattr(pool, 'rank', lambda *args: (seen.append('all'), rank(*args)))
     r = np.random.default_rng(0)
-    a,b = torch.tensor(r.random(600)).float(),torch.tensor(r.random(20)/1000).float()
+    a,b = (torch.tensor(o, dtype=torch.float, device='cpu') for o in (r.random(600), r.random(20)/1000))
     walk([Scores(a), Scores(b)], [lists(a), lists(b)], [5,100,300,310,250,600], True)
-    c = torch.tensor(100+r.random(64*17)).float()
+    c = torch.tensor(100+r.random(64*17), dtype=torch.float, device='cpu')
     c[::17] -= 100  # where the sample looks
     walk([Scores(c)], [lists(c)], [100,600], False)
     assert {(True,False), (True,True), (False,False), 'all'}<=set(seen)
