@@ -1,4 +1,4 @@
-"""Hypothesis repeats itself from run to run; `pytest --hypothesis-profile=hunt` looks further. `pytest --device cuda` puts models and data on a GPU"""
+"""Hypothesis repeats itself from run to run; `pytest --hypothesis-profile=hunt` looks further. `pytest --device cuda` puts models and data on a GPU, `--device pretend` on a device that needs no hardware"""
 import os
 import torch
 if not torch.cuda.is_available(): os.environ['TRITON_INTERPRET'] = '1'  # before anybody imports Triton, whose interpreter runs the kernels there
@@ -14,6 +14,9 @@ def pytest_addoption(parser): parser.addoption('--device', default='cpu', help='
 def pytest_configure(config):
     device = config.getoption('device')
     if device=='cpu': return
+    if device=='pretend':
+        from pretend import load
+        load()
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # deterministic algorithms ask for it
     torch.set_default_device(device)
     torch.backends.cudnn.allow_tf32,torch.backends.cudnn.deterministic = False,True  # tests compare digits
@@ -24,3 +27,6 @@ def pytest_configure(config):
     from fastai.learner import AvgSmoothLoss
     def reset(self): self.count,self.val = 0,torch.tensor(0., device='cpu')  # fastai averages losses there, whatever the default device
     AvgSmoothLoss.reset = reset
+    from fastai import learner
+    def reorder(t, idxs, was=learner.nested_reorder): return was(t, idxs.cpu())  # predictions are there as well
+    learner.nested_reorder = reorder

@@ -50,20 +50,20 @@ def gone_in(model, granularity):
     return [gone_blocks(m.weight, ids_of(tuple(m.weight.shape), axes_of_layer(m), granularity)) for m in model]
 
 def gone_blocks(w, ids):
-    left = set(ids[w.detach().double().numpy()!=0].tolist())
+    left = set(ids[w.detach().double().cpu().numpy()!=0].tolist())
     return set(range(ids.max()+1))-left
 
 def masked(sp, model, granularity):
     "Numbers of the blocks that are masked, by layer: masks are constant over a block"
     res = []
     for n,m in model.named_children():
-        mask,ids = sp.masks[f'{n}.weight'].numpy(),ids_of(tuple(m.weight.shape), axes_of_layer(m), granularity)
+        mask,ids = sp.masks[f'{n}.weight'].cpu().numpy(),ids_of(tuple(m.weight.shape), axes_of_layer(m), granularity)
         kept,gone = set(ids[mask].tolist()),set(ids[~mask].tolist())
         assert not kept & gone
         res.append(gone)
     return res
 
-def means(model, granularity, f=abs): return [block_scores(f(m.weight.detach().double().numpy()), ids_of(tuple(m.weight.shape), axes_of_layer(m), granularity)) for m in model]
+def means(model, granularity, f=abs): return [block_scores(f(m.weight.detach().double().cpu().numpy()), ids_of(tuple(m.weight.shape), axes_of_layer(m), granularity)) for m in model]
 
 def axes_of_kind(kind): return AXES[type(LAYERS[kind]()[0])]
 CASES = [(k,g) for k in LAYERS for g in NUMBERED if numbered(g, axes_of_kind(k)) is not None]
@@ -245,7 +245,7 @@ def test_round_to(to, level, context, granularity):
 def test_tiles(r, c, level, kind, fill, by_name):
     "Tiles of r outputs × c of everything else, smaller ones at the edges, by their mean"
     model = make(kind, fill)
-    mats = [m.weight.detach().movedim(axes_of_layer(m).index('o'), 0).flatten(1).numpy().copy() for m in model]
+    mats = [m.weight.detach().movedim(axes_of_layer(m).index('o'), 0).flatten(1).cpu().numpy().copy() for m in model]
     sp = Sparsifier(model, f'block({r},{c})' if by_name else block(r,c), layer_type=LAYER_TYPES)
     sp.sparsify_model(level)
     for (n,m),w in zip(model.named_children(), mats):
@@ -253,7 +253,7 @@ def test_tiles(r, c, level, kind, fill, by_name):
         scores = [Fraction(int(abs(w[i:i+r,j:j+c]).sum()), w[i:i+r,j:j+c].size) for i,j in at]
         mask = np.ones_like(w, dtype=bool)
         for b in fall([scores], [()], exact(len(at), level))[0]: mask[at[b][0]:at[b][0]+r,at[b][1]:at[b][1]+c] = False
-        got = sp.masks[f'{n}.weight'].movedim(axes_of_layer(m).index('o'), 0).flatten(1).numpy()
+        got = sp.masks[f'{n}.weight'].movedim(axes_of_layer(m).index('o'), 0).flatten(1).cpu().numpy()
         assert (got==mask).all()
 
 @given(st.integers(1, 4), st.integers(1, 4), st.sampled_from(['conv2d','linear','transposed1d','grouped']), st.lists(st.sampled_from([0,10,25,50,60,100]), min_size=1, max_size=4), st.sampled_from(['random','two','constant']))
@@ -520,7 +520,7 @@ def test_every_criteria(name, granularity):
     "The lowest blocks by each criteria are gone, by the table's formula in numpy; scoring leaves the weights alone"
     r = np.random.default_rng(1)
     model = make('conv2d')
-    w0,x = model[0].weight.detach().numpy().copy(),torch.tensor(r.integers(-3, 4, (2,2,5,5))).float()
+    w0,x = model[0].weight.detach().cpu().numpy().copy(),torch.tensor(r.integers(-3, 4, (2,2,5,5))).float()
     sp = Sparsifier(model, granularity, 'local', name, data=None)
     w = r.integers(-128, 129, w0.shape).astype('float32')
     grad = r.integers(-4, 5, w0.shape).astype('float32')
@@ -531,11 +531,11 @@ def test_every_criteria(name, granularity):
     sp.about.give(dict(act={o.parts[0].name: act if o.name=='0' else torch.ones_like(o.parts[0].w) for o in sp.layers}))
     f = dict(random=None, large_final=abs(w), squared_final=w*w, small_final=-abs(w), large_init=abs(w0), small_init=-abs(w0), large_init_large_final=np.minimum(abs(w), abs(w0)),
         small_init_small_final=-np.maximum(abs(w), abs(w0)), magnitude_increase=abs(w)-abs(w0), movement=abs(w-w0), mov_large_final=abs(w*(w-w0)), movmag=abs(w*(w-w0)), mov_mag=abs(abs(w)-abs(w0)),
-        updating_magnitude_increase=abs(w)-abs(w0), updating_movement=abs(w-w0), updating_movmag=abs(w*(w-w0)), taylor=(w*grad)**2, grad_crit=(w*grad)**2, wanda=abs(w)*act.numpy())[name]
+        updating_magnitude_increase=abs(w)-abs(w0), updating_movement=abs(w-w0), updating_movmag=abs(w*(w-w0)), taylor=(w*grad)**2, grad_crit=(w*grad)**2, wanda=abs(w)*act.cpu().numpy())[name]
     sp.update(50)
     ids = ids_of(w.shape, 'oihw', granularity)
-    got,mask = masked(sp, model, granularity)[0],sp.masks['0.weight'].numpy()
-    assert (model[0].weight.detach().numpy()[mask]==w[mask]).all()
+    got,mask = masked(sp, model, granularity)[0],sp.masks['0.weight'].cpu().numpy()
+    assert (model[0].weight.detach().cpu().numpy()[mask]==w[mask]).all()
     assert len(got)==exact(ids.max()+1, 50)
     if f is not None: assert got==fall([[float(s) for s in block_scores(f, ids)]], [()], len(got))[0]
 
@@ -543,12 +543,12 @@ def test_every_criteria(name, granularity):
 @pytest.mark.parametrize('granularity', ['row','filter','block(2,3)'])
 def test_reducers(reducer, f, granularity):
     model = make('conv2d')
-    mat = abs(model[0].weight.detach().flatten(1).numpy())
+    mat = abs(model[0].weight.detach().flatten(1).cpu().numpy())
     ids = ids_of((4,2,3,2), 'oihw', granularity).reshape(4, -1) if granularity in NUMBERED else np.array([[i//2*4+j//3 for j in range(12)] for i in range(4)])
     scores = [float(f(mat[ids==i])) for i in range(ids.max()+1)]
     sp = Sparsifier(model, granularity, criteria=Criteria(large_final, reducer))
     sp.sparsify_model(50)
-    mask = sp.masks['0.weight'].flatten(1).numpy()
+    mask = sp.masks['0.weight'].flatten(1).cpu().numpy()
     assert set(ids[~mask].tolist())==fall([scores], [()], exact(len(scores), 50))[0]
 
 def test_criteria_that_writes_leaves_the_weights():
@@ -622,10 +622,10 @@ VALUES = dict(
     rising=lambda n, r: np.arange(n), falling=lambda n, r: np.arange(n)[::-1], rolled=lambda n, r: np.roll(np.arange(n), n//3), same=lambda n, r: np.full(n, .1), two=lambda n, r: r.integers(0, 2, n),
     nine=lambda n, r: r.integers(0, 9, n), normal=lambda n, r: r.standard_normal(n), outliers=lambda n, r: np.where(r.random(n)<.02, 1e30*r.random(n), 1.), holes=lambda n, r: np.where(r.random(n)<.3, NAN, r.random(n)),
     infs=lambda n, r: r.choice([INF,-INF,0.,1.,-1.], n), endless=lambda n, r: np.full(n, INF), nothing=lambda n, r: np.full(n, NAN), mixed=lambda n, r: r.choice([INF,-INF,NAN,0.,-0.,2.], n),
-    denormal=lambda n, r: r.integers(-50, 50, n)*1e-44, tiny=lambda n, r: r.random(n)*1e-38, steps=lambda n, r: np.arange(n)//7%5, late=lambda n, r: np.where(np.arange(n)<n-5, 1., 0.), bf16=lambda n, r: torch.randn(n).bfloat16().float().numpy(),
+    denormal=lambda n, r: r.integers(-50, 50, n)*1e-44, tiny=lambda n, r: r.random(n)*1e-38, steps=lambda n, r: np.arange(n)//7%5, late=lambda n, r: np.where(np.arange(n)<n-5, 1., 0.), bf16=lambda n, r: torch.randn(n).bfloat16().float().cpu().numpy(),
     periodic=lambda n, r: np.where(np.arange(n)%16==0, 1000., r.random(n)))  # what a sample of every so many sees is not what there is
 
-def lists(v): return [float(o) for o in np.asarray(v, dtype='float32')]
+def lists(v): return v.float().tolist() if isinstance(v, torch.Tensor) else [float(o) for o in np.asarray(v, dtype='float32')]
 
 @pytest.mark.parametrize('name', sorted(VALUES))
 @given(data=st.data())
@@ -654,7 +654,7 @@ def walk(sources, scores, ks, protect):
         assert [set((o.keep==0).nonzero().flatten().tolist()) for o in sources]==gone, (was, k)
 
 def test_selection_takes_its_paths(monkeypatch):
-    "With small pieces the bracket is hit, missed, and hit again with a layer's best block protected; none of it changes the result"
+    "With small pieces, which the CPU alone takes, the bracket is hit, missed, and hit again with a layer's best block protected; none of it changes the result"
     monkeypatch.setattr(streaming, 'CHUNK', 16)
     monkeypatch.setattr(streaming, 'SAMPLE', 64)
     seen,real,rank = [],streaming.drop,pool.rank
@@ -665,9 +665,9 @@ def test_selection_takes_its_paths(monkeypatch):
     monkeypatch.setattr(streaming, 'drop', spy)
     monkeypatch.setattr(pool, 'rank', lambda *args: (seen.append('all'), rank(*args)))
     r = np.random.default_rng(0)
-    a,b = torch.tensor(r.random(600)).float(),torch.tensor(r.random(20)/1000).float()
+    a,b = (torch.tensor(o, dtype=torch.float, device='cpu') for o in (r.random(600), r.random(20)/1000))
     walk([Scores(a), Scores(b)], [lists(a), lists(b)], [5,100,300,310,250,600], True)
-    c = torch.tensor(100+r.random(64*17)).float()
+    c = torch.tensor(100+r.random(64*17), dtype=torch.float, device='cpu')
     c[::17] -= 100  # where the sample looks
     walk([Scores(c)], [lists(c)], [100,600], False)
     assert {(True,False), (True,True), (False,False), 'all'}<=set(seen)

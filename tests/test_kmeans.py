@@ -9,7 +9,7 @@ def inertia(x, c): return (x.double()-c.shared.double()).square().sum().item()
 
 def least(x, k):
     "Inertia of the best clustering, by the textbook recursion"
-    v = np.sort(x.double().numpy())
+    v = np.sort(x.double().cpu().numpy())
     n = len(v)
     cost = np.array([[((v[a:b]-v[a:b].mean())**2).sum() if b>a else 0. for b in range(n+1)] for a in range(n+1)])
     best = cost[0]

@@ -283,7 +283,7 @@ class Named(nn.Module):
     def forward(self, a, b=0.): return self.m(a+b)
 
 IMAGES = torch.randn(300, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-UNLABELLED = {'tensor': IMAGES, 'tuple of one': (IMAGES,), 'array': IMAGES.numpy(), 'dict': dict(a=IMAGES, b=IMAGES), 'dict of an array': dict(a=IMAGES.numpy()), 'dicts': [dict(a=IMAGES[:150]), dict(a=IMAGES[150:])],
+UNLABELLED = {'tensor': IMAGES, 'tuple of one': (IMAGES,), 'array': IMAGES.cpu().numpy(), 'dict': dict(a=IMAGES, b=IMAGES), 'dict of an array': dict(a=IMAGES.cpu().numpy()), 'dicts': [dict(a=IMAGES[:150]), dict(a=IMAGES[150:])],
     'tensors': list(IMAGES.split(100)), 'tuples': [(o,) for o in IMAGES.split(100)], 'labels that are None': [(IMAGES,None)], 'generator': (o for o in IMAGES.split(100)),
     'DataLoader': torch.utils.data.DataLoader(IMAGES, 100), 'DataLoader of tuples': torch.utils.data.DataLoader(torch.utils.data.TensorDataset(IMAGES), 100)}
 

@@ -5,6 +5,7 @@ import pytest, torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.nn.utils import prune
 from torch._subclasses.fake_tensor import FakeTensorMode
 from fasterai.core.graph import ChannelGraph
 from fasterai.core.ops import Watch, channels, ops, scales, values
@@ -51,7 +52,12 @@ def gpu_spellings_on_the_cpu():
     seed = lambda: torch.zeros((), dtype=torch.long)
     def rnn(x, ws, stride, buf, h, c, mode, size, proj, n, batch_first, dropout, train, both, lengths, state):
         return *torch.lstm(x, (h,c), ws, stride==4, n, dropout, train, both, batch_first),x.new_empty(0),x.new_empty(0)
+    def flatten(ws, *a):
+        chunk = torch.cat([w.reshape(-1) for w in ws])
+        for w,o in zip(ws, chunk.split([w.numel() for w in ws])): w.set_(o.view(w.shape))
+        return chunk
     lib.impl('_cudnn_rnn', rnn)
+    lib.impl('_cudnn_rnn_flatten_weight', flatten)
     lib.impl('_scaled_dot_product_efficient_attention', lambda q,k,v,bias,lse,p=0.,causal=False,*,scale=None: (attend(q, k, v, bias, p, causal, scale),none(q),seed(),seed()))
     lib.impl('_scaled_dot_product_flash_attention', lambda q,k,v,p=0.,causal=False,mask=False,*,scale=None: (attend(q, k, v, None, p, causal, scale),none(q),None,None,0,0,seed(),seed(),none(q)))
     with torch.device('cpu'): yield
@@ -190,3 +196,33 @@ def test_recurrent_layers(kw):
     torch.testing.assert_close(there(x), here(x))
     for m in (here,there): Pruner(m, 50, example_inputs=x).prune_model()
     torch.testing.assert_close(there(x), here(x))
+
+class Flattened(LSTM):
+    "Weights that a hook computes lie elsewhere in each run, and move to one chunk of memory again"
+    def forward(self, x):
+        with torch.no_grad(): torch._cudnn_rnn_flatten_weight(self._flat_weights, 4, self.input_size, 2, self.hidden_size, 0, 1, True, False)
+        return super().forward(x)
+
+def test_weights_that_move_in_memory_stay_what_they_are():
+    torch.manual_seed(0)
+    m = Net(lambda m,x: m.head(m.rnn(F.relu(m.a(x)))[0]), a=nn.Linear(4,8), rnn=Flattened(8,5,batch_first=True), head=nn.Linear(5,3)).eval()
+    prune.random_structured(m.rnn, 'weight_ih_l0', 2, dim=1)
+    with torch.no_grad(): m.a.weight[[1,6]] = m.a.bias[[1,6]] = 0
+    x = torch.randn(2,7,4)
+    assert ChannelGraph(m, x).unknown=={}
+    small = Pruner().prune_model(m, x)
+    assert small.a.out_features==small.rnn.input_size==int((m.rnn.weight_ih_l0!=0).any(0)[[0,2,3,4,5,7]].sum())
+    torch.testing.assert_close(small(x), m(x))
+
+DROPS = dict(dropout=lambda x: torch.native_dropout(x, .3, True)[0], scaled=lambda x: torch.native_dropout(x, .3, None)[0]*2, off=lambda x: torch.native_dropout(x, .3, False)[0])
+
+@pytest.mark.parametrize('how', DROPS)
+def test_what_may_fall_out(how):
+    "A zero stays one; a constant does not, unless nothing can fall out"
+    torch.manual_seed(0)
+    m = Net(lambda m,x: m.b(DROPS[how](m.a(x))), a=nn.Conv1d(3,8,1), b=nn.Conv1d(8,4,1)).eval()
+    with torch.no_grad(): m.a.weight[:3],m.a.bias[:2] = 0,0
+    x = torch.randn(2,3,16)
+    small = Pruner(verify=how=='off').prune_model(m, x)
+    assert small.a.out_channels==(5 if how=='off' else 6)
+    if how=='off': torch.testing.assert_close(small(x), m(x))

@@ -21,7 +21,7 @@ class Items(list):
 DATA = Items(zip(X, Y))
 
 # Fake tensors of PyTorch 2.5 that are on a GPU need its driver; without it they have no value either, but are on the CPU
-FAKE_GPU = 'cuda' if hasattr(torch._C, '_ensureCUDADeviceGuardSet') or torch.cuda.is_available() else 'cpu'
+FAKE_GPU = X.device.type if X.device.type!='cpu' else 'cuda' if hasattr(torch._C, '_ensureCUDADeviceGuardSet') or torch.cuda.is_available() else 'cpu'
 
 def net(seed=0, norm=nn.BatchNorm2d):
     torch.manual_seed(seed)
@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 def learner(model=None, bs=8, n=32, data=DATA, cls=Learner, **kwargs):
     "A Learner with `n/bs` batches an epoch that shows nothing"
-    dls = DataLoaders(DataLoader(Items(data[:n]), bs=bs), DataLoader(Items(data[n:]), bs=8))
+    dls = DataLoaders(DataLoader(Items(data[:n]), bs=bs), DataLoader(Items(data[n:]), bs=8), device=X.device)
     return cls(dls, net() if model is None else model, **dict(dict(loss_func=nn.CrossEntropyLoss(), lr=1e-2), **kwargs))
 
 def fit(learn, n=1, cbs=None, **kwargs):
@@ -57,7 +57,9 @@ def warnings_are(action):
 def convs(model): return [m for m in model.modules() if isinstance(m, nn.Conv2d)]
 def zeros(model): return [int((m.weight==0).sum()) for m in convs(model)]
 def state(model): return {k:v.detach().clone() for k,v in model.state_dict().items()}
-def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def same(a, b):
+    "The same numbers, wherever they are: `load_learner` puts all on the CPU"
+    return a.keys()==b.keys() and all(torch.equal(a[k], b[k].to(a[k].device)) for k in a)
 
 class At(Callback):
     "Call `f(self)` at `event`, the `n`-th time (every time by default); in training where it is one of a batch's"

@@ -192,7 +192,7 @@ class _Own(Answers):
     def spread(self, flags, scores=None):
         if scores is None: scores = torch.zeros((), device=flags.device).expand(self.shape)
         mask = self.own.spread(flags, scores) if self.takes_scores else self.own.spread(flags)
-        try: return (mask if isinstance(mask, Tensor) else torch.as_tensor(mask, device=flags.device)).bool().expand(self.shape)
+        try: return torch.as_tensor(mask, device=flags.device).bool().expand(self.shape)  # it may have been made on the CPU, where new tensors are
         except (RuntimeError,TypeError) as e:
             raise ValueError(f'{self.name}: spread gives a mask that broadcasts over {self.shape}, not {_shape_of(mask)}') from e
     def channels(self, axis=0):

@@ -232,6 +232,16 @@ def _leak(c):
     c.hide(out, bad)
     return out
 
+@values('native_dropout', 'dropout', 'feature_dropout')
+@_sure
+def _drop(c):
+    "A zero stays one, whatever falls out"
+    bad,out = c.unknown_of(c.a['input']),_plain(c)
+    y,*masks = out if isinstance(out, tuple) else (out,)
+    c.hide(y, bad|(c.a['input']!=0) if c.random else bad)
+    for o in masks: c.hide(o, torch.full_like(o, c.random))
+    return out
+
 @values('where', 'masked_fill')
 @_sure
 def _choose(c):

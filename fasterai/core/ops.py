@@ -261,6 +261,10 @@ def _in_words(out):
     "Types and shapes of what an operation gives"
     return ', '.join(f'{str(o.dtype)[6:]} {list(o.shape)}' if isinstance(o, Tensor) else type(o).__name__ for o in tree_leaves(out))
 
+def _is_no_computation(func):
+    "A question, such as where a tensor is, or weights that move to another place in memory, as cuDNN has those of recurrent layers"
+    return func.namespace=='prim' or func is torch.ops.aten._cudnn_rnn_flatten_weight.default
+
 class Watch(TorchDispatchMode):
     "Runs along with a model; `see` gets each operation that has a meaning, or that cannot be taken apart"
     supports_higher_order_operators = True
@@ -276,7 +280,7 @@ class Watch(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace=='prim': return func(*args, **(kwargs or {}))  # a question such as where a tensor is
+        if _is_no_computation(func): return func(*args, **(kwargs or {}))
         spec,kwargs = spec_of(func),kwargs or {}
         if spec.meaning is None and func not in self.apart:
             out = self.take_apart(func, args, kwargs)

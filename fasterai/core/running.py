@@ -122,7 +122,7 @@ def at_home():
         stack.callback(_outside.reset, token)
         if torch.is_inference_mode_enabled(): stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())  # the line above switches gradients on
-        for o in ('cpu','cuda','mps','xpu'):
+        for o in {'cpu','cuda','mps','xpu',here.type,torch._C._get_privateuse1_backend_name()}-{'meta'}:
             if torch.is_autocast_enabled(o): stack.enter_context(torch.autocast(o, enabled=False))
         if here.type!='cpu': stack.enter_context(torch.device('cpu'))
         yield
@@ -196,6 +196,13 @@ class _State:
             v.clear()
             v.extend(was) if isinstance(v, (list,deque)) else v.update(was)
 
+def _drawn_on_devices(model):
+    "The state of the random generator of each device that `model` is on, but the CPU: the function that sets it, and its arguments"
+    there = {(o.device.type,o.device.index) for o in (*model.parameters(),*model.buffers())}
+    of = {kind:getattr(torch, kind, None) for kind,_ in there if kind not in ('cpu','meta')}
+    known = [(of[kind],() if kind=='mps' else (index,)) for kind,index in there if of.get(kind) is not None and of[kind].is_available()]
+    return [(o.set_rng_state,(o.get_rng_state(*at),*at)) for o,at in known]
+
 @contextmanager
 def restored(
     model:nn.Module, # Left as it was, also after an error
@@ -203,15 +210,14 @@ def restored(
     "Run `model` in eval mode without gradients; its flags, buffers and attributes and the state of the random generators come back as they were"
     modes = {m:m.training for m in model.modules()}
     renorm = {m:m.max_norm for m in modes if getattr(m, 'max_norm', None) is not None}  # would write to the weight of an embedding
-    gpus = sorted({p.device.index for p in model.parameters() if p.device.type=='cuda'}) if torch.cuda.is_available() else []
     buffers = [(m,k,b,b.clone()) for m in modes for k,b in m._buffers.items() if b is not None]
-    drawn = random.getstate(),np.random.get_state()
+    drawn = random.getstate(),np.random.get_state(),torch.get_rng_state(),_drawn_on_devices(model)
     states = [_State(m) for m in modes if not type(m).__module__.startswith(('torch.nn.','torch.jit.'))]  # these keep nothing
     try:
         for m,t in modes.items():
             if t: m.training = False
         for m in renorm: m.max_norm = None
-        with torch.no_grad(), torch.random.fork_rng(gpus): yield
+        with torch.no_grad(): yield
     finally:
         for m,t in modes.items():
             if m.training is not t: m.training = t
@@ -219,6 +225,8 @@ def restored(
         for o in states: o.give_back()
         random.setstate(drawn[0])
         np.random.set_state(drawn[1])
+        torch.set_rng_state(drawn[2])
+        for f,args in drawn[3]: f(*args)
         for m,k,b,was in buffers:
             if getattr(m, k, None) is not b: setattr(m, k, b)
         for special in (False,True):  # batch_norm writes to its statistics without a new version
