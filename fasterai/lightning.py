@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['network_of', 'TechniqueCallback', 'SparsifyCallback', 'KeepSparsity', 'PruneCallback', 'KMeansCallback',
-           'RegularizeCallback', 'RegularizationCallback']
+           'RegularizeCallback', 'RegularizationCallback', 'KnowledgeDistillationCallback']
 
-# %% ../nbs/96_lightning.ipynb #b6abb2db
+# %% ../nbs/96_lightning.ipynb #208d66d1
 from contextlib import ExitStack
 from torch import nn
 from .core.pace import Driver, Training, attach, first_two
 from .core.plan import carrying, receiving
+from .core.running import inputs_for
+from .distill.training import Distill
 from .prune.training import Prune
 from .quantize.training import Share
 from .regularize.training import GroupRegularize, Regularize
@@ -70,10 +72,35 @@ class TechniqueCallback(Driver, pl.Callback):
     def state_dict(self): return self.technique.state_dict()
     def load_state_dict(self, state): self.technique.load_state_dict(state)
 
-# %% ../nbs/96_lightning.ipynb #6619f6a9
+# %% ../nbs/96_lightning.ipynb #f1297894
 class SparsifyCallback(TechniqueCallback, technique=Sparsify): pass
 class KeepSparsity(TechniqueCallback, technique=Keep): pass
 class PruneCallback(TechniqueCallback, technique=Prune): pass
 class KMeansCallback(TechniqueCallback, technique=Share): pass
 class RegularizeCallback(TechniqueCallback, technique=Regularize): pass
 class RegularizationCallback(TechniqueCallback, technique=GroupRegularize): pass
+
+class KnowledgeDistillationCallback(TechniqueCallback, technique=Distill):
+    "Add to the loss of `training_step` how far the network is from a `teacher`"
+    def on_train_start(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
+        self.module = pl_module
+        net,step,sample = network_of(pl_module),pl_module.training_step,first_two(trainer.train_dataloader)
+        if sample is None and self.technique.distiller.given: raise ValueError('layers are compared, and the training data have no samples by number: a network cannot be run before training')
+        self.technique.get_ready(*inputs_for(net, sample) if sample is not None else ())
+        def training_step(*args, **kwargs):
+            with self.technique.seen(net) as seen: res = step(*args, **kwargs)
+            if res is None: return
+            loss = res['loss'] if isinstance(res, dict) else res
+            pct = (self.driver.k+1)/self.driver.n
+            self.technique.compare_seen(pct, seen)
+            loss = self.technique.mixed(pct, loss)
+            return res | dict(loss=loss) if isinstance(res, dict) else loss
+        pl_module.training_step = training_step
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        for o in self.technique.sums: self.log(o, self.technique.mean(o))
+
+    def _leave(self, ended=True):
+        if self.driver is not None: vars(self.module).pop('training_step', None)
+        super()._leave(ended)

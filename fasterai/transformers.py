@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['TechniqueCallback', 'SparsifyCallback', 'KeepSparsity', 'PruneCallback', 'KMeansCallback', 'RegularizeCallback',
-           'RegularizationCallback', 'cut_like']
+           'RegularizationCallback', 'DistillationTrainer', 'cut_like']
 
-# %% ../nbs/97_transformers.ipynb #b53ae33c
+# %% ../nbs/97_transformers.ipynb #7ad2afda
 import hashlib, math
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from .core.brought import warn
 from .core.pace import Driver, Training, attach, first_two
+from .core.running import inputs_for
 from .core.plan import as_text, cut_to, read_plan
+from .distill.training import Distill
 from .prune.training import Prune
 from .quantize.training import Share
 from .regularize.training import GroupRegularize, Regularize
 from .sparse.training import Keep, Sparsify
-try: from transformers import TrainerCallback
+try: from transformers import Trainer, TrainerCallback
 except ImportError as e: raise ImportError('fasterai.transformers needs transformers: pip install "fasterai[transformers]"') from e
 
 # %% ../nbs/97_transformers.ipynb #5749584c
@@ -64,6 +66,39 @@ class PruneCallback(TechniqueCallback, technique=Prune): pass
 class KMeansCallback(TechniqueCallback, technique=Share): pass
 class RegularizeCallback(TechniqueCallback, technique=Regularize): pass
 class RegularizationCallback(TechniqueCallback, technique=GroupRegularize): pass
+
+# %% ../nbs/97_transformers.ipynb #5ff821e2
+class _Teach(TechniqueCallback):
+    def __init__(self, technique): self.technique,self.asked = technique,''
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        super().on_train_begin(args, state, control, model=model, train_dataloader=train_dataloader, **kwargs)
+        sample = self.driver.training.sample()
+        self.technique.get_ready(named=inputs_for(model, sample))
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.driver is None: return
+        for o in (logs, state.log_history[-1]): o |= {f'distill_{k}':self.technique.mean(k) for k in self.technique.sums}
+
+class DistillationTrainer(Trainer):
+    "A `Trainer` whose loss has a share of how far the model is from a teacher"
+    def __init__(self, *args,
+        distill:Distill, # The teacher, and how it is compared
+        **kwargs, # Of a `Trainer`
+    ):
+        super().__init__(*args, **kwargs)
+        self.distill = _Teach(distill)
+        self.add_callback(self.distill)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
+        technique,driver = self.distill.technique,self.distill.driver
+        ask = lambda: super(DistillationTrainer, self).compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch, **kwargs)
+        if driver is None or not model.training: loss,outputs = ask()
+        else:
+            with technique.seen(self.model) as seen: loss,outputs = ask()
+            pct = (driver.k+1)/driver.n
+            technique.compare_seen(pct, seen)
+            whole = num_items_in_batch is not None and self.model_accepts_loss_kwargs  # of all batches of a step
+            loss = technique.mixed(pct, loss, 1/self.args.gradient_accumulation_steps if whole else 1.)
+        return (loss,outputs) if return_outputs else loss
 
 # %% ../nbs/97_transformers.ipynb #165f36fd
 def cut_like(

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fasterai.core.all import *
 from fasterai.core.pace import Training, attach
 from fasterai.core.plan import pruned_plan
+from fasterai.distill.training import Distill
 from fasterai.lightning import *
 from fasterai.prune.training import Prune
 from fasterai.quantize.training import Share
@@ -173,4 +174,51 @@ def test_several(tmp_path):
     save = pl.callbacks.ModelCheckpoint(tmp_path/'c', save_top_k=-1, every_n_epochs=1, filename='{epoch}', save_on_train_epoch_end=True)
     trainer(tmp_path, callbacks=[*two(), save], enable_checkpointing=True).fit(whole, data())
     trainer(tmp_path, callbacks=two()).fit(again, data(), ckpt_path=tmp_path/'c'/'epoch=2.ckpt', weights_only=False)
+    assert same(whole.net, again.net)
+
+# --- a teacher
+
+def teacher():
+    torch.manual_seed(1)
+    return Net(20)
+
+def distilled(technique, net, epochs=4):
+    "The same with plain PyTorch"
+    opt = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    with attach(technique, Training(net, opt, epochs), 5*epochs) as steps:
+        torch.manual_seed(7)
+        technique.get_ready(X[:2])
+        for i in range(epochs):
+            technique.epoch(i)
+            for x,y in data():
+                opt.zero_grad()
+                with technique.seen(net) as seen: loss = F.cross_entropy(net(x), y)
+                technique.compare_seen((steps.k+1)/steps.n, seen)
+                technique.mixed((steps.k+1)/steps.n, loss).backward()
+                opt.step()
+    return net
+
+class Seed(pl.Callback):
+    "Adapters begin at random"
+    def on_train_start(self, *args): torch.manual_seed(7)
+
+KD = dict(logits={}, maps=dict(loss=['SoftTarget','FitNet'], activations_student=['a','b'], activations_teacher=['a','b'], weight=.7, schedule='cos'))
+
+@pytest.mark.parametrize('module', [Inside,Itself])
+@pytest.mark.parametrize('how', KD)
+def test_teacher(how, module, tmp_path):
+    m = module()
+    net = getattr(m, 'net', m)
+    t = trainer(tmp_path, callbacks=[Seed(), KnowledgeDistillationCallback(teacher(), **KD[how])])
+    t.fit(m, data())
+    want = distilled(Distill(teacher(), **KD[how]), Inside().net)
+    assert all(torch.equal(v, dict(net.state_dict())[k]) for k,v in want.state_dict().items())
+    assert 'training_step' not in vars(m) and not any(o._forward_hooks for o in m.modules()) and {'task','SoftTarget'}<=t.callback_metrics.keys()
+
+def test_teacher_resumed(tmp_path):
+    cb = lambda: KnowledgeDistillationCallback(teacher(), **KD['maps'])
+    whole,again = Inside(),Inside()
+    save = pl.callbacks.ModelCheckpoint(tmp_path/'c', save_top_k=-1, every_n_epochs=1, filename='{epoch}', save_on_train_epoch_end=True)
+    trainer(tmp_path, callbacks=[cb(), save], enable_checkpointing=True).fit(whole, data())
+    trainer(tmp_path, callbacks=cb()).fit(again, data(), ckpt_path=tmp_path/'c'/'epoch=1.ckpt', weights_only=False)
     assert same(whole.net, again.net)

@@ -12,6 +12,7 @@ from fastai.optimizer import Adam, OptimWrapper, ranger
 from fasterai.callback import TechniqueCallback
 from fasterai.core.pace import Training
 from fasterai.core.plan import pruned_plan
+from fasterai.distill.all import KnowledgeDistillationCallback
 from fasterai.prune.all import *
 from fasterai.prune.training import Prune
 from fasterai.quantize.all import KMeansCallback
@@ -66,7 +67,11 @@ def alike(a, b):
         assert x.keys()==y.keys()
         for k,v in x.items(): assert torch.equal(v, y[k]) if isinstance(v, torch.Tensor) else v==y[k], k
 
-def late(f, **kwargs): return Schedule(f, start_pct=.25, **kwargs)
+def teacher(seed=1):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Net(20)
+
 TECHNIQUES = dict(
     large_final=lambda: SparsifyCallback(60, 'weight', 'global'),
     movement=lambda: SparsifyCallback(60, 'weight', 'global', 'movement', 'agp'),
@@ -91,6 +96,10 @@ TECHNIQUES = dict(
     penalty=lambda: RegularizationCallback('filter', 1e-2, schedule='lin'),
     two=lambda: [SparsifyCallback(50, 'weight', criteria='movement', layer_type=nn.Linear), SparsifyCallback(30, 'filter', criteria='updating_movement')],
     keep=lambda: KeepSparsity(),
+    distill=lambda: KnowledgeDistillationCallback(teacher()),
+    distill_maps=lambda: KnowledgeDistillationCallback(teacher(), ['SoftTarget','FitNet'], ['a','b'], ['a','b'], weight=.7, schedule='cos'),
+    two_teachers=lambda: [KnowledgeDistillationCallback(teacher(), 'FitNet', 'a', 'a'), KnowledgeDistillationCallback(teacher(2), 'FitNet', 'b', 'b')],
+    distill_beside=lambda: [KnowledgeDistillationCallback(teacher(), 'FitNet', 'b', 'b'), SparsifyCallback(50, criteria='movement'), RegularizationCallback('filter')],
 )
 
 def fresh(path, name, opt=Adam, seed=0):

@@ -7,6 +7,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 from fasterai.core.all import *
 from fasterai.core.pace import Training, attach
 from fasterai.core.plan import pruned_plan
+from fasterai.distill.training import Distill
 from fasterai.prune.training import Prune
 from fasterai.quantize.training import Share
 from fasterai.regularize.training import Regularize
@@ -97,3 +98,27 @@ def test_clipped_and_accumulated(tmp_path):
     trainer(m, tmp_path, [KMeansCallback(3), SparsifyCallback(50, schedule='lin', **LINEAR)], max_grad_norm=.1, gradient_accumulation_steps=2).train()
     layers = [o for o in m.modules() if isinstance(o, nn.Linear)]
     assert all(len(o.weight.unique())<=9 for o in layers) and all(int((o.weight==0).sum())>=o.weight.numel()//2 for o in layers)
+
+# --- a teacher
+
+def teacher():
+    torch.manual_seed(1)
+    size = dict(vocab_size=30, hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, num_labels=3, max_position_embeddings=8)
+    return BertForSequenceClassification(BertConfig(**size))
+
+KD = dict(logits=dict(weight=1.), maps=dict(loss=['SoftTarget','FitNet'], activations_student='bert.encoder.layer.0.output', activations_teacher='bert.encoder.layer.1.output', weight=.7, schedule='cos'))
+
+@pytest.mark.parametrize('how', KD)
+def test_teacher(how, tmp_path):
+    "The Trainer's loss has its share, and adapters are trained along; a checkpoint goes on with the same bits"
+    def student(path, **kwargs):
+        model = bert()
+        common = dict(num_train_epochs=4, per_device_train_batch_size=8, learning_rate=1e-2, report_to='none', disable_tqdm=True, save_strategy='epoch', logging_strategy='epoch', use_cpu=True, seed=0)
+        return DistillationTrainer(model, TrainingArguments(str(path), **common), train_dataset=DATA, distill=Distill(teacher(), **KD[how])),model
+    t,model = student(tmp_path)
+    t.train()
+    a,b = (t.state.log_history[i]['distill_FitNet' if how=='maps' else 'distill_SoftTarget'] for i in (0,-2))
+    assert b<a and not model._forward_hooks and not any(m._forward_hooks for m in model.modules())
+    t2,again = student(tmp_path)
+    t2.train(resume_from_checkpoint=str(tmp_path/'checkpoint-10'))
+    assert same(model, again)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_updates', 'check_schedule', 'Pace', 'two_of', 'first_two', 'Training', 'clear_state', 'Technique', 'within',
-           'put', 'Driver', 'attach']
+           'put', 'Driver', 'named_inputs', 'attach']
 
 # %% ../../nbs/core/18_pace.ipynb #b9f6aa64
 import inspect
@@ -173,8 +173,8 @@ class Driver:
 
 def _told(o): return str(getattr(o, '__name__', type(o).__name__ if isinstance(o, nn.Module) else o))
 
-# %% ../../nbs/core/18_pace.ipynb #9ee8cff7
-def _asked(model, args, kwargs):
+# %% ../../nbs/core/18_pace.ipynb #fa3a0bab
+def named_inputs(model, args, kwargs):
     "Inputs of a forward pass: a tuple of arguments, or a dict of keyword arguments"
     return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments) if kwargs else args
 
@@ -191,11 +191,11 @@ class attach:
         n:int, # Number of steps
         k:int=0, # How many have been made already: its state is loaded, and training goes on
     ):
-        self.technique,self.n,self.k,self.inputs = technique,n,k,()
+        self.technique,self.training,self.n,self.k,self.inputs = technique,training,n,k,()
         model,optimizer = training.model,training.optimizer
         technique.begin(replace(training, others=lambda: [o for o in _attached(optimizer) if o is not technique]))
         def see(m, args, kwargs):  # a function, which a copy of the model shares
-            if m.training: self.inputs = _asked(m, args, kwargs)
+            if m.training: self.inputs = named_inputs(m, args, kwargs)
         self.handles = [model.register_forward_pre_hook(see, with_kwargs=True),
             optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
 

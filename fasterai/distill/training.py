@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['hold_params', 'let_params_go', 'Distill']
 
-# %% ../../nbs/distill/03_training.ipynb #6fb54b2c
+# %% ../../nbs/distill/03_training.ipynb #fe9fc50a
 from contextlib import contextmanager
+from functools import partial
 import torch
-from ..core.pace import Technique, put, within
+from ..core.pace import Technique, named_inputs, put, within
 from .distiller import Distiller
 from .losses import SoftTarget
 from ..legacy import old_distillation
 
-# %% ../../nbs/distill/03_training.ipynb #34b79781
+# %% ../../nbs/distill/03_training.ipynb #fda78729
 def _groups(optimizer):
     "Lists of parameters of an optimizer, of torch or fastai, that may be replaced"
     return [list(o) for o in optimizer.param_lists] if hasattr(optimizer, 'param_lists') else [o['params'] for o in optimizer.param_groups]
@@ -26,19 +27,29 @@ def _set_groups(optimizer, groups):
 def _states(optimizer): return getattr(optimizer, 'opt', optimizer).state
 
 def hold_params(optimizer, params):
-    "Have `optimizer`, of torch or fastai, train `params` too, as those of its last group"
+    "Have `optimizer`, of torch or fastai, train `params` too, as those of its last group; a hook leaves them out of the state of one of torch"
     *rest,last = _groups(optimizer)
     known = {id(p) for p in last}
     _set_groups(optimizer, [*rest, [*last, *(p for p in params if id(p) not in known)]])
     for p in params: _states(optimizer).setdefault(p, {})  # fastai's, once it was loaded, makes none
+    inner = getattr(optimizer, 'opt', optimizer)
+    return inner.register_state_dict_post_hook(partial(_without_last, len(params))) if isinstance(inner, torch.optim.Optimizer) else None
 
-def let_params_go(optimizer, params):
+def _without_last(n, optimizer, state):
+    "The state of an optimizer without the last `n` parameters of its last group"
+    *rest,last = state['param_groups']
+    gone = set(last['params'][len(last['params'])-n:])
+    groups = [*rest, last | dict(params=[o for o in last['params'] if o not in gone])]
+    return state | dict(param_groups=groups, state={k:v for k,v in state['state'].items() if k not in gone})
+
+def let_params_go(optimizer, params, hook=None): # Hook that `hold_params` gave
     "Have it train them no more. What it knows of them, in their order"
+    if hook is not None: hook.remove()
     ours = {id(p) for p in params}
     _set_groups(optimizer, [[p for p in ps if id(p) not in ours] for ps in _groups(optimizer)])
     return [_states(optimizer).pop(p, {}) for p in params]
 
-# %% ../../nbs/distill/03_training.ipynb #d28efcd5
+# %% ../../nbs/distill/03_training.ipynb #e80c35ca
 class Distill(Technique):
     "Add to the training loss how far the model is from a `teacher`"
     name,distiller,kd,ready,sums = 'distill',None,None,False,None
@@ -78,7 +89,7 @@ class Distill(Technique):
         if self.ready: return
         self.distiller.prepare(self.training.model, *xb, named=named)
         params = self.distiller.parameters()
-        if params: hold_params(self.training.optimizer, params)
+        self.hook = hold_params(self.training.optimizer, params) if params else None
         if (state := self._taken()) is not None: self._load(state)
         self.ready = True
 
@@ -90,6 +101,25 @@ class Distill(Technique):
     ):
         "How far the student is from its teacher, for `mixed`"
         self.kd = self.distiller.loss(pred, *xb, **kwargs) if self.distiller.weight_at(pct) else None
+
+    @contextmanager
+    def seen(self,
+        net, # The student, inside of what computes the loss
+    ):
+        "Inside, watch what `net` gets and answers, and the layers that are compared: a list of pairs"
+        found = []
+        def note(m, args, kwargs, out): found.append((named_inputs(m, args, kwargs), out))
+        hook = net.register_forward_hook(note, with_kwargs=True)
+        try:
+            with self.distiller.watch(net): yield found
+        finally: hook.remove()
+
+    def compare_seen(self, pct, found):
+        "`compare` what `seen` has found"
+        if len(found)!=1: raise ValueError(f'the student is run once in a step to be compared with its teacher, and it ran {len(found)} times')
+        (inputs,answer), = found
+        named = {k:v for k,v in inputs.items() if 'label' not in k} if isinstance(inputs, dict) else None
+        self.compare(pct, answer, *(inputs if named is None else ()), named=named)
 
     def mixed(self,
         pct:float, # Fraction of training that is done after this step
@@ -113,10 +143,10 @@ class Distill(Technique):
     def aside(self):
         "Inside, the optimizer is that of the model alone"
         params = self.distiller.parameters() if self.ready else []
-        known = let_params_go(self.training.optimizer, params) if params else []
+        known = let_params_go(self.training.optimizer, params, self.hook) if params else []
         try: yield
         finally:
-            if params: hold_params(self.training.optimizer, params)
+            if params: self.hook = hold_params(self.training.optimizer, params)
             for p,s in zip(params, known): _states(self.training.optimizer)[p] = s
 
     def state_dict(self):
@@ -142,7 +172,7 @@ class Distill(Technique):
         if not self.ready: return
         self.distiller.kept.clear()
         self.distiller.reset()
-        if params := self.distiller.parameters(): let_params_go(self.training.optimizer, params)
+        if params := self.distiller.parameters(): let_params_go(self.training.optimizer, params, self.hook)
         self.ready,self.kd = False,None
 
     def end(self, k, n): self.drop()
