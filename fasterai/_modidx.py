@@ -1681,6 +1681,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'fasterai/distill/training.py'),
                                            'fasterai.distill.training.Distill._load': ( 'distill/training.html#distill._load',
                                                                                         'fasterai/distill/training.py'),
+                                           'fasterai.distill.training.Distill.after_step': ( 'distill/training.html#distill.after_step',
+                                                                                             'fasterai/distill/training.py'),
                                            'fasterai.distill.training.Distill.aside': ( 'distill/training.html#distill.aside',
                                                                                         'fasterai/distill/training.py'),
                                            'fasterai.distill.training.Distill.begin': ( 'distill/training.html#distill.begin',
