@@ -9,7 +9,7 @@ __all__ = ['two_of', 'ScheduledCallback']
 import torch
 from fastai.callback.core import Callback
 from .core.brought import warn
-from .core.running import followable, map_parts, plain, tensors_of
+from .core.running import OwnNumbers, followable, map_parts, plain, tensors_of
 from .core.schedule import due, n_due, schedule_of
 
 # %% ../nbs/98_callback.ipynb #45ef345a
@@ -49,7 +49,7 @@ class ScheduledCallback(Callback):
     def sample(self):
         "Two inputs of the validation set, whose order is fixed, or `None` if there is none"
         if not len(self.dls.valid): return
-        with torch.random.fork_rng(): b = self.learn._set_device(next(iter(self.dls.valid)))
+        with OwnNumbers(): b = self.learn._set_device(next(iter(self.dls.valid)))
         return two_of(b[:getattr(self.dls, 'n_inp', max(len(b)-1, 1))])
 
     def at(self, pct, target):
