@@ -1092,6 +1092,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.core.running._owner': ('core/running.html#_owner', 'fasterai/core/running.py'),
                                        'fasterai.core.running._parts': ('core/running.html#_parts', 'fasterai/core/running.py'),
                                        'fasterai.core.running._precise': ('core/running.html#_precise', 'fasterai/core/running.py'),
+                                       'fasterai.core.running._readers_of': ('core/running.html#_readers_of', 'fasterai/core/running.py'),
                                        'fasterai.core.running._remembering_nothing': ( 'core/running.html#_remembering_nothing',
                                                                                        'fasterai/core/running.py'),
                                        'fasterai.core.running._said_sizes': ('core/running.html#_said_sizes', 'fasterai/core/running.py'),

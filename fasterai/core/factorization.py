@@ -139,12 +139,12 @@ def replaceable(
     inputs, # That the model runs with
 ):
     "Shapes of input and output of each call, for those of `layers` of which nothing is used but the output; and why not, for the others"
-    owners = Counter(id(p) for m in shell.modules() for p in m._parameters.values() if p is not None)
-    left = {n:why for n,m in layers.items() if (why:=_reason(m, types, owners))}
     inside,calls = [],{}
-    stand = {n:_StandIn(n, m, inside) for n,m in layers.items() if n not in left}
-    owned = {id(p):n for n,o in stand.items() for p in o.layer._parameters.values() if p is not None}
     with held(shell):
+        owners = Counter(id(p) for m in shell.modules() for p in m._parameters.values() if p is not None)
+        left = {n:why for n,m in layers.items() if (why:=_reason(m, types, owners))}
+        stand = {n:_StandIn(n, m, inside) for n,m in layers.items() if n not in left}
+        owned = {id(p):n for n,o in stand.items() for p in o.layer._parameters.values() if p is not None}
         swap(shell, {o.layer:o for o in stand.values()})
         try:
             # layers that may fuse others ask for their weights first, and then run them one by one, as `untouched` has it

@@ -14,7 +14,7 @@ from torch import nn,Tensor
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from .ops import Call,Watch
-from .running import calls_of,naming,tensors_of,call_with,check_shapes,example_inputs_for,untouched
+from .running import calls_of,held,naming,tensors_of,call_with,check_shapes,example_inputs_for,untouched
 
 # %% ../../nbs/core/13_flow.ipynb #7564f882
 @dataclass(eq=False)
@@ -48,7 +48,9 @@ class Visit:
     output: object = None # A `Value`, `None` if it gave something else than a tensor
 
 # %% ../../nbs/core/13_flow.ipynb #0f8d3627
-def _hooked(m): return bool(m._forward_hooks or m._forward_pre_hooks)
+def _hooked(m):
+    "Does module `m` have hooks of users?"
+    with held(m): return bool(m._forward_hooks or m._forward_pre_hooks)
 
 class _Readers(Watch):
     "Runs along with a model and writes down who reads what"

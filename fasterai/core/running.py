@@ -178,7 +178,8 @@ def _is_compiled(o): return hasattr(o, '_torchdynamo_orig_callable') or hasattr(
 def _eager(model):
     "What is compiled in `model` runs uncompiled. Only then is a switch needed, which all threads share"
     if not hasattr(torch.compiler, 'set_stance') or 'torch._dynamo' not in sys.modules: return nullcontext()  # nothing can have been compiled
-    compiled = any(map(_is_compiled, model.modules())) or any(map(_is_compiled, _functions_of(model)))
+    functions = _functions_of(model)  # some of PyTorch's, as `flex_attention`, compile by themselves
+    compiled = any(map(_is_compiled, model.modules())) or any(_is_compiled(f) or 'compile' in _names_in(f.__code__) for f in functions)
     return _force_eager() if compiled else nullcontext()
 
 def _all_digits(model):
@@ -583,12 +584,15 @@ def readers_of(
     inputs, # Run it
 ):
     "Hooks of `model` that only read, those that act, and those of which it cannot be told. Without hooks, nothing is run"
+    with held(model): return _readers_of(model, inputs)
+
+def _readers_of(model, inputs):
     hooks = _forward_hooks(model)
     if not hooks or any(p.is_meta for p in model.parameters()): return [],[],hooks
     other = map_parts(_other, inputs)
     def outs(inputs):
         with untouched(model): return tensors_of(call_with(model, inputs))
-    with held(model), at_home(), _remembering_nothing(hooks):
+    with at_home(), _remembering_nothing(hooks):
         try:
             watched = _watched(hooks, lambda: outs(inputs))
             acting,maybe = ([h for h in hooks if watched[h].acts==o] for o in (True,False))
@@ -617,11 +621,12 @@ class Bystanders:
     @contextmanager
     def aside(self):
         "Without them, and without observers of gradients; all come back"
-        known = {h.place for h in [*self.readers,*self.acting,*self.untold]}
-        now = {h.place for h in _forward_hooks(self.model)}
-        if not now<=known: self.readers,self.acting,self.untold = readers_of(self.model, self.inputs)
-        here = [h for h in self.readers if h.place in now]
-        with held(self.model), _aside([*here,*_observers(self.model)]): yield self
+        with held(self.model):
+            known = {h.place for h in [*self.readers,*self.acting,*self.untold]}
+            now = {h.place for h in _forward_hooks(self.model)}
+            if not now<=known: self.readers,self.acting,self.untold = readers_of(self.model, self.inputs)
+            here = [h for h in self.readers if h.place in now]
+            with _aside([*here,*_observers(self.model)]): yield self
 
     def follow(self,
         new:nn.Module, # A copy of `model` that was made while they stood aside
