@@ -28,6 +28,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'fasterai/analyze/counts.py'),
                                          'fasterai.analyze.counts._on_device': ( 'analyze/counts.html#_on_device',
                                                                                  'fasterai/analyze/counts.py'),
+                                         'fasterai.analyze.counts._on_own_numbers': ( 'analyze/counts.html#_on_own_numbers',
+                                                                                      'fasterai/analyze/counts.py'),
                                          'fasterai.analyze.counts._per_sample': ( 'analyze/counts.html#_per_sample',
                                                                                   'fasterai/analyze/counts.py'),
                                          'fasterai.analyze.counts._pieces': ('analyze/counts.html#_pieces', 'fasterai/analyze/counts.py'),

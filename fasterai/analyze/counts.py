@@ -177,6 +177,13 @@ def _draws(model, inputs):
     with untouched(innermost(model)), explained(model, inputs), OwnNumbers() as numbers: _called(innermost(model), inputs)
     return numbers.drew
 
+def _on_own_numbers(f, wait):
+    "`f`, which draws from generators of its own, and `wait`"
+    numbers = OwnNumbers()
+    def drawn():
+        with numbers: return f()
+    return drawn,wait
+
 # %% ../../nbs/analyze/01_counts.ipynb #2a5f4bcd
 def latency(
     *models, # Left as they are
@@ -197,12 +204,12 @@ def latency(
     inputs = example_inputs_for(models[0]) if example_inputs is None else example_inputs
     if channels_last: models,inputs = [_in_channels_last(m) for m in models],_in_channels_last(inputs)
     ms,order = np.empty((len(models), repeats)),np.random.default_rng(0)  # of its own: nobody else's state
-    drawn = any(_draws(m, inputs) for m in models)
-    with running(*models, threads=threads, own_numbers=drawn):
+    with running(*models, threads=threads, own_numbers=False):
         calls = [_call(m, inputs) for m in models]
         first = []
-        for m,c in zip(models, calls):
-            with explained(m, inputs): first.append([_clocked(*c) for _ in range(warmup+1)][-1])
+        for i,m in enumerate(models):
+            if _draws(m, inputs): calls[i] = _on_own_numbers(*calls[i])  # that was its first call
+            with explained(m, inputs): first.append([_clocked(*calls[i]) for _ in range(max(warmup, 1))][-1])
         often = [max(1, math.ceil(_LEAST/max(o, 1e-3))) for o in first]
         for turn in with_bar(range(repeats), progress):
             for i in order.permutation(len(models)): ms[i,turn] = _clocked(*calls[i], often[i])
