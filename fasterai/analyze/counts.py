@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map
 from ..core.brought import check_held
 from ..core.graph import ChannelGraph
-from ..core.running import OwnNumbers,check_inputs,example_inputs_for,explained,innermost,inputs_that_run,restored,tensors_of,untouched,with_bar
+from ..core.running import OwnNumbers,_eager,check_inputs,example_inputs_for,explained,innermost,inputs_that_run,restored,tensors_of,untouched,with_bar
 
 # %% ../../nbs/analyze/01_counts.ipynb #4ed54031
 def check_models(
@@ -174,7 +174,7 @@ def _call(model, inputs):
 def _draws(model, inputs):
     "Does `model` draw random numbers when it runs with `inputs`?"
     with explained(model, inputs): inputs = placed(model, inputs)
-    with untouched(innermost(model)), explained(model, inputs), OwnNumbers() as numbers: _called(innermost(model), inputs)
+    with explained(model, inputs), _eager(model), OwnNumbers() as numbers: _called(innermost(model), inputs)
     return numbers.drew
 
 def _on_own_numbers(f, wait):
@@ -208,8 +208,12 @@ def latency(
         calls = [_call(m, inputs) for m in models]
         first = []
         for i,m in enumerate(models):
-            if _draws(m, inputs): calls[i] = _on_own_numbers(*calls[i])  # that was its first call
-            with explained(m, inputs): first.append([_clocked(*calls[i]) for _ in range(max(warmup, 1))][-1])
+            drew = []
+            last = _clocked(lambda: drew.append(_draws(m, inputs)), calls[i][1])  # its first call
+            if drew[0]: calls[i] = _on_own_numbers(*calls[i])
+            with explained(m, inputs):
+                for _ in range(warmup): last = _clocked(*calls[i])
+            first.append(last)
         often = [max(1, math.ceil(_LEAST/max(o, 1e-3))) for o in first]
         for turn in with_bar(range(repeats), progress):
             for i in order.permutation(len(models)): ms[i,turn] = _clocked(*calls[i], often[i])
