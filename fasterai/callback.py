@@ -10,13 +10,12 @@ import math
 from contextlib import ExitStack
 from functools import wraps
 import numpy as np
-import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastai.torch_core import find_bs, get_model, params, rank_distrib
 from .core.brought import warn
-from .core.running import SLIPS
+from .core.running import SLIPS, OwnNumbers
 from .core.pace import Driver, Training, two_of
 from .core.plan import carrying, receiving
 
@@ -116,7 +115,7 @@ class TechniqueCallback(Driver, Callback):
     def sample(self):
         "Two inputs of the validation set, whose order is fixed, or `None` if there is none"
         if not len(self.dls.valid): return
-        with torch.random.fork_rng(): b = self.learn._set_device(next(iter(self.dls.valid)))
+        with OwnNumbers(): b = self.learn._set_device(next(iter(self.dls.valid)))
         return two_of(b[:getattr(self.dls, 'n_inp', max(len(b)-1, 1))])
 
     def _training(self):
@@ -190,7 +189,7 @@ class TechniqueCallback(Driver, Callback):
 
     def __getstate__(self): return {k:v for k,v in super().__getstate__().items() if k not in ('ready','busy')}
 
-# %% ../nbs/98_callback.ipynb #1d37a33d
+# %% ../nbs/98_callback.ipynb #40dc8ed8
 def _states(learn):
     "By name, the states of techniques at work, or of the last fit's, if it ended early"
     busy = {o.key: o.technique.state_dict() for o in learn.cbs if isinstance(o, TechniqueCallback) and o.busy}

@@ -6,7 +6,7 @@
 __all__ = ['network_of', 'TechniqueCallback', 'SparsifyCallback', 'KeepSparsity', 'PruneCallback', 'KMeansCallback',
            'RegularizeCallback', 'RegularizationCallback', 'KnowledgeDistillationCallback']
 
-# %% ../nbs/96_lightning.ipynb #d2d9277e
+# %% ../nbs/96_lightning.ipynb #208d66d1
 from contextlib import ExitStack
 from torch import nn
 from .core.pace import Driver, Training, attach, first_two
@@ -22,7 +22,7 @@ except ImportError:
     try: import pytorch_lightning as pl
     except ImportError as e: raise ImportError('fasterai.lightning needs Lightning 2: pip install "fasterai[lightning]"') from e
 
-# %% ../nbs/96_lightning.ipynb #1ea3810f
+# %% ../nbs/96_lightning.ipynb #887527c4
 def network_of(
     module, # A LightningModule
 )->nn.Module:
@@ -72,7 +72,7 @@ class TechniqueCallback(Driver, pl.Callback):
     def state_dict(self): return self.technique.state_dict()
     def load_state_dict(self, state): self.technique.load_state_dict(state)
 
-# %% ../nbs/96_lightning.ipynb #21edc68d
+# %% ../nbs/96_lightning.ipynb #f1297894
 class SparsifyCallback(TechniqueCallback, technique=Sparsify): pass
 class KeepSparsity(TechniqueCallback, technique=Keep): pass
 class PruneCallback(TechniqueCallback, technique=Prune): pass

@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map
 from ..core.brought import check_held
 from ..core.graph import ChannelGraph
-from ..core.running import check_inputs,example_inputs_for,explained,inputs_that_run,restored,tensors_of,untouched,with_bar
+from ..core.running import OwnNumbers,_eager,check_inputs,example_inputs_for,explained,innermost,inputs_that_run,restored,tensors_of,untouched,with_bar
 
 # %% ../../nbs/analyze/01_counts.ipynb #4ed54031
 def check_models(
@@ -103,13 +103,14 @@ def n_macs(
 def running(
     *models, # Left as they were, also after an error
     threads:int|None=None, # Of PyTorch, by default as many as now
+    own_numbers:bool=True, # Do random operations draw from generators of our own? That takes time, and compiled models would run uncompiled
 ):
     "Run `models` in eval mode without gradients, and else as a user would: compiled, fused, under autocast, wherever that is on"
     if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads<1):
         raise ValueError(f'threads is a whole number, at least 1, not {threads!r}')
     was = torch.get_num_threads()
     with ExitStack() as stack:
-        for m in dict.fromkeys(models): stack.enter_context(restored(m))
+        for m in dict.fromkeys(models): stack.enter_context(restored(m, own_numbers))
         if threads is not None:
             stack.callback(torch.set_num_threads, was)
             torch.set_num_threads(threads)
@@ -170,6 +171,19 @@ def _call(model, inputs):
     wait = module.synchronize if device.type in ('cpu','mps') else lambda: module.synchronize(device)
     return lambda: _called(model, inputs), wait
 
+def _draws(model, inputs):
+    "Does `model` draw random numbers when it runs with `inputs`?"
+    with explained(model, inputs): inputs = placed(model, inputs)
+    with explained(model, inputs), _eager(model), OwnNumbers() as numbers: _called(innermost(model), inputs)
+    return numbers.drew
+
+def _on_own_numbers(f, wait):
+    "`f`, which draws from generators of its own, and `wait`"
+    numbers = OwnNumbers()
+    def drawn():
+        with numbers: return f()
+    return drawn,wait
+
 # %% ../../nbs/analyze/01_counts.ipynb #2a5f4bcd
 def latency(
     *models, # Left as they are
@@ -190,11 +204,16 @@ def latency(
     inputs = example_inputs_for(models[0]) if example_inputs is None else example_inputs
     if channels_last: models,inputs = [_in_channels_last(m) for m in models],_in_channels_last(inputs)
     ms,order = np.empty((len(models), repeats)),np.random.default_rng(0)  # of its own: nobody else's state
-    with running(*models, threads=threads):
+    with running(*models, threads=threads, own_numbers=False):
         calls = [_call(m, inputs) for m in models]
         first = []
-        for m,c in zip(models, calls):
-            with explained(m, inputs): first.append([_clocked(*c) for _ in range(warmup+1)][-1])
+        for i,m in enumerate(models):
+            drew = []
+            last = _clocked(lambda: drew.append(_draws(m, inputs)), calls[i][1])  # its first call
+            if drew[0]: calls[i] = _on_own_numbers(*calls[i])
+            with explained(m, inputs):
+                for _ in range(warmup): last = _clocked(*calls[i])
+            first.append(last)
         often = [max(1, math.ceil(_LEAST/max(o, 1e-3))) for o in first]
         for turn in with_bar(range(repeats), progress):
             for i in order.permutation(len(models)): ms[i,turn] = _clocked(*calls[i], often[i])

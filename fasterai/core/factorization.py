@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from .registry import did_you_mean
 from .graph import ChannelGraph
 from .brought import check_finite,listed
-from .running import tensors_of,call_with,inputs_that_run,plain_model,untouched
+from .running import held,tensors_of,call_with,inputs_that_run,plain_model,untouched
 from .surgery import _sub,copy_of
 
 # %% ../../nbs/core/11_factorization.ipynb #f5bf5a23
@@ -139,23 +139,22 @@ def replaceable(
     inputs, # That the model runs with
 ):
     "Shapes of input and output of each call, for those of `layers` of which nothing is used but the output; and why not, for the others"
-    owners = Counter(id(p) for m in shell.modules() for p in m._parameters.values() if p is not None)
-    left = {n:why for n,m in layers.items() if (why:=_reason(m, types, owners))}
     inside,calls = [],{}
-    stand = {n:_StandIn(n, m, inside) for n,m in layers.items() if n not in left}
-    swap(shell, {o.layer:o for o in stand.values()})
-    try:
-        for fused in {False,torch.backends.mha.get_fastpath_enabled()}:
-            for o in stand.values(): o.seen.calls.clear()
-            with untouched(shell), _Watch({id(p):n for n,o in stand.items() for p in o.layer._parameters.values() if p is not None}, inside) as watch:
-                torch.backends.mha.set_fastpath_enabled(fused)
-                call_with(shell[0], inputs)
-            for n,o in stand.items():
-                if o.seen.asked: left[n] = f'its {o.seen.asked} is read by another module'
-                elif n in watch.strangers: left[n] = f'its weight or bias is read by another module ({watch.strangers[n]})'
-                elif not o.seen.calls: left.setdefault(n, 'it did not run in eval mode')
-                calls[n] = list(o.seen.calls)
-    finally: swap(shell, {o:o.layer for o in stand.values()})
+    with held(shell):
+        owners = Counter(id(p) for m in shell.modules() for p in m._parameters.values() if p is not None)
+        left = {n:why for n,m in layers.items() if (why:=_reason(m, types, owners))}
+        stand = {n:_StandIn(n, m, inside) for n,m in layers.items() if n not in left}
+        owned = {id(p):n for n,o in stand.items() for p in o.layer._parameters.values() if p is not None}
+        swap(shell, {o.layer:o for o in stand.values()})
+        try:
+            # layers that may fuse others ask for their weights first, and then run them one by one, as `untouched` has it
+            with untouched(shell), _Watch(owned, inside) as watch: call_with(shell[0], inputs)
+        finally: swap(shell, {o:o.layer for o in stand.values()})
+    for n,o in stand.items():
+        if o.seen.asked: left[n] = f'its {o.seen.asked} is read by another module'
+        elif n in watch.strangers: left[n] = f'its weight or bias is read by another module ({watch.strangers[n]})'
+        elif not o.seen.calls: left.setdefault(n, 'it did not run in eval mode')
+        calls[n] = list(o.seen.calls)
     return {n:c for n,c in calls.items() if n not in left},left
 
 # %% ../../nbs/core/11_factorization.ipynb #c3da97df

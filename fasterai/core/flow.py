@@ -14,7 +14,7 @@ from torch import nn,Tensor
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from .ops import Call,Watch
-from .running import naming,tensors_of,call_with,check_shapes,example_inputs_for,untouched
+from .running import calls_of,held,naming,tensors_of,call_with,check_shapes,example_inputs_for,untouched
 
 # %% ../../nbs/core/13_flow.ipynb #7564f882
 @dataclass(eq=False)
@@ -41,14 +41,16 @@ class Step(Call):
 @dataclass(eq=False)
 class Visit:
     "One call of a module"
-    where: str # Its name, `None` if the model does not know it
+    where: str # Its name
     caller: object # The `Visit` it was called from, `None` for the model
     inputs: list # A `Value` for each positional argument, `None` for what is not a tensor
     parts: list = field(default_factory=list) # Each `Step` and each `Visit` in it, in order
     output: object = None # A `Value`, `None` if it gave something else than a tensor
 
 # %% ../../nbs/core/13_flow.ipynb #0f8d3627
-def _hooked(m): return bool(m._forward_hooks or m._forward_pre_hooks)
+def _hooked(m):
+    "Does module `m` have hooks of users?"
+    with held(m): return bool(m._forward_hooks or m._forward_pre_hooks)
 
 class _Readers(Watch):
     "Runs along with a model and writes down who reads what"
@@ -56,7 +58,9 @@ class _Readers(Watch):
         super().__init__()
         self.names = {id(p):n for it in (model.named_parameters(), model.named_buffers()) for n,p in it}
         self.fixed,self.values,self.stack,self.steps = {},WeakTensorKeyDictionary(),[],[]
-        self.modules,self.visits,self.open = {m:n for n,m in model.named_modules()},[],[]
+        self.model,self.visits,self.open = model,[],[]
+        self.modules = {m:n for n,m in model.named_modules()}
+        self.hooked = {m for m in self.modules if _hooked(m)}  # asked before we follow calls, by hooks too
 
     def read(self, t):
         "The value of tensor `t` now"
@@ -98,18 +102,15 @@ class _Readers(Watch):
         "Write down which module runs, and notice what hooks see"
         value = lambda o: self.read(o) if isinstance(o, Tensor) else None
         def enter(m, args):
-            visit = Visit(self.modules.get(m), self.open[-1] if self.open else None, [value(o) for o in args])
+            visit = Visit(self.modules[m], self.open[-1] if self.open else None, [value(o) for o in args])
             if self.open: self.open[-1].parts.append(visit)
             self.visits.append(visit)
             self.open.append(visit)
-            if _hooked(m): self.seen(m, args)
+            if m in self.hooked: self.seen(m, args)
         def leave(m, args, out):
             self.open.pop().output = value(out)
-            if _hooked(m): self.seen(m, out)
-        hooks = nn.modules.module.register_module_forward_pre_hook(enter),nn.modules.module.register_module_forward_hook(leave, always_call=True)
-        try: yield self
-        finally:
-            for h in hooks: h.remove()
+            if m in self.hooked: self.seen(m, out)
+        with calls_of(self.model, enter, leave): yield self
 
     def seen(self, m, o):
         for t in tensors_of(o): self.read(t).kept = f'seen by a hook of a {type(m).__name__}'

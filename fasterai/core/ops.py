@@ -19,7 +19,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from .registry import did_you_mean
-from .running import SLIPS
+from .running import SLIPS,drawing
 
 # %% ../../nbs/core/07_ops.ipynb #0p500007
 _MEANINGS = dict(
@@ -294,7 +294,7 @@ class Watch(TorchDispatchMode):
         expected = func(*args, **kwargs) if spec.name in equals and not (self.trusts or spec.mutable) else None
         self.apart.append(func)
         try:
-            with self: out = equal(*args, **kwargs)
+            with self, drawing(): out = equal(*args, **kwargs)
         except SLIPS as e:
             if expected is None: return NotImplemented  # `func` itself will say what is wrong with its arguments
             raise ValueError(f'op({spec.name!r}): the function that computes the same fails ({type(e).__name__}: {e})') from e

@@ -6,7 +6,7 @@
 __all__ = ['check_updates', 'check_schedule', 'Pace', 'two_of', 'first_two', 'Training', 'clear_state', 'Technique', 'within',
            'put', 'Driver', 'named_inputs', 'attach']
 
-# %% ../../nbs/core/18_pace.ipynb #11a46817
+# %% ../../nbs/core/18_pace.ipynb #b9f6aa64
 import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from .registry import did_you_mean
 from .running import inputs_of, map_parts, plain, tensors_of
 from .schedule import due, n_due, schedule_of
 
-# %% ../../nbs/core/18_pace.ipynb #8fcf5a48
+# %% ../../nbs/core/18_pace.ipynb #ff857411
 def check_updates(n_updates): # Most updates, or `None`
     "`ValueError` unless `n_updates` is a whole number, at least 1, or `None`"
     if n_updates is None or isinstance(n_updates, int) and not isinstance(n_updates, bool) and n_updates>0: return n_updates
@@ -78,7 +78,7 @@ class Pace:
         levels = {k.removeprefix('level.'):v.item() for k,v in state.items() if k.startswith('level.')}
         self.last,self.level = int(state['last']),levels.get('', levels) if levels else None
 
-# %% ../../nbs/core/18_pace.ipynb #f8a4a1f5
+# %% ../../nbs/core/18_pace.ipynb #4ffcf89c
 def two_of(
     xb, # Inputs of a batch: a tuple of tensors, or of what holds some; or a dict of keyword arguments
 ):
@@ -159,7 +159,7 @@ def within(state, prefix): # Tensors by name
 
 def put(prefix, state): "`state` with `prefix` before each name"; return {prefix+k:v for k,v in state.items()}
 
-# %% ../../nbs/core/18_pace.ipynb #e2152620
+# %% ../../nbs/core/18_pace.ipynb #23e2b1b7
 class Driver:
     "What an engine has for a technique, whose arguments it takes: `class SparsifyCallback(Driver, technique=Sparsify)`"
     def __init_subclass__(cls, technique=None):
@@ -173,7 +173,7 @@ class Driver:
 
 def _told(o): return str(getattr(o, '__name__', type(o).__name__ if isinstance(o, nn.Module) else o))
 
-# %% ../../nbs/core/18_pace.ipynb #09908274
+# %% ../../nbs/core/18_pace.ipynb #fa3a0bab
 def named_inputs(model, args, kwargs):
     "Inputs of a forward pass: a tuple of arguments, or a dict of keyword arguments"
     return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments) if kwargs else args

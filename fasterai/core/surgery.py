@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from .brought import warn
 from .registry import did_you_mean
 from .graph import ChannelGraph
-from .running import SLIPS,tensors_of,call_with,naming,plain,untouched
+from .running import SLIPS,tensors_of,call_with,held,naming,plain,untouched
 from .ops import of_model
 from .sizes import Attr,Axis,Watching,evaluate,is_layer
 
@@ -351,7 +351,7 @@ def copy_of(
 ):
     """A deep copy, also of a model that holds tensors that were computed: weights (`torch.nn.utils.prune`), or activations that it
     keeps, whatever holds them. What has no copy, such as a lock, is shared, and a warning says so"""
-    with _Computed():
+    with held(model), _Computed():
         try: return copy.deepcopy(model)
         except _NO_COPY: shared = _uncopied(model)
         if not shared: return copy.deepcopy(model)  # the error is another one
@@ -397,7 +397,7 @@ def _shell(model):
         for o in (*m._parameters.values(), *m._buffers.values(), *vars(m).values()):
             if isinstance(o, nn.Parameter): memo[id(o)] = nn.Parameter(_empty(o), o.requires_grad)
             elif isinstance(o, Tensor): memo[id(o)] = _empty(o)
-    with _Emptied():
+    with held(model), _Emptied():
         try: return copy.deepcopy(model, memo.copy())
         except _NO_COPY: return copy.deepcopy(model, memo | {id(o):o for o in _uncopied(model).values()})
 

@@ -7,6 +7,7 @@ __all__ = ['FCDecomposer', 'FC_Decomposer']
 
 # %% ../../nbs/misc/02_fc_decomposer.ipynb #b37b8186
 import math
+from contextlib import ExitStack
 from functools import cached_property
 import torch
 from torch import nn
@@ -63,13 +64,12 @@ class FC_Decomposer(Decomposer):
     def learn(self, model, choices):
         "Show the inputs of each layer to its approximation"
         if self.data is None or not choices: return
-        hooks = [c.layer.register_forward_pre_hook(lambda m, args, kwargs, low=c.low: low.learn((args or tuple(kwargs.values()))[0]), with_kwargs=True) for c in choices.values()]
         dev = next(iter(choices.values())).layer.weight.device
-        try:
-            with untouched(model):
-                for b in batches_of(self.data): call_with(model, inputs_of(b, dev))
-        finally:
-            for h in hooks: h.remove()
+        with untouched(model), ExitStack() as hooks:
+            for c in choices.values():
+                learn = lambda m, args, kwargs, low=c.low: low.learn((args or tuple(kwargs.values()))[0])
+                hooks.callback(c.layer.register_forward_pre_hook(learn, with_kwargs=True).remove)
+            for b in batches_of(self.data): call_with(model, inputs_of(b, dev))
         for n,c in choices.items():
             if not c.low.n: raise ValueError(f'no input of {n} came with the data')
             if not c.low.moment.isfinite().all(): raise ValueError(f'inputs of {n} are not all finite')

@@ -16,7 +16,7 @@ from ..analyze.counts import (BATCHES,accuracy_interval,answers,check_models,eff
                                      n_bytes,n_params,place_of,placed,running,sign_test,speedup)
 from ..core.brought import check_held,not_finite,statistics_of,warn
 from ..core.graph import ChannelGraph
-from ..core.running import call_with,check_inputs,example_inputs_for,explained,inputs_that_run,tensors_of,untouched
+from ..core.running import call_with,calls_of,check_inputs,example_inputs_for,explained,inputs_that_run,tensors_of,untouched
 from ..core.liveness import Liveness
 
 # %% ../../nbs/report/02_tables.ipynb #020a2d17
@@ -57,11 +57,8 @@ def _observed(model, inputs):
     "Shape of what each module that runs returns first"
     shapes,names = {},{m:n for n,m in model.named_modules()}
     def see(m, args, out):
-        if m in names and (ts := tensors_of(out)): shapes.setdefault(names[m], tuple(ts[0].shape))
-    hook = nn.modules.module.register_module_forward_hook(see)
-    try:
-        with untouched(model): call_with(model, inputs)  # without fused attention, which would hide what is inside
-    finally: hook.remove()
+        if ts := tensors_of(out): shapes.setdefault(names[m], tuple(ts[0].shape))
+    with untouched(model), calls_of(model, leave=see): call_with(model, inputs)  # without fused attention, which would hide what is inside
     return shapes
 
 # %% ../../nbs/report/02_tables.ipynb #5760ead0

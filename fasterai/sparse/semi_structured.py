@@ -6,7 +6,7 @@
 __all__ = ['to_semi_structured']
 
 # %% ../../nbs/sparse/04_semi_structured.ipynb #f90894d8
-import copy,math,warnings
+import copy,math
 from collections import Counter
 from dataclasses import dataclass,field
 from statistics import median
@@ -128,20 +128,26 @@ class _Layer:
 def _see(model, inputs, layers):
     "Run `model`, and let `layers` see their calls"
     by_module = {o.m:o for o in layers}
-    def see(m, args):
-        if m in by_module: by_module[m].called(args)
-    hook = nn.modules.module.register_module_forward_pre_hook(see)  # a hook of its own would keep a layer out of fused operations
-    try: call_with(model, inputs)
-    finally: hook.remove()
+    def seeing(layer, forward):
+        def see(*args, **kwargs):
+            layer.called(args)
+            return forward(*args, **kwargs)
+        return see
+    own = {m:vars(m).get('forward') for m in by_module}
+    try:
+        for m,o in by_module.items(): vars(m)['forward'] = seeing(o, m.forward)  # a hook would keep it out of fused operations
+        call_with(model, inputs)
+    finally:
+        for m,f in own.items():
+            if f is None: del vars(m)['forward']
+            else: vars(m)['forward'] = f
     for o in layers:
         if not o.calls: o.why.append('is not called: in a run with the example inputs, it gets no rows by a call of its own')
 
 # %% ../../nbs/sparse/04_semi_structured.ipynb #d4739b20
 def _compressed(w, cls):
     "Weight `w` as a sparse tensor of class `cls`"
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'The PyTorch API of SparseSemiStructuredTensor is in prototype')  # known, and told of below
-        return cls.from_dense(w.detach().contiguous())
+    return cls.from_dense(w.detach().contiguous())  # PyTorch says once that this is a prototype: to hush it, all threads would be hushed
 
 _WARMUP,_TURNS = 5,15
 _LEAST = 2. # milliseconds of a measurement: events of CUDA tell half a microsecond (its documentation of cudaEventElapsedTime)
@@ -254,7 +260,7 @@ def to_semi_structured(
     if fake: raise ValueError(f'{fake} is a FakeTensor and has no values: pass a model with values')
     inputs = inputs_that_run(model, example_inputs)
     new = copy_of(model)
-    with at_home(), _eager(), restored(new), without_readers(new, inputs):
+    with at_home(), _eager(new), restored(new, None), without_readers(new, inputs):
         held = _holders(new)
         layers = [_Layer(n, m, _objections(n, m, held)) for n,m in new.named_modules() if isinstance(m, nn.Linear)]
         _see(new, inputs, layers)
