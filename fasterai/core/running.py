@@ -183,9 +183,10 @@ def _eager(model):
     return _force_eager() if compiled else nullcontext()
 
 def _all_digits(model):
-    """A GPU multiplies floats with all their digits: by default, its convolutions take ten bits of each (TF32). Only there is a
-    switch needed, which all threads share"""
-    return _with_all_digits() if any(p.is_cuda for p in model.parameters()) else nullcontext()
+    """Floats are multiplied with all their digits: by default, convolutions on a GPU take ten bits of each (TF32), and so does what the
+    user has asked to be less precise. Only then is a switch needed, which all threads share"""
+    fewer = torch.get_float32_matmul_precision()!='highest' or any(p.is_cuda for p in model.parameters())
+    return _with_all_digits() if fewer else nullcontext()
 
 def _told(ask, other):
     "The answer of PyTorch, or `other` where it has none, since a user has said it for each kind of layer: so it stays"
