@@ -19,7 +19,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from .registry import did_you_mean
-from .running import SLIPS,drawing
+from .running import SLIPS,drawing,own_numbers,random_operation
 
 # %% ../../nbs/core/07_ops.ipynb #0p500007
 _MEANINGS = dict(
@@ -267,10 +267,10 @@ def _is_no_computation(func):
 
 class Watch(TorchDispatchMode):
     "Runs along with a model; `see` gets each operation that has a meaning, or that cannot be taken apart"
-    supports_higher_order_operators = True
+    supports_higher_order_operators = draws = True # random operations are given a generator of ours, as `OwnNumbers` does
     def __init__(self):
         super().__init__()
-        self.apart = []  # what is being taken apart
+        self.apart,self.random = [],False  # what is being taken apart; is it a random operation?
         self.trusts = False  # is a function of `equals` taken for right without a look?
 
     def __enter__(self):
@@ -281,11 +281,19 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if _is_no_computation(func): return func(*args, **(kwargs or {}))
+        if random_operation(func) and not self.random and (numbers := own_numbers()) is not None: return self.draw(numbers, func, args, kwargs or {})
         spec,kwargs = spec_of(func),kwargs or {}
         if spec.meaning is None and func not in self.apart:
             out = self.take_apart(func, args, kwargs)
             if out is not NotImplemented: return out
         return self.see(func, spec, args, kwargs)
+
+    def draw(self, numbers, func, args, kwargs):
+        "The result of the random operation `func`, with a generator of `numbers`: it comes here again"
+        self.random = True
+        try:
+            with self: return numbers.draw(func, args, kwargs)
+        finally: self.random = False
 
     def take_apart(self, func, args, kwargs):
         "The result of `func`, computed with other operations; `NotImplemented` if there are none"
