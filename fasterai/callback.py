@@ -189,7 +189,7 @@ class TechniqueCallback(Driver, Callback):
 
     def __getstate__(self): return {k:v for k,v in super().__getstate__().items() if k not in ('ready','busy')}
 
-# %% ../nbs/98_callback.ipynb #40dc8ed8
+# %% ../nbs/98_callback.ipynb #1d37a33d
 def _states(learn):
     "By name, the states of techniques at work, or of the last fit's, if it ended early"
     busy = {o.key: o.technique.state_dict() for o in learn.cbs if isinstance(o, TechniqueCallback) and o.busy}

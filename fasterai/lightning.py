@@ -6,10 +6,10 @@
 __all__ = ['network_of', 'TechniqueCallback', 'SparsifyCallback', 'KeepSparsity', 'PruneCallback', 'KMeansCallback',
            'RegularizeCallback', 'RegularizationCallback', 'KnowledgeDistillationCallback']
 
-# %% ../nbs/96_lightning.ipynb #208d66d1
-from contextlib import ExitStack
+# %% ../nbs/96_lightning.ipynb #bbe9d278
+from contextlib import ExitStack, nullcontext
 from torch import nn
-from .core.pace import Driver, Training, attach, first_two
+from .core.pace import Driver, Technique, Training, attach, first_two
 from .core.plan import carrying, receiving
 from .core.running import inputs_for
 from .distill.training import Distill
@@ -22,7 +22,7 @@ except ImportError:
     try: import pytorch_lightning as pl
     except ImportError as e: raise ImportError('fasterai.lightning needs Lightning 2: pip install "fasterai[lightning]"') from e
 
-# %% ../nbs/96_lightning.ipynb #887527c4
+# %% ../nbs/96_lightning.ipynb #796d7d2b
 def network_of(
     module, # A LightningModule
 )->nn.Module:
@@ -54,17 +54,39 @@ class TechniqueCallback(Driver, pl.Callback):
         if trainer.max_epochs==-1 and trainer.max_steps==-1: raise ValueError(f'{self.technique.called} needs to know how long training is: give the Trainer max_epochs or max_steps')
 
     def on_train_start(self, trainer, pl_module):
-        self.driver = attach(self.technique, self._training(trainer, pl_module), int(trainer.estimated_stepping_batches), trainer.global_step)
+        self.driver = attach(self.technique, self._training(trainer, pl_module), int(trainer.estimated_stepping_batches), trainer.global_step, adds=False)
+        self.module = pl_module
+        if type(self).more is not TechniqueCallback.more or type(self.technique).loss is not Technique.loss: self._watch(pl_module.training_step)
+
+    def _watch(self, step):
+        "Have `training_step` add to its loss"
+        def training_step(*args, **kwargs):
+            with self.watching() as seen: res = step(*args, **kwargs)
+            if res is None: return
+            loss = self.more(res['loss'] if isinstance(res, dict) else res, seen)
+            return res | dict(loss=loss) if isinstance(res, dict) else loss
+        self.module.training_step = training_step
+
+    def watching(self): "What is looked at in a `training_step`"; return nullcontext()
+    def more(self, loss, seen):
+        "The loss, and what the technique adds to it"
+        r = self.driver.loss()
+        return loss if r is None else loss+r.to(loss)
 
     def on_train_epoch_start(self, trainer, pl_module): self.technique.epoch(trainer.current_epoch)
     def on_train_epoch_end(self, trainer, pl_module):
         if self.technique.column: self.log(self.technique.column, float(self.technique.reached()))
 
     def on_train_end(self, trainer, pl_module): self._leave()
-    def on_exception(self, trainer, pl_module, exception): self._leave(False)
+    def on_exception(self, trainer, pl_module, exception):
+        self._leave(False)
+        self.stack.close()
+
     def _leave(self, ended=True):
-        if self.driver is not None: self.driver.close(ended)
-        self.driver = None
+        if self.driver is None: return
+        self.driver.close(ended)
+        vars(self.module).pop('training_step', None)
+        self.driver = self.module = None
 
     def teardown(self, trainer, pl_module, stage):
         if stage=='fit': self.stack.close()
@@ -72,7 +94,7 @@ class TechniqueCallback(Driver, pl.Callback):
     def state_dict(self): return self.technique.state_dict()
     def load_state_dict(self, state): self.technique.load_state_dict(state)
 
-# %% ../nbs/96_lightning.ipynb #f1297894
+# %% ../nbs/96_lightning.ipynb #64212ab8
 class SparsifyCallback(TechniqueCallback, technique=Sparsify): pass
 class KeepSparsity(TechniqueCallback, technique=Keep): pass
 class PruneCallback(TechniqueCallback, technique=Prune): pass
@@ -84,23 +106,15 @@ class KnowledgeDistillationCallback(TechniqueCallback, technique=Distill):
     "Add to the loss of `training_step` how far the network is from a `teacher`"
     def on_train_start(self, trainer, pl_module):
         super().on_train_start(trainer, pl_module)
-        self.module = pl_module
-        net,step,sample = network_of(pl_module),pl_module.training_step,first_two(trainer.train_dataloader)
+        net,sample = network_of(pl_module),first_two(trainer.train_dataloader)
         if sample is None and self.technique.distiller.given: raise ValueError('layers are compared, and the training data have no samples by number: a network cannot be run before training')
         self.technique.get_ready(*inputs_for(net, sample) if sample is not None else ())
-        def training_step(*args, **kwargs):
-            with self.technique.seen(net) as seen: res = step(*args, **kwargs)
-            if res is None: return
-            loss = res['loss'] if isinstance(res, dict) else res
-            pct = (self.driver.k+1)/self.driver.n
-            self.technique.compare_seen(pct, seen)
-            loss = self.technique.mixed(pct, loss)
-            return res | dict(loss=loss) if isinstance(res, dict) else loss
-        pl_module.training_step = training_step
+
+    def watching(self): return self.technique.seen(network_of(self.module))
+    def more(self, loss, seen):
+        pct = (self.driver.k+1)/self.driver.n
+        self.technique.compare_seen(pct, seen)
+        return self.technique.mixed(pct, loss)
 
     def on_train_epoch_end(self, trainer, pl_module):
         for o in self.technique.sums: self.log(o, self.technique.mean(o))
-
-    def _leave(self, ended=True):
-        if self.driver is not None: vars(self.module).pop('training_step', None)
-        super()._leave(ended)

@@ -6,7 +6,7 @@
 __all__ = ['TechniqueCallback', 'SparsifyCallback', 'KeepSparsity', 'PruneCallback', 'KMeansCallback', 'RegularizeCallback',
            'RegularizationCallback', 'DistillationTrainer', 'cut_like']
 
-# %% ../nbs/97_transformers.ipynb #7ad2afda
+# %% ../nbs/97_transformers.ipynb #f2b9c8ca
 import hashlib, math
 from pathlib import Path
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,7 @@ from .sparse.training import Keep, Sparsify
 try: from transformers import Trainer, TrainerCallback
 except ImportError as e: raise ImportError('fasterai.transformers needs transformers: pip install "fasterai[transformers]"') from e
 
-# %% ../nbs/97_transformers.ipynb #5749584c
+# %% ../nbs/97_transformers.ipynb #a999c5fb
 class TechniqueCallback(Driver, TrainerCallback):
     "Drives a `technique` through a training"
     driver = None
@@ -59,7 +59,7 @@ class TechniqueCallback(Driver, TrainerCallback):
         if self.driver is not None: self.driver.close()
         self.driver = None
 
-# %% ../nbs/97_transformers.ipynb #6619f6a9
+# %% ../nbs/97_transformers.ipynb #7dd37905
 class SparsifyCallback(TechniqueCallback, technique=Sparsify): pass
 class KeepSparsity(TechniqueCallback, technique=Keep): pass
 class PruneCallback(TechniqueCallback, technique=Prune): pass
@@ -67,7 +67,7 @@ class KMeansCallback(TechniqueCallback, technique=Share): pass
 class RegularizeCallback(TechniqueCallback, technique=Regularize): pass
 class RegularizationCallback(TechniqueCallback, technique=GroupRegularize): pass
 
-# %% ../nbs/97_transformers.ipynb #5ff821e2
+# %% ../nbs/97_transformers.ipynb #36469367
 class _Teach(TechniqueCallback):
     def __init__(self, technique): self.technique,self.asked = technique,''
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
@@ -95,12 +95,12 @@ class DistillationTrainer(Trainer):
         else:
             with technique.seen(self.model) as seen: loss,outputs = ask()
             pct = (driver.k+1)/driver.n
-            technique.compare_seen(pct, seen)
+            with self.accelerator.autocast(): technique.compare_seen(pct, seen)
             whole = num_items_in_batch is not None and self.model_accepts_loss_kwargs  # of all batches of a step
             loss = technique.mixed(pct, loss, 1/self.args.gradient_accumulation_steps if whole else 1.)
         return (loss,outputs) if return_outputs else loss
 
-# %% ../nbs/97_transformers.ipynb #165f36fd
+# %% ../nbs/97_transformers.ipynb #7f9da739
 def cut_like(
     model, # Fresh, of the original architecture; cut in place
     folder, # A checkpoint that a `PruneCallback` has written to

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['needed', 'Need', 'need', 'weight', 'first_weight', 'last_weight', 'gradient', 'activation', 'Known']
 
-# %% ../../nbs/core/20_needs.ipynb #83bba673
+# %% ../../nbs/core/20_needs.ipynb #1ffd176f
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from .registry import did_you_mean
 
-# %% ../../nbs/core/20_needs.ipynb #63a15f0a
+# %% ../../nbs/core/20_needs.ipynb #0d181fea
 @dataclass(frozen=True)
 class Need:
     "What may be known of a weight"
@@ -46,7 +46,7 @@ def need(
         return f
     return wrapped
 
-# %% ../../nbs/core/20_needs.ipynb #0fbc925e
+# %% ../../nbs/core/20_needs.ipynb #766057f9
 @need('w')
 def weight(w): "The weight"; return w
 @need('w0', at='start')
@@ -58,7 +58,7 @@ def gradient(grad): "The gradient of the loss"; return grad
 @need('act', then=torch.sqrt)
 def activation(x): "The l2 norm of what arrives at an input channel"; return x.square()
 
-# %% ../../nbs/core/20_needs.ipynb #fec8604d
+# %% ../../nbs/core/20_needs.ipynb #8e7e7c82
 class Known:
     "What is known of weights, by need and name of the parameter: what is `kept` as training goes on, and what data have told"
     def __init__(self, names:Iterable[str]): # What a criteria needs

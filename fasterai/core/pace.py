@@ -6,7 +6,7 @@
 __all__ = ['check_updates', 'check_schedule', 'Pace', 'two_of', 'first_two', 'Training', 'clear_state', 'Technique', 'within',
            'put', 'Driver', 'named_inputs', 'attach']
 
-# %% ../../nbs/core/18_pace.ipynb #b9f6aa64
+# %% ../../nbs/core/18_pace.ipynb #11a46817
 import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from .registry import did_you_mean
 from .running import inputs_of, map_parts, plain, tensors_of
 from .schedule import due, n_due, schedule_of
 
-# %% ../../nbs/core/18_pace.ipynb #ff857411
+# %% ../../nbs/core/18_pace.ipynb #8fcf5a48
 def check_updates(n_updates): # Most updates, or `None`
     "`ValueError` unless `n_updates` is a whole number, at least 1, or `None`"
     if n_updates is None or isinstance(n_updates, int) and not isinstance(n_updates, bool) and n_updates>0: return n_updates
@@ -78,7 +78,7 @@ class Pace:
         levels = {k.removeprefix('level.'):v.item() for k,v in state.items() if k.startswith('level.')}
         self.last,self.level = int(state['last']),levels.get('', levels) if levels else None
 
-# %% ../../nbs/core/18_pace.ipynb #4ffcf89c
+# %% ../../nbs/core/18_pace.ipynb #f8a4a1f5
 def two_of(
     xb, # Inputs of a batch: a tuple of tensors, or of what holds some; or a dict of keyword arguments
 ):
@@ -159,7 +159,7 @@ def within(state, prefix): # Tensors by name
 
 def put(prefix, state): "`state` with `prefix` before each name"; return {prefix+k:v for k,v in state.items()}
 
-# %% ../../nbs/core/18_pace.ipynb #23e2b1b7
+# %% ../../nbs/core/18_pace.ipynb #e2152620
 class Driver:
     "What an engine has for a technique, whose arguments it takes: `class SparsifyCallback(Driver, technique=Sparsify)`"
     def __init_subclass__(cls, technique=None):
@@ -173,7 +173,7 @@ class Driver:
 
 def _told(o): return str(getattr(o, '__name__', type(o).__name__ if isinstance(o, nn.Module) else o))
 
-# %% ../../nbs/core/18_pace.ipynb #fa3a0bab
+# %% ../../nbs/core/18_pace.ipynb #3841c88e
 def named_inputs(model, args, kwargs):
     "Inputs of a forward pass: a tuple of arguments, or a dict of keyword arguments"
     return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments) if kwargs else args
@@ -190,8 +190,9 @@ class attach:
         training:Training, # The model and its optimizer, and what else is known
         n:int, # Number of steps
         k:int=0, # How many have been made already: its state is loaded, and training goes on
+        adds:bool=True, # Are gradients of what it adds to the loss added to those that are there, at each step? Else the engine does so
     ):
-        self.technique,self.training,self.n,self.k,self.inputs = technique,training,n,k,()
+        self.technique,self.training,self.n,self.k,self.adds,self.inputs = technique,training,n,k,adds,()
         model,optimizer = training.model,training.optimizer
         technique.begin(replace(training, others=lambda: [o for o in _attached(optimizer) if o is not technique]))
         def see(m, args, kwargs):  # a function, which a copy of the model shares
@@ -211,11 +212,11 @@ class attach:
     def _ready(self):
         "Gradients are there"
         self.technique.batch(self.inputs)
-        if (more := self._loss()) is not None: more.backward()
+        if self.adds and (more := self.loss()) is not None: more.backward()
         self.technique.before_step()
 
     @torch.enable_grad()
-    def _loss(self): return self.technique.loss(self.k+1, self.n)
+    def loss(self): "What is added to the loss of the step that comes, or `None`"; return self.technique.loss(self.k+1, self.n)
 
     def _after(self, optimizer, args, kwargs):
         self.k += 1

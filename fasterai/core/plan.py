@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pruned_plan', 'remember_plan', 'plan_text', 'read_plan', 'as_bytes', 'as_text', 'cut_to', 'carrying', 'receiving']
 
-# %% ../../nbs/core/19_plan.ipynb #a277f326
+# %% ../../nbs/core/19_plan.ipynb #ccb67a17
 import json
 from contextlib import contextmanager
 import torch
@@ -13,7 +13,7 @@ from torch import nn, Tensor
 from .running import plain_model
 from .surgery import apply_plan, check_plan
 
-# %% ../../nbs/core/19_plan.ipynb #efa253af
+# %% ../../nbs/core/19_plan.ipynb #a1cd1235
 def pruned_plan(
     model:nn.Module, # Pruned or not
 ):
@@ -39,7 +39,7 @@ def remember_plan(
     "Let `model` know how it was cut, from the original on"
     model._pruned = _joined_plans(pruned_plan(model), {**plan, 'widths':widths})
 
-# %% ../../nbs/core/19_plan.ipynb #0225ca40
+# %% ../../nbs/core/19_plan.ipynb #7ec51a50
 def _ranges(idx):
     "Whole numbers in ascending order as text, `0-3,7`"
     runs = []
@@ -67,11 +67,11 @@ def read_plan(
     plan = json.loads(text)
     return plan | dict(kept={n:{int(d):_unranged(i) for d,i in o.items()} for n,o in plan['kept'].items()})
 
-# %% ../../nbs/core/19_plan.ipynb #3cc0bee5
+# %% ../../nbs/core/19_plan.ipynb #c711cd47
 def as_bytes(text:str)->Tensor: "A text as a tensor of its bytes"; return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 def as_text(t:Tensor)->str: "The text of `as_bytes`"; return bytes(t.cpu().numpy()).decode()
 
-# %% ../../nbs/core/19_plan.ipynb #e7b4522f
+# %% ../../nbs/core/19_plan.ipynb #38be2f92
 def cut_to(
     model:nn.Module, # Of the original architecture, cut in place; or cut in this way already
     plan:dict, # As from `pruned_plan`
@@ -85,7 +85,7 @@ def cut_to(
     model._pruned = plan
     return True
 
-# %% ../../nbs/core/19_plan.ipynb #0c2b942c
+# %% ../../nbs/core/19_plan.ipynb #f63fa27a
 _KEY = 'fasterai'
 
 @contextmanager

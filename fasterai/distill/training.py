@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['hold_params', 'let_params_go', 'Distill']
 
-# %% ../../nbs/distill/03_training.ipynb #fe9fc50a
+# %% ../../nbs/distill/03_training.ipynb #f552d143
 from contextlib import contextmanager
 from functools import partial
 import torch
@@ -14,7 +14,7 @@ from .distiller import Distiller
 from .losses import SoftTarget
 from ..legacy import old_distillation
 
-# %% ../../nbs/distill/03_training.ipynb #fda78729
+# %% ../../nbs/distill/03_training.ipynb #59c98ac6
 def _groups(optimizer):
     "Lists of parameters of an optimizer, of torch or fastai, that may be replaced"
     return [list(o) for o in optimizer.param_lists] if hasattr(optimizer, 'param_lists') else [o['params'] for o in optimizer.param_groups]
@@ -49,7 +49,7 @@ def let_params_go(optimizer, params, hook=None): # Hook that `hold_params` gave
     _set_groups(optimizer, [[p for p in ps if id(p) not in ours] for ps in _groups(optimizer)])
     return [_states(optimizer).pop(p, {}) for p in params]
 
-# %% ../../nbs/distill/03_training.ipynb #f9f2736f
+# %% ../../nbs/distill/03_training.ipynb #c082164d
 class Distill(Technique):
     "Add to the training loss how far the model is from a `teacher`"
     name,distiller,kd,ready,sums = 'distill',None,None,False,None

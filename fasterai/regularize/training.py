@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Regularize', 'GroupRegularize']
 
-# %% ../../nbs/regularize/02_training.ipynb #5c72cdf3
+# %% ../../nbs/regularize/02_training.ipynb #2f95999c
 import math
 from numbers import Real
 from torch import nn
@@ -14,7 +14,7 @@ from ..core.schedule import schedule_of
 from .penalties import Penalty
 from ..legacy import old_arguments
 
-# %% ../../nbs/regularize/02_training.ipynb #bbff0346
+# %% ../../nbs/regularize/02_training.ipynb #ab6bfb14
 class Regularize(Technique):
     "Add `weight` times a penalty on the weights to the training loss"
     name,column,penalty = 'regularize','penalty',None

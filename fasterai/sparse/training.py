@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANY', 'most_updates', 'Tickets', 'Sparsify', 'Keep']
 
-# %% ../../nbs/sparse/02_training.ipynb #41bf8ff9
+# %% ../../nbs/sparse/02_training.ipynb #fae1286b
 from pathlib import Path
 from torch import nn
 from safetensors.torch import save_model
@@ -29,7 +29,7 @@ def most_updates(
     "Most updates in a fit, by default"
     return n if counted or n_weights<=MANY else max(n_epoch, min(n//8, 200))
 
-# %% ../../nbs/sparse/02_training.ipynb #da96d45a
+# %% ../../nbs/sparse/02_training.ipynb #29d80684
 class Tickets:
     "What a network was early in training, to set back what is left of it (Frankle & Carbin, arXiv 1803.03635; from a later epoch: arXiv 1912.05671)"
     def __init__(self,
@@ -70,7 +70,7 @@ class Tickets:
             path.mkdir(parents=True, exist_ok=True)
             save_model(model, str(path/f'ticket_{sparsifier.reached():.2f}.safetensors'))
 
-# %% ../../nbs/sparse/02_training.ipynb #4c36a00c
+# %% ../../nbs/sparse/02_training.ipynb #11942d9e
 class Sparsify(Technique):
     "Zero weights while training: `schedule` says how many, a `Sparsifier` says which"
     name,column,holds,remembers = 'sparsify','sparsity','masks of weights',True
