@@ -14,7 +14,7 @@ from torch import nn,Tensor
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from .ops import Call,Watch
-from .running import calls_of,held,naming,tensors_of,call_with,check_shapes,example_inputs_for,untouched
+from .running import Where,calls_of,held,tensors_of,call_with,check_shapes,example_inputs_for,untouched
 
 # %% ../../nbs/core/13_flow.ipynb #7564f882
 @dataclass(eq=False)
@@ -57,7 +57,7 @@ class _Readers(Watch):
     def __init__(self, model):
         super().__init__()
         self.names = {id(p):n for it in (model.named_parameters(), model.named_buffers()) for n,p in it}
-        self.fixed,self.values,self.stack,self.steps = {},WeakTensorKeyDictionary(),[],[]
+        self.fixed,self.values,self.where,self.steps = {},WeakTensorKeyDictionary(),Where(model),[]
         self.model,self.visits,self.open = model,[],[]
         self.modules = {m:n for n,m in model.named_modules()}
         self.hooked = {m for m in self.modules if _hooked(m)}  # asked before we follow calls, by hooks too
@@ -72,7 +72,7 @@ class _Readers(Watch):
         return self.values[t]
 
     def see(self, func, spec, args, kwargs):
-        step = Step(func, spec, args, kwargs, self.read, self.stack[-1] if self.stack else '')
+        step = Step(func, spec, args, kwargs, self.read, self.where())
         out = func(*args, **kwargs)
         written = [t for o in (func._schema.arguments if spec.mutable else ()) if o.alias_info and o.alias_info.is_write for t in tree_leaves(step.a[o.name]) if isinstance(t, Tensor)]
         for t in written: self.write(t, step)
@@ -126,7 +126,7 @@ class Flow:
         self.example_inputs = example_inputs_for(model) if example_inputs is None else example_inputs
         tr = _Readers(model)
         with untouched(model):
-            with naming(model, tr.stack), tr.along(), tr: out = call_with(model, self.example_inputs)
+            with tr.along(), tr: out = call_with(model, self.example_inputs)
             if len(tr.values)>len(outs:=tensors_of(out)): gc.collect()
             ids = {id(o) for o in outs}
             for t,v in tr.values.items(): v.kept = v.kept or ('an output of the model' if id(t) in ids else 'kept by the model')

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from .ops import PRODUCTS,Call,Watch,channels,macs,recurrent_weights
-from .running import SLIPS,as_in_training,call_with,check_shapes,example_inputs_for,inputs_that_run,naming,plain_model,tensors_of,untouched
+from .running import SLIPS,Where,as_in_training,call_with,check_shapes,example_inputs_for,inputs_that_run,plain_model,tensors_of,untouched
 from .sizes import Telling
 
 # %% ../../nbs/core/08_graph.ipynb #cd7ac894
@@ -463,12 +463,12 @@ class _Trace(Watch, _Shared):
         _Shared.__init__(self, model)
         self.hollow,self.blanks = hollow,_Blanks()  # compute nothing that is only a question of shapes
         self.keys,self.writing = 0,False  # what is written into part of a tensor is read as that tensor
-        self.shadows,self.cache,self.stack,self.zeros,self.unread = WeakTensorKeyDictionary(),{},[],{},{}
+        self.shadows,self.cache,self.where,self.zeros,self.unread = WeakTensorKeyDictionary(),{},Where(model),{},{}
         self.telling = None  # knows where sizes in the model's code come from, where somebody asks for that
 
     def see(self, func, spec, args, kwargs):
         if self.hollow and spec.takes==[]: return func(*args, **kwargs)  # it makes a tensor of nothing
-        call = Call(func, spec, args, kwargs, self.shadow, self.stack[-1] if self.stack else '')
+        call = Call(func, spec, args, kwargs, self.shadow, self.where())
         call.out = self.compute(call, func, args, kwargs)
         asked = call.counts or type(call.out) in (int,float)
         if self.hollow and (asked or type(call.out) is bool): raise _Asked
@@ -519,7 +519,7 @@ class _Trace(Watch, _Shared):
 
     def hand_out(self, name, args):
         "A tensor leaves by door `name`: nobody sees what becomes of it"
-        where = f' in {self.stack[-1]}' if self.stack and self.stack[-1] else ''
+        where = f' in {place}' if (place := self.where()) else ''
         for o in args[:1]:
             for l in self.shadow(o).ids if isinstance(o, torch.Tensor) else (): self.pin(l, f'{name}{where} takes it out of sight')
 
@@ -549,7 +549,7 @@ class _Trace(Watch, _Shared):
         self.shadows[t],self.keys = shadow,self.keys+1
         shadow.key = self.keys
         if not (self.writing and t._is_view()) and t.is_floating_point():
-            self.unread[shadow.key] = (shadow.ids,self.stack[-1] if self.stack else '',weakref.ref(t))
+            self.unread[shadow.key] = (shadow.ids,self.where(),weakref.ref(t))
 
     def unexpanded(self, o, t):
         "_Shadow `o` of tensor `t` with size 1 where `t` is expanded: like any broadcast, it follows the size of what it meets"
@@ -1383,7 +1383,7 @@ class ChannelGraph:
 
     def _run(self, model, tr, inputs):
         "Trace a forward, and pin what leaves the model; the shapes of that"
-        with naming(model, tr.stack), tr, tr.telling: out = call_with(model, inputs)
+        with tr, tr.telling: out = call_with(model, inputs)
         for o in map(tr.shadow, tensors_of(out)):
             for l in o.ids: tr.pin(l, 'output of the model')
             tr.hold(o.par, 'output of the model')

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from .graph import ChannelGraph,_Trace,_shape_of_product,_varying,adds_slices,indexed,mask_of,places_of,spatial_dims,summed_by
 from .ops import PRODUCTS,plain_of,recurrent_weights,values
-from .running import SLIPS,_as_outside,drawing,naming,untouched
+from .running import SLIPS,_as_outside,drawing,untouched
 from .sizes import Telling
 
 # %% ../../nbs/core/09_liveness.ipynb #9f5263ab
@@ -588,7 +588,7 @@ def _run(model, tr, inputs):
         elif not _exact(o): tr.taint(o)
     tr.telling = Telling(tr)  # what follows a size does so here as well
     try:
-        with untouched(model, plain=False), naming(model, tr.stack), _as_outside(model), tr, tr.telling, drawing(): _call(model, inputs)
+        with untouched(model, plain=False), _as_outside(model), tr, tr.telling, drawing(): _call(model, inputs)
     except SLIPS as e: return f'{type(e).__name__}: {str(e).partition(chr(10))[0]}'  # any error may come of a nan
 
 def _one_way(model, graph):

@@ -7,7 +7,7 @@ __all__ = ['SLIPS', 'SOON', 'tensors_of', 'map_parts', 'plain', 'at_home', 'rand
            'own_numbers', 'held', 'restored', 'untouched', 'call_with', 'batches_of', 'inputs_of', 'readers_of',
            'Bystanders', 'without_readers', 'check_module', 'check_scripts', 'is_fake', 'innermost', 'plain_model',
            'followable', 'check_shapes', 'example_inputs_for', 'check_inputs', 'inputs_for', 'explained', 'check_runs',
-           'inputs_that_run', 'as_in_training', 'calls_of', 'naming', 'with_bar', 'staged']
+           'inputs_that_run', 'as_in_training', 'calls_of', 'Where', 'with_bar', 'staged']
 
 # %% ../../nbs/core/06_running.ipynb #97aac5d9
 import copy,math,random,sys
@@ -185,7 +185,7 @@ def _eager(model):
 def _all_digits(model):
     """Floats are multiplied with all their digits: by default, convolutions on a GPU take ten bits of each (TF32), and so does what the
     user has asked to be less precise. Only then is a switch needed, which all threads share"""
-    fewer = torch.get_float32_matmul_precision()!='highest' or any(p.is_cuda for p in model.parameters())
+    fewer = torch.get_float32_matmul_precision()!='highest' or torch.cuda.is_available() and any(p.is_cuda for p in model.parameters())
     return _with_all_digits() if fewer else nullcontext()
 
 def _told(ask, other):
@@ -321,7 +321,8 @@ def _is_torchs(o): return (getattr(o, '__module__', None) or '').split('.')[0]==
 def _functions_of(model):
     "Functions that code of `model` may call, but for PyTorch's: found by name, so not each of them"
     modules = list(model.modules())
-    own = [v for m in modules for k,v in vars(m).items() if k not in _OWN and callable(v)]
+    own = [v for m in modules if not _is_torchs(type(m)) for k,v in vars(m).items() if k not in _OWN and callable(v)]
+    own += [vars(m)['forward'] for m in modules if 'forward' in vars(m)]  # put there by somebody
     classes = frozenset(o for t in {type(m) for m in modules} for o in t.__mro__ if not _is_torchs(o))
     return [*_reached_from(classes), *_reached(own)] if own else _reached_from(classes)
 
@@ -933,13 +934,17 @@ def calls_of(
             if leave: hooks.callback(m.register_forward_hook(after, prepend=True, always_call=True).remove)
         yield
 
-@contextmanager
-def naming(model, stack):
-    "Keep the name of the module that is running on top of `stack`"
-    names = {m:n for n,m in model.named_modules()}
-    def enter(m, args): stack.append(names.get(m, stack[-1] if stack else ''))
-    def leave(m, args, out): stack.pop()
-    with calls_of(model, enter, leave): yield
+_CALL = nn.Module._call_impl.__code__
+
+class Where:
+    "The name of the module of `model` that runs in this thread, as the frames of its call tell; '' if none does"
+    def __init__(self, model): self.names = {m:n for n,m in model.named_modules()}
+    def __call__(self):
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code is _CALL and (name := self.names.get(frame.f_locals['self'])) is not None: return name
+            frame = frame.f_back
+        return ''
 
 # %% ../../nbs/core/06_running.ipynb #7b4c10d2
 def with_bar(

@@ -307,14 +307,14 @@ class Watching(_Plain):
     "Runs along with a model, on plain tensors, and notes the numbers that its code cuts and reshapes with"
     def __init__(self,
         model:nn.Module, # What runs
-        stack, # List with the name of the module that is running at its end
+        where, # Gives the name of the module that is running
     ):
         super().__init__(model)
-        self.stack,self.calls,self.numbers,self.now = stack,{},{},None
+        self.where,self.calls,self.numbers,self.now = where,{},{},None
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs,name = kwargs or {},getattr(func, '__name__', '')
         if name not in _PLACES or not args or not isinstance(args[0], Tensor): return self.read(func, name, types, args, kwargs)
-        where = self.stack[-1] if self.stack else ''
+        where = self.where()
         calls = self.calls.setdefault(where, [])
         self.begin(name, args, kwargs, where, len(calls))
         calls.append(name)
@@ -372,7 +372,7 @@ def _line():
 class Telling(Watching):
     "Runs along with a `trace` and has each number say where it comes from"
     def __init__(self, trace):
-        super().__init__(trace.modules[''], trace.stack)
+        super().__init__(trace.modules[''], trace.where)
         self.trace = trace
         self.differences = []
         self.sizings,self.equations,self.running,self.tried,self.line = [],[],False,None,''
@@ -458,7 +458,7 @@ class Telling(Watching):
         if a is None or b is None: return
         sure,ends = isinstance(given, Told),[*_leaves(a), *_leaves(b)]
         if not ends or not sure and not any(isinstance(o, Axis) for o in ends): return
-        where = self.stack[-1] if self.stack else ''
+        where = self.where()
         if not sure and is_layer(self.attributes.modules[where]): return  # its attributes follow its weight
         self.equations.append(Equation(a, b, sure, where, sizing.line if sizing else _line(), sizing))
 
@@ -475,13 +475,13 @@ class Telling(Watching):
         if not self.running or self.now is not None: return
         for axis in _leaves(n.source):
             for l in axis.labels if isinstance(axis, Axis) and axis.stop is None else ():
-                self.trace.end(l, f'{self.stack and self.stack[-1] or "the model"} ({_line()}), which computes with their number,')
+                self.trace.end(l, f'{self.where() or "the model"} ({_line()}), which computes with their number,')
 
     def differ(self, a, b):
         "The code goes another way as long as numbers `a` and `b` differ"
         a,b = _source_of(a),_source_of(b)
         if a is None or b is None or not any(isinstance(o, Axis) for o in (*_leaves(a),*_leaves(b))): return
-        self.differences.append(Equation(a, b, True, self.stack[-1] if self.stack else '', _line()))
+        self.differences.append(Equation(a, b, True, self.where(), _line()))
 
     def settle(self):
         "Have done with it: what is not known of an axis is not asked"

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from .brought import warn
 from .registry import did_you_mean
 from .graph import ChannelGraph
-from .running import SLIPS,tensors_of,call_with,held,naming,plain,untouched
+from .running import SLIPS,Where,tensors_of,call_with,held,plain,untouched
 from .ops import of_model
 from .sizes import Attr,Axis,Watching,evaluate,is_layer
 
@@ -417,9 +417,9 @@ def _trial(
     inputs, # To run it with
 ):
     "The `_Problem` of `new`, or `None`"
-    watch,error = Watching(new, []),None
+    watch,error = Watching(new, Where(new)),None
     try:
-        with untouched(new, plain=False), naming(new, watch.stack), watch: out = call_with(new, inputs)
+        with untouched(new, plain=False), watch: out = call_with(new, inputs)
     except SLIPS as e: error = e
     misread = _misread(graph, watch, left)
     if misread: return _Problem(f'{misread[0]} would take other channels', misread[0].where, error, tuple(misread))
