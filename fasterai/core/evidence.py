@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
 from .granularity import axes_of, has_axes
+from . import ranks
 from .running import batches_of, call_with, inputs_for, inputs_of, untouched
 
 # %% ../../nbs/core/14_evidence.ipynb #a3b0fb28
@@ -62,7 +63,10 @@ class ActNorms:
             s = x.square().sum([o for o in range(x.dim()) if o!=c])
             self.sums[p.name] = s if p.name not in self.sums else self.sums[p.name]+s
         return f
-    def norms(self): "The norms by name of the weight, shaped to broadcast over it; none for a layer that did not run"; return {p.name: _act_like(self.sums[p.name].sqrt(), p) for p in self.weights if p.name in self.sums}
+    def norms(self):
+        "The norms over the batches of all ranks by name of the weight, shaped to broadcast over it; none for a layer that did not run"
+        sums = ranks.summed_by_name(self.sums)
+        return {p.name: _act_like(sums[p.name].sqrt(), p) for p in self.weights if p.name in sums}
 
 def act_norms(
     model:nn.Module, # Left as it is
@@ -104,5 +108,6 @@ def evidence(
                 grads = g if grads is None else torch._foreach_add(grads, g)
             else: call_with(model, inputs_for(model, tuple(b[:-1] or b)))
     if not n: raise ValueError('data has no batch')
+    if grads: grads,n = [ranks.summed(g) for g in grads],int(ranks.summed(torch.tensor(n, device=grads[0].device)))
     res = dict(act=acts.norms()) if 'act' in asked else {}
     return res | (dict(grad={p.name:g/n for p,g in zip(weights, grads)}) if grads else {})

@@ -12,6 +12,7 @@ from torch import nn
 from fastai.callback.core import Callback
 from safetensors.torch import save_model
 from ..callback import ScheduledCallback, two_of
+from ..core import ranks
 from ..core.criteria import large_final, needs
 from ..core.evidence import act_norms, check_trained
 from ..core.schedule import one_cycle
@@ -104,7 +105,7 @@ class SparsifyCallback(ScheduledCallback):
         self.whole.load_state_dict(self.saved)
         self.sparsifier.apply_masks()
         self.opt.clear_state()
-        if self.save_tickets:
+        if self.save_tickets and ranks.writes():
             path = Path(self.path/self.model_dir if self.save_tickets is True else self.save_tickets)
             path.mkdir(parents=True, exist_ok=True)
             save_model(self.whole, str(path/f'ticket_{self.sparsifier.reached():.2f}.safetensors'))
