@@ -26,6 +26,8 @@ from ..core.liveness import spare_last
 from ..core.evidence import check_trained,evidence
 from ..core.selection import Scores,n_of,rounded_gone
 from ..core.pool import select
+from ..core.brought import check_held
+from ..core.ranks import is_sharded
 from ..core.surgery import _mend,_told_by_weight,copy_of,kept_by,legal
 from ..legacy import old_function
 from ..prune.pruner import Pruner,check_ratio,group_scores
@@ -422,7 +424,9 @@ def sensitivity(
     given = {k:v for k,v in dict(granularity=granularity, criteria=criteria, layer_type=layer_type, example_inputs=example_inputs, data=data, loss_func=loss_func).items() if v is not None}
     for o in given:
         if o not in inspect.signature(make).parameters: raise ValueError(f'{o} has no meaning for kind {kind!r}')
-    how = make(plain_model(model), levels, **given)
+    model = plain_model(model)
+    check_held((n,p) for n,p in model.named_parameters() if is_sharded(p))
+    how = make(model, levels, **given)
     res = Sensitivity(how, f'{kind} {how.said} {_checksum(how.model)}', higher_is_better)
     res.inputs = None if example_inputs is None else inputs_that_run(how.model, example_inputs)
     _go_on(res, resume)

@@ -191,7 +191,7 @@ def rank_over(
             key = key.masked_fill_(gone, ends.min) if first else key.masked_fill_(~gone, ends.max)
             if o in safe: key.masked_fill_(_places(o, torch.arange(i, j, device=key.device), 0)==safe[o], ends.max)
             yield key
-    if first and protect:
+    if first and protect and len(sources)>1:  # the last of the highest stays of one anyway
         best = {o: _best(o, keys) for o in sources}
         safe.update(best)
     t,take,ties = _kth(sources, keys, k, ends.bits)

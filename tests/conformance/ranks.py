@@ -65,18 +65,22 @@ def train(m, c):
 
 def agree(c, expected):
     "'' if this rank has the same bits as one process, else what is wrong"
-    try: found = train(spread_out(net(c), c), c)
-    except Exception as e: return ''.join(traceback.format_exception(e)[-2:])
+    found = train(spread_out(net(c), c), c)
     for k,(xs,ys) in enumerate(zip(found, expected)):
         for i,(x,y) in enumerate(zip(xs, ys)):
             if not torch.equal(x, y): return f'update {k}, tensor {i}: {int((x!=y).sum())} of {x.numel()} differ'
     return ''
 
+def tried(f, c, expected):
+    "What `f` says is wrong, or the error that it raised"
+    try: return f(c, expected)
+    except Exception as e: return ''.join(traceback.format_exception(e)[-3:])
+
 def work(rank, world, folder, cs, f=agree):
     torch.set_num_threads(1)
     warnings.simplefilter('ignore')
     dist.init_process_group('gloo', store=dist.FileStore(f'{folder}/store{world}', world), rank=rank, world_size=world, timeout=timedelta(seconds=30))
-    try: torch.save([f(c, e) for c,e in cs], f'{folder}/found{world}_{rank}.pt')
+    try: torch.save([tried(f, c, e) for c,e in cs], f'{folder}/found{world}_{rank}.pt')
     finally: dist.destroy_process_group()
 
 def one(c):
