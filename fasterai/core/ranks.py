@@ -58,6 +58,7 @@ class Slice:
     def n(self): "How many entries are here"; return math.prod(self.shape)
     def places(self, i): # Places in the flattened part [k]
         "The places in the flattened whole of entries `i`"
+        if self.shape[1:]==self.whole[1:]: return i+(self.first[0]*math.prod(self.whole[1:]) if self.first else 0)  # one after the other
         res,step = torch.zeros_like(i),1
         for size,n,first in zip(reversed(self.whole), reversed(self.shape), reversed(self.first)):
             res += (i%n+first)*step
