@@ -446,8 +446,10 @@ def test_distributed_tensors(process_group):
     model = net()
     before = model[0].weight.detach().clone()
     model[3].weight = nn.Parameter(distribute_tensor(model[3].weight.detach(), init_device_mesh('cpu', (1,))))
-    with pytest.raises(ValueError, match='3.weight is a DTensor, of which other processes hold parts'): Sparsifier(model)
+    with pytest.raises(ValueError, match='3.weight is a DTensor, of which other processes hold parts'): Sparsifier(model, context='lamp')
     assert torch.equal(model[0].weight, before)
+    Sparsifier(model).sparsify_model(50)
+    assert (model[3].weight.full_tensor()==0).sum()==model[3].weight.numel()//2
 
 # --- what cannot be zeroed is said
 

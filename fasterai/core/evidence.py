@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
 from .criteria import needs
+from . import ranks
 from .needs import Known, needed
 from .granularity import axes_of, has_axes
 from .running import SLIPS, as_in_training, batches_of, call_with, inputs_for, inputs_of, tensors_of, untouched
@@ -71,9 +72,10 @@ class Arrivals:
                 self.sums[o,p.name] = s if (o,p.name) not in self.sums else self.sums[o,p.name]+s
         return f
     def found(self)->dict:
-        "By need and name of the weight, shaped to broadcast over it; nothing for a layer that did not run"
+        "By need and name of the weight, over the batches of all ranks, shaped to broadcast over it; nothing for a layer that did not run"
+        sums = ranks.summed_by_name(self.sums) if self.asked else {}
         def done(o, s): return needed[o].then(s) if needed[o].then else s
-        return {o: {p.name: _act_like(done(o, self.sums[o,p.name]), p) for p in self.weights if (o,p.name) in self.sums} for o in self.asked}
+        return {o: {p.name: _act_like(done(o, sums[o,p.name]), p) for p in self.weights if (o,p.name) in sums} for o in self.asked}
 
 def arrived(
     asked, # Needs that are made of inputs
@@ -174,12 +176,13 @@ def found_now(
     model:nn.Module, # Left as it is
     inputs, # Of the batch that was trained with
     before=None, # What was found earlier, for layers that do not run with this batch
+    average:bool=False, # Are gradients those of this rank alone?
 )->dict:
     "What a training step tells of `weights`, by need and name: of inputs, and of gradients, which are zero for a layer that had no part in it"
     known = Known(needs(criteria))
     xs,grads = known.of('x'),known.of('grad')
     res = _over(nothing_of(xs, weights), arrived(xs, model, inputs, weights, {o: (before or {}).get(o, {}) for o in xs})) if xs else {}
-    held = {p.name:p.w.grad for p in weights if p.w.grad is not None} if grads else {}
+    held = {p.name:ranks.averaged(p.w.grad) if average else p.w.grad for p in weights if p.w.grad is not None} if grads else {}
     return _over(res, _over(nothing_of(grads, weights), {o: {n:needed[o].f(g) for n,g in held.items()} for o in grads})) if held else res
 
 # %% ../../nbs/core/14_evidence.ipynb #5f9a2556
@@ -231,6 +234,7 @@ def evidence(
                         sums[o,name] = sums[o,name]+new if (o,name) in sums else new
             else: call_with(model, inputs_for(model, _inputs(b)))
     if not n: raise ValueError('data has no batch')
+    if of_grad: sums,n = ranks.summed_by_name(sums),int(ranks.summed(torch.tensor(n, device=weights[0].w.device)))
     res = seen.found() | {o: {p.name:sums[o,p.name]/n for p in weights if (o,p.name) in sums} for o in of_grad}
     check_got(res, weights)
     return res

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['needed', 'Need', 'need', 'weight', 'first_weight', 'last_weight', 'gradient', 'activation', 'Known']
 
-# %% ../../nbs/core/20_needs.ipynb #1ffd176f
+# %% ../../nbs/core/20_needs.ipynb #775402a1
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 import torch
 from torch import Tensor
+from . import ranks
 from .registry import did_you_mean
 
 # %% ../../nbs/core/20_needs.ipynb #0d181fea
@@ -58,12 +59,12 @@ def gradient(grad): "The gradient of the loss"; return grad
 @need('act', then=torch.sqrt)
 def activation(x): "The l2 norm of what arrives at an input channel"; return x.square()
 
-# %% ../../nbs/core/20_needs.ipynb #8e7e7c82
+# %% ../../nbs/core/20_needs.ipynb #bb17ac22
 class Known:
     "What is known of weights, by need and name of the parameter: what is `kept` as training goes on, and what data have told"
     def __init__(self, names:Iterable[str]): # What a criteria needs
         self.needs = tuple(names)
-        self.kept,self.found = {},{}
+        self.kept,self.found,self.averages = {},{},False  # are gradients averaged over ranks when they are looked at?
 
     def of(self, *kinds): "Those needs that are made of one of `kinds`: 'w', 'grad', 'x'"; return tuple(o for o in self.needs if needed[o].of in kinds)
     @property
@@ -83,7 +84,7 @@ class Known:
         for o in changing:
             new = {n: needed[o].f(w.detach()) for n,w in params}
             alike = [n for n,x in new.items() if self.kept[o][n].shape==x.shape]
-            if alike: torch._foreach_copy_([self.kept[o][n] for n in alike], [new[n] for n in alike])
+            if alike: torch._foreach_copy_([ranks.here(self.kept[o][n]) for n in alike], [ranks.here(new[n]) for n in alike])
             for n in new.keys()-alike: self.kept[o][n] = new[n].clone()
 
     def find(self, need, name, w): # Name of a need, name of a parameter, the parameter
@@ -92,7 +93,8 @@ class Known:
         if n.at: return self.kept.get(need, {}).get(name)
         if n.of=='w': return n.f(w)
         x = self.found.get(need, {}).get(name)
-        return n.f(w.grad) if x is None and n.of=='grad' and w.grad is not None else x
+        if x is not None or n.of!='grad' or w.grad is None: return x
+        return n.f(ranks.averaged(w.grad) if self.averages else w.grad)
 
     def tensors(self): "All that is kept"; return [x for d in self.kept.values() for x in d.values()]
     def give(self, found): # By need and name of the parameter

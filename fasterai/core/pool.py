@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from .context import shares
 from .selection import Source, n_of, rank, rounded_gone
-from . import streaming
+from . import ranks, streaming
 
 # %% ../../nbs/core/17_pool.ipynb #f3bf18c4
 def in_kernels(*tensors): # Tensors of a model
@@ -49,6 +49,9 @@ def _select(groups, all_, first, protect):
     "Have the blocks of `groups` go, or return; `all_` are these and those that stay as they are, among which kernels rank them, so that they look at the same in each step"
     some = [o for o in groups if not _all_or_none(*o)]
     if not some: return
+    if any(o.shard for sources,_,_ in some for o in sources):
+        for sources,_,k in some: ranks.rank_over(sources, k, first, protect, any(o.wide for o in sources))
+        return
     if in_kernels(*[o.keep for sources,_,_ in all_ for o in sources]):
         from fasterai.core import kernels
         if kernels.rank([(sources,k) for sources,_,k in all_], first, protect):

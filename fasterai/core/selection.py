@@ -47,6 +47,7 @@ class Source:
     safe = None  # position of a block that must stay
     left = None  # how many are kept, where that is known
     wide = False  # are scores of 64 bits?
+    shard = None  # which part of the blocks is here, if other processes hold others: `keep` is of these
     absolute = 0  # if scores are the absolute values of something that is there, bytes of an element of that
     def __init__(self, keep): self.keep,self.n = keep,len(keep)
     def scores(self, i, j, step=1): # First block, end, every how many

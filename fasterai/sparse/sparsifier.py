@@ -21,9 +21,10 @@ from ..core.running import at_home, check_scripts, inputs_that_run, plain_model
 from ..core.brought import check_finite, check_scores, computed, falls_short, made_of, much_less, plain_name, rounds_up, still, told
 from ..core.brought import unfit, warn
 from ..core.criteria import criteria_of, criterias, large_final, reducers
-from ..core.context import context_of, local
+from ..core.context import context_needs, context_of, local
 from ..core.selection import Scores, Source, check_percent, n_of, rounded_gone
 from ..core.pool import Pool, in_kernels, select_each
+from ..core import ranks
 from ..core.graph import ChannelGraph, layer_of
 from ..core.evidence import Weight, _wide, check_trained, evidence, nothing_of, weight_of
 from ..legacy import OldLevelPruner, old_prune, old_sparsifier
@@ -35,6 +36,7 @@ _ints = {1:torch.int8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
 def zero_(w:Tensor, keep:Tensor): # Weight, int8 mask that broadcasts over it: -1 keeps, 0 zeroes
     "Zero `w` in place where `keep` is 0"
     w = w.detach()
+    if shard := ranks.shard_of(w): w,keep = ranks.here(w),shard.of(keep) if keep.shape!=shard.shape else keep
     if w.device.type!='cpu':
         byte = w.is_floating_point() and w.element_size()==1  # which nothing else can fill there
         return (w.view(torch.uint8) if byte else w).masked_fill_(keep==0, 0)
@@ -85,17 +87,20 @@ class Layer:
     left = None # How many blocks are kept, where that is known
     def __init__(self, name, parts, criteria):
         w,b = parts[0].w,parts[0].blocks
-        self.keep,self.n = torch.full((b.n,), -1, dtype=torch.int8, device=w.device),b.n
-        self.name,self.parts,self.criteria,self.shapes = name,parts,criteria,[p.w.shape for p in parts]
+        self.n,self.name,self.parts,self.criteria,self.shapes = b.n,name,parts,criteria,[p.w.shape for p in parts]
         self.about,self.masked,self._masks,self._whole = Known(criteria.needs),False,None,None
         self._dense,self._run_of,self.version = {},{},0
         self.needs = criteria.needs
         self.alone = criteria.pointwise and all(needed[o].of!='x' for o in self.needs)  # whose shape is that of the weight
         self.streams = len(parts)==1 and b.in_order and self.alone and criteria.keeps_one
         self.trusted = self.needs==('w',) and criteria.f in criterias.values()
+        self.spread_out = [ranks.is_sharded(p.w) for p in parts]
+        self.shard = ranks.shard_of(w) if self.streams else None  # of others, each rank scores whole weights, one layer at a time
+        self.keep = torch.full((self.shard.n if self.shard else b.n,), -1, dtype=torch.int8, device=w.device)
+        self.agrees = criteria.pointwise or criteria.f in criterias.values() and criteria.f is not criterias['random']  # is a score the same on each rank?
 
     @property
-    def gone(self): "How many blocks are gone"; return self.n-int(self.keep.count_nonzero())
+    def gone(self): "How many blocks are gone"; return self.n-int(ranks.total(self.keep.count_nonzero(), self.shard))
 
     def known(self, i): # Which part
         "What the criteria asks for, by name"
@@ -103,7 +108,7 @@ class Layer:
         found = {o: self.about.find(o, p.name, p.w) for o in self.needs}
         for o,x in found.items():
             if x is None: raise ValueError(f'criteria {self.criteria.__name__!r} needs {o!r}, and {p.name} has none: {self._remedy(o)}')
-        return {o:x.detach() for o,x in found.items()}
+        return {o: (ranks.here if self.shard else ranks.whole)(x.detach()) for o,x in found.items()}
 
     def _remedy(self, need):
         "What to do about what is missing"
@@ -119,6 +124,7 @@ class Layer:
         elif self.partial and self.trusted: res = Later(self.keep, self.scored)
         else: res = Scores(self.scored(checked), self.keep)
         res.left = self.left
+        if self.shard: res.shard,res.n = self.shard,self.n
         return res
 
     def _score(self, i, checked=False): # Which part
@@ -127,6 +133,7 @@ class Layer:
         if not self.criteria.pointwise: known = {o:x.clone() for o,x in known.items()}  # a user's function may write to what it gets
         s = self.criteria.f(**known)
         s = s if s.is_floating_point() else s.float()
+        if not self.agrees: s = ranks.agreed(s)
         if checked: check_scores(s, s.numel(), self.criteria, self.parts[i].name)
         return s
 
@@ -177,7 +184,7 @@ class Layer:
     @property
     def masks(self):
         "Masks of the parts, which broadcast over their weights; none before something was masked"
-        if self._masks is None and self.masked: self._masks = [p.blocks.mask(self.keep) for p in self.parts]
+        if self._masks is None and self.masked: self._masks = [self.keep.view(self.shard.shape)] if self.shard else [p.blocks.mask(self.keep) for p in self.parts]
         return self._masks or []
 
     def renew_masks(self):
@@ -230,7 +237,9 @@ class Layer:
 
     def follow(self):
         "Move with the weight, if it was moved; `ValueError` if it was cut"
-        for p,shape in zip(self.parts, self.shapes):
+        for p,shape,spread_out in zip(self.parts, self.shapes, self.spread_out):
+            if ranks.is_sharded(p.w)!=spread_out:
+                raise ValueError(f'{p.name} was {"" if spread_out else "not "}shared out over ranks when its masks were made, and is {"not " if spread_out else ""}now: call `model.reshard()`, or make a new Sparsifier')
             if p.w.shape!=shape:
                 raise ValueError(f'{p.name} has the shape {tuple(p.w.shape)}, and had {tuple(shape)} when its masks were made: sparsify what is left with a new Sparsifier')
         dev = self.parts[0].w.device
@@ -262,7 +271,7 @@ def _weights(m):
 
 def _part(names, mod, attr, make, axes=''):
     w = getattr(mod, attr)
-    if why := unfit(w): raise ValueError(f'{names[id(w)]} {why}')
+    if not (ranks.is_sharded(w) and w.is_floating_point()) and (why := unfit(w)): raise ValueError(f'{names[id(w)]} {why}')
     return Part(mod, attr, names[id(w)], axes, make(w))
 
 def _types(layer_type):
@@ -670,7 +679,7 @@ def _check_criteria(o):
     """Call the criteria of a layer once on copies, so that one that fails, or that gives something else than a score for each weight, does so before
     anything is changed"""
     p,f = o.parts[0],o.criteria
-    w = _wide(p.w.detach())
+    w = _wide(ranks.whole(p.w.detach()))
     known = {k: needed[k].f(w).clone() if needed[k].of=='w' else torch.ones_like(w) for k in o.needs}
     versions = {k: x._version for k,x in known.items()}
     s = f.f(**known)
@@ -723,10 +732,25 @@ class Sparsifier:
         self.n_weights = sum(p.w.numel() for o in self.layers for p in o.parts)
         self.about = Known(self.criteria.needs)
         for o in self.layers: o.about = self.about
+        self._check_ranks(model)
         self.remember()
         if out: self._tell_computed(out)
 
-    def _check_finite(self): check_finite([(p.name,p.w) for p in parts_of(self.layers)], 'weights like these cannot be ranked')
+    def _check_ranks(self, model):
+        "`ValueError` for what needs more of a weight than a rank has; what averages gradients over ranks is known here"
+        sharded = next((p.name for o in self.layers for p,there in zip(o.parts, o.spread_out) if there), None)
+        self.about.averages = sharded is None and not ranks.averages(model)
+        if sharded is None: return
+        why = f'{sharded} is a DTensor, of which other processes hold parts'
+        if self._coupled or self.granularity=='head': raise ValueError(f'{why}, and filters or heads that go together are followed through whole weights: sparsify before the model is sharded')
+        if self.data is not None: raise ValueError(f'{why}, so gradients come from a training step, not from `data`: update after the backward pass')
+        if not any(o.shard for o in self.layers): return
+        if 'scores' in context_needs(self.context): raise ValueError(f'{why}, and the context {self.context.__name__} looks at all scores at once: take local, global, erk or uniform_plus')
+        if self.round_to: raise ValueError(f'{why}, and round_to looks at all scores at once: leave it out, or sparsify before the model is sharded')
+
+    def _check_finite(self):
+        ranks.check_finite([(p.name,p.w) for p in parts_of(self.layers) if ranks.is_sharded(p.w)], 'weights like these cannot be ranked')
+        check_finite([(p.name,p.w) for p in parts_of(self.layers) if not ranks.is_sharded(p.w)], 'weights like these cannot be ranked')
 
     def _tell_computed(self, out): warn(told(out))
 
@@ -835,6 +859,7 @@ class Sparsifier:
     def sparsify_below(self, threshold): # Number that scores of blocks are compared with
         "Zero the blocks that score below `threshold`, as a penalty has left them, but not the best of a layer, and return the model"
         if not isinstance(threshold, Real) or math.isnan(threshold): raise ValueError(f'a threshold is a number, not {threshold!r}')
+        if any(o.shard for o in self.layers): raise ValueError('sparsify_below looks at all scores at once, and other processes hold parts of the weights: sparsify by a percentage, or before the model is sharded')
         self._check_finite()
         self._learn(self.layers)
         def below(name, scores): return int(((scores<threshold) | (self._by_name[name].keep==0)).sum())
@@ -999,7 +1024,8 @@ class Sparsifier:
             res = {}
             for o in self.layers:
                 masks = o.masks or [torch.ones((), device=p.w.device) for p in o.parts]
-                res |= {p.name: (m!=0).expand(p.w.shape).contiguous() for p,m in zip(o.parts, masks)}
+                cut = o.shard and bool(o.masks)
+                res |= {p.name: ranks.like(m!=0, p.w) if cut else (m!=0).expand(p.w.shape).contiguous() for p,m in zip(o.parts, masks)}
             return res | {n: o.mask!=0 for n,o in (self._sides or {}).items() if o.mask is not None}
 
     def reached(self):
@@ -1039,7 +1065,7 @@ class Sparsifier:
         "Zeros of each layer, as a DataFrame"
         import pandas as pd
         def row(o, p): return dict(layer=o.name if len(o.parts)==1 else p.name.removesuffix('.weight'), type=type(p.mod).__name__,
-            shape=tuple(p.w.shape), weights=p.w.numel(), zeros=int((p.w==0).sum()))
+            shape=tuple(p.w.shape), weights=p.w.numel(), zeros=int(ranks.total((ranks.here(p.w.detach())==0).sum(), ranks.shard_of(p.w))))
         df = pd.DataFrame([row(o, p) for o in self.layers for p in o.parts])
         df['sparsity'] = 100*df.zeros/df.weights
         return df
@@ -1073,8 +1099,10 @@ def hold_zeros(model:nn.Module, example_inputs=None): # Model, inputs that run i
     filters = []
     for o in sp.layers:
         p = o.parts[0]
-        o.keep.copy_((p.w.detach()!=0).flatten()).neg_()
+        w = p.w.detach()
+        o.keep.copy_(((ranks.here if o.shard else ranks.whole)(w)!=0).flatten()).neg_()
         o.renew_masks()
+        if o.shard: continue  # what goes with whole filters is followed in whole models
         f = Layer(o.name, [Part(p.mod, p.attr, p.name, p.axes, blocks('filter', p.w.shape, p.axes))], sp.criteria)
         f.keep = f.parts[0].blocks.fold(p.w.detach()!=0).any(1).to(torch.int8).neg_()
         if (f.keep==0).any(): filters.append(f)

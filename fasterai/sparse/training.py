@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MANY', 'most_updates', 'Tickets', 'Sparsify', 'Keep']
 
-# %% ../../nbs/sparse/02_training.ipynb #fae1286b
+# %% ../../nbs/sparse/02_training.ipynb #70c3cfd3
 from pathlib import Path
 from torch import nn
 from safetensors.torch import save_model
 from ..core.criteria import large_final
 from ..core.evidence import check_seen, check_trained, found_now
+from ..core import ranks
 from ..core.pace import Pace, Technique, check_schedule, check_updates, clear_state, put, two_of, within
 from ..core.running import followable
 from ..core.schedule import one_cycle, schedule_of
@@ -29,7 +30,7 @@ def most_updates(
     "Most updates in a fit, by default"
     return n if counted or n_weights<=MANY else max(n_epoch, min(n//8, 200))
 
-# %% ../../nbs/sparse/02_training.ipynb #29d80684
+# %% ../../nbs/sparse/02_training.ipynb #8a231e17
 class Tickets:
     "What a network was early in training, to set back what is left of it (Frankle & Carbin, arXiv 1803.03635; from a later epoch: arXiv 1912.05671)"
     def __init__(self,
@@ -65,12 +66,12 @@ class Tickets:
         sparsifier.apply_masks()
         if optimizer is None: return
         clear_state(optimizer)
-        if self.folder and folder is not None:
+        if self.folder and folder is not None and ranks.writes():
             path = Path(folder if self.folder is True else self.folder)
             path.mkdir(parents=True, exist_ok=True)
             save_model(model, str(path/f'ticket_{sparsifier.reached():.2f}.safetensors'))
 
-# %% ../../nbs/sparse/02_training.ipynb #11942d9e
+# %% ../../nbs/sparse/02_training.ipynb #e1f7fd10
 class Sparsify(Technique):
     "Zero weights while training: `schedule` says how many, a `Sparsifier` says which"
     name,column,holds,remembers = 'sparsify','sparsity','masks of weights',True
@@ -150,7 +151,7 @@ class Sparsify(Technique):
         if level is None: return self.sparsifier.apply_masks()
         before = self.reached() if self.tickets.rounds else 0
         about = self.sparsifier.about
-        if about.from_data: about.give(found_now(self.sparsifier.criteria, parts_of(self.sparsifier.layers), self._whole, inputs, about.found))
+        if about.from_data: about.give(found_now(self.sparsifier.criteria, parts_of(self.sparsifier.layers), self._whole, inputs, about.found, about.averages))
         self.sparsifier.update(level)
         if self.tickets.rounds and self.reached()>before: 
             self.tickets.rewind(self._whole, self.sparsifier, self.training.optimizer, self.training.folder)

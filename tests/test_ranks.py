@@ -1,0 +1,125 @@
+"Several processes hold the masks of one: gloo on the CPU, tiny networks, one group of processes for each number of them"
+import pytest, torch
+import torch.distributed as dist
+from torch import nn
+from conformance import ranks as conformance
+from fasterai.core.selection import Scores, rank
+from fasterai.core.ranks import rank_over
+from fasterai.quantize.weight_sharing import KMeansQuantizer
+from fasterai.sparse.sparsifier import Sparsifier, hold_zeros
+
+net,spread_out,whole = conformance.net,conformance.spread_out,conformance.whole
+
+def config(how, seed=0, **kwargs):
+    return dict(seed=seed, how=how, world=2, granularity='weight', context='global', criteria='large_final', dtype=torch.float32, ties=False, levels=[50]) | kwargs
+
+def linears(m, *args, **kwargs): return Sparsifier(m, *args, layer_type=nn.Linear, **kwargs)
+def same_everywhere(xs):
+    "Are these tensors of rank 0 those of each rank?"
+    for x in map(whole, xs):
+        x = x.detach().to(torch.float32)
+        other = x.clone()
+        dist.broadcast(other, 0)
+        if not torch.equal(x, other): return False
+    return True
+
+def refused(words, f, *args, **kwargs):
+    try: f(*args, **kwargs)
+    except ValueError as e: return words in str(e)
+    return False
+
+def own_batches(c):
+    "Batches that differ between ranks"
+    gen,n = torch.Generator().manual_seed(dist.get_rank()),next(net(c).parameters()).shape[1]
+    return [(torch.randn(4, n, generator=gen), torch.randint(2, (4,), generator=gen)) for _ in range(1+dist.get_rank())]
+
+def by_data(c):
+    "Masks from data of its own on each rank are the same on all, by name without `module.`"
+    for criteria in ('wanda','taylor','random',conformance.drawn):
+        for granularity in ('weight','column'):
+            m = spread_out(net(c), c)
+            sp = linears(m, granularity, criteria=criteria, data=own_batches(c))
+            torch.manual_seed(dist.get_rank())
+            sp.sparsify_model({'module.0':50, '2':25})
+            if not same_everywhere(sp.masks.values()) or any(n.startswith('module.') for n in sp.masks): return f'{criteria} {granularity}'
+    return ''
+
+def in_a_loop(c):
+    "A plain loop in which each rank has gradients of its own"
+    m = net(c)
+    (x,y),*_ = own_batches(c)
+    nn.functional.cross_entropy(m(x), y).backward()
+    sp = linears(m, criteria='taylor')
+    sp.update(50)
+    return '' if same_everywhere(sp.masks.values()) else 'taylor'
+
+def on_rank_0(c):
+    "Nobody is waited for where weights alone tell"
+    if dist.get_rank()==0:
+        for criteria in ('large_final','movement'): linears(net(c), 'filter', criteria=criteria, example_inputs=own_batches(c)[0][0]).sparsify_model(50)
+    return ''
+
+def trained(c):
+    "Zeros hold in a model that is sharded and trained, and masks are held by `hold_zeros`"
+    m = spread_out(net(c), c)
+    sp,opt = linears(m, context='global'),torch.optim.AdamW(m.parameters(), lr=.1, weight_decay=.1)
+    for level in (30, 60, 60):
+        (x,y),*_ = own_batches(c)
+        nn.functional.cross_entropy(m(x), y).backward()
+        opt.step()
+        opt.zero_grad()
+        sp.update(level)
+    zeros = [whole(p.detach())==0 for p in m.parameters()]
+    if sum(int(z.sum()) for z in zeros)!=sum(z.numel() for z in zeros)*60//100: return f'{sp.reached()} percent are gone'
+    held = hold_zeros(m)
+    (x,y),*_ = own_batches(c)
+    nn.functional.cross_entropy(m(x), y).backward()
+    opt.step()
+    held.apply_masks()
+    return '' if all(torch.equal(whole(p.detach())==0, z) for p,z in zip(m.parameters(), zeros)) else 'zeros moved'
+
+def not_here(c):
+    "What needs all of a weight says so on each rank"
+    m = spread_out(net(c), c)
+    with torch.no_grad(): before = [whole(p).clone() for p in m.parameters()]
+    for words,kwargs in (('lamp',dict(context='lamp')), ('round_to',dict(round_to=4)), ('data',dict(criteria='taylor', data=own_batches(c)))):
+        if not refused(words, linears, m, **kwargs): return words
+    if not refused('all scores at once', linears(m).sparsify_below, .1): return 'below'
+    if not refused('DTensor', KMeansQuantizer(2).share, m): return 'share'
+    if not all(torch.equal(whole(p.detach()), b) for p,b in zip(m.parameters(), before)): return 'changed'
+    with torch.no_grad():
+        if dist.get_rank()==1: m[0].weight.to_local().fill_(float('nan'))
+    return '' if refused('nan or infinite', linears, m) else 'nan'
+
+def k_means(c):
+    "Shared values are the same on each rank"
+    m = net(c)
+    KMeansQuantizer(2).share(m)
+    return '' if same_everywhere(m.parameters()) else 'values differ'
+
+def cases(c, expected): return globals()[c['case']](c) if c['case'] else conformance.agree(c, expected)
+def first(c): return None if c['case'] else conformance.one(c)
+
+CASES = [config(how, case=case) for case,hows in dict(by_data=['ddp'], in_a_loop=['ddp'], on_rank_0=['ddp'], k_means=['ddp'], trained=['fsdp'], not_here=['fsdp']).items() for how in hows]
+SEEDS = [conformance.config(i) | dict(case='') for i in range(16)]
+ALL = [c | dict(seed=100+i) for i,c in enumerate(CASES)]+SEEDS
+
+@pytest.fixture(scope='module')
+def found(): return conformance.compare(ALL, cases, first)
+
+@pytest.mark.parametrize('c', ALL, ids=lambda c: c['case'] or f"{c['seed']}-{c['how']}-{c['world']}-{c['granularity']}")
+def test_several_processes(found, c): assert found[c['seed']]==''
+
+@pytest.mark.parametrize('first', [True, False])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_counted_as_ranked(first, dtype):
+    "Infinite scores, equal ones and a best that is protected"
+    gen = torch.Generator().manual_seed(0)
+    for k in (1, 33, 150, 297):
+        values = [torch.randint(-3, 4, (n,), generator=gen).to(dtype)/2 for n in (100, 200)]
+        values[0][::7],values[1][3::11] = float('inf'),float('nan')
+        keep = [-(torch.rand(len(v), generator=gen)<.7).to(torch.int8) for v in values]
+        one,other = [[Scores(v, m.clone()) for v,m in zip(values, keep)] for _ in range(2)]
+        rank(one, k, first, first)
+        rank_over(other, k, first, first, dtype==torch.float64)
+        assert all(torch.equal(a.keep, b.keep) for a,b in zip(one, other))
