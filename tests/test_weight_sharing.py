@@ -241,7 +241,7 @@ def test_parts_of_sums_do_not_depend_on_threads():
     finally: torch.set_num_threads(n)
     assert all(torch.equal(a, b) for a,b in zip(*sums))
 
-@pytest.mark.parametrize('cb,says', [(lambda: PruneCallback(50), 'PruneCallback changes the shapes'), (lambda: SparsifyCallback(50, schedule='dsd'), 'falls')])
+@pytest.mark.parametrize('cb,says', [(lambda: PruneCallback(50), 'whose shapes PruneCallback changes'), (lambda: SparsifyCallback(50, schedule='dsd'), 'falls')])
 def test_what_cannot_be_with_clusters_is_refused(cb, says):
     learn = learner()
     before = state(learn.model)
