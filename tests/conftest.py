@@ -1,5 +1,5 @@
 """Hypothesis repeats itself from run to run; `pytest --hypothesis-profile=hunt` looks further. `pytest --device cuda` puts models and data on a GPU, `--device pretend` on a device that needs no hardware"""
-import os, re
+import os
 import torch
 if not torch.cuda.is_available(): os.environ['TRITON_INTERPRET'] = '1'  # before anybody imports Triton, whose interpreter runs the kernels there
 from hypothesis import HealthCheck, settings
@@ -8,10 +8,6 @@ quiet = dict(deadline=None, database=None, suppress_health_check=list(HealthChec
 settings.register_profile('same', derandomize=True, max_examples=60, **quiet)
 settings.register_profile('hunt', max_examples=1000, print_blob=True, **quiet)
 settings.load_profile('same')
-
-def pytest_collection_modifyitems(items):
-    "The name of a test has no address of a function, which is another one in each process"
-    for o in items: o._nodeid = re.sub(r' at 0x[0-9a-f]+', '', o._nodeid)
 
 def pytest_addoption(parser): parser.addoption('--device', default='cpu', help='where tensors and layers are made that do not say where')
 

@@ -19,7 +19,7 @@ from fasterai.report.all import report
 from fasterai.sparse.all import *
 from fasterai.sparse.sparsifier import Rows
 import fasterai.sparse.sparsifier as module
-from tiny import Net, X, convs, fit, learner, net, same, state, warnings_are, zeros
+from tiny import Net, X, convs, fit, learner, net, same, state, warnings_are, zeros, told
 
 x = X[:2]
 def filters(model): return [int((m.weight==0).flatten(1).all(1).sum()) for m in convs(model)]
@@ -364,7 +364,7 @@ def second_moment(w):
     return (w.flatten(1)@w.flatten(1).T).diagonal()[:,None,None,None].expand_as(w)
 
 @pytest.mark.parametrize('how', [dict(granularity='weight', context='global'), dict(granularity='filter'), dict(granularity='filter', coupled=True), dict(granularity='2:4'), dict(granularity='filter', criteria=second_moment),
-    dict(granularity='kernel', criteria='movement'), dict(granularity='filter', criteria='taylor', data=True), dict(granularity='kernel', criteria='wanda', data=True)], ids=str)
+    dict(granularity='kernel', criteria='movement'), dict(granularity='filter', criteria='taylor', data=True), dict(granularity='kernel', criteria='wanda', data=True)], ids=told)
 @pytest.mark.parametrize('around', ['inference','no_grad','autocast','device_context','default_device'])
 @pytest.mark.parametrize('train', [False,True])
 def test_switches(around, how, train):

@@ -4,6 +4,7 @@ What was asked for is counted in the weights themselves; and nothing stays on th
 import copy
 from functools import cache, partial
 import pytest, torch
+from tiny import told
 from torch import nn
 from torchvision.models import resnet18
 from fastai.callback.mixup import MixUp
@@ -93,7 +94,7 @@ def fitted(kind, *cbs, **kwargs):
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('how', [dict(), dict(granularity='filter'), dict(context='global', criteria=taylor), dict(criteria='wanda'),
     dict(criteria=movement, schedule=agp), dict(lth=True, schedule=iterative),
-    dict(granularity='filter', lth=True, rewind_epoch=1, schedule=Schedule(sched_agp, start_pct=.5))], ids=str)
+    dict(granularity='filter', lth=True, rewind_epoch=1, schedule=Schedule(sched_agp, start_pct=.5))], ids=told)
 def test_sparsify(kind, how):
     learn = fitted(kind, SparsifyCallback(50, layer_type=OF[kind], **how), n=1+how.get('rewind_epoch', 0))
     dead = lambda m: ((m.weight==0).flatten(1).all(1) if how.get('granularity')=='filter' else m.weight==0)
@@ -136,7 +137,7 @@ def test_coupled_on_a_residual_network():
 # --- channels
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('how', [dict(), dict(criteria='taylor', context='global'), dict(criteria='wanda', round_to=4)], ids=str)
+@pytest.mark.parametrize('how', [dict(), dict(criteria='taylor', context='global'), dict(criteria='wanda', round_to=4)], ids=told)
 def test_prune(kind, how):
     "Half of the channels go, the optimizer trains what is left, and the answers keep their shape"
     learn = learner(kind)
@@ -175,7 +176,7 @@ LOGITS = [SoftTarget, 'Logits', 'Mutual', DecoupledKD, 'NormalizedDecoupledKD', 
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('how', [dict(), dict(loss=LOGITS), dict(loss=[SoftTarget,FitNet], maps=True, alpha=.5),
-                                 dict(loss='Similarity', maps=True, schedule=lin), dict(cache=100)], ids=str)
+                                 dict(loss='Similarity', maps=True, schedule=lin), dict(cache=100)], ids=told)
 def test_teacher(kind, how):
     "A learner of the same kind as the teacher, which stays as it is; a column for each loss"
     how = dict(how)

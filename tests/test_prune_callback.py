@@ -16,7 +16,7 @@ from fasterai.prune.all import *
 from fasterai.prune.pruner import pruned_plan
 from fasterai.sparse.all import KeepSparsity, SparsifyCallback
 from reference import exact
-from tiny import At, DATA, X, Y, convs, fit, learner, net, raises, same, state
+from tiny import At, DATA, X, Y, convs, fit, learner, net, raises, same, state, told
 
 def widths(model): return [m.out_channels for m in convs(model)]
 def hooks(model): return [n for n,m in model.named_modules() for o in ('_forward_hooks','_forward_pre_hooks','_backward_hooks','_forward_hooks_always_called','_state_dict_hooks') if getattr(m, o, None)]
@@ -57,7 +57,7 @@ def half(learn, n=2, cbs=(), cb=None, **kwargs):
 
 # --- how many, when
 
-@pytest.mark.parametrize('schedule', [o for o in schedules.values() if str(o)!='dsd'], ids=str)
+@pytest.mark.parametrize('schedule', [o for o in schedules.values() if str(o)!='dsd'], ids=told)
 @pytest.mark.parametrize('n_updates', [1,3,10,200])
 def test_counts_at_every_step(schedule, n_updates):
     "After step k of n the percentage is that of the schedule at the last step that was due, of the original widths; after the last, the target"
@@ -74,7 +74,7 @@ def test_start_pct_is_obeyed():
     fit(learn, 3, [PruneCallback(50, Schedule(sched_lin, .5), n_updates=200), w := Watch()])
     assert w.seen[:6]==[[20,30]]*6 and w.seen[6][1]<30 and w.seen[-1]==[10,15]
 
-@pytest.mark.parametrize('context', ['local','global','erk','uniform_plus','lamp',lambda sizes, sparsity: {o:exact(n, sparsity) for o,n in sizes.items()}], ids=str)
+@pytest.mark.parametrize('context', ['local','global','erk','uniform_plus','lamp',lambda sizes, sparsity: {o:exact(n, sparsity) for o,n in sizes.items()}], ids=told)
 @pytest.mark.parametrize('ratio', [10,33.3,90,100])
 def test_contexts(context, ratio):
     "Exactly so many of all channels, and a layer keeps one"
@@ -84,7 +84,7 @@ def test_contexts(context, ratio):
     assert widths(learn.model)==[max(o, 1) for o in ns] if ns else sum(widths(learn.model))==max(50-exact(50, ratio), 2)
     for a,b in zip(w.seen, w.seen[1:]): assert all(x>=y for x,y in zip(a, b))
 
-@pytest.mark.parametrize('criteria', sorted(criterias)+[lambda w, w0, w_prev, grad: (w-w0).abs()+(w-w_prev).abs()+grad.abs(), Criteria('large_final', reducer='l2')], ids=str)
+@pytest.mark.parametrize('criteria', sorted(criterias)+[lambda w, w0, w_prev, grad: (w-w0).abs()+(w-w_prev).abs()+grad.abs(), Criteria('large_final', reducer='l2')], ids=told)
 @pytest.mark.parametrize('context', ['local','global'])
 def test_criteria(criteria, context):
     learn = learner(Tied())
@@ -206,7 +206,7 @@ def test_frozen_layers():
 
 # --- other callbacks
 
-@pytest.mark.parametrize('kwargs', [dict(), dict(monitor='pruned', comp=np.greater), dict(every_epoch=True), dict(at_end=True), dict(with_opt=True)], ids=str)
+@pytest.mark.parametrize('kwargs', [dict(), dict(monitor='pruned', comp=np.greater), dict(every_epoch=True), dict(at_end=True), dict(with_opt=True)], ids=told)
 def test_save_model(kwargs, tmp_path):
     "The epoch that is loaded in the end is one with the final shapes, also where the loss was lowest before"
     learn = learner(path=tmp_path)
@@ -369,7 +369,7 @@ def test_copies_in_mid_fit():
     half(learner(), cbs=[At('after_step', lambda o: copies.append((state(o.model), copy.deepcopy(o.model), pickle.loads(pickle.dumps(o.model)))))])
     for s,a,b in copies: assert same(s, state(a)) and same(s, state(b))
 
-@pytest.mark.parametrize('kwargs,epochs', [(dict(n=8), 1), (dict(bs=64), 1), (dict(bs=64), 3)], ids=str)
+@pytest.mark.parametrize('kwargs,epochs', [(dict(n=8), 1), (dict(bs=64), 1), (dict(bs=64), 3)], ids=told)
 @pytest.mark.parametrize('schedule', ['agp','one_cycle','one_shot','iterative'])
 def test_short_fits(kwargs, epochs, schedule): half(learner(**kwargs), epochs, cb=PruneCallback(50, schedule))
 
@@ -411,7 +411,7 @@ def test_refused_at_the_door(args, said):
     with pytest.raises(ValueError, match='n_updates'): PruneCallback(30, n_updates=0)
 
 @pytest.mark.parametrize('kwargs,said', [(dict(pruning_ratio={'1000':30}),"no layer '1000'"), (dict(pruning_ratio={'8':30}),'output of the model'), (dict(ignored_layers='9'),"no layer '9'"), (dict(round_to=0),'at least 1'),
-    (dict(round_to=64),'the largest has 8'), (dict(layer_type=nn.LSTM),'no channel'), (dict(pruning_ratio={'0':30}, context='global'),'local')], ids=str)
+    (dict(round_to=64),'the largest has 8'), (dict(layer_type=nn.LSTM),'no channel'), (dict(pruning_ratio={'0':30}, context='global'),'local')], ids=told)
 def test_refused_before_training(kwargs, said):
     learn = learner()
     was = state(learn.model)
@@ -434,7 +434,7 @@ def test_activations_that_nobody_sees():
 
 # --- data for criteria, at once
 
-@pytest.mark.parametrize('criteria', ['taylor','wanda',lambda act, w: w.abs()+act, lambda w, grad, act: (w*grad*act).abs()], ids=str)
+@pytest.mark.parametrize('criteria', ['taylor','wanda',lambda act, w: w.abs()+act, lambda w, grad, act: (w*grad*act).abs()], ids=told)
 @pytest.mark.parametrize('data', [(X,Y),[(X[:24],Y[:24]),(X[24:],Y[24:])],torch.utils.data.DataLoader(DATA, batch_size=16)], ids=lambda o: type(o).__name__)
 def test_pruner_with_data(criteria, data):
     "Scores are those of the criteria on gradients and activations of all data, as a hand-made sum says"

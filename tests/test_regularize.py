@@ -15,7 +15,7 @@ from fasterai.prune.pruner import Pruner
 from fasterai.regularize.all import *
 from fasterai.regularize.penalties import penalties
 from fasterai.sparse.all import *
-from tiny import At, Count, convs, fit, learner, net, raises, same, state, zeros
+from tiny import At, Count, convs, fit, learner, net, raises, same, state, zeros, told
 
 LAYERS = nn.Conv1d(4,6,3), nn.Conv2d(4,6,3), nn.Conv3d(4,6,2), nn.ConvTranspose2d(4,6,3), nn.Linear(4,6), nn.Conv2d(4,6,3,groups=2)
 
@@ -96,7 +96,7 @@ def test_with_sparsify_and_one_schedule(first):
     fit(learn, 4, [*(cbs if first else cbs[::-1]), At('after_loss', lambda o: seen.append(cbs[1].technique.weight_at(cbs[1].progress[0]/cbs[1].progress[1])), order=99)])
     assert zeros(learn.model)==[108,288] and seen[:3]==[0,0,0] and seen[-1]==.1 and seen==sorted(seen)
 
-@pytest.mark.parametrize('order', list(itertools.permutations(range(3))), ids=str)
+@pytest.mark.parametrize('order', list(itertools.permutations(range(3))), ids=told)
 def test_all_three_and_one_schedule(order):
     "Sparsify, distill and regularize in one fit, in any order, with one schedule object: the same weights come out, and each does what it does alone"
     from fasterai.distill.all import KnowledgeDistillationCallback
@@ -138,7 +138,7 @@ def test_filters_go_losslessly():
     assert torch.allclose(model(x), small(x), atol=1e-6)
 
 @pytest.mark.parametrize('kw,says', [(dict(criteria='group_laso'), 'group_lasso'), (dict(granularity='filtr'), 'filter'), (dict(criteria='movement'), 'w0'), (dict(layer_types=nn.LSTM), 'Conv2d'), (dict(layer_types='Conv2d'), 'Conv2d'),
-    (dict(criteria='random'), 'depend'), (dict(criteria=lambda w: w.detach().abs()), 'depend'), (dict(granularity='i', criteria='slimming'), 'no granularity')], ids=str)
+    (dict(criteria='random'), 'depend'), (dict(criteria=lambda w: w.detach().abs()), 'depend'), (dict(granularity='i', criteria='slimming'), 'no granularity')], ids=told)
 def test_wrong_arguments(kw, says):
     "They are refused before anything is trained"
     learn = learner()

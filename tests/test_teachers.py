@@ -13,7 +13,7 @@ from fasterai.core.all import *
 from fasterai.distill.all import *
 from fasterai.distill.distiller import meant, place_of
 from fasterai.distill.losses import check_meaning, meaning_in, meaning_of
-from tiny import At, Items, OptimWrapper, X, Y, fit, learner, net, raises, same, state
+from tiny import At, Items, OptimWrapper, X, Y, fit, learner, net, raises, same, state, told
 from test_fits import TINY, column, data, set_seed
 import test_fits
 from fastai.text.all import AWD_LSTM, awd_lstm_clas_config, awd_lstm_lm_config, language_model_learner, text_classifier_learner
@@ -37,7 +37,7 @@ def language_model(seed=0, **kw):
 
 @pytest.mark.parametrize('make', [classifier, language_model])
 @pytest.mark.parametrize('bare', [False,True])
-@pytest.mark.parametrize('wider', [dict(), dict(emb_sz=10, n_hid=20), dict(n_layers=3)], ids=str)
+@pytest.mark.parametrize('wider', [dict(), dict(emb_sz=10, n_hid=20), dict(n_layers=3)], ids=told)
 def test_text_learners(make, bare, wider):
     "The teacher's logits are compared, whatever its width and depth, and its feature maps"
     teacher = make(1, **wider)
@@ -151,7 +151,7 @@ def test_places():
 
 PAIRS = dict(loss=[SoftTarget,FitNet], activations_student='2', activations_teacher='2')
 
-@pytest.mark.parametrize('second', [PAIRS, dict(), dict(loss=Attention, activations_student=['2','5'], activations_teacher=['5','2']), dict(loss=['SoftTarget','SoftTarget'])], ids=str)
+@pytest.mark.parametrize('second', [PAIRS, dict(), dict(loss=Attention, activations_student=['2','5'], activations_teacher=['5','2']), dict(loss=['SoftTarget','SoftTarget'])], ids=told)
 def test_two_teachers(second):
     "Each has columns of its own, and adapters, which are trained with both and taken off again"
     learn = learner()
@@ -169,7 +169,7 @@ def test_two_teachers(second):
     assert untouched_by(learn) and held(learn)==n and not any(m._forward_hooks for o in (a,b) for m in o.distiller.teacher.modules())
 
 @pytest.mark.parametrize('event', 'before_batch after_pred after_loss before_backward before_step after_step after_train before_validate'.split())
-@pytest.mark.parametrize('kept', [(),(0,),(1,),(0,1)], ids=str)
+@pytest.mark.parametrize('kept', [(),(0,),(1,),(0,1)], ids=told)
 def test_two_teachers_interrupted(event, kept):
     "Given to the fit or kept by the learner: nothing of them stays, and the next fit works"
     learn = learner()
@@ -226,7 +226,7 @@ REAL = torch.randn(48, 4, generator=torch.Generator().manual_seed(4))
 
 def labelled(y): return Items(zip(X, y))
 
-@pytest.mark.parametrize('loss', SOFTMAX, ids=str)
+@pytest.mark.parametrize('loss', SOFTMAX, ids=told)
 @pytest.mark.parametrize('task,y,fits', [(nn.BCEWithLogitsLoss(), MULTI, 'MLD'), (BCEWithLogitsLossFlat(), MULTI, 'MLD'), (F.binary_cross_entropy_with_logits, MULTI, 'MLD'),
     (partial(F.binary_cross_entropy_with_logits, reduction='mean'), MULTI, 'MLD'), (nn.MultiLabelSoftMarginLoss(), MULTI, 'MLD'),
     (MSELossFlat(), REAL, 'Logits'), (nn.MSELoss(), REAL, 'Logits'), (L1LossFlat(), REAL, 'Logits'), (F.smooth_l1_loss, REAL, 'Logits'), (nn.HuberLoss(), REAL, 'Logits'),
@@ -252,7 +252,7 @@ def test_one_output_is_no_class(task, y):
     for o in (Logits, MLD): fit(learn, 1, KnowledgeDistillationCallback(one(wide()), o))
 
 @pytest.mark.parametrize('task', [nn.CrossEntropyLoss(), CrossEntropyLossFlat(), FocalLossFlat(), LabelSmoothingCrossEntropy(), F.cross_entropy, lambda p,y: F.cross_entropy(p, y)], ids=['ce','flat','focal','smooth','functional','own'])
-@pytest.mark.parametrize('cbs', [(), (MixUp,), (CutMix,)], ids=str)
+@pytest.mark.parametrize('cbs', [(), (MixUp,), (CutMix,)], ids=told)
 def test_classes_stay_allowed(task, cbs):
     if cbs and not hasattr(task, 'y_int'): task = CrossEntropyLossFlat()  # what MixUp asks for
     fit(learner(loss_func=task), 1, [KnowledgeDistillationCallback(wide()), *(o() for o in cbs)])

@@ -16,7 +16,7 @@ from fasterai.distill.all import Attention, KnowledgeDistillationCallback
 from fasterai.prune.all import PruneCallback
 from fasterai.regularize.all import RegularizationCallback
 from fasterai.sparse.all import KeepSparsity, Sparsifier, SparsifyCallback
-from tiny import At, Count, FAKE_GPU, fit, learner, net, raises, same, state
+from tiny import At, Count, FAKE_GPU, fit, learner, net, raises, same, state, told
 
 def partition(w): "Number of the cluster of each element"; return w.detach().unique(return_inverse=True)[1]
 def weights(model): return [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
@@ -57,7 +57,7 @@ def test_optimizers(opt, per_channel):
     assert all(not torch.equal(before[k], v) for k,v in state(model).items() if k.endswith('weight'))
 
 @pytest.mark.parametrize('cbs', [[], [KeepSparsity], [GradientClip], [partial(GradientAccumulation, 16)], [partial(OnCPU, amp_mode='bf16')], [partial(OnCPU, amp_mode='fp16')], [lambda: KnowledgeDistillationCallback(net(1))],
-    [KeepSparsity, lambda: KnowledgeDistillationCallback(net(1), activations_student='3', activations_teacher='3', loss=Attention)], [lambda: RegularizationCallback('filter', 1e-2)]], ids=str)
+    [KeepSparsity, lambda: KnowledgeDistillationCallback(net(1), activations_student='3', activations_teacher='3', loss=Attention)], [lambda: RegularizationCallback('filter', 1e-2)]], ids=told)
 def test_beside_other_callbacks(cbs):
     learn = learner(half_zero())
     fit(learn, 2, [KMeansCallback(3), w := Watch(), *(o() for o in cbs)])

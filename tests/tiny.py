@@ -1,5 +1,5 @@
 "A tiny network, tiny data and a quiet Learner, for tests of callbacks"
-import warnings
+import re, warnings
 from contextlib import contextmanager
 import torch
 from torch import nn
@@ -13,6 +13,8 @@ from fastai.optimizer import *
 
 g = torch.Generator().manual_seed(0)
 X,Y = torch.randn(48, 3, 6, 6, generator=g),torch.randint(0, 4, (48,), generator=g)
+def told(o): "Name of what a test gets, without addresses, which are others in each process"; return re.sub(r' at 0x[0-9a-f]+', '', str(o))
+
 class Items(list):
     "A list that can be exported"
     def new_empty(self): return Items()
