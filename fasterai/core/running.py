@@ -281,11 +281,17 @@ class OwnNumbers(TorchDispatchMode):
         return new(*args, **kwargs | dict(generator=generator))
 
     def without_generator(self, func, args, kwargs, given, device):
-        "The result of `func`, which takes no generator: dropout by its formula, and the rest with the state of its device put back"
+        "The result of `func`, which takes no generator: dropout by its formula, `rand_like` by `rand`, and the rest with the state of its device put back"
         if func.overloadpacket is torch.ops.aten.native_dropout and func._overloadname=='default':
             x,p = given['input'],given['p']
             kept = torch.empty_like(x).bernoulli_(1-p, generator=self.generator(device)).bool()
             return (x*kept/(1-p) if p<1 else torch.zeros_like(x)),kept
+        name = func.overloadpacket.__name__
+        if name in ('rand_like','randn_like','randint_like'):
+            x = given['self']
+            bounds = [given[k] for k in ('low','high') if k in given]
+            how = dict(dtype=given.get('dtype') or x.dtype, device=device, generator=self.generator(device))
+            return torch.empty_like(x, dtype=how['dtype']).copy_(getattr(torch, name.removesuffix('_like'))(*bounds, tuple(x.shape), **how))
         if device.type=='cpu': return func(*args, **kwargs)
         module = torch.get_device_module(device)
         was = module.get_rng_state(device)
