@@ -120,7 +120,7 @@ class TechniqueCallback(Driver, Callback):
 
     def _training(self):
         folder = None if rank_distrib() else self.path/self.model_dir
-        return Training(self.model, self.opt, self.n_epoch, self.sample, folder, self._others)
+        return Training(self.model, self.opt, max(self.n_epoch, 1), self.sample, folder, self._others)
 
     def _others(self): return [o.technique for o in self.learn.cbs if isinstance(o, TechniqueCallback) and o is not self]
 
@@ -189,7 +189,7 @@ class TechniqueCallback(Driver, Callback):
 
     def __getstate__(self): return {k:v for k,v in super().__getstate__().items() if k not in ('ready','busy')}
 
-# %% ../nbs/98_callback.ipynb #1d37a33d
+# %% ../nbs/98_callback.ipynb #40dc8ed8
 def _states(learn):
     "By name, the states of techniques at work, or of the last fit's, if it ended early"
     busy = {o.key: o.technique.state_dict() for o in learn.cbs if isinstance(o, TechniqueCallback) and o.busy}

@@ -6,9 +6,10 @@
 __all__ = ['TechniqueCallback', 'SparsifyCallback', 'KeepSparsity', 'PruneCallback', 'KMeansCallback', 'RegularizeCallback',
            'RegularizationCallback', 'DistillationTrainer', 'cut_like']
 
-# %% ../nbs/97_transformers.ipynb #f2b9c8ca
+# %% ../nbs/97_transformers.ipynb #bae1bdd7
 import hashlib, math
 from pathlib import Path
+from torch import nn
 from safetensors.torch import load_file, save_file
 from .core.brought import warn
 from .core.pace import Driver, Training, attach, first_two
@@ -22,7 +23,7 @@ from .sparse.training import Keep, Sparsify
 try: from transformers import Trainer, TrainerCallback
 except ImportError as e: raise ImportError('fasterai.transformers needs transformers: pip install "fasterai[transformers]"') from e
 
-# %% ../nbs/97_transformers.ipynb #a999c5fb
+# %% ../nbs/97_transformers.ipynb #f6b58c61
 class TechniqueCallback(Driver, TrainerCallback):
     "Drives a `technique` through a training"
     driver = None
@@ -41,7 +42,14 @@ class TechniqueCallback(Driver, TrainerCallback):
             found = first_two(train_dataloader)
             return {k:v for k,v in found.items() if 'label' not in k} if isinstance(found, dict) else found
         training = Training(model, getattr(optimizer, 'optimizer', optimizer), math.ceil(args.num_train_epochs), sample, args.output_dir if args.should_save else None)
-        self.driver = attach(self.technique, training, state.max_steps, state.global_step)
+        if self.driver is not None: self.driver.close(False)  # the last training was interrupted
+        if args.load_best_model_at_end and (self.technique.holds or self.technique.resizes):
+            warn(f'load_best_model_at_end may bring back an earlier model, which is not yet what {self.technique.called} makes of it: leave it out, or save where the schedule has ended')
+        self.driver = attach(self.technique, training, state.max_steps, state.global_step, adds=not self.technique.is_loss)
+        self.driver.active = False
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs): self.driver.active = True
+    def on_optimizer_step(self, args, state, control, **kwargs): self.driver.active = False
 
     def on_epoch_begin(self, args, state, control, **kwargs): self.technique.epoch(int(state.epoch))
 
@@ -59,7 +67,7 @@ class TechniqueCallback(Driver, TrainerCallback):
         if self.driver is not None: self.driver.close()
         self.driver = None
 
-# %% ../nbs/97_transformers.ipynb #7dd37905
+# %% ../nbs/97_transformers.ipynb #6619f6a9
 class SparsifyCallback(TechniqueCallback, technique=Sparsify): pass
 class KeepSparsity(TechniqueCallback, technique=Keep): pass
 class PruneCallback(TechniqueCallback, technique=Prune): pass
@@ -67,7 +75,7 @@ class KMeansCallback(TechniqueCallback, technique=Share): pass
 class RegularizeCallback(TechniqueCallback, technique=Regularize): pass
 class RegularizationCallback(TechniqueCallback, technique=GroupRegularize): pass
 
-# %% ../nbs/97_transformers.ipynb #36469367
+# %% ../nbs/97_transformers.ipynb #ddbe37fb
 class _Teach(TechniqueCallback):
     def __init__(self, technique): self.technique,self.asked = technique,''
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
@@ -84,6 +92,7 @@ class DistillationTrainer(Trainer):
         distill:Distill, # The teacher, and how it is compared
         **kwargs, # Of a `Trainer`
     ):
+        if not isinstance(distill, Distill): raise TypeError(f'distill is a technique, Distill(teacher), not {type(distill).__name__}')
         super().__init__(*args, **kwargs)
         self.distill = _Teach(distill)
         self.add_callback(self.distill)
@@ -100,12 +109,13 @@ class DistillationTrainer(Trainer):
             loss = technique.mixed(pct, loss, 1/self.args.gradient_accumulation_steps if whole else 1.)
         return (loss,outputs) if return_outputs else loss
 
-# %% ../nbs/97_transformers.ipynb #7f9da739
+# %% ../nbs/97_transformers.ipynb #eb621111
 def cut_like(
     model, # Fresh, of the original architecture; cut in place
     folder, # A checkpoint that a `PruneCallback` has written to
 ):
     "Cut `model` as the network in the checkpoint was, for `resume_from_checkpoint` to load its weights, and return it"
+    if not isinstance(model, nn.Module): raise TypeError(f'cut_like(model, folder) takes the model first, not {type(model).__name__}')
     found = sorted(Path(folder).glob(f'fasterai-{Prune.name}-*.safetensors'))
     if not found: raise ValueError(f'no PruneCallback has written to {folder}')
     cut_to(model, read_plan(as_text(load_file(found[0])['pruner.plan'])))

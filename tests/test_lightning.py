@@ -185,7 +185,7 @@ def teacher():
 def distilled(technique, net, epochs=4):
     "The same with plain PyTorch"
     opt = torch.optim.AdamW(net.parameters(), lr=1e-2)
-    with attach(technique, Training(net, opt, epochs), 5*epochs) as steps:
+    with attach(technique, Training(net, opt, epochs), 5*epochs, adds=False) as steps:
         torch.manual_seed(7)
         technique.get_ready(X[:2])
         for i in range(epochs):
@@ -222,3 +222,57 @@ def test_teacher_resumed(tmp_path):
     trainer(tmp_path, callbacks=[cb(), save], enable_checkpointing=True).fit(whole, data())
     trainer(tmp_path, callbacks=cb()).fit(again, data(), ckpt_path=tmp_path/'c'/'epoch=1.ckpt', weights_only=False)
     assert same(whole.net, again.net)
+
+# --- what Lightning has of its own
+
+class Manual(Inside):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+    def training_step(self, batch, i):
+        opt = self.optimizers()
+        opt.zero_grad()
+        self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+        opt.step()
+
+def test_manual_optimization(tmp_path):
+    m = Manual()
+    trainer(tmp_path, callbacks=SparsifyCallback(50)).fit(m, data())
+    assert int((m.net.a.weight==0).sum())==m.net.a.weight.numel()//2
+    for cb in (RegularizationCallback('filter', 1.), KnowledgeDistillationCallback(teacher())):
+        with pytest.raises(ValueError, match='with manual optimization nobody reads that'): trainer(tmp_path, callbacks=cb).fit(Manual(), data())
+
+def test_errors_of_others_are_theirs(tmp_path):
+    class Fails(Inside):
+        def validation_step(self, batch, i): raise KeyError('mine')
+    with pytest.raises(KeyError, match='mine'): trainer(tmp_path, callbacks=SparsifyCallback(50)).validate(Fails(), data(), verbose=False)
+
+def test_a_pruned_checkpoint_is_loaded(tmp_path):
+    class Predicts(Inside):
+        def predict_step(self, batch, i): return self.net(batch[0])
+    t = trainer(tmp_path, callbacks=PruneCallback(50))
+    t.fit(m := Predicts(), data())
+    t.save_checkpoint(tmp_path/'p.ckpt')
+    got = trainer(tmp_path, callbacks=PruneCallback(50)).predict(Predicts(), data(), ckpt_path=tmp_path/'p.ckpt', weights_only=False)
+    small = cut_like(Predicts(), tmp_path/'p.ckpt')
+    assert small.net.a.out_channels==6 and torch.equal(torch.cat(got), m.eval().net(X)) and torch.equal(small.eval().net(X), m.net(X))
+
+def test_told_at_the_start(tmp_path):
+    class EMA(pl.callbacks.WeightAveraging):
+        pass
+    with pytest.warns(UserWarning, match='EMA averages weights of earlier steps'): trainer(tmp_path, callbacks=[SparsifyCallback(50), EMA()]).fit(Inside(), data())
+    save = pl.callbacks.ModelCheckpoint(tmp_path/'c', save_top_k=-1, every_n_epochs=1, filename='{epoch}', save_on_train_epoch_end=True)
+    trainer(tmp_path, 2, callbacks=save, enable_checkpointing=True).fit(Inside(), data())
+    with pytest.warns(UserWarning, match='after step 5, and nothing is known of what SparsifyCallback did before'):
+        trainer(tmp_path, callbacks=SparsifyCallback(50)).fit(Inside(), data(), ckpt_path=tmp_path/'c'/'epoch=0.ckpt', weights_only=False)
+
+def test_the_next_model_is_regularized(tmp_path):
+    "A callback whose training was interrupted"
+    cb = RegularizationCallback('filter', 1.)
+    class Halt(pl.Callback):
+        def on_train_batch_end(self, t, *args): raise RuntimeError('stop')
+    with pytest.raises(RuntimeError, match='stop'): trainer(tmp_path, callbacks=[cb, Halt()]).fit(Inside(), data())
+    a,b = Inside(),Inside()
+    trainer(tmp_path, callbacks=cb).fit(a, data())
+    trainer(tmp_path, callbacks=RegularizationCallback('filter', 1.)).fit(b, data())
+    assert same(a.net, b.net)

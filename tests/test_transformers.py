@@ -27,10 +27,10 @@ class InOrder(Trainer):
     "Without shuffling, so that a plain loop sees the same batches"
     def _get_train_sampler(self, *args): return torch.utils.data.SequentialSampler(self.train_dataset)
 
-def trainer(model, path, callbacks, epochs=4, **kwargs):
+def trainer(model, path, callbacks, epochs=4, eval_dataset=None, **kwargs):
     common = dict(num_train_epochs=epochs, per_device_train_batch_size=8, learning_rate=1e-2, lr_scheduler_type='constant', report_to='none', disable_tqdm=True,
         save_strategy='no', logging_strategy='epoch', use_cpu=True, max_grad_norm=0, weight_decay=0., optim='adamw_torch', seed=0)
-    return InOrder(model, TrainingArguments(str(path), **common | kwargs), train_dataset=DATA, callbacks=callbacks)
+    return InOrder(model, TrainingArguments(str(path), **common | kwargs), train_dataset=DATA, eval_dataset=eval_dataset, callbacks=callbacks)
 
 def same(a, b):
     a,b = a.state_dict(),b.state_dict()
@@ -122,3 +122,27 @@ def test_teacher(how, tmp_path):
     t2,again = student(tmp_path)
     t2.train(resume_from_checkpoint=str(tmp_path/'checkpoint-10'))
     assert same(model, again)
+
+def test_interrupted(tmp_path):
+    "What is taken off does nothing any more"
+    class Halt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step==3: raise KeyboardInterrupt
+    model,cb,halt = bert(),SparsifyCallback(80, schedule='lin', **LINEAR),Halt()
+    t = trainer(model, tmp_path, [cb, halt])
+    with pytest.raises(KeyboardInterrupt): t.train()
+    zeros = lambda: sum(int((m.weight==0).sum()) for m in model.modules() if isinstance(m, nn.Linear))
+    t.remove_callback(halt)
+    t.remove_callback(cb)
+    before = zeros()
+    t.train()
+    assert zeros()<before/2
+    t.add_callback(cb)
+    t.train()
+    assert not model._forward_pre_hooks and not t.optimizer.optimizer._optimizer_step_post_hooks
+
+def test_told_at_the_start(tmp_path):
+    t = trainer(bert(), tmp_path, [SparsifyCallback(50, **LINEAR)], eval_strategy='epoch', save_strategy='epoch', load_best_model_at_end=True, eval_dataset=DATA)
+    with pytest.warns(UserWarning, match='load_best_model_at_end may bring back an earlier model'): t.train()
+    with pytest.raises(TypeError, match=r'distill is a technique, Distill\(teacher\), not BertForSequenceClassification'): DistillationTrainer(bert(), distill=teacher())
+    with pytest.raises(TypeError, match='takes the model first, not'): cut_like(str(tmp_path), bert())

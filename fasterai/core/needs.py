@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['needed', 'Need', 'need', 'weight', 'first_weight', 'last_weight', 'gradient', 'activation', 'Known']
 
-# %% ../../nbs/core/20_needs.ipynb #775402a1
+# %% ../../nbs/core/20_needs.ipynb #bf9f4780
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch import Tensor
 from . import ranks
 from .registry import did_you_mean
 
-# %% ../../nbs/core/20_needs.ipynb #0d181fea
+# %% ../../nbs/core/20_needs.ipynb #0ef84594
 @dataclass(frozen=True)
 class Need:
     "What may be known of a weight"
@@ -37,9 +37,10 @@ def need(
     "Let criteria ask for `name`: the decorated function, of `w`, `grad` or `x`, says what that is"
     def wrapped(f):
         names = list(inspect.signature(f).parameters)
-        if not name.isidentifier(): raise ValueError(f'a need is the name of a parameter, not {name!r}')
+        if not isinstance(name, str) or not name.isidentifier(): raise ValueError(f'a need is the name of a parameter, not {name!r}')
         if len(names)!=1 or names[0] not in _MADE_OF: raise ValueError(f'the function of a need has one parameter, of {", ".join(_MADE_OF)}, not {", ".join(names) or "none"}')
         if at not in (None, *_TIMES): raise ValueError(f'at={at!r}: {did_you_mean(at, _TIMES)}')
+        if then is not None and not callable(then): raise ValueError(f'then is a function of the sums, not {then!r}')
         if at and names[0]!='w' or then and names[0]!='x': raise ValueError(f'{name!r} is made of {names[0]}: `at` goes with w, `then` with x')
         known = needed.get(name)
         if known is not None and (known.f.__module__,known.f.__qualname__)!=(f.__module__,f.__qualname__): raise ValueError(f'{name!r} is known already, as {known.f.__doc__ or known.f}')
@@ -47,7 +48,7 @@ def need(
         return f
     return wrapped
 
-# %% ../../nbs/core/20_needs.ipynb #766057f9
+# %% ../../nbs/core/20_needs.ipynb #0fbc925e
 @need('w')
 def weight(w): "The weight"; return w
 @need('w0', at='start')
@@ -59,7 +60,7 @@ def gradient(grad): "The gradient of the loss"; return grad
 @need('act', then=torch.sqrt)
 def activation(x): "The l2 norm of what arrives at an input channel"; return x.square()
 
-# %% ../../nbs/core/20_needs.ipynb #bb17ac22
+# %% ../../nbs/core/20_needs.ipynb #bead0810
 class Known:
     "What is known of weights, by need and name of the parameter: what is `kept` as training goes on, and what data have told"
     def __init__(self, names:Iterable[str]): # What a criteria needs

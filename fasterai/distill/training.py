@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['hold_params', 'let_params_go', 'Distill']
 
-# %% ../../nbs/distill/03_training.ipynb #f552d143
+# %% ../../nbs/distill/03_training.ipynb #fe9fc50a
 from contextlib import contextmanager
 from functools import partial
 import torch
@@ -14,7 +14,7 @@ from .distiller import Distiller
 from .losses import SoftTarget
 from ..legacy import old_distillation
 
-# %% ../../nbs/distill/03_training.ipynb #59c98ac6
+# %% ../../nbs/distill/03_training.ipynb #fda78729
 def _groups(optimizer):
     "Lists of parameters of an optimizer, of torch or fastai, that may be replaced"
     return [list(o) for o in optimizer.param_lists] if hasattr(optimizer, 'param_lists') else [o['params'] for o in optimizer.param_groups]
@@ -49,10 +49,11 @@ def let_params_go(optimizer, params, hook=None): # Hook that `hold_params` gave
     _set_groups(optimizer, [[p for p in ps if id(p) not in ours] for ps in _groups(optimizer)])
     return [_states(optimizer).pop(p, {}) for p in params]
 
-# %% ../../nbs/distill/03_training.ipynb #c082164d
+# %% ../../nbs/distill/03_training.ipynb #05103b8d
 class Distill(Technique):
     "Add to the training loss how far the model is from a `teacher`"
-    name,distiller,kd,ready,sums = 'distill',None,None,False,None
+    name,is_loss,parts = 'distill',True,('adapter.','optimizer.')
+    distiller,kd,ready,sums = None,None,False,None
     @old_distillation
     def __init__(self,
         teacher, # A Learner or a module, which stays as it is; it is not saved with the learner

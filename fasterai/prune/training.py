@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prune']
 
-# %% ../../nbs/prune/02_training.ipynb #36a8a7b9
+# %% ../../nbs/prune/02_training.ipynb #8cd36589
 import json
 from collections.abc import Mapping
 import torch
@@ -18,12 +18,13 @@ from ..core.schedule import agp, check_rises, schedule_of
 from ..core.plan import pruned_plan
 from .pruner import Pruner, check_layer_type, check_ratio
 
-# %% ../../nbs/prune/02_training.ipynb #9c087fd8
+# %% ../../nbs/prune/02_training.ipynb #6888225b
 class Prune(Technique):
     """Remove channels while training: `schedule` says how many, a `Pruner` says which. What cannot go is told once, and is in
     `left`: a row for each `layer`, with its number of `channels`, how many are asked for (`dead`), how many were `removed`, and `why`
     not all"""
     name,column,resizes,remembers = 'prune','pruned',True,True
+    parts = 'pruner.','pace.'
     pruner = next = pace = None
     def __init__(self,
         pruning_ratio, # Percentage of the original channels at the end, or a dict of them by layer

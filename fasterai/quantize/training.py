@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Share']
 
-# %% ../../nbs/quantize/03_training.ipynb #f477c39a
+# %% ../../nbs/quantize/03_training.ipynb #0f4c8cf6
 from ..core.pace import Technique, clear_state
 from ..core.running import plain_model
 from ..core.schedule import check_rises
 from .weight_sharing import KMeansQuantizer, bits_by_name
 
-# %% ../../nbs/quantize/03_training.ipynb #cd012b5d
+# %% ../../nbs/quantize/03_training.ipynb #a8bd7454
 class Share(Technique):
     "Let the weights of each layer share `2**bits` values, and zero, and train the values"
     name,holds,shared,remembers = 'share','clusters of weights',None,True

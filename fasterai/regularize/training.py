@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Regularize', 'GroupRegularize']
 
-# %% ../../nbs/regularize/02_training.ipynb #2f95999c
+# %% ../../nbs/regularize/02_training.ipynb #5c72cdf3
 import math
 from numbers import Real
 from torch import nn
@@ -14,7 +14,7 @@ from ..core.schedule import schedule_of
 from .penalties import Penalty
 from ..legacy import old_arguments
 
-# %% ../../nbs/regularize/02_training.ipynb #ab6bfb14
+# %% ../../nbs/regularize/02_training.ipynb #4e901fb9
 class Regularize(Technique):
     "Add `weight` times a penalty on the weights to the training loss"
     name,column,penalty = 'regularize','penalty',None
@@ -30,9 +30,12 @@ class Regularize(Technique):
         self.how,self.weight = dict(criteria=criteria, granularity=granularity, layer_types=layer_types),weight
         self.schedule = None if schedule is None else schedule_of(schedule)
 
-    def check(self, training): self.penalty = Penalty(training.model, **self.how)
+    def check(self, training):
+        super().check(training)
+        self.penalty = Penalty(training.model, **self.how)
+
     def begin(self, training):
-        if self.penalty is None: self.check(training)
+        self.check(training)
 
     def loss(self, k, n):
         weight = self.weight_at(k/n)
@@ -42,7 +45,7 @@ class Regularize(Technique):
         "Factor of the penalty at `pct` of training"
         return self.weight if self.schedule is None else self.schedule(pct, self.weight)
 
-    def reached(self): return float(self.penalty())
+    def reached(self): return float(self.penalty().detach())
     def drop(self): self.penalty = None
     def end(self, k, n): self.drop()
     def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k!='penalty'}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANY', 'most_updates', 'Tickets', 'Sparsify', 'Keep']
 
-# %% ../../nbs/sparse/02_training.ipynb #70c3cfd3
+# %% ../../nbs/sparse/02_training.ipynb #523c877a
 from pathlib import Path
 from torch import nn
 from safetensors.torch import save_model
@@ -30,7 +30,7 @@ def most_updates(
     "Most updates in a fit, by default"
     return n if counted or n_weights<=MANY else max(n_epoch, min(n//8, 200))
 
-# %% ../../nbs/sparse/02_training.ipynb #8a231e17
+# %% ../../nbs/sparse/02_training.ipynb #9d3bbf3f
 class Tickets:
     "What a network was early in training, to set back what is left of it (Frankle & Carbin, arXiv 1803.03635; from a later epoch: arXiv 1912.05671)"
     def __init__(self,
@@ -71,10 +71,11 @@ class Tickets:
             path.mkdir(parents=True, exist_ok=True)
             save_model(model, str(path/f'ticket_{sparsifier.reached():.2f}.safetensors'))
 
-# %% ../../nbs/sparse/02_training.ipynb #e1f7fd10
+# %% ../../nbs/sparse/02_training.ipynb #ec129a67
 class Sparsify(Technique):
     "Zero weights while training: `schedule` says how many, a `Sparsifier` says which"
     name,column,holds,remembers = 'sparsify','sparsity','masks of weights',True
+    parts = 'sparsifier.','pace.','ticket.','found.'
     sparsifier = next = pace = None
     @old_arguments
     def __init__(self,

@@ -79,7 +79,7 @@ def loop(technique, net, watch, folder, opt='adamw', amp=False, acc=1, clip=None
         optim.load_state_dict(state['opt'])
     watch.attach(optim, net)
     distills = hasattr(technique, 'compare_seen')
-    with attach(technique, Training(net, optim, epochs, lambda: (X[:2],), folder), epochs*STEPS//acc, at*STEPS//acc, adds=not in_loss) as steps:
+    with attach(technique, Training(net, optim, epochs, lambda: (X[:2],), folder), epochs*STEPS//acc, at*STEPS//acc, adds=not (in_loss or distills)) as steps:
         if distills: technique.get_ready(X[:2])
         for epoch in range(at, epochs):
             technique.epoch(epoch)
