@@ -119,9 +119,8 @@ def check_finite(named, what): # Pairs of name and tensor, what is wrong
         bad = int(total(torch.tensor(0 if fine else int((~x.isfinite()).sum()), device=x.device), shard_of(t)))
         if bad: raise ValueError(f'{bad:,} of {t.numel():,} numbers of {n} are nan or infinite: {what}')
 
-def total(x, shard): # Number or tensor of what is here; `Slice` or `None`
+def total(x, shard): # Tensor of what is here; `Slice` or `None`
     "The sum of `x` over the parts"
-    x = torch.as_tensor(x)
     for g in shard.groups if shard else (): dist.all_reduce(x, group=g)
     return x
 
