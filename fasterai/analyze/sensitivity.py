@@ -23,11 +23,13 @@ from ..core.granularity import granularity_name, has_axes
 from ..core.needs import Known
 from ..core.registry import did_you_mean,named
 from ..core.graph import ChannelGraph,layer_of
-from ..core.running import call_with,inputs_that_run,plain_model
+from ..core.running import call_with,calls_of,inputs_that_run,plain_model
 from ..core.liveness import spare_last
 from ..core.evidence import check_seen,evidence,first_inputs
 from ..core.selection import Scores,n_of,rounded_gone
 from ..core.pool import select
+from ..core.brought import check_held
+from ..core.ranks import is_sharded
 from ..core.surgery import _mend,_told_by_weight,copy_of,kept_by,legal
 from ..legacy import old_function
 from ..prune.pruner import Pruner,check_ratio,group_scores
@@ -209,22 +211,23 @@ _layers = nn.modules.conv._ConvNd,nn.Linear
 def _seen_inputs(model, inputs):
     "Shapes of what each convolution and linear layer is called with, in order"
     seen = []
-    hooks = [m.register_forward_pre_hook(lambda m,a,n=n: seen.append((n,tuple(a[0].shape)))) for n,m in model.named_modules() if isinstance(m, _layers) and 'weight' in m._parameters]
-    try:
-        with running(model): call_with(model, inputs)
-    finally: [h.remove() for h in hooks]
+    names = {m:n for n,m in model.named_modules() if isinstance(m, _layers) and 'weight' in m._parameters}
+    def see(m, args):
+        if m in names: seen.append((names[m],tuple(args[0].shape)))
+    with running(model), calls_of(model, see): call_with(model, inputs)
     return seen
 
 def _resized(m, shape, x): # Layer, shape of its weight, shape of its input
     "A layer like `m` whose weight is of `shape`, and an input"
-    o,d = copy_of(m),m.weight.device
-    o.weight = nn.Parameter(torch.randn(shape, dtype=m.weight.dtype, device=d))
+    o,gen = copy_of(m),torch.Generator(device='cpu').manual_seed(0)
+    normal = lambda *shape: torch.randn(shape, generator=gen, device='cpu').to(m.weight)
+    o.weight = nn.Parameter(normal(*shape))
     _mend(o, _told_by_weight(o))
     linear = isinstance(o, nn.Linear)
-    if o.bias is not None: o.bias = nn.Parameter(torch.randn(o.out_features if linear else o.out_channels, dtype=m.weight.dtype, device=d))
+    if o.bias is not None: o.bias = nn.Parameter(normal(o.out_features if linear else o.out_channels))
     x = list(x)
     x[-1 if linear else 1-m.weight.dim()] = o.in_features if linear else o.in_channels
-    return o,torch.randn(x, dtype=m.weight.dtype, device=d)
+    return o,normal(*x)
 
 class _Clock:
     "Milliseconds of a network for allocations, from those of its layers at the widths in question"
@@ -426,7 +429,9 @@ def sensitivity(
     given = {k:v for k,v in dict(granularity=granularity, criteria=criteria, layer_type=layer_type, example_inputs=example_inputs, data=data, loss_func=loss_func).items() if v is not None}
     for o in given:
         if o not in inspect.signature(make).parameters: raise ValueError(f'{o} has no meaning for kind {kind!r}')
-    how = make(plain_model(model), levels, **given)
+    model = plain_model(model)
+    check_held((n,p) for n,p in model.named_parameters() if is_sharded(p))
+    how = make(model, levels, **given)
     res = Sensitivity(how, f'{kind} {how.said} {_checksum(how.model)}', higher_is_better)
     res.inputs = None if example_inputs is None else inputs_that_run(how.model, example_inputs)
     _go_on(res, resume)
