@@ -5,6 +5,18 @@
 # %% auto #0
 __all__ = ['to_semi_structured']
 
+# %% ../../nbs/sparse/04_semi_structured.ipynb #f90894d8
+import copy,math
+from collections import Counter
+from dataclasses import dataclass,field
+from statistics import median
+import torch
+from torch import nn,Tensor
+from ..core.brought import _some,check_held,computed,warn
+from ..core.running import (SLIPS,_eager,_largest,_told,at_home,call_with,check_scripts,inputs_that_run,is_fake,plain_model,
+    restored,tensors_of,without_readers)
+from ..core.surgery import copy_of
+
 # %% ../../nbs/sparse/04_semi_structured.ipynb #7f0f3402
 def _crowded(w):
     "How many groups of four weights have more than two that are not zero, and how many groups there are"
