@@ -429,8 +429,7 @@ def sensitivity(
     given = {k:v for k,v in dict(granularity=granularity, criteria=criteria, layer_type=layer_type, example_inputs=example_inputs, data=data, loss_func=loss_func).items() if v is not None}
     for o in given:
         if o not in inspect.signature(make).parameters: raise ValueError(f'{o} has no meaning for kind {kind!r}')
-    model = plain_model(model)
-    check_held((n,p) for n,p in model.named_parameters() if is_sharded(p))
+    check_held((n,p) for n,p in plain_model(model).named_parameters() if is_sharded(p))
     how = make(model, levels, **given)
     res = Sensitivity(how, f'{kind} {how.said} {_checksum(how.model)}', higher_is_better)
     res.inputs = None if example_inputs is None else inputs_that_run(how.model, example_inputs)
