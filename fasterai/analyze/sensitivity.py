@@ -430,7 +430,7 @@ def sensitivity(
     for o in given:
         if o not in inspect.signature(make).parameters: raise ValueError(f'{o} has no meaning for kind {kind!r}')
     check_held((n,p) for n,p in plain_model(model).named_parameters() if is_sharded(p))
-    how = make(model, levels, **given)
+    how = make(plain_model(model), levels, **given)
     res = Sensitivity(how, f'{kind} {how.said} {_checksum(how.model)}', higher_is_better)
     res.inputs = None if example_inputs is None else inputs_that_run(how.model, example_inputs)
     _go_on(res, resume)
