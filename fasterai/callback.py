@@ -185,7 +185,7 @@ class TechniqueCallback(Driver, Callback):
         if k<n and (state := self.technique.state_dict()): self.learn.__dict__.setdefault('left_off', LeftOff())[self.key] = state
         self.busy = False
         if ended: self.technique.end(k, n)
-        else: self.technique.drop()
+        self.technique.leave()
 
     def __getstate__(self): return {k:v for k,v in super().__getstate__().items() if k not in ('ready','busy')}
 

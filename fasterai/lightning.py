@@ -13,7 +13,6 @@ from torch import nn
 from .core.brought import warn
 from .core.pace import Driver, Technique, Training, attach, first_two
 from .core.plan import note_plan, receiving
-from .core.running import inputs_for
 from .distill.training import Distill
 from .prune.training import Prune
 from .quantize.training import Share
@@ -58,9 +57,8 @@ class TechniqueCallback(Driver, pl.Callback):
 
     def on_fit_start(self, trainer, pl_module):
         if trainer.max_epochs==-1 and trainer.max_steps==-1: raise ValueError(f'{self.technique.called} needs to know how long training is: give the Trainer max_epochs or max_steps')
-
-        loses = self.technique.is_loss or type(self.technique).loss is not Technique.loss
-        if loses and not pl_module.automatic_optimization:
+        in_loss = self.technique.is_loss or type(self.technique).loss is not Technique.loss
+        if in_loss and not pl_module.automatic_optimization:
             raise ValueError(f'{self.technique.called} adds to the loss that training_step returns, and with manual optimization nobody reads that: add a Penalty, or the loss of a Distiller, in training_step')
         averages = [type(o).__name__ for o in trainer.callbacks if {'WeightAveraging','StochasticWeightAveraging'} & {c.__name__ for c in type(o).__mro__}]
         if averages and self.technique.holds: warn(f'{averages[0]} averages weights of earlier steps, in which less was zero or shared: what it puts into the model does not obey {self.technique.called}')
@@ -68,7 +66,7 @@ class TechniqueCallback(Driver, pl.Callback):
     def on_train_start(self, trainer, pl_module):
         if trainer.global_step and self.technique.remembers and not self.technique.state:
             warn(f'training goes on after step {trainer.global_step}, and nothing is known of what {self.technique.called} did before: the checkpoint was written without it, or with other arguments')
-        self.driver = attach(self.technique, self._training(trainer, pl_module), int(trainer.estimated_stepping_batches), trainer.global_step, adds=False)
+        self.driver = attach(self.technique, self._training(trainer, pl_module), int(trainer.estimated_stepping_batches), trainer.global_step, adds=False, epochs=False)
         self.module = pl_module
         if type(self).more is not TechniqueCallback.more or type(self.technique).loss is not Technique.loss: self._watch(pl_module.training_step)
 
@@ -102,8 +100,7 @@ class TechniqueCallback(Driver, pl.Callback):
         vars(self.module).pop('training_step', None)
         self.driver = self.module = None
 
-    def teardown(self, trainer, pl_module, stage):
-        self.stack.close()
+    def teardown(self, trainer, pl_module, stage): self.stack.close()
 
     def state_dict(self): return self.technique.state_dict()
     def load_state_dict(self, state): self.technique.load_state_dict(state)
@@ -112,9 +109,10 @@ class TechniqueCallback(Driver, pl.Callback):
 def cut_like(
     module, # A fresh LightningModule, whose network is cut in place
     checkpoint, # Path of a checkpoint of one that was pruned
+    weights_only:bool=True, # As for `torch.load`: `False` runs what a file brings along, and is for files that you trust
 ):
     "Cut `module` as the one in the checkpoint was, and load its weights; return it"
-    state = torch.load(checkpoint, map_location='cpu', weights_only=False)['state_dict']
+    state = torch.load(checkpoint, map_location='cpu', weights_only=weights_only)['state_dict']
     with receiving(network_of(module), {}): module.load_state_dict(state)
     return module
 
@@ -128,12 +126,6 @@ class RegularizationCallback(TechniqueCallback, technique=GroupRegularize): pass
 
 class KnowledgeDistillationCallback(TechniqueCallback, technique=Distill):
     "Add to the loss of `training_step` how far the network is from a `teacher`"
-    def on_train_start(self, trainer, pl_module):
-        super().on_train_start(trainer, pl_module)
-        net,sample = network_of(pl_module),first_two(trainer.train_dataloader)
-        if sample is None and self.technique.distiller.given: raise ValueError('layers are compared, and the training data have no samples by number: a network cannot be run before training')
-        self.technique.get_ready(*inputs_for(net, sample) if sample is not None else ())
-
     def watching(self): return self.technique.seen(network_of(self.module))
     def more(self, loss, seen):
         pct = (self.driver.k+1)/self.driver.n

@@ -12,8 +12,7 @@ from pathlib import Path
 from torch import nn
 from safetensors.torch import load_file, save_file
 from .core.brought import warn
-from .core.pace import Driver, Training, attach, first_two
-from .core.running import inputs_for
+from .core.pace import Driver, Training, attach, first_two, without_labels
 from .core.plan import as_text, cut_to, read_plan
 from .distill.training import Distill
 from .prune.training import Prune
@@ -40,12 +39,12 @@ class TechniqueCallback(Driver, TrainerCallback):
                 warn(f'training goes on after step {state.global_step}, and nothing is known of what {self.technique.called} did before: there is no {path}')
         def sample():
             found = first_two(train_dataloader)
-            return {k:v for k,v in found.items() if 'label' not in k} if isinstance(found, dict) else found
+            return without_labels(found) if isinstance(found, dict) else found
         training = Training(model, getattr(optimizer, 'optimizer', optimizer), math.ceil(args.num_train_epochs), sample, args.output_dir if args.should_save else None)
         if self.driver is not None: self.driver.close(False)  # the last training was interrupted
         if args.load_best_model_at_end and (self.technique.holds or self.technique.resizes):
             warn(f'load_best_model_at_end may bring back an earlier model, which is not yet what {self.technique.called} makes of it: leave it out, or save where the schedule has ended')
-        self.driver = attach(self.technique, training, state.max_steps, state.global_step, adds=not self.technique.is_loss)
+        self.driver = attach(self.technique, training, state.max_steps, state.global_step, adds=not self.technique.is_loss, epochs=False)
         self.driver.active = False
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs): self.driver.active = True
@@ -78,10 +77,6 @@ class RegularizationCallback(TechniqueCallback, technique=GroupRegularize): pass
 # %% ../nbs/97_transformers.ipynb #ddbe37fb
 class _Teach(TechniqueCallback):
     def __init__(self, technique): self.technique,self.asked = technique,''
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        super().on_train_begin(args, state, control, model=model, train_dataloader=train_dataloader, **kwargs)
-        sample = self.driver.training.sample()
-        self.technique.get_ready(named=inputs_for(model, sample))
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.driver is None: return
         for o in (logs, state.log_history[-1]): o |= {f'distill_{k}':self.technique.mean(k) for k in self.technique.sums}

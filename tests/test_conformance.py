@@ -1,7 +1,7 @@
 """The table of what holds in each engine is green, and would not be if something did not hold"""
 import json, sys
 from pathlib import Path
-import pytest, torch
+import pytest
 sys.path.insert(0, str(Path(__file__).parent/'conformance'))
 import table
 

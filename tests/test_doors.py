@@ -3,7 +3,7 @@ import pytest, torch
 from torch import nn
 from torch.nn import functional as F
 from fasterai.core.needs import need, needed
-from fasterai.core.pace import Pace, Technique, Training, attach
+from fasterai.core.pace import Pace, Training, attach, named_inputs
 from fasterai.distill.training import Distill
 from fasterai.prune.training import Prune
 from fasterai.quantize.training import Share
@@ -72,6 +72,46 @@ def test_states_of_others():
     with attach(t, Training(m, sgd(m)), 4): state = t.state_dict()
     for o in (Prune(50), Distill(net(1))):
         with pytest.raises(ValueError, match='this is no state of'): o.load_state_dict(state)
+
+def test_states_where_there_is_none():
+    for o in (Keep(), Regularize()):
+        o.load_state_dict({})
+        with pytest.raises(ValueError, match='which has none: it has shared.0.weight.codes'): o.load_state_dict({'shared.0.weight.codes':X})
+
+def test_epochs_of_a_loop():
+    "They begin every n/n_epoch steps, also where that is no whole number, and on going on"
+    class Tell(Keep):
+        def epoch(self, i): seen.append((k, i))
+    for n,n_epoch,begins in ((6,3,[(0,0),(2,1),(4,2)]), (7,2,[(0,0),(4,1)]), (2,4,[(0,0),(1,2)]), (3,1,[(0,0)])):
+        m,seen,k = net(),[],0
+        opt = sgd(m)
+        with attach(Tell(), Training(m, opt, n_epoch), n):
+            for k in range(1, n+1): step(m, opt)
+        assert seen==begins
+    seen,k = [],4
+    attach(Tell(), Training(m, opt, 3), 6, 4).close(False)
+    attach(Tell(), Training(m, opt, 3), 6, 3).close(False)
+    attach(Tell(), Training(m, opt, 3), 6, epochs=False).close(False)
+    assert seen==[(4,2)]
+
+class Extra(nn.Module):
+    "Gets what it does not name"
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+    def forward(self, x, *rest, **more): return self.net(x)*more.get('factor', 1.)
+
+def test_inputs_as_they_were_given():
+    m = Extra()
+    assert named_inputs(m, (X,), {})==(X,) and set(named_inputs(m, (X,), dict(factor=2.)))=={'x','factor'}
+    with pytest.raises(ValueError, match='Extra gets arguments by place, as rest, and others by name'): named_inputs(m, (X,3), dict(factor=2.))
+    opt = sgd(m)
+    with attach(Sparsify(50, criteria='wanda'), Training(m, opt), 2):
+        for _ in range(2):
+            opt.zero_grad()
+            F.cross_entropy(m(X, factor=.5), Y).backward()
+            opt.step()
+    assert int((m.net[0].weight==0).sum())==m.net[0].weight.numel()//2
 
 @pytest.mark.parametrize('make', [lambda: Sparsify(50), lambda: Prune(50, 'lin'), lambda: Share(2), lambda: Regularize('group_lasso', 'filter', 10.), Keep])
 def test_interrupted(make):

@@ -13,11 +13,17 @@ from fasterai.core.all import *
 from fasterai.sparse.all import *
 from fasterai.sparse.sparsifier import hold_zeros
 from test_exact import VALUES
+from tiny import recording
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 @pytest.fixture
-def counted(monkeypatch):
+def repeated(monkeypatch):
+    "Updates are recorded as on a GPU; what was repeated"
+    return recording(monkeypatch, 'fasterai.sparse.sparsifier')
+
+@pytest.fixture
+def counted(monkeypatch, repeated):
     "Kernels are used wherever they could be on a GPU; how often"
     seen = []
     real = kernels.rank
@@ -94,7 +100,7 @@ def walk(kind, monkeypatch, plain, layer_type=(nn.Conv2d, nn.ConvTranspose2d), *
         model = net(**kind)
         sp,states = Sparsifier(model, layer_type=layer_type, **kwargs),[]
         noise = torch.Generator().manual_seed(1)
-        for level in (10,25,25,40,30):
+        for level in (10,25,25,40,30,35,45,50):
             with torch.no_grad():
                 for p in model.parameters(): p += .1*torch.randn(p.shape, generator=noise).to(p)
             sp.update(level)
@@ -131,6 +137,56 @@ def test_coupled_filters_are_the_same(reducer, counted, monkeypatch):
             sp.update(40)
             masks.append(sp.masks | dict(model.state_dict()))
     assert all(torch.equal(masks[0][k], masks[1][k]) for k in masks[1])
+
+def watched(sp, levels):
+    "Masks and weights after updates to `levels` with noise between"
+    noise = torch.Generator().manual_seed(1)
+    for level in levels:
+        with torch.no_grad():
+            for p in sp.model.parameters(): p += .1*torch.randn(p.shape, generator=noise).to(p)
+        sp.update(level)
+        yield sp.masks | {k:v.detach().clone() for k,v in sp.model.state_dict().items()}
+
+@pytest.mark.parametrize('how', [dict(), dict(context='global'), dict(granularity='filter'), dict(granularity='filter', context='global', coupled=True), dict(criteria='updating_movement')], ids=str)
+def test_repeated(how, counted, repeated, monkeypatch):
+    "From the third update on, all is one launch, and what comes out is the same bits"
+    levels,x = (10,25,40,55,70,85),torch.randn(2,3,9,9, device=DEVICE)
+    ours = list(watched(Sparsifier(net(), example_inputs=x, **how), levels))
+    assert len(repeated)==len(levels)-2
+    monkeypatch.setattr(pool, '_has_kernels', lambda device: False)
+    for a,b in zip(ours, watched(Sparsifier(net(), example_inputs=x, **how), levels), strict=True): assert all(torch.equal(a[k], b[k]) for k in b)
+
+def test_not_repeated(counted, repeated):
+    "What changes between updates is seen: other layers compete, blocks return, weights are elsewhere, a criteria of one's own"
+    def run(sp, *steps):
+        repeated.clear()
+        for o in steps:
+            if callable(o): o(sp)
+            else:
+                sp.update(o)
+                zeros = sum(int((m==0).sum()) for m in sp.masks.values())
+                assert zeros==sum(int(o/100*m.numel()) for m in sp.masks.values())
+        return len(repeated)
+    assert run(Sparsifier(net()), 10, 20, 30, 40)==2
+    assert run(Sparsifier(net()), 10, 20, 30, 20, 30)==2
+    assert run(Sparsifier(net()), 10, 20, lambda sp: sp.model.to(memory_format=torch.channels_last), 30, 40)==0
+    def anew(sp): sp.model[0].weight = nn.Parameter(sp.model[0].weight.detach().clone())
+    assert run(Sparsifier(net()), 10, 20, 30, anew, 40, 50, 60)==2
+    assert run(Sparsifier(net()), 10, 20, 30, lambda sp: sp.sparsify_layer('0', 35), 40, 50, 60)==2
+    assert run(Sparsifier(net()), 10, 20, 30, lambda sp: sp.load_state_dict({k:v.clone() for k,v in sp.state_dict().items()}), 40)==2
+    def mine(w): return w.abs()
+    mine.pointwise = True
+    assert run(Sparsifier(net(), criteria=mine), 10, 20, 30, 40)==0
+    assert run(Sparsifier(net()), 10, 20, 30, lambda sp: sp.rest(), 40, 50, 60)==2
+
+def test_what_cannot_be_recorded(counted, monkeypatch):
+    "Updates go on as before, and it is said once"
+    def fails(*args): raise RuntimeError('no memory')
+    monkeypatch.setattr('fasterai.sparse.sparsifier.Recorded', fails)
+    sp = Sparsifier(net())
+    with pytest.warns(UserWarning, match='could not be recorded') as told:
+        for level in (10,20,30,40): sp.update(level)
+    assert len(told)==1 and int((sp.masks['0.weight']==0).sum())==int(.4*sp.masks['0.weight'].numel())
 
 def test_zeros_of_any_origin_are_held(counted, monkeypatch):
     "`hold_zeros`, with free entries beside"
@@ -181,7 +237,7 @@ def test_a_copy_has_no_addresses(counted):
     sp = Sparsifier(net(), 'filter')
     sp.update(30)
     again = pickle.loads(pickle.dumps(sp))
-    assert again._zeros is None and again._last is None
+    assert again._zeros is None and again._last is None and again._repeats is None
     for p in again.model.parameters(): nn.init.ones_(p)
     again.apply_masks()
     assert all(torch.equal(again.model.get_parameter(n)!=0, m) for n,m in again.masks.items())

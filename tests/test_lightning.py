@@ -1,5 +1,5 @@
 """In Lightning: the same masks as in a loop of one's own, and checkpoints that go on with the same bits"""
-import logging, warnings
+import logging
 import pytest, torch
 import lightning.pytorch as pl
 from torch import nn
@@ -14,20 +14,13 @@ from fasterai.prune.training import Prune
 from fasterai.quantize.training import Share
 from fasterai.regularize.training import GroupRegularize, Regularize
 from fasterai.sparse.training import Keep, Sparsify
+from tiny import Small as Net
 
 logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
 pytestmark = pytest.mark.filterwarnings('ignore:.*does not have many workers', 'ignore:.*GPU available', 'ignore:Checkpoint directory')
 
 torch.manual_seed(0)
 X,Y = torch.randn(40, 1, 8, 8),torch.randint(0, 4, (40,))
-
-class Net(nn.Module):
-    def __init__(self, n=12):
-        super().__init__()
-        self.a,self.bn,self.b,self.c,self.head = nn.Conv2d(1, n, 3), nn.BatchNorm2d(n), nn.Conv2d(n, n, 3, padding=1), nn.Conv2d(n, 8, 3), nn.Linear(8, 4)
-    def forward(self, x):
-        x = self.bn(self.a(x)).relu()
-        return self.head(self.c((x+self.b(x)).relu()).relu().amax((2, 3)))
 
 class Inside(pl.LightningModule):
     "A network in a module, which runs it"
@@ -78,10 +71,9 @@ def prepared(module, name):
 
 def loop(make, net, epochs=4):
     "The same with plain PyTorch"
-    opt,k = torch.optim.AdamW(net.parameters(), lr=1e-2),0
+    opt = torch.optim.AdamW(net.parameters(), lr=1e-2)
     with attach(technique := make(), Training(net, opt, epochs, lambda: (X[:2],)), 5*epochs):
         for i in range(epochs):
-            technique.epoch(i)
             for x,y in data():
                 opt.zero_grad()
                 F.cross_entropy(net(x), y).backward()
@@ -98,7 +90,6 @@ def test_as_a_plain_loop(name, module, tmp_path):
     callback,technique,args,kwargs = TECHNIQUES[name]
     m = module()
     net = prepared(m, name)
-    before = pl.Callback.__dict__.keys()
     trainer(tmp_path, callbacks=callback(*args, **kwargs)).fit(m, data())
     m2 = Inside()
     want = loop(lambda: technique(*args, **kwargs), prepared(m2, name))
@@ -186,11 +177,9 @@ def distilled(technique, net, epochs=4):
     "The same with plain PyTorch"
     opt = torch.optim.AdamW(net.parameters(), lr=1e-2)
     with attach(technique, Training(net, opt, epochs), 5*epochs, adds=False) as steps:
-        torch.manual_seed(7)
-        technique.get_ready(X[:2])
         for i in range(epochs):
-            technique.epoch(i)
             for x,y in data():
+                if not steps.k: torch.manual_seed(7)
                 opt.zero_grad()
                 with technique.seen(net) as seen: loss = F.cross_entropy(net(x), y)
                 technique.compare_seen((steps.k+1)/steps.n, seen)
@@ -200,7 +189,8 @@ def distilled(technique, net, epochs=4):
 
 class Seed(pl.Callback):
     "Adapters begin at random"
-    def on_train_start(self, *args): torch.manual_seed(7)
+    def on_train_batch_start(self, trainer, *args):
+        if not trainer.global_step: torch.manual_seed(7)
 
 KD = dict(logits={}, maps=dict(loss=['SoftTarget','FitNet'], activations_student=['a','b'], activations_teacher=['a','b'], weight=.7, schedule='cos'))
 
@@ -275,4 +265,18 @@ def test_the_next_model_is_regularized(tmp_path):
     a,b = Inside(),Inside()
     trainer(tmp_path, callbacks=cb).fit(a, data())
     trainer(tmp_path, callbacks=RegularizationCallback('filter', 1.)).fit(b, data())
+    assert same(a.net, b.net)
+
+class ByName(Inside):
+    "Batches are dicts, and the module takes one of their entries"
+    def forward(self, x): return self.net(x)
+    def training_step(self, batch, i): return F.cross_entropy(self(x=batch['image']), batch['label'])
+
+def test_batches_by_name(tmp_path):
+    "What the network gets is compared, whatever the batch is"
+    rows = DataLoader([dict(image=x, label=y) for x,y in zip(X, Y)], batch_size=8)
+    a,b = ByName(),Inside()
+    maps = dict(KD['maps'], activations_student=['net.a','net.b'])
+    trainer(tmp_path, callbacks=[Seed(), KnowledgeDistillationCallback(teacher(), **maps)]).fit(a, rows)
+    trainer(tmp_path, callbacks=[Seed(), KnowledgeDistillationCallback(teacher(), **KD['maps'])]).fit(b, data())
     assert same(a.net, b.net)

@@ -15,7 +15,7 @@ from fasterai.prune.pruner import Pruner
 from fasterai.regularize.all import *
 from fasterai.regularize.penalties import penalties
 from fasterai.sparse.all import *
-from tiny import At, Count, convs, fit, learner, net, raises, same, state, zeros, told
+from tiny import At, Count, convs, fit, learner, net, raises, recording, same, state, zeros, told
 
 LAYERS = nn.Conv1d(4,6,3), nn.Conv2d(4,6,3), nn.Conv3d(4,6,2), nn.ConvTranspose2d(4,6,3), nn.Linear(4,6), nn.Conv2d(4,6,3,groups=2)
 
@@ -297,6 +297,44 @@ def test_autocast(criteria, one_pass):
         price = pen()
         assert price.dtype==torch.float32
         for a,b in zip(torch.autograd.grad(price, [m.weight for m in convs(model)]), want): assert torch.equal(a, b)
+
+@pytest.mark.parametrize('criteria', ['group_l1','group_lasso'])
+def test_recorded(criteria, one_pass, monkeypatch):
+    "What is repeated from the third time on follows the weights, and stays what it was after the next time"
+    seen = recording(monkeypatch, 'fasterai.regularize.penalties')
+    model = net()
+    pen,layers = Penalty(model, criteria, 'filter'),convs(model)
+    def both(): return pen(), sum(pen.by_layer().values())
+    def step(ours, plain):
+        ours,want = (torch.autograd.grad(o, [m.weight for m in layers]) for o in (ours, plain))
+        assert all(torch.allclose(a, b, atol=1e-6) for a,b in zip(ours, want))
+    for i in range(4):
+        ours,plain = both()
+        assert torch.allclose(ours, plain)
+        step(ours, plain)
+        with torch.no_grad():
+            for m in layers: m.weight *= 1.5
+    assert len(seen)==3
+    first = both()
+    with torch.no_grad(): pen()
+    with torch.no_grad(): pen()
+    assert len(seen)==5 and torch.allclose(pen(), first[1])
+    step(*first)
+    layers[0].weight = nn.Parameter(2*layers[0].weight.detach())
+    n = len(seen)
+    ours,plain = both()
+    assert torch.allclose(ours, plain) and len(seen)==n
+    again = copy.deepcopy(pen)
+    assert torch.allclose(again(), plain)
+
+def test_what_is_not_recorded(one_pass, monkeypatch):
+    "A criteria of one's own"
+    seen = recording(monkeypatch, 'fasterai.regularize.penalties')
+    def mine(w): return w.abs()
+    mine.pointwise = True
+    pen = Penalty(net(), mine, 'filter')
+    for _ in range(4): pen()
+    assert not seen
 
 def test_fit_is_the_same_either_way(monkeypatch):
     "Filters are cut and others pulled to zero in one fit"

@@ -8,8 +8,8 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fastai.optimizer import Adam, OptimWrapper, ranger
-from fasterai.callback import TechniqueCallback
+from fastai.optimizer import Adam, OptimWrapper
+from fasterai.core.needs import need, needed
 from fasterai.core.pace import Training
 from fasterai.core.plan import pruned_plan
 from fasterai.distill.all import KnowledgeDistillationCallback
@@ -21,14 +21,7 @@ from fasterai.regularize.all import RegularizationCallback
 from fasterai.sparse.all import *
 from fasterai.sparse.training import Sparsify
 from safetensors.torch import load_file, save_file
-
-class Net(nn.Module):
-    def __init__(self, n=12):
-        super().__init__()
-        self.a,self.bn,self.b,self.c,self.head = nn.Conv2d(1, n, 3), nn.BatchNorm2d(n), nn.Conv2d(n, n, 3, padding=1), nn.Conv2d(n, 8, 3), nn.Linear(8, 4)
-    def forward(self, x):
-        x = self.bn(self.a(x)).relu()
-        return self.head(self.c((x+self.b(x)).relu()).relu().amax((2, 3)))
+from tiny import Small as Net
 
 torch.manual_seed(0)
 X,Y = torch.randn(40, 1, 8, 8),torch.randint(0, 4, (40,))
@@ -222,6 +215,88 @@ def test_exported_without_states(tmp_path):
     with pytest.warns(UserWarning, match='training ended'): fit(learn, 4, [SparsifyCallback(50, criteria='movement'), Stop(1)])
     import pickle
     assert learn.left_off and not pickle.loads(pickle.dumps(learn.left_off))
+
+class Nested(Callback):
+    "Asks how good the model is by itself"
+    order,inside = 90,False
+    def after_epoch(self):
+        if self.inside: return  # which has an end of an epoch of its own
+        self.inside = True
+        self.learn.validate()
+        self.inside = False
+
+@pytest.mark.parametrize('name', TECHNIQUES)
+def test_validated_in_the_middle(name, tmp_path):
+    "A fit inside of which the learner validates is the same fit"
+    plain,nested = fresh(tmp_path, name),fresh(tmp_path, name)
+    torch.manual_seed(7)  # adapters begin at random
+    fit(plain, 4, TECHNIQUES[name]())
+    torch.manual_seed(7)
+    fit(nested, 4, [*(made if isinstance(made := TECHNIQUES[name](), list) else [made]), Nested()])
+    assert same(plain.model, nested.model)
+
+def test_nothing_is_cut_for_weights_that_do_not_fit(tmp_path):
+    "A checkpoint of another architecture leaves the model as it was"
+    learn = learner(tmp_path)
+    fit(learn, 1, PruneCallback(50))
+    learn.save('small')
+    other = learner(tmp_path)
+    other.model.head = nn.Linear(8, 7)
+    before = copy.deepcopy(other.model)
+    with pytest.raises(ValueError, match='head.weight has shape'): other.load('small')
+    assert same(before, other.model) and other.model.a.out_channels==12 and not pruned_plan(other.model)['kept']
+
+# --- a need of one's own
+
+@pytest.fixture(scope='module', autouse=True)
+def needs_of_ones_own():
+    @need('fisher')
+    def fisher(grad): "Square of the gradient"; return grad.square()
+    @need('mean_x', then=lambda s: s)
+    def mean_x(x): "Sum of what arrives"; return x.abs()
+    @need('first_sign', at='start')
+    def first_sign(w): "Sign of the weight at the start"; return w.sign()
+    @need('last_square', at='update')
+    def last_square(w): "Square of the weight at the last update"; return w.square()
+    yield
+    for o in ('fisher','mean_x','first_sign','last_square'): needed.pop(o)
+
+OWN = dict(fisher=lambda w, fisher: w.square()*fisher, mean_x=lambda w, mean_x: w.abs()*mean_x, first_sign=lambda w, first_sign: w*first_sign, last_square=lambda w, last_square: (w.square()-last_square).abs())
+
+@pytest.mark.parametrize('make', [lambda f: SparsifyCallback(50, 'weight', 'global', f, 'lin'), lambda f: PruneCallback(50, 'lin', criteria=f, n_updates=8)], ids=['sparsify','prune'])
+@pytest.mark.parametrize('name', OWN)
+def test_needs_of_ones_own(name, make, tmp_path):
+    "Tracked, cut along and saved as those of the library"
+    whole,first,again = learner(tmp_path),learner(tmp_path),learner(tmp_path, seed=1)
+    fit(whole, 4, make(OWN[name]))
+    with pytest.warns(UserWarning, match='training ended'): fit(first, 4, [make(OWN[name]), Stop(1)])
+    first.save('half')
+    again.load('half')
+    fit(again, 4, make(OWN[name]), start_epoch=2)
+    assert same(whole.model, again.model)
+
+def test_needs_from_data():
+    "By hand: exactly the lowest of what the criteria makes of gradients and inputs"
+    net = Net()
+    for name in ('fisher','mean_x'):
+        m = copy.deepcopy(net)
+        Sparsifier(m, criteria=OWN[name], data=(X,Y)).sparsify_model(50)
+        x = net.eval().bn(net.a(X)).relu()
+        if name=='fisher':
+            F.cross_entropy(net(X), Y).backward()
+            score = net.b.weight.square()*net.b.weight.grad.square()
+        else: score = net.b.weight.abs()*x.abs().sum((0,2,3))[None,:,None,None]
+        k = score.numel()//2
+        assert set((m.b.weight==0).flatten().nonzero().flatten().tolist())==set(score.flatten().argsort()[:k].tolist())
+
+@pytest.mark.parametrize('kind,f,then,words', [('w', lambda w: None, None, 'and is None'), ('w', lambda w: w.sum(), None, r'tensor of shape \(12, 1, 3, 3\), .* and is a tensor of shape \(\)'),
+    ('x', lambda x: x, lambda s: s[:1], "'strange' has to be"), ('grad', lambda grad: grad.sum(), None, "'strange' has to be")])
+def test_needs_that_do_not_fit(kind, f, then, words):
+    need('strange', at='start' if kind=='w' else None, then=then)(f)
+    def mine(w, strange): return w*strange
+    try:
+        with pytest.raises(ValueError, match=words): Sparsifier(Net(), criteria=mine, data=None if kind=='w' else (X,Y)).sparsify_model(50)
+    finally: needed.pop('strange')
 
 # --- a loop of one's own
 

@@ -1,8 +1,6 @@
 """In the Trainer of transformers: the same masks as in a loop of one's own, and checkpoints that go on with the same bits"""
 import pytest, torch
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, default_collate
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from fasterai.core.all import *
 from fasterai.core.pace import Training, attach
@@ -59,7 +57,6 @@ def loop(technique, model, epochs=4):
     sample = {k:v for k,v in default_data_collator(DATA[:2]).items() if k!='labels'}
     with attach(technique, Training(model, opt, epochs, lambda: sample), 5*epochs):
         for i in range(epochs):
-            technique.epoch(i)
             model.train()
             for j in range(5):
                 opt.zero_grad()

@@ -10,6 +10,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import *
+from fasterai.core.recorded import Recorded
 
 g = torch.Generator().manual_seed(0)
 X,Y = torch.randn(48, 3, 6, 6, generator=g),torch.randint(0, 4, (48,), generator=g)
@@ -62,6 +63,35 @@ def state(model): return {k:v.detach().clone() for k,v in model.state_dict().ite
 def same(a, b):
     "The same numbers, wherever they are: `load_learner` puts all on the CPU"
     return a.keys()==b.keys() and all(torch.equal(a[k], b[k].to(a[k].device)) for k in a)
+
+class OneByOne:
+    "Stands for `Recorded` where nothing records: the same launches, one by one"
+    def __init__(self, device, launches): self.launches = launches
+    def __call__(self): return self.launches()
+
+def recording(monkeypatch, module):
+    "What `module` would record on a GPU is repeated; a list with an entry for each time"
+    seen = []
+    class Spy(Recorded if torch.cuda.is_available() else OneByOne):
+        def __call__(self):
+            seen.append(self)
+            return super().__call__()
+    monkeypatch.setattr(f'{module}.Recorded', Spy)
+    if not torch.cuda.is_available(): monkeypatch.setattr(f'{module}.can_record', lambda device: True)
+    return seen
+
+class Small(nn.Module):
+    "Convolutions, a norm and a sum of branches; `tied`, with a weight that is used twice"
+    def __init__(self, n=12, tied=False):
+        super().__init__()
+        self.a,self.bn,self.b,self.c,self.head = nn.Conv2d(1, n, 3), nn.BatchNorm2d(n), nn.Conv2d(n, n, 3, padding=1), nn.Conv2d(n, 8, 3), nn.Linear(8, 4)
+        self.again = nn.Conv2d(n, n, 3, padding=1) if tied else None
+        if tied: self.again.weight = self.b.weight
+    def forward(self, x):
+        x = self.bn(self.a(x)).relu()
+        x = (x+self.b(x)).relu()
+        if self.again is not None: x = (x+self.again(x)).relu()
+        return self.head(self.c(x).relu().amax((2, 3)))
 
 class At(Callback):
     "Call `f(self)` at `event`, the `n`-th time (every time by default); in training where it is one of a batch's"

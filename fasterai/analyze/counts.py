@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map
 from ..core.brought import check_held
 from ..core.graph import ChannelGraph
-from ..core.running import OwnNumbers,_eager,check_inputs,example_inputs_for,explained,innermost,inputs_that_run,restored,tensors_of,untouched,with_bar
+from ..core.running import OwnNumbers,_eager,check_inputs,example_inputs_for,explained,innermost,inputs_that_run,plain,restored,tensors_of,untouched,with_bar
 
 # %% ../../nbs/analyze/01_counts.ipynb #4ed54031
 def check_models(
@@ -131,7 +131,7 @@ def placed(
     """Copies of the tensors in `inputs` on the device of `model`, floats of its type; subclasses such as fastai's `TensorImage` become plain
     tensors"""
     device,dtype = place_of(model)
-    new = lambda o: o.detach().as_subclass(torch.Tensor).to(device, dtype if o.is_floating_point() else o.dtype, copy=True)
+    new = lambda o: plain(o).detach().to(device, dtype if o.is_floating_point() else o.dtype, copy=True)
     return tree_map(lambda o: new(o) if isinstance(o, torch.Tensor) else o, _as_tensors(inputs))
 
 def _as_tensors(o):
@@ -318,7 +318,7 @@ def scores_of(
 ):
     "The first tensor in `out`, as a plain tensor, or `None` if there is none"
     ts = tensors_of(out)
-    return ts[0].as_subclass(torch.Tensor) if ts else None
+    return plain(ts[0]) if ts else None
 
 def _is_whole(y): return isinstance(y, torch.Tensor) and not (y.is_floating_point() or y.is_complex())
 
@@ -354,7 +354,7 @@ def _judged(correct, out, y):
     if not isinstance(right, torch.Tensor) or right.dtype!=torch.bool:
         was = f'a tensor of {right.dtype}' if isinstance(right, torch.Tensor) else f'a {type(right).__name__}'
         raise ValueError(f'correct(out, y) returns a tensor of booleans, one for each answer, not {was}')
-    right = right.as_subclass(torch.Tensor)
+    right = plain(right)
     return right,(y!=_IGNORED if correct is most_likely else torch.ones_like(right))
 
 def _each_batch(models, data, progress):
@@ -372,7 +372,7 @@ def _answer(model, xb):
 def _on_device(y, model):
     "Labels as plain tensors on the device of `model`, of the type that they have"
     device = place_of(model)[0]
-    return tree_map(lambda o: o.as_subclass(torch.Tensor).to(device) if isinstance(o, torch.Tensor) else o, y)
+    return tree_map(lambda o: plain(o).to(device) if isinstance(o, torch.Tensor) else o, y)
 
 def told_right(
     *models, # Left as they are, on one device

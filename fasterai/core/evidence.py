@@ -68,14 +68,13 @@ class Arrivals:
             x = _wide((xs[0] if xs else next(iter(kwargs.values()))).detach())
             c = x.dim()-1-max(len(p.axes)-2, 0)
             for o in self.asked:
-                s = needed[o].f(x).sum([i for i in range(x.dim()) if i!=c])
+                s = needed[o](x).sum([i for i in range(x.dim()) if i!=c])
                 self.sums[o,p.name] = s if (o,p.name) not in self.sums else self.sums[o,p.name]+s
         return f
     def found(self)->dict:
         "By need and name of the weight, over the batches of all ranks, shaped to broadcast over it; nothing for a layer that did not run"
         sums = ranks.summed_by_name(self.sums) if self.asked else {}
-        def done(o, s): return needed[o].then(s) if needed[o].then else s
-        return {o: {p.name: _act_like(done(o, sums[o,p.name]), p) for p in self.weights if (o,p.name) in sums} for o in self.asked}
+        return {o: {p.name: _act_like(needed[o].done(sums[o,p.name]), p) for p in self.weights if (o,p.name) in sums} for o in self.asked}
 
 def arrived(
     asked, # Needs that are made of inputs
@@ -183,7 +182,7 @@ def found_now(
     xs,grads = known.of('x'),known.of('grad')
     res = _over(nothing_of(xs, weights), arrived(xs, model, inputs, weights, {o: (before or {}).get(o, {}) for o in xs})) if xs else {}
     held = {p.name:ranks.averaged(p.w.grad) if average else p.w.grad for p in weights if p.w.grad is not None} if grads else {}
-    return _over(res, _over(nothing_of(grads, weights), {o: {n:needed[o].f(g) for n,g in held.items()} for o in grads})) if held else res
+    return _over(res, _over(nothing_of(grads, weights), {o: {n:needed[o](g) for n,g in held.items()} for o in grads})) if held else res
 
 # %% ../../nbs/core/14_evidence.ipynb #5f9a2556
 def first_inputs(
@@ -230,7 +229,7 @@ def evidence(
                 got = {p.name:g for p,g in zip(weights, _gradients(model, b, weights, loss_func)) if g is not None}
                 for o in of_grad:
                     for name,g in got.items():
-                        new = needed[o].f(g)
+                        new = needed[o](g)
                         sums[o,name] = sums[o,name]+new if (o,name) in sums else new
             else: call_with(model, inputs_for(model, _inputs(b)))
     if not n: raise ValueError('data has no batch')

@@ -183,7 +183,7 @@ def _score(sources, slices, absolute):
     o = sources[slices[0][0]]
     return (o.signed if absolute else o.joined)([(sources[o],i,j) for o,i,j in slices]).contiguous()
 
-class _Run:
+class Run:
     "The passes over the scores of groups of sources"
     def __init__(self, groups, first, protect):
         self.sources,self.first,self.protect = [o for g in groups for o in g],first,protect
@@ -191,8 +191,10 @@ class _Run:
         self.absolute = all([o.absolute>0 for o in self.sources])
         places = tuple([tuple([(o.keep.data_ptr(), o.n) for o in g]) for g in groups])
         self.plan = _plan(self.device, places, all([o.absolute==4 for o in self.sources]))
-        self.held = _score(self.sources, self.plan.pieces[0][2], self.absolute)
+        self.held = None
         self.best = torch.zeros(len(self.sources), dtype=torch.int64, device=self.device) if protect else self.plan.done
+
+    def read(self): "Have the scores of the first piece there"; self.held = _score(self.sources, self.plan.pieces[0][2], self.absolute)
 
     def over(self, kernel, *args, **kwargs):
         "Launch `kernel` on all chunks; `args` may depend on the first of a piece"
@@ -202,29 +204,36 @@ class _Run:
                 scores = None  # before there are others
                 scores = _score(self.sources, slices, self.absolute)
             table = self.plan.table if alone else self.plan.table[i:j]
-            kernel[(j-i,)](scores, table, *(i if o is _Run else o for o in args), first=self.first, absolute=self.absolute, SIZE=SIZE, STEP=STEP, num_warps=4, **kwargs)
+            kernel[(j-i,)](scores, table, *(i if o is Run else o for o in args), first=self.first, absolute=self.absolute, SIZE=SIZE, STEP=STEP, num_warps=4, **kwargs)
 
-    def __call__(self, ks):
+    def __call__(self, state):
         plan,protect = self.plan,self.protect
-        state = torch.tensor([[0,k,0,0] for k in ks], device='cpu').to(self.device, non_blocking=True) # bits that are known, how many go of what has these, do not all, programs that are done
         for at in range(32-BITS, -1, -BITS):
             find = protect and at==32-BITS
             self.over(_count, plan.groups, state, plan.bins, self.best, at=at, find=find, protect=protect and not find, BITS=BITS)
-        self.over(_ties, state, plan.ties, _Run, plan.done, len(plan.table), self.best, protect=protect)
-        self.over(_decide, plan.groups, state, plan.ties, _Run, self.best, protect=protect)
+        self.over(_ties, state, plan.ties, Run, plan.done, len(plan.table), self.best, protect=protect)
+        self.over(_decide, plan.groups, state, plan.ties, Run, self.best, protect=protect)
 
 # %% ../../nbs/core/15_kernels.ipynb #f9efefee
+def numbers(
+    ks:list, # Of each group, how many blocks are to be gone
+)->Tensor:
+    "What the passes begin with, on the CPU: of each group, the bits that are known, how many go of what has these, do not all, programs that are done"
+    return torch.tensor([[0,k,0,0] for k in ks], device='cpu')
+
 def rank(
     groups:list, # Of each group of sources that compete: the sources, how many of their blocks are to be gone
     first:bool, # Do blocks go? Otherwise blocks return
     protect:bool=False, # Does each source of a group of several keep its best block?
+    state:Tensor|None=None, # `numbers` of the groups on the device, which are used up; by default made of `groups`
 )->bool:
     "Exactly `k` blocks of each group are gone, as `core.selection.rank` has it; `False`, with nothing changed, for scores of 64 bits, which it does not count"
     if any([o.wide for g,_ in groups for o in g]): return False
-    run = _Run([g for g,_ in groups], first, protect and first and any(len(g)>1 for g,_ in groups))
+    run = Run([g for g,_ in groups], first, protect and first and any(len(g)>1 for g,_ in groups))
+    run.read()
     if run.held.dtype!=torch.float32: return False
     if len(run.plan.pieces)>1: run.held = None
-    run([k for _,k in groups])
+    run(numbers([k for _,k in groups]).to(run.device, non_blocking=True) if state is None else state)
     return True
 
 # %% ../../nbs/core/15_kernels.ipynb #89edad7f
@@ -266,10 +275,13 @@ class Zeros:
     def holds(self, tensors): # Those that it is to zero
         "Are these the tensors, and are they as they were, where they were?"
         return len(tensors)==len(self.tensors) and all([a is b and _look_of(a)==look for a,b,look in zip(tensors, self.tensors, self.looks)])
-    def __call__(self):
+    def launch(self):
         for table,word in self.tables:
             if len(table): _zero[(len(table),)](table, WORD=word, SIZE=SIZE, STEP=STEP, num_warps=4)
-        torch.autograd.graph.increment_version(self.tensors)  # as any other write in place, so that autograd can tell
+    def tell(self): "Autograd can tell, as of any other write in place"; torch.autograd.graph.increment_version(self.tensors)
+    def __call__(self):
+        self.launch()
+        self.tell()
 
 # %% ../../nbs/core/15_kernels.ipynb #2ee5becc
 @triton.jit

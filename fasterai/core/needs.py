@@ -23,6 +23,16 @@ class Need:
     of:str # Which of these
     at:str|None=None # Of `w`: taken at the 'start', at each 'update', or None: when it is asked for
     then:Callable|None=None # Of `x`: function of the sums
+    def __call__(self, x): # What it is made of
+        "What it is, a number for each of `x`"
+        return self._checked(self.f(x), x)
+    def done(self, sums): # By input channel
+        "What it is, once all inputs were seen"
+        return self._checked(self.then(sums), sums) if self.then else sums
+    def _checked(self, res, x):
+        if isinstance(res, Tensor) and res.shape==x.shape: return res
+        got = f'a tensor of shape {tuple(res.shape)}' if isinstance(res, Tensor) else repr(res)
+        raise ValueError(f'{self.name!r} has to be a tensor of shape {tuple(x.shape)}, a number for each that it is made of, and is {got}')
 
 needed = {} # By name
 
@@ -75,7 +85,7 @@ class Known:
     def begin(self, params): # Pairs of a name and a parameter
         "Take `params` as they are for the start of training"
         params = list(params)
-        self.kept = {o: {n: needed[o].f(w.detach()).clone() for n,w in params} for o in self.of('w') if needed[o].at}
+        self.kept = {o: {n: needed[o](w.detach()).clone() for n,w in params} for o in self.of('w') if needed[o].at}
 
     @torch.no_grad()
     def update(self, params): # Pairs of a name and a parameter
@@ -83,7 +93,7 @@ class Known:
         changing = [o for o in self.kept if needed[o].at=='update']
         params = list(params) if changing else ()
         for o in changing:
-            new = {n: needed[o].f(w.detach()) for n,w in params}
+            new = {n: needed[o](w.detach()) for n,w in params}
             alike = [n for n,x in new.items() if self.kept[o][n].shape==x.shape]
             if alike: torch._foreach_copy_([ranks.here(self.kept[o][n]) for n in alike], [ranks.here(new[n]) for n in alike])
             for n in new.keys()-alike: self.kept[o][n] = new[n].clone()
@@ -92,10 +102,10 @@ class Known:
         "The tensor that a criteria calls `need`, or `None`"
         n = needed[need]
         if n.at: return self.kept.get(need, {}).get(name)
-        if n.of=='w': return n.f(w)
+        if n.of=='w': return n(w)
         x = self.found.get(need, {}).get(name)
         if x is not None or n.of!='grad' or w.grad is None: return x
-        return n.f(ranks.averaged(w.grad) if self.averages else w.grad)
+        return n(ranks.averaged(w.grad) if self.averages else w.grad)
 
     def tensors(self): "All that is kept"; return [x for d in self.kept.values() for x in d.values()]
     def give(self, found): # By need and name of the parameter

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['whole_number', 'check_updates', 'check_schedule', 'Pace', 'two_of', 'first_two', 'Training', 'clear_state',
-           'Technique', 'within', 'put', 'Driver', 'named_inputs', 'attach']
+           'Technique', 'within', 'put', 'Driver', 'named_inputs', 'without_labels', 'attach']
 
 # %% ../../nbs/core/18_pace.ipynb #f8d022fa
 import inspect, math
@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from collections.abc import Callable, Mapping
 import torch
-from torch import nn, Tensor
+from torch import nn
 from .brought import warn
-from .registry import did_you_mean
 from .running import inputs_of, map_parts, plain, tensors_of
 from .schedule import due, n_due, schedule_of
 
@@ -125,12 +124,12 @@ def clear_state(optimizer):
 
 class Technique:
     """What compresses a model while it is trained, by whatever engine. `check` comes first, and raises before anything is changed; then `begin`, and in the
-    order of training `epoch`, `batch`, `loss`, `before_step` and `after_step`; `end` comes last, after an interrupt as well"""
+    order of training `epoch`, `batch`, `loss`, `before_step` and `after_step`; last `end`, or `leave` where training is broken off"""
     name = '' # That its state goes by
     column = None # What `reached` is called in a table
     holds = None # What it keeps of weights, in the plural, which fits their shapes
     resizes,remembers,is_loss = False,False,False # Does it change shapes of weights? Does it go on otherwise without its state? Has it a share in the loss?
-    parts = () # What names in its state begin with
+    parts = () # What names in its state begin with; none, if there is nothing to go on from
     next = state = None # What `check` has made ready; what to go on from
     @property
     def title(self): "What the user calls it"; return self.__dict__.get('called', type(self).__name__)
@@ -142,7 +141,7 @@ class Technique:
             if held.holds and cuts.resizes:
                 raise ValueError(f'{held.title} holds {held.holds}, whose shapes {cuts.title} changes: prune first, and use {held.title} after that')
     def begin(self, training): "Training begins, or goes on with what `load_state_dict` got"
-    def drop(self): "Training does not begin after all"; self.next = None
+    def drop(self): "Training does not begin after all: forget what `check` has made ready"; self.next = None
     def epoch(self, i): "Epoch `i`, from 0, begins"
     def batch(self, inputs, loss=None): "The model is trained on `inputs`, a tuple, or a dict of keyword arguments; `loss` is a function of its answer, if it is known"
     def before_step(self): "Gradients are there, and the optimizer is about to use them"
@@ -150,13 +149,16 @@ class Technique:
     def after_step(self, k, n, inputs=()): "The optimizer has made step `k` of `n` with a batch of `inputs`"
     def reached(self): "How far it is, as a number"
     def end(self, k, n): "Training ended after step `k` of `n`"
+    def leave(self): "Training is broken off, or has ended: keep nothing that only training needs"
 
     def aside(self): "Context manager: inside, the optimizer is that of the model alone"; return nullcontext()
     def state_dict(self): "What it takes to go on with the same bits: tensors by name"; return {}
     def load_state_dict(self, state): # What `state_dict` of a technique with the same arguments gave
         "Go on from there when training begins"
-        strange = [k for k in state if not k.startswith(self.parts)] if self.parts else []
-        if strange: raise ValueError(f'this is no state of {self.title}, whose names begin with {", ".join(self.parts)}: it has {strange[0]}')
+        strange = next((k for k in state if not k.startswith(self.parts)), None)
+        if strange is not None:
+            those = f'whose names begin with {", ".join(self.parts)}' if self.parts else 'which has none'
+            raise ValueError(f'this is no state of {self.title}, {those}: it has {strange}')
         self.state = dict(state)
 
     def _taken(self):
@@ -192,7 +194,19 @@ def _told(o): return str(getattr(o, '__name__', type(o).__name__ if isinstance(o
 # %% ../../nbs/core/18_pace.ipynb #549f8ab7
 def named_inputs(model, args, kwargs):
     "Inputs of a forward pass: a tuple of arguments, or a dict of keyword arguments"
-    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments) if kwargs else args
+    if not kwargs: return args
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    res = {}
+    for name,v in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            raise ValueError(f'{type(model).__name__} gets arguments by place, as {name}, and others by name: what it was run with cannot be told')
+        res |= v if kind is inspect.Parameter.VAR_KEYWORD else {name:v}
+    return res
+
+def without_labels(inputs): # By name
+    "Those of `inputs` that are no labels"
+    return {k:v for k,v in inputs.items() if 'label' not in k}
 
 def _attached(optimizer):
     "Techniques that work at its steps"
@@ -209,6 +223,7 @@ class attach:
         n:int, # Number of steps
         k:int=0, # How many have been made already: its state is loaded, and training goes on
         adds:bool=True, # Are gradients of what it adds to the loss added to those that are there, at each step? Else the engine does so
+        epochs:bool=True, # Do epochs begin every n/n_epoch steps? Else the engine says so
     ):
         if not isinstance(technique, Technique): raise TypeError(f'attach takes a technique, such as Sparsify(50), not {_said(technique)}')
         if not isinstance(training, Training): raise TypeError(f'attach takes a Training(model, optimizer), not {_said(training)}')
@@ -222,10 +237,11 @@ class attach:
         if technique in _attached(optimizer): raise ValueError(f'this {technique.title} is attached to the optimizer already')
         if technique.is_loss and adds: raise ValueError(f'{technique.title} is a part of the loss, which steps do not show: take a Distiller, as in `loss = distiller.mix(loss, distiller.loss(pred, x))`')
         self.technique,self.training,self.n,self.k,self.adds,self.inputs = technique,training,n,k,adds,()
-        self.active = True # or do steps go by, until the engine says so?
+        self.active,self.n_epoch = True,training.n_epoch if epochs else 0 # do steps count, or go by until the engine says so?
         technique.begin(replace(training, others=lambda: [o for o in _attached(optimizer) if o is not technique]))
         def see(m, args, kwargs):  # a function, which a copy of the model shares
             if m.training: self.inputs = named_inputs(m, args, kwargs)
+        self._tell_epoch()
         self.handles = [model.register_forward_pre_hook(see, with_kwargs=True),
             optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
 
@@ -254,11 +270,18 @@ class attach:
         self.k += 1
         inputs,self.inputs = self.inputs,()
         self.technique.after_step(min(self.k, self.n), self.n, inputs)
+        self._tell_epoch()
+
+    def _tell_epoch(self):
+        "Has an epoch ended with the last step, and another one begun?"
+        begun = [self.k*self.n_epoch//self.n, (self.k-1)*self.n_epoch//self.n]
+        if self.n_epoch and self.k<self.n and begun[0]!=begun[1]: self.technique.epoch(begun[0])
 
     def close(self, ended=True): # Or was it broken off?
         "Take the hooks off; training has ended"
         for h in self.handles: h.remove()
-        if self.handles: self.technique.end(min(self.k, self.n), self.n) if ended else self.technique.drop()
+        if self.handles and ended: self.technique.end(min(self.k, self.n), self.n)
+        if self.handles: self.technique.leave()
         self.handles = []
 
     def __enter__(self): return self

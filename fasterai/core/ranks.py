@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from .selection import _key
 
 # %% ../../nbs/core/21_ranks.ipynb #b78cf136

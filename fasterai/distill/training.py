@@ -6,12 +6,12 @@
 __all__ = ['hold_params', 'let_params_go', 'Distill']
 
 # %% ../../nbs/distill/03_training.ipynb #fe9fc50a
-from contextlib import contextmanager
+import inspect
+from contextlib import ExitStack, contextmanager
 from functools import partial
 import torch
-from ..core.pace import Technique, named_inputs, put, within
+from ..core.pace import Technique, named_inputs, put, two_of, within, without_labels
 from .distiller import Distiller
-from .losses import SoftTarget
 from ..legacy import old_distillation
 
 # %% ../../nbs/distill/03_training.ipynb #fda78729
@@ -51,21 +51,12 @@ def let_params_go(optimizer, params, hook=None): # Hook that `hold_params` gave
 
 # %% ../../nbs/distill/03_training.ipynb #05103b8d
 class Distill(Technique):
-    "Add to the training loss how far the model is from a `teacher`"
+    "Add to the training loss how far the model is from a `teacher`, which is not saved with it. Arguments are those of `Distiller`"
     name,is_loss,parts = 'distill',True,('adapter.','optimizer.')
     distiller,kd,ready,sums = None,None,False,None
+    __signature__ = inspect.signature(Distiller)
     @old_distillation
-    def __init__(self,
-        teacher, # A Learner or a module, which stays as it is; it is not saved with the learner
-        loss=SoftTarget, # A loss, its name in `kd_losses`, or a list of those, which add up
-        activations_student=None, # Layers of the model whose outputs are compared, by name; a name may come more than once
-        activations_teacher=None, # Layers of the teacher, in the same order
-        weight:float=.5, # Share of the distillation in the loss, from 0 to 1
-        schedule=None, # How `weight` is reached: a `Schedule`, a function f(start, end, pos), or a name of `schedules`; constant by default
-        alpha:float|None=None, # Share of the logits where there are losses of both kinds, .5 by default
-        cache:int=0, # Number of samples whose outputs of the teacher are kept: see `Distiller`
-        output=None, # Which tensor of an answer that holds several is compared: a key, a position, or a function; by default what the learner's loss function reads
-    ): self.distiller = Distiller(teacher, loss, activations_student, activations_teacher, weight, schedule, alpha, cache, output)
+    def __init__(self, *args, **kwargs): self.distiller = Distiller(*args, **kwargs)
 
     @property
     def remembers(self): return self.distiller is not None and bool(self.distiller.exact)
@@ -107,19 +98,28 @@ class Distill(Technique):
     def seen(self,
         net, # The student, inside of what computes the loss
     ):
-        "Inside, watch what `net` gets and answers, and the layers that are compared: a list of pairs"
+        "Inside, watch what `net` gets and answers, and the layers that are compared: a list of pairs. The first inputs get all ready"
         found = []
-        def note(m, args, kwargs, out): found.append((named_inputs(m, args, kwargs), out))
-        hook = net.register_forward_hook(note, with_kwargs=True)
-        try:
-            with self.distiller.watch(net): yield found
-        finally: hook.remove()
+        with ExitStack() as stack:
+            def first(m, args, kwargs):
+                beginning.remove()
+                xb = two_of(named_inputs(m, args, kwargs))
+                if isinstance(xb, dict): self.get_ready(named=without_labels(xb))
+                else: self.get_ready(*xb)
+                stack.enter_context(self.distiller.watch(net))
+            def note(m, args, kwargs, out):
+                if self.ready: found.append((named_inputs(m, args, kwargs), out))
+            hooks = [net.register_forward_hook(note, with_kwargs=True)]
+            if self.ready: stack.enter_context(self.distiller.watch(net))
+            else: hooks.append(beginning := net.register_forward_pre_hook(first, with_kwargs=True))
+            for o in hooks: stack.callback(o.remove)
+            yield found
 
     def compare_seen(self, pct, found):
         "`compare` what `seen` has found"
         if len(found)!=1: raise ValueError(f'the student is run once in a step to be compared with its teacher, and it ran {len(found)} times')
         (inputs,answer), = found
-        named = {k:v for k,v in inputs.items() if 'label' not in k} if isinstance(inputs, dict) else None
+        named = without_labels(inputs) if isinstance(inputs, dict) else None
         self.compare(pct, answer, *(inputs if named is None else ()), named=named)
 
     def mixed(self,
@@ -170,14 +170,12 @@ class Distill(Technique):
             known.setdefault(int(i), {})[name] = v.to(params[int(i)].device if v.dim() else v.device, copy=True) if kind=='tensor' else v.item()
         for i,s in known.items(): _states(self.training.optimizer)[params[i]] = s
 
-    def drop(self):
+    def leave(self):
         "Nothing stays with the optimizer"
-        super().drop()
         if not self.ready: return
         self.distiller.kept.clear()
         self.distiller.reset()
         if params := self.distiller.parameters(): let_params_go(self.training.optimizer, params, self.hook)
         self.ready,self.kd = False,None
 
-    def end(self, k, n): self.drop()
     def __getstate__(self): return {}

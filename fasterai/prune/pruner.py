@@ -29,7 +29,7 @@ from ..core.evidence import _wide,arrived,check_seen,check_trained,evidence,foun
 from ..core.proof import TOLERANCE,check_same,random_like
 from ..core.selection import Scores,Source,check_percent,n_of
 from ..core.pool import Pool, select_each
-from ..core.plan import as_bytes,plan_text,pruned_plan,read_plan,remember_plan
+from ..core.plan import as_bytes,check_fits,plan_text,pruned_plan,read_plan,remember_plan
 from ..core.surgery import _pick,_sub,apply_plan,check_plan,follow_cut,legal,reshaped,without
 
 # %% ../../nbs/prune/01_pruner.ipynb #29ec85b0
@@ -65,16 +65,6 @@ def _read(path):
     state |= {k:state[o] for k,o in plan.pop('tied').items()}
     return state,plan
 
-def _check_fits(state, plan, model):
-    check_plan(model, plan)
-    own,new = model.state_dict(),{_sub(o, 'bias') for o in plan['biases']}
-    if wrong := [k for k in own if k not in state] or [k for k in state if k not in own and k not in new]:
-        raise ValueError(f'the file is of another architecture: {wrong[0]} is in only one of it and this {type(model).__name__}')
-    for k,v in own.items():
-        want = [len(plan['kept'].get(k, {}).get(d, ())) or n for d,n in enumerate(v.shape)]
-        if k in plan['kept'] and list(state[k].shape)!=want:
-            raise ValueError(f'the file is of another architecture: {k} has shape {tuple(state[k].shape)}, {tuple(want)} was expected')
-
 @at_home()
 def load_pruned(
     path, # File that `save_pruned` wrote
@@ -86,7 +76,7 @@ def load_pruned(
     if empty: raise ValueError(f'{empty[0]} is on the meta device, where it has no values: `model.to_empty(device=…)` first')
     check_held(model.named_parameters())
     state,plan = _read(path)
-    _check_fits(state, plan, model)
+    check_fits(state, plan, model)
     apply_plan(model, plan)
     for k,v in model.state_dict(keep_vars=True).items():
         if v.dtype!=state[k].dtype: v.data = v.data.to(state[k].dtype)

@@ -6,9 +6,7 @@
 __all__ = ['Prune']
 
 # %% ../../nbs/prune/02_training.ipynb #8cd36589
-import json
 from collections.abc import Mapping
-import torch
 from ..core.context import context_of
 from ..core.criteria import criteria_of, large_final
 from ..core.evidence import check_trained
@@ -73,8 +71,8 @@ class Prune(Technique):
 
     def reached(self): return self.pruner.reached()
 
-    def end(self, k, n):
-        self._tell_early(self.pace, k, n)
-        self.pruner.about.forget()
+    def end(self, k, n): self._tell_early(self.pace, k, n)
+
+    def leave(self): self.pruner.about.forget()
 
     def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('pruner','next','pace','training')}

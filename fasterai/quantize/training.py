@@ -6,7 +6,7 @@
 __all__ = ['Share']
 
 # %% ../../nbs/quantize/03_training.ipynb #0f4c8cf6
-from ..core.pace import Technique, clear_state
+from ..core.pace import Technique, clear_state, put, within
 from ..core.running import plain_model
 from ..core.schedule import check_rises
 from .weight_sharing import KMeansQuantizer, bits_by_name
@@ -14,7 +14,7 @@ from .weight_sharing import KMeansQuantizer, bits_by_name
 # %% ../../nbs/quantize/03_training.ipynb #a8bd7454
 class Share(Technique):
     "Let the weights of each layer share `2**bits` values, and zero, and train the values"
-    name,holds,shared,remembers = 'share','clusters of weights',None,True
+    name,holds,remembers,parts,shared = 'share','clusters of weights',True,('shared.',),None
     def __init__(self,
         bits, # 1 to 8; a dict by layer or parameter; or a function of a parameter's name and the parameter: see `KMeansQuantizer`
         init='optimal', # Where k-means begins: a name of `inits`
@@ -31,10 +31,10 @@ class Share(Technique):
     def begin(self, training):
         self.check(training)
         self.training,self.updated,state = training,[],self._taken()
-        self.shared = self.quantizer.share(training.model, state)
+        self.shared = self.quantizer.share(training.model, None if state is None else within(state, 'shared.'))
         if state is None: clear_state(training.optimizer)
 
-    def state_dict(self): return (self.state or {}) if self.shared is None else self.shared.state_dict()
+    def state_dict(self): return (self.state or {}) if self.shared is None else put('shared.', self.shared.state_dict())
 
     def before_step(self):
         paces = [getattr(o, 'pace', None) for o in self.training.others()]
@@ -44,5 +44,5 @@ class Share(Technique):
         self.shared.sum_grads()
 
     def after_step(self, k, n, inputs=()): self.shared.snap()
-    def end(self, k, n): self.shared = None
+    def leave(self): self.shared = None
     def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('shared','training')}

@@ -11,6 +11,7 @@ from typing import Callable
 import torch
 from torch import nn, Tensor
 from ..core.criteria import Criteria, criteria_of, criterias, large_final, needs, reducers
+from ..core.recorded import MOST, Recorded, can_record
 from ..core.running import is_fake, plain, plain_model
 from ..core.brought import still
 from ..core.granularity import Blocks, _memory_order, axes_of, blocks, layer_axes
@@ -55,7 +56,7 @@ def _waits_for_python(w):
 class _Pass:
     "How weights of one device and dtype are priced in one pass"
     def __init__(self, ws, bs, criteria): # Weights, as they are now; their blocks, numbered by axes; criteria, pointwise
-        self.criteria,self.bs = criteria,bs
+        self.criteria,self.bs,self.known = criteria,bs,{} # With a gradient and without: where weights were the last time, and what was recorded there
         self.orders = [_memory_order(w) for w in ws]
         self.as_is = all(order==sorted(order) for order in self.orders)
         shapes = [torch.empty([w.shape[o] for o in order], device='meta') for w,order in zip(ws, self.orders)]
@@ -90,6 +91,19 @@ class _Pass:
 
     def price(self, ws, slope): # Weights; is the gradient asked for?
         "The sum of the scores of all blocks, and its gradient for each weight, in one vector"
+        if not self._recordable(ws): return self._price(ws, slope)
+        places = [w.data_ptr() for w in ws]
+        before,recorded = self.known.get(slope, ([],None))
+        if places!=before: recorded = None
+        elif recorded is None: recorded = Recorded(ws[0].device, lambda: self._price([w.detach() for w in ws], slope))
+        self.known[slope] = places,recorded
+        return self._price(ws, slope) if recorded is None else tuple(None if o is None else o.clone() for o in recorded())  # which the next call overwrites
+
+    def _recordable(self, ws):
+        "Is what is launched known, and not too large, and are there weights with addresses?"
+        return self.criteria.f in criterias.values() and sum(self.sizes)<=MOST and can_record(ws[0].device) and not any(is_fake(w) for w in ws)
+
+    def _price(self, ws, slope):
         with torch.no_grad(): flat = _wide(self.read(ws)).detach().requires_grad_(slope)
         with torch.set_grad_enabled(slope): scores = self.criteria(w=flat)
         known = scores.detach()
@@ -100,6 +114,8 @@ class _Pass:
             if slope: by_score = known*norms.reciprocal().masked_fill_(norms==0, 0.).index_select(0, self.run)  # a block of zeros stays
         else: total,by_score = (known*self.share).sum(),self.share
         return total,torch.autograd.grad(scores, flat, by_score)[0] if slope else None
+
+    def __getstate__(self): return self.__dict__ | dict(known={})  # addresses mean nothing elsewhere
 
     def one_by_one(self, ws): return sum(_price(w, b, self.criteria) for w,b in zip(ws, self.bs))
 

@@ -32,10 +32,11 @@ class Regularize(Technique):
 
     def check(self, training):
         super().check(training)
-        self.penalty = Penalty(training.model, **self.how)
+        self.next = Penalty(training.model, **self.how)
 
     def begin(self, training):
-        self.check(training)
+        if self.next is None: self.check(training)
+        self.penalty,self.next = self.next,None
 
     def loss(self, k, n):
         weight = self.weight_at(k/n)
@@ -46,9 +47,8 @@ class Regularize(Technique):
         return self.weight if self.schedule is None else self.schedule(pct, self.weight)
 
     def reached(self): return float(self.penalty().detach())
-    def drop(self): self.penalty = None
-    def end(self, k, n): self.drop()
-    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k!='penalty'}
+    def leave(self): self.penalty = None
+    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('penalty','next')}
 
 class GroupRegularize(Regularize):
     "Add `alpha` times the sum of the means of |w| in each block to the training loss (FasterAI paper, §4)"

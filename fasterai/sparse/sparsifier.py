@@ -6,7 +6,7 @@
 __all__ = ['LevelPruner', 'check_level', 'check_sparsity', 'Sparsifier', 'hold_zeros']
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #c67257fe
-import math, warnings
+import math
 from dataclasses import dataclass
 from collections.abc import Iterable
 from functools import cached_property, partial
@@ -25,6 +25,7 @@ from ..core.context import context_needs, context_of, local
 from ..core.selection import Scores, Source, check_percent, n_of, rounded_gone
 from ..core.pool import Pool, in_kernels, select_each
 from ..core import ranks
+from ..core.recorded import MOST, Recorded, can_record
 from ..core.graph import ChannelGraph, layer_of
 from ..core.evidence import Weight, _wide, check_trained, evidence, nothing_of, weight_of
 from ..legacy import OldLevelPruner, old_prune, old_sparsifier
@@ -93,11 +94,12 @@ class Layer:
         self.needs = criteria.needs
         self.alone = criteria.pointwise and all(needed[o].of!='x' for o in self.needs)  # whose shape is that of the weight
         self.streams = len(parts)==1 and b.in_order and self.alone and criteria.keeps_one
-        self.trusted = self.needs==('w',) and criteria.f in criterias.values()
+        self.ours = criteria.f in criterias.values()
+        self.trusted = self.ours and self.needs==('w',)
         self.spread_out = [ranks.is_sharded(p.w) for p in parts]
         self.shard = ranks.shard_of(w) if self.streams else None  # of others, each rank scores whole weights, one layer at a time
         self.keep = torch.full((self.shard.n if self.shard else b.n,), -1, dtype=torch.int8, device=w.device)
-        self.agrees = criteria.pointwise or criteria.f in criterias.values() and criteria.f is not criterias['random']  # is a score the same on each rank?
+        self.agrees = criteria.pointwise or self.ours and criteria.f is not criterias['random']  # is a score the same on each rank?
 
     @property
     def gone(self): "How many blocks are gone"; return self.n-int(ranks.total(self.keep.count_nonzero(), self.shard))
@@ -664,6 +666,42 @@ class Sources:
         found = self.joint.scores() if self.joint else ()
         return self.made | {o.name: Scores(s, o.keep) for o,s in zip(self.rows, found)}
 
+# %% ../../nbs/sparse/01_sparsifier.ipynb #9c2f4e17
+class _Repeats:
+    "The update that `sparsifier` has just made by kernels, to be made again with other numbers"
+    zeros = recorded = None
+    def __init__(self, sparsifier, ks, sources): # Numbers by the layers that compete; scores by layer
+        layers = sparsifier.layers
+        self.device = layers[0].keep.device
+        self.last,self.names,self.protect,self.sources = sparsifier._last,list(ks),sparsifier.pool.protect,sources
+        self.sizes = [sum([sources[o].n for o in names]) for names in ks]
+        known = all([o.ours and o.kinds is None and not o.by_score and not o._dense for o in layers])
+        if known and not any([o.wide for o in sources.values()]) and sum(self.sizes)<=MOST: self.zeros = sparsifier._ready_zeros()
+
+    def serves(self, ks, zeros): # Numbers; what zeroes all that is masked now
+        "Is an update with these numbers like it? Blocks go, and not all, and none returns"
+        if self.zeros is None or zeros is not self.zeros or list(ks)!=self.names: return False
+        alike = all([before<k<n or before==k for n,(before,k) in zip(self.sizes, ks.values())])
+        return alike and can_record(self.device)
+
+    def _groups(self, sources): return [[sources[o] for o in names] for names in self.names]
+
+    def _launches(self):
+        self.kernels.rank([(g,None) for g in self._groups(self.last())], True, self.protect, self.state)
+        self.zeros.launch()
+
+    def __call__(self, ks):
+        "Make it"
+        from fasterai.core import kernels
+        numbers = kernels.numbers([k for _,k in ks.values()])
+        if self.recorded is None:
+            self.kernels,self.run = kernels,kernels.Run(self._groups(self.sources), True, self.protect)  # which has the plan
+            self.state = torch.empty_like(numbers, device=self.device)
+            self.recorded = Recorded(self.device, self._launches)
+        self.state.copy_(numbers, non_blocking=True)
+        self.recorded()
+        self.zeros.tell()
+
 # %% ../../nbs/sparse/01_sparsifier.ipynb #b0451259
 def check_level(sparsity): # Percentage
     "`ValueError` if `sparsity` is no percentage"
@@ -680,7 +718,7 @@ def _check_criteria(o):
     anything is changed"""
     p,f = o.parts[0],o.criteria
     w = _wide(ranks.whole(p.w.detach()))
-    known = {k: needed[k].f(w).clone() if needed[k].of=='w' else torch.ones_like(w) for k in o.needs}
+    known = {k: needed[k](w).clone() if needed[k].of=='w' else torch.ones_like(w) for k in o.needs}
     versions = {k: x._version for k,x in known.items()}
     s = f.f(**known)
     if not isinstance(s, Tensor) or s.shape!=p.w.shape:
@@ -719,7 +757,9 @@ class Sparsifier:
             for o in smallest.values(): _check_criteria(o)
         most = max(o.n for o in self.layers)
         if round_to and most<round_to: raise ValueError(f'round_to={round_to}: no layer has so many blocks to keep, the largest has {most}')
-        self._gone,self._sides,self._last,self._zeros,self._asked,self._coupled,self._told = {},None,None,None,0,coupled,False
+        self._gone,self._sides,self._asked,self._coupled,self._told = {},None,0,coupled,False
+        self._last = self._zeros = self._repeats = None
+        self._records = True
         if coupled:
             check_scripts(self.model)
             if not all(map(_by_filter, self.layers)):
@@ -936,11 +976,34 @@ class Sparsifier:
             self._last = Sources(layers, checked)
         self._hold(self._last.others)  # what is gone scores as a zero, not as what the optimizer made of it
         ks = self._numbers(counts())
+        if not checked and all([before==k for before,k in ks.values()]): self.apply_masks()
+        elif not (same and self._again(ks)): self._anew(ks, alike, same)
+        self.about.update((p.name,p.w) for p in parts_of(layers))
+
+    def _anew(self, ks, alike, same): # Numbers; as for `_renew`; is all where it was in the update before?
+        "Select what goes, or returns, by scores of now"
         if returns := [names for names,(before,k) in ks.items() if k<before]: self._hold([self._by_name[o] for names in returns for o in names])
-        self._select(ks, self._last(), alike)
+        sources = self._last()
+        self._select(ks, sources, alike)
         if self._last.seen is None: self._last = None  # scores that serve no other update
         self.apply_masks()
-        self.about.update((p.name,p.w) for p in parts_of(layers))
+        self._repeats = _Repeats(self, ks, sources) if same and self._last is not None and self._records else None
+
+    def _again(self, ks):
+        "Renew masks as in the update before, with other numbers, in one launch. Was that possible?"
+        if self._repeats is None or not self._repeats.serves(ks, self._ready_zeros()): return False
+        try: self._repeats(ks)
+        except RuntimeError as e:
+            self._repeats,self._records = None,False
+            warn(f'updates of masks could not be recorded as a CUDA graph, and go on one launch at a time: {e}')
+            return False
+        self._settle(ks, {})
+        return True
+
+    def rest(self):
+        "Training is over: keep nothing that only updates need"
+        self.about.forget()
+        self._last = self._repeats = None
 
     @property
     def counts(self): "Are there kernels for where the weights lie?"; return in_kernels(*[p.w for p in parts_of(self.layers)])
@@ -987,26 +1050,39 @@ class Sparsifier:
             taken = {o for names in ks for o in names}
             for names in others:
                 if not taken.isdisjoint(names): del self._gone[names]
+        self._settle(ks, {o: s.left for o,s in sources.items()})
+
+    def _settle(self, ks, left): # Numbers; how many blocks of a layer are left, where that is known
+        "Remember that so many blocks are gone, and that masks are others"
         for names,(before,k) in ks.items():
             self._gone[names] = k
             if k==before: continue
             for o in names:
-                self._by_name[o].left = sources[o].left
+                self._by_name[o].left = left.get(o)
                 self._by_name[o].renew_masks()
         for o in self._sides.values(): o.renew()
 
-    def __getstate__(self): return self.__dict__ | dict(_last=None, _zeros=None)  # addresses mean nothing elsewhere
+    def __getstate__(self): return self.__dict__ | dict(_last=None, _zeros=None, _repeats=None)  # addresses mean nothing elsewhere
 
     def _hold(self, layers):
         "Zero what is masked of `layers`, and of what stands beside them"
         for o in layers: o.apply()
 
+    @property
+    def _masked(self): "What may have masks"; return [*self.layers, *(self._sides or {}).values()]
+
+    def _ready_zeros(self):
+        "What zeroes all that is masked, if it is there and nothing has moved"
+        if self._zeros is None: return
+        version,zeros = self._zeros
+        all_ = self._masked
+        if version==sum([o.version for o in all_]) and zeros.holds([t for o in all_ for t in o.held()]): return zeros
+
     def apply_masks(self):
         "Zero what is masked: after each optimizer step, this keeps it zero"
-        all_ = [*self.layers, *(self._sides or {}).values()]
-        if self._zeros is not None and self._zeros[0]==sum(o.version for o in all_) and self._zeros[1].holds([t for o in all_ for t in o.held()]):
-            return self._zeros[1]()
+        if (zeros := self._ready_zeros()) is not None: return zeros()
         for o in self.layers: o.follow()
+        all_ = self._masked
         tensors = [t for o in all_ for t in o.held()]
         if not tensors: return
         if not in_kernels(self.layers[0].keep, *tensors):

@@ -126,7 +126,9 @@ class Sparsify(Technique):
 
     def state_dict(self):
         if self.sparsifier is None: return self.state or {}
-        return put('sparsifier.', self.sparsifier.state_dict()) | put('pace.', self.pace.state_dict()) | put('ticket.', self.tickets.saved or {}) | put('found.', self.sparsifier.about.found_dict())
+        masks,found = self.sparsifier.state_dict(),self.sparsifier.about.found_dict()
+        each = zip(self.parts, (masks, self.pace.state_dict(), self.tickets.saved or {}, found))
+        return {k:v for part,state in each for k,v in put(part, state).items()}
 
     @property
     def _whole(self): return followable(self.training.model)
@@ -154,7 +156,7 @@ class Sparsify(Technique):
         about = self.sparsifier.about
         if about.from_data: about.give(found_now(self.sparsifier.criteria, parts_of(self.sparsifier.layers), self._whole, inputs, about.found, about.averages))
         self.sparsifier.update(level)
-        if self.tickets.rounds and self.reached()>before: 
+        if self.tickets.rounds and self.reached()>before:
             self.tickets.rewind(self._whole, self.sparsifier, self.training.optimizer, self.training.folder)
 
     def reached(self): return self.sparsifier.reached()
@@ -162,9 +164,11 @@ class Sparsify(Technique):
     def end(self, k, n):
         self._tell_early(self.pace, k, n)
         if self.tickets.at_end and self.tickets.saved is not None: self.tickets.rewind(self._whole, self.sparsifier)
-        self.tickets.saved = None
-        self.sparsifier.about.forget()
         if self.verbose: self.sparsifier.print_sparsity()
+
+    def leave(self):
+        self.tickets.saved = None
+        self.sparsifier.rest()
 
     def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('sparsifier','next','pace','training','looked')}
 
@@ -177,5 +181,5 @@ class Keep(Technique):
     def batch(self, inputs, loss=None):
         if self.sparsifier is None: self.sparsifier = hold_zeros(self.training.model, two_of(inputs))
     def after_step(self, k, n, inputs=()): self.sparsifier.apply_masks()
-    def end(self, k, n): self.sparsifier = None
+    def leave(self): self.sparsifier = None
     def __getstate__(self): return {}

@@ -1,28 +1,19 @@
 """One training, driven by each engine: the same network, batches, optimizer and technique"""
-import logging
+import logging, sys
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch.nn import functional as F
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny import Small as Net
 
 N,BS,EPOCHS = 32,8,3
 STEPS = N//BS # batches in an epoch
 _gen = torch.Generator().manual_seed(0)
 X,Y = torch.randn(N, 1, 8, 8, generator=_gen),torch.randint(0, 4, (N,), generator=_gen)
-
-class Net(nn.Module):
-    def __init__(self, n=12, tied=False):
-        super().__init__()
-        self.a,self.bn,self.b,self.c,self.head = nn.Conv2d(1, n, 3), nn.BatchNorm2d(n), nn.Conv2d(n, n, 3, padding=1), nn.Conv2d(n, 8, 3), nn.Linear(8, 4)
-        self.again = nn.Conv2d(n, n, 3, padding=1) if tied else None
-        if tied: self.again.weight = self.b.weight
-    def forward(self, x):
-        x = self.bn(self.a(x)).relu()
-        x = (x+self.b(x)).relu()
-        if self.again is not None: x = (x+self.again(x)).relu()
-        return self.head(self.c(x).relu().amax((2, 3)))
 
 def network(tied=False, frozen=False, seed=0):
     with torch.random.fork_rng():
@@ -82,7 +73,6 @@ def loop(technique, net, watch, folder, opt='adamw', amp=False, acc=1, clip=None
     with attach(technique, Training(net, optim, epochs, lambda: (X[:2],), folder), epochs*STEPS//acc, at*STEPS//acc, adds=not (in_loss or distills)) as steps:
         if distills: technique.get_ready(X[:2])
         for epoch in range(at, epochs):
-            technique.epoch(epoch)
             net.train()
             for i in range(STEPS):
                 x,y = X[i*BS:][:BS],Y[i*BS:][:BS]

@@ -80,7 +80,7 @@ def plain(key, **options):
     return run
 
 def exact(engine, name, folder):
-    n,seen = EPOCHS*STEPS,[]
+    n = EPOCHS*STEPS
     watch = Watch(look=lambda net: gone(name, watch.k, n)(net))
     trained(engine, name, folder, watch=watch)
     check(len(watch.seen)==n and all(watch.seen), f'after steps {[i+1 for i,o in enumerate(watch.seen) if not o]}')
