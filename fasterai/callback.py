@@ -96,11 +96,12 @@ class TechniqueCallback(Driver, Callback):
     run_valid,order,_only_train_loop = False,55,True  # after the Recorder, whose table gets a column, and before what shows it; `learn.summary` does without
     searches = False  # does it take part in `lr_find`?
     ready = busy = False  # is training to begin? has it, and not ended?
+    watched = False  # is the best epoch kept, which another one has to be once the model is smaller, or sparser?
 
     def __call__(self, event_name):
         if event_name=='before_fit':  # anew: the last fit may have been interrupted
             self.run = (self.searches or not hasattr(self.learn, 'lr_finder')) and not hasattr(self.learn, 'gather_preds')
-        return super().__call__(event_name)
+        if hasattr(type(self), event_name): return super().__call__(event_name)  # else a search through the learner and its model, at each step
 
     @property
     def learn(self): return self.__dict__.get('_learn')
@@ -110,7 +111,10 @@ class TechniqueCallback(Driver, Callback):
         self.__dict__['_learn'] = learn
 
     @property
-    def progress(self): "Batches seen in this fit, and how many there are"; return self.epoch*self.n_iter+self.iter+1, self.n_epoch*self.n_iter
+    def progress(self):
+        "Batches seen in this fit, and how many there are"
+        o = self.learn  # asked itself: what a callback looks up in it takes ten times as long
+        return o.epoch*o.n_iter+o.iter+1, o.n_epoch*o.n_iter
 
     def sample(self):
         "Two inputs of the validation set, whose order is fixed, or `None` if there is none"
@@ -144,12 +148,12 @@ class TechniqueCallback(Driver, Callback):
                 warn(f'training goes on at epoch {self.epoch}, and nothing is known of what {self.technique.called} did before: load what `learn.save` wrote during that fit')
         elif self._reshapes: forget_best(self.learn)  # of an earlier fit
         self.technique.begin(self._training())
-        self.ready,self.busy = False,True
+        self.ready,self.busy,self.watched = False,True,bool(self._reshapes and self.technique.column and savers(self.learn))
 
     @property
     def _reshapes(self): "Is what an earlier epoch has left not what was asked for?"; return self.technique.holds or self.technique.resizes
 
-    def before_batch(self): self.technique.batch(self.xb, lambda answer: self.loss_func(answer, *self.yb))
+    def before_batch(self): self.technique.batch(self.learn.xb, lambda answer: self.loss_func(answer, *self.yb))
 
     def after_loss(self):
         if (r := self.technique.loss(*self.progress)) is None: return
@@ -160,10 +164,9 @@ class TechniqueCallback(Driver, Callback):
     def after_step(self): self._step()
 
     def _step(self):
-        watched = self._reshapes and self.technique.column and savers(self.learn)
-        before = self.technique.reached() if watched else None
-        self.technique.after_step(*self.progress, self.xb)
-        if watched and self.technique.reached()!=before: forget_best(self.learn)
+        before = self.technique.reached() if self.watched else None
+        self.technique.after_step(*self.progress, self.learn.xb)
+        if self.watched and self.technique.reached()!=before: forget_best(self.learn)
 
     def after_train(self):
         pace = getattr(self.technique, 'pace', None)

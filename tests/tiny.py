@@ -10,7 +10,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import *
-from fasterai.core.recorded import Recorded
+from fasterai.core.recorded import record
 
 g = torch.Generator().manual_seed(0)
 X,Y = torch.randn(48, 3, 6, 6, generator=g),torch.randint(0, 4, (48,), generator=g)
@@ -64,19 +64,16 @@ def same(a, b):
     "The same numbers, wherever they are: `load_learner` puts all on the CPU"
     return a.keys()==b.keys() and all(torch.equal(a[k], b[k].to(a[k].device)) for k in a)
 
-class OneByOne:
-    "Stands for `Recorded` where nothing records: the same launches, one by one"
-    def __init__(self, device, launches): self.launches = launches
-    def __call__(self): return self.launches()
-
 def recording(monkeypatch, module):
-    "What `module` would record on a GPU is repeated; a list with an entry for each time"
+    "What `module` would record on a GPU is repeated, one by one where nothing records; a list with an entry for each time"
     seen = []
-    class Spy(Recorded if torch.cuda.is_available() else OneByOne):
-        def __call__(self):
-            seen.append(self)
-            return super().__call__()
-    monkeypatch.setattr(f'{module}.Recorded', Spy)
+    def counted(device, launches):
+        again = record(device, launches) if torch.cuda.is_available() else launches
+        def repeat():
+            seen.append(again)
+            return again()
+        return again and repeat
+    monkeypatch.setattr(f'{module}.record', counted)
     if not torch.cuda.is_available(): monkeypatch.setattr(f'{module}.can_record', lambda device: True)
     return seen
 

@@ -219,7 +219,9 @@ def numbers(
     ks:list, # Of each group, how many blocks are to be gone
 )->Tensor:
     "What the passes begin with, on the CPU: of each group, the bits that are known, how many go of what has these, do not all, programs that are done"
-    return torch.tensor([[0,k,0,0] for k in ks], device='cpu')
+    res = np.zeros((len(ks), 4), np.int64)
+    res[:,1] = ks
+    return torch.from_numpy(res)
 
 def rank(
     groups:list, # Of each group of sources that compete: the sources, how many of their blocks are to be gone

@@ -332,6 +332,13 @@ def _line():
         frame = frame.f_back
     return ''
 
+def _on_cpu(o):
+    "Argument `o` of an operation that is done again there, without a draw from a generator that others have"
+    if isinstance(o, Tensor): return o.cpu()
+    if isinstance(o, (list,tuple)): return [_on_cpu(v) for v in o]
+    if isinstance(o, torch._C.Generator): return torch.Generator(device='cpu')
+    return torch.device('cpu') if isinstance(o, torch.device) else o
+
 class Call:
     "One operation as it was called: arguments by name, outputs, and the shadows of the tensors among them"
     _why = None
@@ -378,6 +385,4 @@ class Call:
         packet = getattr(getattr(torch.ops, lib or 'aten'), name)
         overload = self.func._overloadname
         f = getattr(packet, overload) if overload in packet.overloads() else packet
-        a = {k:o.cpu() if isinstance(o, Tensor) else [v.cpu() if isinstance(v, Tensor) else v for v in o] if isinstance(o, (list,tuple)) else o
-            for k,o in self.a.items() if k!=self.first}
-        return f(**{self.first:l}, **a)
+        return f(**{self.first:l}, **{k:_on_cpu(o) for k,o in self.a.items() if k!=self.first})

@@ -6,27 +6,53 @@
 __all__ = []
 
 # %% ../../nbs/core/22_recorded.ipynb #4d1b83f6
-import torch
+import gc, torch
+from contextlib import suppress
+from torch.torch_version import TorchVersion
+from .brought import warn
 
 # %% ../../nbs/core/22_recorded.ipynb #6f3da5b8
 MOST = 2**25 # Numbers that something recorded looks at: with four bytes each, 128 MiB for each copy of them
+_OLDEST = '2.11' # Release that this was run with
+_failed = [] # What once could not be recorded: nothing else is tried
 
 def can_record(device): # Where it would be launched
     "Is it a GPU that can record, and is nobody recording already, as who records a whole training step?"
-    return device.type=='cuda' and not torch.cuda.is_current_stream_capturing()
+    if device.type!='cuda' or _failed or TorchVersion(torch.__version__)<_OLDEST: return False
+    return not torch.cuda.is_current_stream_capturing()
 
 class Recorded:
-    "What `launches` does on a GPU, recorded: a call repeats it, and returns what it returned, at the same addresses"
-    def __init__(self, device, launches): # `launches` must have run before, so that all that is made once is there
-        self.launches = launches  # and what it holds
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self.graph.capture_begin(capture_error_mode='thread_local')  # what other threads do with the GPU is not recorded, and goes on
-                try: self.out = launches()
-                finally: self.graph.capture_end()
+    "Launches that a GPU has recorded: a call repeats them, and returns what they returned, at the same addresses"
+    def __init__(self, graph, out): self.graph,self.out = graph,out
     def __call__(self):
         self.graph.replay()
         return self.out
+
+def record(
+    device, # A GPU
+    launches, # Function that launches: it has run before, so that all that is made once is there
+):
+    "`launches`, `Recorded`; where that fails `None`, with a warning, and nothing is recorded any more"
+    graph,collects = torch.cuda.CUDAGraph(),gc.isenabled()
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        gc.disable()  # to destroy another graph meanwhile would end the recording
+        try:
+            with torch.cuda.stream(stream):
+                graph.capture_begin(capture_error_mode='thread_local')  # what other threads do with the GPU is not recorded, and goes on
+                try: return Recorded(graph, launches())
+                finally: graph.capture_end()
+        except RuntimeError as e:
+            _failed.append(str(e))
+            _mend(graph)
+            warn(f'what is launched at each step could not be recorded as a CUDA graph, and goes on one launch at a time: {e}')
+        finally:
+            if collects: gc.enable()
+
+def _mend(graph):
+    "A recording that failed leaves PyTorch's memory and generator waiting for its end"
+    i = torch.cuda.current_device()
+    with suppress(RuntimeError): torch._C._cuda_endAllocateToPool(i, graph.pool())  # unless it came so far
+    own = torch.cuda.default_generators[i]
+    own.graphsafe_set_state(own.clone_state())

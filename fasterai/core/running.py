@@ -89,7 +89,10 @@ def plain(t):
 def _batch_normed(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=.1, eps=1e-5):
     "`F.batch_norm`, which of an empty batch, as where a detector finds nothing, would not read its statistics"
     if x.numel() or training: return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    return torch.native_batch_norm(x, weight, bias, running_mean, running_var, False, momentum, eps)[0]
+    of_channels = lambda o: o.view([-1 if i==1 else 1 for i in range(x.dim())])
+    y = (x-of_channels(running_mean))*of_channels((running_var+eps).rsqrt())  # on a GPU, `native_batch_norm` takes none that is empty
+    if weight is not None: y = y*of_channels(weight)
+    return (y if bias is None else y+of_channels(bias)).to(x.dtype)
 
 _PLAIN = frozenset((Tensor,nn.Parameter))
 _LEFT_ALIGNED = getattr(torch, '_nested_tensor_from_mask_left_aligned', None)

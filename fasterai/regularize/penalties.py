@@ -11,7 +11,7 @@ from typing import Callable
 import torch
 from torch import nn, Tensor
 from ..core.criteria import Criteria, criteria_of, criterias, large_final, needs, reducers
-from ..core.recorded import MOST, Recorded, can_record
+from ..core.recorded import MOST, can_record, record
 from ..core.running import is_fake, plain, plain_model
 from ..core.brought import still
 from ..core.granularity import Blocks, _memory_order, axes_of, blocks, layer_axes
@@ -95,7 +95,7 @@ class _Pass:
         places = [w.data_ptr() for w in ws]
         before,recorded = self.known.get(slope, ([],None))
         if places!=before: recorded = None
-        elif recorded is None: recorded = Recorded(ws[0].device, lambda: self._price([w.detach() for w in ws], slope))
+        elif recorded is None: recorded = record(ws[0].device, lambda: self._price([w.detach() for w in ws], slope))
         self.known[slope] = places,recorded
         return self._price(ws, slope) if recorded is None else tuple(None if o is None else o.clone() for o in recorded())  # which the next call overwrites
 

@@ -25,7 +25,7 @@ from ..core.context import context_needs, context_of, local
 from ..core.selection import Scores, Source, check_percent, n_of, rounded_gone
 from ..core.pool import Pool, in_kernels, select_each
 from ..core import ranks
-from ..core.recorded import MOST, Recorded, can_record
+from ..core.recorded import MOST, can_record, record
 from ..core.graph import ChannelGraph, layer_of
 from ..core.evidence import Weight, _wide, check_trained, evidence, nothing_of, weight_of
 from ..legacy import OldLevelPruner, old_prune, old_sparsifier
@@ -691,16 +691,18 @@ class _Repeats:
         self.zeros.launch()
 
     def __call__(self, ks):
-        "Make it"
+        "Make it. Could it be recorded?"
         from fasterai.core import kernels
         numbers = kernels.numbers([k for _,k in ks.values()])
         if self.recorded is None:
             self.kernels,self.run = kernels,kernels.Run(self._groups(self.sources), True, self.protect)  # which has the plan
             self.state = torch.empty_like(numbers, device=self.device)
-            self.recorded = Recorded(self.device, self._launches)
+            self.recorded = record(self.device, self._launches)
+        if self.recorded is None: return False
         self.state.copy_(numbers, non_blocking=True)
         self.recorded()
         self.zeros.tell()
+        return True
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #b0451259
 def check_level(sparsity): # Percentage
@@ -759,7 +761,6 @@ class Sparsifier:
         if round_to and most<round_to: raise ValueError(f'round_to={round_to}: no layer has so many blocks to keep, the largest has {most}')
         self._gone,self._sides,self._asked,self._coupled,self._told = {},None,0,coupled,False
         self._last = self._zeros = self._repeats = None
-        self._records = True
         if coupled:
             check_scripts(self.model)
             if not all(map(_by_filter, self.layers)):
@@ -987,17 +988,15 @@ class Sparsifier:
         self._select(ks, sources, alike)
         if self._last.seen is None: self._last = None  # scores that serve no other update
         self.apply_masks()
-        self._repeats = _Repeats(self, ks, sources) if same and self._last is not None and self._records else None
+        self._repeats = _Repeats(self, ks, sources) if same and self._last is not None else None
 
     def _again(self, ks):
         "Renew masks as in the update before, with other numbers, in one launch. Was that possible?"
         if self._repeats is None or not self._repeats.serves(ks, self._ready_zeros()): return False
-        try: self._repeats(ks)
-        except RuntimeError as e:
-            self._repeats,self._records = None,False
-            warn(f'updates of masks could not be recorded as a CUDA graph, and go on one launch at a time: {e}')
-            return False
-        self._settle(ks, {})
+        if not self._repeats(ks): return False
+        for o in self.layers: o._masks = o.left = None  # masks are what `keep` says now
+        for o in self._sides.values(): o.renew()
+        self._gone.update(zip(ks, [k for _,k in ks.values()]))
         return True
 
     def rest(self):
@@ -1050,15 +1049,11 @@ class Sparsifier:
             taken = {o for names in ks for o in names}
             for names in others:
                 if not taken.isdisjoint(names): del self._gone[names]
-        self._settle(ks, {o: s.left for o,s in sources.items()})
-
-    def _settle(self, ks, left): # Numbers; how many blocks of a layer are left, where that is known
-        "Remember that so many blocks are gone, and that masks are others"
         for names,(before,k) in ks.items():
             self._gone[names] = k
             if k==before: continue
             for o in names:
-                self._by_name[o].left = left.get(o)
+                self._by_name[o].left = sources[o].left
                 self._by_name[o].renew_masks()
         for o in self._sides.values(): o.renew()
 

@@ -149,7 +149,7 @@ class Sparsify(Technique):
         self.looked = True
 
     def after_step(self, k, n, inputs=()):
-        if self.n_updates is None: self.pace.n_updates = most_updates(n, self.pace.n_epoch, self.sparsifier.n_weights, self.sparsifier.counts)
+        if self.pace.n_updates is None: self.pace.n_updates = most_updates(n, self.pace.n_epoch, self.sparsifier.n_weights, self.sparsifier.counts)
         level = self.pace(k, n)
         if level is None: return self.sparsifier.apply_masks()
         before = self.reached() if self.tickets.rounds else 0
