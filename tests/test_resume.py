@@ -29,7 +29,7 @@ X,Y = torch.randn(40, 1, 8, 8),torch.randint(0, 4, (40,))
 def learner(path, opt=Adam, seed=0):
     torch.manual_seed(seed)
     load = lambda: DataLoader(list(zip(X, Y)), bs=8, num_workers=0)
-    return Learner(DataLoaders(load(), load(), device='cpu'), Net(), loss_func=nn.CrossEntropyLoss(), opt_func=opt, lr=1e-2, path=path)
+    return Learner(DataLoaders(load(), load(), device=X.device), Net(), loss_func=nn.CrossEntropyLoss(), opt_func=opt, lr=1e-2, path=path)
 
 class Stop(Callback):
     order = 100
@@ -58,7 +58,7 @@ def momenta(learn):
 def alike(a, b):
     for x,y in zip(momenta(a), momenta(b), strict=True):
         assert x.keys()==y.keys()
-        for k,v in x.items(): assert torch.equal(v, y[k]) if isinstance(v, torch.Tensor) else v==y[k], k
+        for k,v in x.items(): assert torch.equal(v, y[k].to(v.device)) if isinstance(v, torch.Tensor) else v==y[k], k
 
 def teacher(seed=1):
     with torch.random.fork_rng():

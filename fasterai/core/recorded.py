@@ -33,26 +33,28 @@ def record(
     launches, # Function that launches: it has run before, so that all that is made once is there
 ):
     "`launches`, `Recorded`; where that fails `None`, with a warning, and nothing is recorded any more"
-    graph,collects = torch.cuda.CUDAGraph(),gc.isenabled()
+    graph,pool,collects = torch.cuda.CUDAGraph(),torch.cuda.graph_pool_handle(),gc.isenabled()
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         gc.disable()  # to destroy another graph meanwhile would end the recording
         try:
             with torch.cuda.stream(stream):
-                graph.capture_begin(capture_error_mode='thread_local')  # what other threads do with the GPU is not recorded, and goes on
+                graph.capture_begin(pool=pool, capture_error_mode='thread_local')  # what other threads do with the GPU is not recorded, and goes on
                 try: return Recorded(graph, launches())
                 finally: graph.capture_end()
         except RuntimeError as e:
             _failed.append(str(e))
-            _mend(graph)
+            _mend(pool)
             warn(f'what is launched at each step could not be recorded as a CUDA graph, and goes on one launch at a time: {e}')
         finally:
             if collects: gc.enable()
 
-def _mend(graph):
+def _mend(pool):
     "A recording that failed leaves PyTorch's memory and generator waiting for its end"
     i = torch.cuda.current_device()
-    with suppress(RuntimeError): torch._C._cuda_endAllocateToPool(i, graph.pool())  # unless it came so far
+    with suppress(RuntimeError):  # if it came so far itself
+        torch._C._cuda_endAllocateToPool(i, pool)
+        torch._C._cuda_releasePool(i, pool)
     own = torch.cuda.default_generators[i]
     own.graphsafe_set_state(own.clone_state())

@@ -679,9 +679,9 @@ class _Repeats:
         if known and not any([o.wide for o in sources.values()]) and sum(self.sizes)<=MOST: self.zeros = sparsifier._ready_zeros()
 
     def serves(self, ks, zeros): # Numbers; what zeroes all that is masked now
-        "Is an update with these numbers like it? Blocks go, and not all, and none returns"
+        "Is an update with these numbers like it? Of groups that have masks already blocks go, and not all; none returns"
         if self.zeros is None or zeros is not self.zeros or list(ks)!=self.names: return False
-        alike = all([before<k<n or before==k for n,(before,k) in zip(self.sizes, ks.values())])
+        alike = all([0<before<k<n or before==k for n,(before,k) in zip(self.sizes, ks.values())])
         return alike and can_record(self.device)
 
     def _groups(self, sources): return [[sources[o] for o in names] for names in self.names]
