@@ -2590,6 +2590,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'fasterai/regularize/penalties.py'),
                                                'fasterai.regularize.penalties.Penalty._price': ( 'regularize/penalties.html#penalty._price',
                                                                                                  'fasterai/regularize/penalties.py'),
+                                               'fasterai.regularize.penalties.Penalty._price_here': ( 'regularize/penalties.html#penalty._price_here',
+                                                                                                      'fasterai/regularize/penalties.py'),
                                                'fasterai.regularize.penalties.Penalty.by_layer': ( 'regularize/penalties.html#penalty.by_layer',
                                                                                                    'fasterai/regularize/penalties.py'),
                                                'fasterai.regularize.penalties._Pass': ( 'regularize/penalties.html#_pass',

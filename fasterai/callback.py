@@ -184,7 +184,7 @@ class TechniqueCallback(Driver, Callback):
         if self.busy: self._leave(ended=True)
 
     def _leave(self, ended=False):
-        k,n = self.progress if hasattr(self.learn, 'n_iter') else (0,0)
+        k,n = self.progress if hasattr(self.learn, 'n_iter') and hasattr(self.learn, 'iter') else (0,0)  # or it ended before its first batch
         if k<n and (state := self.technique.state_dict()): self.learn.__dict__.setdefault('left_off', LeftOff())[self.key] = state
         self.busy = False
         if ended: self.technique.end(k, n)

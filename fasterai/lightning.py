@@ -53,7 +53,7 @@ class TechniqueCallback(Driver, pl.Callback):
         optimizers = trainer.optimizers
         if len(optimizers)!=1: raise ValueError(f'{self.technique.called} follows the steps of one optimizer, and there are {len(optimizers)}')
         folder = trainer.default_root_dir if trainer.is_global_zero else None
-        return Training(network_of(pl_module), optimizers[0], max(trainer.max_epochs or 1, 1), lambda: first_two(trainer.train_dataloader), folder)
+        return Training(network_of(pl_module), optimizers[0], max(trainer.max_epochs or 1, 1), lambda: first_two(trainer.train_dataloader), folder, world=trainer.world_size)
 
     def on_fit_start(self, trainer, pl_module):
         if trainer.max_epochs==-1 and trainer.max_steps==-1: raise ValueError(f'{self.technique.called} needs to know how long training is: give the Trainer max_epochs or max_steps')

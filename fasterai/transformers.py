@@ -40,7 +40,7 @@ class TechniqueCallback(Driver, TrainerCallback):
         def sample():
             found = first_two(train_dataloader)
             return without_labels(found) if isinstance(found, dict) else found
-        training = Training(model, getattr(optimizer, 'optimizer', optimizer), math.ceil(args.num_train_epochs), sample, args.output_dir if args.should_save else None)
+        training = Training(model, getattr(optimizer, 'optimizer', optimizer), math.ceil(args.num_train_epochs), sample, args.output_dir if args.should_save else None, world=args.world_size)
         if self.driver is not None: self.driver.close(False)  # the last training was interrupted
         if args.load_best_model_at_end and (self.technique.holds or self.technique.resizes):
             warn(f'load_best_model_at_end may bring back an earlier model, which is not yet what {self.technique.called} makes of it: leave it out, or save where the schedule has ended')

@@ -10,6 +10,8 @@ import table
 @pytest.mark.parametrize('scenario', table.SCENARIOS)
 def test_holds(scenario, engine, technique): table.cell(scenario, engine, technique)
 
+def test_two_processes(): assert not {k:v for k,v in table.run_two().items() if v}
+
 def test_a_breach_is_noticed(monkeypatch, tmp_path):
     "Masks that are not held, and a state that is lost"
     from fasterai.sparse.sparsifier import Sparsifier
@@ -22,6 +24,6 @@ def test_a_breach_is_noticed(monkeypatch, tmp_path):
 
 def test_the_table_that_is_shown_is_this_one():
     "The documentation shows what comes of it if all of the above holds"
-    green = {(s,e,t):'' for s in table.SCENARIOS for e in table.ENGINES for t in table.ARGS}
+    green = {(s,e,t):'' for s in (*table.SCENARIOS, table.TWO) for e in table.ENGINES for t in table.ARGS}
     nb = json.loads(table.NOTEBOOK.read_text(encoding='utf-8'))
     assert ''.join(table.shown_in(nb)['source'])==table.table(green)

@@ -6,6 +6,7 @@ from conformance import ranks as conformance
 from fasterai.core.selection import Scores, rank
 from fasterai.core.ranks import rank_over
 from fasterai.quantize.weight_sharing import KMeansQuantizer
+from fasterai.regularize.penalties import Penalty
 from fasterai.sparse.sparsifier import Sparsifier, hold_zeros
 
 net,spread_out,whole = conformance.net,conformance.spread_out,conformance.whole
@@ -78,6 +79,20 @@ def trained(c):
     held.apply_masks()
     return '' if all(torch.equal(whole(p.detach())==0, z) for p,z in zip(m.parameters(), zeros)) else 'zeros moved'
 
+def penalized(c):
+    "A penalty on shards is that of one process, and so is its gradient"
+    for criteria,granularity in (('group_l1','weight'), ('group_l1','row'), ('group_l1','column'), ('group_lasso','weight'), ('group_lasso','row'), ('group_lasso','column')):
+        one,m = net(c),spread_out(net(c), c)
+        across = criteria=='group_lasso' and granularity==dict(fsdp='column', rows='column', columns='row')[c['how']]
+        if across:
+            if not refused('other processes hold parts', Penalty, m, criteria, granularity, nn.Linear): return f'{criteria} {granularity} is not refused'
+            continue
+        want,found = (Penalty(o, criteria, granularity, nn.Linear)() for o in (one, m))
+        for o in (want, found): o.backward()
+        if not torch.allclose(found, want): return f'{criteria} {granularity}: {found} is not {want}'
+        if not all(torch.allclose(whole(a.grad), b.grad) for a,b in zip(m.parameters(), one.parameters())): return f'{criteria} {granularity}: gradients'
+    return ''
+
 def not_here(c):
     "What needs all of a weight says so on each rank"
     m = spread_out(net(c), c)
@@ -100,7 +115,7 @@ def k_means(c):
 def cases(c, expected): return globals()[c['case']](c) if c['case'] else conformance.agree(c, expected)
 def first(c): return None if c['case'] else conformance.one(c)
 
-CASES = [config(how, case=case) for case,hows in dict(by_data=['ddp'], in_a_loop=['ddp'], on_rank_0=['ddp'], k_means=['ddp'], trained=['fsdp'], not_here=['fsdp']).items() for how in hows]
+CASES = [config(how, case=case) for case,hows in dict(by_data=['ddp'], in_a_loop=['ddp'], on_rank_0=['ddp'], k_means=['ddp'], trained=['fsdp'], penalized=['fsdp','rows','columns'], not_here=['fsdp']).items() for how in hows]
 SEEDS = [conformance.config(i) | dict(case='') for i in range(16)]
 ALL = [c | dict(seed=100+i) for i,c in enumerate(CASES)]+SEEDS
 

@@ -114,6 +114,7 @@ class Training:
     sample:Callable=lambda: None # Gives the inputs of two samples, or `None`
     folder:object=None # Where files go, by default; `None` in a process that writes none
     others:Callable=tuple # Gives the techniques that are used beside it
+    world:int=1 # Processes that train the same model, and average its gradients, where `model` does not show it
     def __post_init__(self):
         if not isinstance(self.model, nn.Module): raise TypeError(f'a training is of a model, an nn.Module, not {type(self.model).__name__}')
         whole_number('n_epoch', self.n_epoch, 1)
@@ -136,6 +137,8 @@ class Technique:
 
     def check(self, training):
         "Refuse here what cannot be, and change nothing"
+        if self.resizes and training.world>1:
+            raise ValueError(f'{self.title} changes shapes of weights, and {training.world} processes average gradients of the shapes that they had: prune in one process, and train in several after that')
         for o in training.others():
             held,cuts = (o,self) if self.resizes else (self,o)
             if held.holds and cuts.resizes:

@@ -16,6 +16,7 @@ from ..core.running import is_fake, plain, plain_model
 from ..core.brought import still
 from ..core.granularity import Blocks, _memory_order, axes_of, blocks, layer_axes
 from ..core.registry import did_you_mean, named
+from ..core import ranks
 
 # %% ../../nbs/regularize/01_penalties.ipynb #eab45f14
 def _wide(w): return w.float() if w.element_size()<4 else w
@@ -187,7 +188,18 @@ class Penalty:
         if key not in self.blocks: self.blocks[key] = blocks(self.granularity, key[1], axes, name or type(m).__name__)
         return self.blocks[key]
 
-    def _price(self, name, w): return _price(w, self._blocks(name, w), self.criteria)
+    def _price(self, name, w): return self._price_here(name, w) if ranks.is_sharded(w) else _price(w, self._blocks(name, w), self.criteria)
+
+    def _price_here(self, name, w):
+        "The price of a DTensor, the same on each rank; its gradient is of the part that is here"
+        b,shard,c = self._blocks(name, w),ranks.shard_of(w),self.criteria
+        plain,cut = c.pointwise and type(b).fold is Blocks.fold,{p.dim for p in w.placements if p.is_shard()}
+        x = w.to_local(grad_placements=w.placements)
+        if plain and cut<=set(b.dims): here = _price(x, self._blocks(name, x), c) if x.numel() else _wide(x).sum()  # no block is cut
+        elif plain and c.reducer in (reducers['mean'],reducers['sum']): here = c(w=_wide(x)).sum()*(b.n/w.numel() if c.reducer is reducers['mean'] else 1.)
+        else: raise ValueError(f'{name}.weight is a DTensor, of whose blocks other processes hold parts: shard it along another axis, or take a granularity and a criteria that need no more than what is here')
+        alone = here.detach()
+        return here+(ranks.total(alone.clone(), shard)-alone)
     def by_layer(self): "The penalty of each layer, by name"; return {n: self._price(n, m.weight) for n,(m,_) in self.layers.items()}
 
     def _passable(self, b, w):

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from weakref import WeakKeyDictionary
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -56,11 +57,21 @@ def _compiled(net, compile):
     torch._dynamo.reset()
     return torch.compile(net, backend='eager')
 
+# In two processes, each has a half of each batch
+
+def world(): return dist.get_world_size() if dist.is_initialized() else 1
+def part(x, i, share): # All samples; number of the batch; how they are shared: Lightning's way, that of Accelerate, or fastai's
+    "What of batch `i` is for this process"
+    n,r = world(),dist.get_rank()
+    if share=='halves': return x.chunk(n)[r][i*BS//n:][:BS//n]
+    x = x[i*BS:][:BS]
+    return x[r::n] if share=='turns' else x.chunk(n)[r]
+
 # --- a loop of one's own
 
-def loop(technique, net, watch, folder, opt='adamw', amp=False, acc=1, clip=None, compile=False, epochs=EPOCHS, resume=None, save=None, in_loss=False):
+def loop(technique, net, watch, folder, opt='adamw', amp=False, acc=1, clip=None, compile=False, epochs=EPOCHS, resume=None, save=None, in_loss=False, share='turns'):
     from fasterai.core.pace import Training, attach
-    run,optim,at = _compiled(net, compile),optimizer(opt, net.parameters()),0
+    run,optim,at = nn.parallel.DistributedDataParallel(net) if world()>1 else _compiled(net, compile),optimizer(opt, net.parameters()),0
     if resume:
         state = torch.load(folder/resume)
         at = state['epoch']
@@ -70,12 +81,13 @@ def loop(technique, net, watch, folder, opt='adamw', amp=False, acc=1, clip=None
         optim.load_state_dict(state['opt'])
     watch.attach(optim, net)
     distills = hasattr(technique, 'compare_seen')
-    with attach(technique, Training(net, optim, epochs, lambda: (X[:2],), folder), epochs*STEPS//acc, at*STEPS//acc, adds=not (in_loss or distills)) as steps:
+    with attach(technique, Training(run if world()>1 else net, optim, epochs, lambda: (X[:2],), folder), epochs*STEPS//acc, at*STEPS//acc, adds=not (in_loss or distills)) as steps:
         if distills: technique.get_ready(X[:2])
         for epoch in range(at, epochs):
             net.train()
             for i in range(STEPS):
                 x,y = X[i*BS:][:BS],Y[i*BS:][:BS]
+                if world()>1: x,y = part(X, i, share),part(Y, i, share)
                 with _with(amp), technique.seen(net) if distills else nullcontext() as seen: loss = F.cross_entropy(run(x), y)
                 if distills:
                     pct = (steps.k+1)/steps.n
@@ -105,9 +117,9 @@ def fastai(technique, net, watch, folder, opt='adamw', amp=False, acc=1, clip=No
     from fastai.callback.training import GradientAccumulation, GradientClip
     from fastai.data.core import DataLoaders
     from fastai.data.load import DataLoader
-    from fastai.learner import Learner
+    from fastai.distributed import DistributedDL, Learner  # with `distrib_ctx`
     from fastai.optimizer import OptimWrapper
-    load = lambda: DataLoader(list(zip(X, Y)), bs=BS, num_workers=0)
+    load = lambda: DataLoader(list(zip(X, Y)), bs=BS//world(), num_workers=0)
     class Probe(Callback):
         order = -5
         def before_fit(self): watch.attach(self.opt.opt, net)
@@ -120,11 +132,15 @@ def fastai(technique, net, watch, folder, opt='adamw', amp=False, acc=1, clip=No
             self.autocast = _with(True)
             self.autocast.__enter__()
         def after_loss(self): self.autocast.__exit__(None, None, None)
+    def broadcast(self, t, rank):  # without a GPU
+        dist.broadcast(t := torch.tensor(t), rank)
+        return t.tolist()
+    DistributedDL._broadcast = broadcast
     learn = Learner(DataLoaders(load(), load(), device='cpu'), _compiled(net, compile), loss_func=nn.CrossEntropyLoss(), path=folder,
                     opt_func=lambda ps, **kw: OptimWrapper(opt=optimizer(opt, net.parameters())), lr=LR[opt])
     if resume: learn.load('half')
     cbs = [technique, Probe(), *([Autocast()] if amp else []), *([GradientAccumulation(acc*BS)] if acc>1 else []), *([GradientClip(clip)] if clip else [])]
-    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, cbs=cbs, **(dict(start_epoch=resume) if resume else {}))
+    with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(sync_bn=False) if world()>1 else nullcontext(): learn.fit(epochs, cbs=cbs, **(dict(start_epoch=resume) if resume else {}))
     watch.end()
 
 # --- Lightning
@@ -145,8 +161,10 @@ def lightning(technique, net, watch, folder, opt='adamw', amp=False, acc=1, clip
     callbacks = [Probe(), technique]
     if save is not None: callbacks.append(pl.callbacks.ModelCheckpoint(folder, save_top_k=-1, every_n_epochs=1, filename='{epoch}', save_on_train_epoch_end=True))
     trainer = pl.Trainer(max_epochs=epochs, accelerator='cpu', logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
-        enable_checkpointing=save is not None, callbacks=callbacks, precision='bf16-mixed' if amp else '32-true', accumulate_grad_batches=acc, gradient_clip_val=clip)
-    data = DataLoader(TensorDataset(X, Y), batch_size=BS)
+        enable_checkpointing=save is not None, callbacks=callbacks, strategy='ddp' if world()>1 else 'auto', devices=world(), precision='bf16-mixed' if amp else '32-true', accumulate_grad_batches=acc, gradient_clip_val=clip)
+    rows = TensorDataset(X, Y)
+    sampler = torch.utils.data.DistributedSampler(rows, shuffle=False) if world()>1 else None  # its own shuffles
+    data = DataLoader(rows, batch_size=BS//world(), sampler=sampler)
     trainer.fit(Module(), data, **(dict(ckpt_path=folder/f'epoch={resume-1}.ckpt', weights_only=False) if resume else {}))
     watch.end()
 
@@ -174,7 +192,7 @@ def transformers(technique, net, watch, folder, opt='adamw', amp=False, acc=1, c
         def _get_train_sampler(self, *args): return torch.utils.data.SequentialSampler(self.train_dataset)
     distills = isinstance(technique, Distill)
     kind = type('Ours', (Ordered, DistillationTrainer if distills else Trainer), {})
-    args = TrainingArguments(str(folder), num_train_epochs=epochs, per_device_train_batch_size=BS, learning_rate=LR[opt], lr_scheduler_type='constant', report_to='none',
+    args = TrainingArguments(str(folder), num_train_epochs=epochs, per_device_train_batch_size=BS//world(), ddp_backend='gloo' if world()>1 else None, learning_rate=LR[opt], lr_scheduler_type='constant', report_to='none',
         disable_tqdm=True, save_strategy='no' if save is None else 'epoch', logging_strategy='no', use_cpu=True, bf16=amp, max_grad_norm=clip or 0., seed=0,
         gradient_accumulation_steps=acc, torch_compile=compile, **(dict(torch_compile_backend='eager') if compile else {}))
     model = ANSWERS[net] = ANSWERS[net] if net in ANSWERS else Answers(net)

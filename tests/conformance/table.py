@@ -136,6 +136,34 @@ SCENARIOS = {
     'tied weights': plain('tied', network_args=dict(tied=True)),
     'compiled': plain('compiled', compile=True)}
 
+TWO = 'two processes'
+SHARES = dict(fastai='halves', lightning='turns', transformers='blocks') # How samples are shared
+
+def in_two(engine, name, both, loops):
+    "What each process ended with is the same network, as it must be, and that of a loop that shares samples alike"
+    if name=='prune':
+        check(all(isinstance(o, str) and 'average' in o and 'gradients' in o for o in both), f'not refused: {both}')
+        return
+    check(not any(isinstance(o, str) for o in both), both[0])
+    params = [n for n,_ in network().named_parameters()]
+    check(all(torch.equal(both[0][n], both[1][n]) for n in params), 'processes differ')
+    (net := network()).load_state_dict(both[0])
+    check(gone(name)(net), 'the network is not as it must be')
+    if engine!='loop': check(same(both[0], loops[0]), 'other bits than a loop')
+
+def run_two():
+    "By scenario, engine and technique, as `run` has it"
+    import processes
+    cells = [(e, t, {}) for e in ENGINES for t in ARGS]
+    loops = {(e,t): ('loop', t, dict(share=share, in_loss=t=='regularize' and e!='transformers')) for e,share in SHARES.items() for t in ARGS}
+    found = processes.run([*cells, *loops.values()])
+    loop_of,res = dict(zip(loops, found[len(cells):])),{}
+    for (e,t,_),both in zip(cells, found):
+        try: in_two(e, t, both, loop_of.get((e,t)))
+        except AssertionError as err: res[TWO,e,t] = str(err)
+        else: res[TWO,e,t] = ''
+    return res
+
 def cell(scenario, engine, name):
     with tempfile.TemporaryDirectory() as folder: SCENARIOS[scenario](engine, name, Path(folder))
 
@@ -159,7 +187,7 @@ def table(res):
         cells = []
         for e in ENGINES:
             bad = [t for t in ARGS if res.get((s,e,t))]
-            cells.append(f'all {len(ARGS)}' if not bad else f'not {", ".join(bad)}')
+            cells.append(f'not {", ".join(bad)}' if bad else 'all but prune, which is refused' if s==TWO else f'all {len(ARGS)}')
         rows.append(f'| {s} | '+' | '.join(cells)+' |')
     return '\n'.join(rows)
 
@@ -172,6 +200,7 @@ if __name__=='__main__':
     p.add_argument('--write', action='store_true', help='write the table into its notebook')
     args = p.parse_args()
     res = run([s for s in SCENARIOS if not args.scenarios or any(o in s for o in args.scenarios)])
+    if not args.scenarios or any(o in TWO for o in args.scenarios): res |= run_two()
     print(table(res))
     if args.write:
         nb = json.loads(NOTEBOOK.read_text(encoding='utf-8'))
