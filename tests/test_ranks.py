@@ -100,7 +100,6 @@ def not_here(c):
     for words,kwargs in (('lamp',dict(context='lamp')), ('round_to',dict(round_to=4)), ('data',dict(criteria='taylor', data=own_batches(c)))):
         if not refused(words, linears, m, **kwargs): return words
     if not refused('all scores at once', linears(m).sparsify_below, .1): return 'below'
-    if not refused('DTensor', KMeansQuantizer(2).share, m): return 'share'
     if not all(torch.equal(whole(p.detach()), b) for p,b in zip(m.parameters(), before)): return 'changed'
     with torch.no_grad():
         if dist.get_rank()==1: m[0].weight.to_local().fill_(float('nan'))
@@ -112,10 +111,44 @@ def k_means(c):
     KMeansQuantizer(2).share(m)
     return '' if same_everywhere(m.parameters()) else 'values differ'
 
+def shared(c):
+    "Values of shards are those of one process, train as there, and go on from a state"
+    for per_channel in (False, True):
+        one,m,again = net(c),spread_out(net(c), c),spread_out(net(c), c)
+        models = one,m
+        how = KMeansQuantizer(2, per_channel=per_channel)
+        both = [how.share(o) for o in models]
+        opts = [torch.optim.AdamW(o.parameters(), lr=.1) for o in models]
+        gen = torch.Generator().manual_seed(0)
+        if not all(torch.equal(whole(a.detach()), b) for a,b in zip(m.parameters(), one.parameters())): return f'{per_channel}: other values'
+        for k in range(3):
+            grads = [torch.randn(p.shape, generator=gen).to(p.dtype) for p in one.parameters()]
+            for o,opt,values in zip(models, opts, both):
+                for p,g in zip(o.parameters(), grads): p.grad = conformance.cut_as(g.clone(), p)
+                values.sum_grads()
+                opt.step()
+                values.snap()
+            found = [whole(p.detach()) for p in m.parameters()]
+            if not all(torch.allclose(a, b, atol=1e-5) for a,b in zip(found, one.parameters())): return f'{per_channel}: trained in another way'
+            if not same_everywhere(found): return 'ranks differ'
+            if not per_channel and any(len(a.unique())>5 for a in found): return 'values came apart'
+        again.load_state_dict(m.state_dict())
+        state = both[1].state_dict()
+        if not all(torch.equal(state[n].flatten(), x.flatten()) for n,x in both[0].state_dict().items()): return 'another state'
+        how.share(again, state).snap()
+        if not all(torch.equal(whole(a.detach()), whole(b.detach())) for a,b in zip(m.parameters(), again.parameters())): return 'another start'
+        with torch.no_grad():
+            for o in models: o[0].weight.copy_(conformance.cut_as(whole(o[0].weight.detach()).clone().index_fill_(0, torch.tensor([0]), 0.), o[0].weight))
+        for o in both:
+            o.drop_zeros()
+            o.snap()
+        if whole(m[0].weight.detach())[0].any() or not torch.allclose(whole(m[0].weight.detach()), one[0].weight, atol=1e-5): return 'zeros do not hold'
+    return ''
+
 def cases(c, expected): return globals()[c['case']](c) if c['case'] else conformance.agree(c, expected)
 def first(c): return None if c['case'] else conformance.one(c)
 
-CASES = [config(how, case=case) for case,hows in dict(by_data=['ddp'], in_a_loop=['ddp'], on_rank_0=['ddp'], k_means=['ddp'], trained=['fsdp'], penalized=['fsdp','rows','columns'], not_here=['fsdp']).items() for how in hows]
+CASES = [config(how, case=case) for case,hows in dict(by_data=['ddp'], in_a_loop=['ddp'], on_rank_0=['ddp'], k_means=['ddp'], trained=['fsdp'], penalized=['fsdp','rows','columns'], shared=['fsdp','rows','columns'], not_here=['fsdp']).items() for how in hows]
 SEEDS = [conformance.config(i) | dict(case='') for i in range(16)]
 ALL = [c | dict(seed=100+i) for i,c in enumerate(CASES)]+SEEDS
 

@@ -129,7 +129,7 @@ def test_sharded(tmp_path):
     save_pruned(net(), tmp_path/'pruned')
     dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     try:
-        for use in {*HELD,'pruner','lossless','share','sensitivity'}:  # masks are made of shards, too
+        for use in {*HELD,'pruner','lossless','sensitivity'}:  # masks and shared values are made of shards, too
             m = fully_shard(net(), mesh=init_device_mesh('cpu', (1,)))
             with pytest.raises(ValueError, match='0.weight is a DTensor'): ALL[use](m, tmp_path)
     finally: dist.destroy_process_group()

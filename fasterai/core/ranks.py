@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BITS', 'PIECE', 'several', 'writes', 'agreed', 'summed', 'averaged', 'summed_by_name', 'is_sharded', 'Slice',
-           'shard_of', 'here', 'whole', 'like', 'averages', 'check_finite', 'total', 'rank_over']
+           'shard_of', 'here', 'whole', 'like', 'averages', 'check_finite', 'total', 'least', 'rank_over']
 
 # %% ../../nbs/core/21_ranks.ipynb #e02e221d
 import math
@@ -121,6 +121,11 @@ def check_finite(named, what): # Pairs of name and tensor, what is wrong
 def total(x, shard): # Tensor of what is here; `Slice` or `None`
     "The sum of `x` over the parts"
     for g in shard.groups if shard else (): dist.all_reduce(x, group=g)
+    return x
+
+def least(x, shard): # The same
+    "The lowest of `x` over the parts"
+    for g in shard.groups: dist.all_reduce(x, dist.ReduceOp.MIN, group=g)
     return x
 
 # %% ../../nbs/core/21_ranks.ipynb #904377b3

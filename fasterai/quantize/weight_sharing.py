@@ -13,6 +13,7 @@ from ..core.running import check_scripts, check_shapes, plain_model
 from ..core.brought import check_weights, computed, made_of, plain_name, still, told, warn
 from ..core.granularity import _memory_order, axes_of
 from ..core.registry import did_you_mean, named
+from ..core import ranks
 from .kmeans import inits, kmeans
 from ..legacy import old_options
 
@@ -64,7 +65,10 @@ def _bits_and_left(model, bits):
     out = _left(model, {layer for n,layer in made.items() if n in res or not callable(bits) and not isinstance(bits, dict)})
     res = {n:b for n,b in res.items() if n not in made}
     if not res: raise ValueError(f'no weights to share: {told(out) if out else "the model has no layer with a weight of two axes or more, and none was named"}')
-    check_weights({n:params[n] for n in res}, 'they cannot share values')
+    here,shards = ([(n,params[n]) for n in res if ranks.is_sharded(params[n])==o] for o in (False,True))
+    why = 'they cannot share values'
+    if here: check_weights(dict(here), why)
+    ranks.check_finite(shards, why)
     return res,out
 
 # %% ../../nbs/quantize/02_weight_sharing.ipynb #07348b9c
@@ -113,6 +117,8 @@ class SharedWeight:
         if x.is_contiguous(): torch.index_select(values, 0, self.codes, out=x.view(-1))
         else: x.copy_(values.index_select(0, self.codes).view(x.shape))
 
+    def all_codes(self): "Which elements share a value: [elements]"; return self.codes
+
     def sum_grad(self):
         "Before the optimizer's step: the gradient of each element becomes the sum over those that share its value"
         g = self.p.grad
@@ -128,6 +134,48 @@ class SharedWeight:
     def snap(self):
         "After the step: those that share a value are equal to the last bit, and zeros are zero"
         self._write(self.p, self.p.detach().flatten().index_select(0, self.first))
+
+# %% ../../nbs/quantize/02_weight_sharing.ipynb #6a7be0d3
+class _OfRanks(SharedWeight):
+    "A `SharedWeight` of which each rank holds a part"
+    def __init__(self, p, k, axis=None, **kwargs):
+        full = ranks.whole(p.detach()).clone()
+        one = SharedWeight(full, k, axis, **kwargs)
+        self._set(p, one.codes, one.k, one.n)
+        self.used = one.used
+        ranks.here(p.detach()).copy_(self.shard.of(full))
+
+    def _set(self, p, codes, k, n): # Codes of the whole weight
+        self.shard = ranks.shard_of(p)
+        self.places = self.shard.places(torch.arange(self.shard.n, device=codes.device))
+        return super()._set(p, self.shard.of(codes.view(p.shape)).flatten(), k, n)
+
+    def _find(self):
+        n = self.p.numel()
+        first = torch.full((self.n,), n, device=self.codes.device).scatter_reduce_(0, self.codes.long(), self.places, 'amin')
+        ranks.least(first, self.shard)
+        self.at = (self.places==first[self.codes.long()]).nonzero()[:,0]  # those that stand for a value and are here
+        return first<n
+
+    def _summed(self, x, codes):
+        "The sum of `x` for each value, over all ranks"
+        sums = torch.zeros(self.n, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        return ranks.total(sums.index_add_(0, codes, x.to(sums.dtype)), self.shard)
+
+    def sum_grad(self):
+        if self.p.grad is None: return
+        g = ranks.here(self.p.grad)
+        self._write(g, self._summed(g.flatten(), self.codes))
+
+    def drop_zeros(self):
+        self.codes -= self.codes%self.k*(ranks.here(self.p.detach()).flatten()==0)
+        self._find()
+
+    def snap(self):
+        x = ranks.here(self.p.detach())
+        self._write(x, self._summed(x.flatten()[self.at], self.codes[self.at]))
+
+    def all_codes(self): return ranks.whole(ranks.like(self.codes.view(self.shard.shape), self.p)).flatten()
 
 # %% ../../nbs/quantize/02_weight_sharing.ipynb #5e1d294b
 _pairs = {2:torch.int32, 4:torch.int64, 8:torch.complex128}  # By the bytes of a number, a type of twice as many: only copied
@@ -273,7 +321,7 @@ class SharedWeights(list):
     def _find(self):
         ways,groups = [],{}
         for o in self:
-            kind = o.p.device.type
+            kind = '' if isinstance(o, _OfRanks) else o.p.device.type
             if kind=='cuda': groups.setdefault((o.p.device,o.p.dtype), []).append(o)
             else: ways.append(_ByPairs(o) if kind=='cpu' else o)
         return ways+[_Together(os) for os in groups.values()]
@@ -291,7 +339,7 @@ class SharedWeights(list):
     def state_dict(self):
         "Which elements share a value: tensors by name, for `KMeansQuantizer.share`"
         number = lambda v: torch.tensor(v, device='cpu')
-        return {f'{name}.{k}':v for name,o in zip(self.names, self) for k,v in dict(codes=o.codes, k=number(o.k), n=number(o.n)).items()}
+        return {f'{name}.{k}':v for name,o in zip(self.names, self) for k,v in dict(codes=o.all_codes(), k=number(o.k), n=number(o.n)).items()}
 
 # %% ../../nbs/quantize/02_weight_sharing.ipynb #3718590f
 class KMeansQuantizer:
@@ -314,10 +362,10 @@ class KMeansQuantizer:
         self.rows = []
         for n,b in bits.items():
             p,m = model.get_parameter(n),model.get_submodule(n.rpartition('.')[0])
-            old = p.detach().clone()
-            o = SharedWeight(p, 2**b, _out_axis(m, p) if self.per_channel else None, init=self.init, seed=self.seed)
+            old = ranks.whole(p.detach()).clone()
+            o = _kind_of(p)(p, 2**b, _out_axis(m, p) if self.per_channel else None, init=self.init, seed=self.seed)
             self.rows.append(dict(layer=n.removesuffix('.weight'), weights=p.numel(), zeros=int((old==0).sum()), bits=b, values=int(o.used),
-                error=100*float((p.detach()-old).double().norm()/old.double().norm().clamp(min=1e-300))))
+                error=100*float((ranks.whole(p.detach())-old).double().norm()/old.double().norm().clamp(min=1e-300))))
             yield o
 
     def quantize(self, model:nn.Module): # Model, in place
@@ -335,13 +383,15 @@ class KMeansQuantizer:
         model = plain_model(model)
         for o in names:
             if f'{o}.codes' not in state: raise ValueError(f'the state has no {o!r}: {did_you_mean(o, [k.removesuffix(".codes") for k in state if k.endswith(".codes")])}')
-        again = lambda o: SharedWeight.again(model.get_parameter(o), state[f'{o}.codes'], int(state[f'{o}.k']), int(state[f'{o}.n']))
+        again = lambda o: _kind_of(model.get_parameter(o)).again(model.get_parameter(o), state[f'{o}.codes'], int(state[f'{o}.k']), int(state[f'{o}.n']))
         return SharedWeights(map(again, names), names)
 
     def report(self):
         "What the last model's layers share: a DataFrame; `values` counts those in use, `error` is the change of the weights in percent (of their 2-norm)"
         import pandas as pd
         return pd.DataFrame(self.rows, columns=['layer','weights','zeros','bits','values','error'])
+
+def _kind_of(p): return _OfRanks if ranks.is_sharded(p) else SharedWeight
 
 def _out_axis(m, p):
     "Axis of the output channels, or None if slices along it are single numbers"
