@@ -235,6 +235,19 @@ def test_validated_in_the_middle(name, tmp_path):
     fit(nested, 4, [*(made if isinstance(made := TECHNIQUES[name](), list) else [made]), Nested()])
     assert same(plain.model, nested.model)
 
+def broken(i): raise OSError('the disk is gone')
+
+@pytest.mark.parametrize('name', ['movement','kmeans','prune','penalty','keep','distill'])
+def test_an_error_before_the_first_batch(name, tmp_path):
+    "It is the user's own that is shown, and the next fit is as if there had been none"
+    learn = fresh(tmp_path, name)
+    data = learn.dls
+    learn.dls = DataLoaders(DataLoader(range(8), bs=4, create_item=broken, num_workers=0), data.valid, device=X.device)
+    with pytest.raises(OSError, match='the disk is gone'): fit(learn, 1, TECHNIQUES[name]())
+    learn.dls = data
+    fit(learn, 1, TECHNIQUES[name]())
+    assert not any(o._forward_hooks or o._forward_pre_hooks for o in learn.model.modules())
+
 def test_nothing_is_cut_for_weights_that_do_not_fit(tmp_path):
     "A checkpoint of another architecture leaves the model as it was"
     learn = learner(tmp_path)
