@@ -101,7 +101,7 @@ class TechniqueCallback(Driver, Callback):
     def __call__(self, event_name):
         if event_name=='before_fit':  # anew: the last fit may have been interrupted
             self.run = (self.searches or not hasattr(self.learn, 'lr_finder')) and not hasattr(self.learn, 'gather_preds')
-        if hasattr(type(self), event_name): return super().__call__(event_name)  # else a search through the learner and its model, at each step
+        if event_name in vars(self) or hasattr(type(self), event_name): return super().__call__(event_name)  # else a search through the learner and its model, at each step
 
     @property
     def learn(self): return self.__dict__.get('_learn')

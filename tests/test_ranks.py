@@ -1,13 +1,19 @@
 "Several processes hold the masks of one: gloo on the CPU, tiny networks, one group of processes for each number of them"
+import copy, warnings
 import pytest, torch
 import torch.distributed as dist
 from torch import nn
 from conformance import ranks as conformance
 from fasterai.core.selection import Scores, rank
 from fasterai.core.ranks import rank_over
+from fasterai.core.pace import Training, attach
+from fasterai.distill.training import Distill
+from fasterai.quantize.training import Share
 from fasterai.quantize.weight_sharing import KMeansQuantizer
 from fasterai.regularize.penalties import Penalty
+from fasterai.regularize.training import Regularize
 from fasterai.sparse.sparsifier import Sparsifier, hold_zeros
+from fasterai.sparse.training import Keep, Sparsify
 
 net,spread_out,whole = conformance.net,conformance.spread_out,conformance.whole
 
@@ -93,6 +99,55 @@ def penalized(c):
         if not all(torch.allclose(whole(a.grad), b.grad) for a,b in zip(m.parameters(), one.parameters())): return f'{criteria} {granularity}: gradients'
     return ''
 
+def driven(c):
+    "Techniques that a loop drives end as in one process, and filters that others go along with are refused"
+    torch.manual_seed(0)
+    one = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 2)).double()
+    x,y = torch.randn(4, 8, 6).double(),torch.randint(2, (4, 8))
+    linear = dict(layer_type=nn.Linear)
+    makes = dict(local=lambda: Sparsify(50, **linear), movement=lambda: Sparsify(50, 'weight', 'global', 'movement', **linear), taylor=lambda: Sparsify(50, criteria='taylor', **linear),
+        wanda=lambda: Sparsify(50, criteria='wanda', **linear), column=lambda: Sparsify(50, 'column', **linear), tickets=lambda: Sparsify(50, schedule='iterative', lth=True, **linear),
+        keep=Keep, penalty=lambda: Regularize('group_l1', 'row', .1, nn.Linear), share=lambda: Share(2))
+    for name,make in makes.items():
+        ends = []
+        for shards in (False, True):
+            m = copy.deepcopy(one)
+            with torch.no_grad(): m[0].weight[:,:2] = 0
+            if shards: m = spread_out(m, c)
+            opt = torch.optim.SGD(m.parameters(), lr=.1, momentum=.9)
+            with attach(make(), Training(m, opt, 2), len(x)):
+                for a,b in zip(x, y):
+                    opt.zero_grad()
+                    nn.functional.cross_entropy(m(a), b).backward()
+                    opt.step()
+            ends.append([whole(p.detach()) for p in m.parameters()])
+        if not all(torch.allclose(a, b) and torch.equal(a==0, b==0) for a,b in zip(*ends)): return name
+        if not same_everywhere(ends[1]): return f'{name}: ranks'
+    with torch.no_grad(): one[0].weight[:2] = 0
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        hold_zeros(spread_out(copy.deepcopy(one), c))
+    if not any('0 are held, and not those of the biases' in str(o.message) for o in told): return 'biases that are not held'
+    return '' if refused('go with filters', Sparsifier, spread_out(copy.deepcopy(one), c), 'row', **linear) else 'filters are not refused'
+
+def adapters(c):
+    "What adapts a student's layers is the same on each rank, which see other batches"
+    torch.manual_seed(0)
+    student,teacher = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)),nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 2))
+    torch.manual_seed(dist.get_rank())
+    x,y = torch.randn(3, 8, 6),torch.randint(2, (3, 8))
+    m,technique = nn.parallel.DistributedDataParallel(student),Distill(teacher, 'FitNet', '0', '0')
+    opt = torch.optim.SGD(m.parameters(), lr=.1)
+    with attach(technique, Training(m, opt), len(x), adds=False) as steps:
+        for a,b in zip(x, y):
+            opt.zero_grad()
+            with technique.seen(student) as seen: loss = nn.functional.cross_entropy(m(a), b)
+            technique.compare_seen((steps.k+1)/steps.n, seen)
+            technique.mixed((steps.k+1)/steps.n, loss).backward()
+            opt.step()
+        found = [p.detach().clone() for p in (*technique.distiller.parameters(), *student.parameters())]
+    return '' if len(found)>4 and same_everywhere(found) else 'ranks differ'
+
 def not_here(c):
     "What needs all of a weight says so on each rank"
     m = spread_out(net(c), c)
@@ -148,7 +203,7 @@ def shared(c):
 def cases(c, expected): return globals()[c['case']](c) if c['case'] else conformance.agree(c, expected)
 def first(c): return None if c['case'] else conformance.one(c)
 
-CASES = [config(how, case=case) for case,hows in dict(by_data=['ddp'], in_a_loop=['ddp'], on_rank_0=['ddp'], k_means=['ddp'], trained=['fsdp'], penalized=['fsdp','rows','columns'], shared=['fsdp','rows','columns'], not_here=['fsdp']).items() for how in hows]
+CASES = [config(how, case=case) for case,hows in dict(by_data=['ddp'], in_a_loop=['ddp'], on_rank_0=['ddp'], k_means=['ddp'], trained=['fsdp'], penalized=['fsdp','rows','columns'], shared=['fsdp','rows','columns'], driven=['fsdp'], adapters=['ddp'], not_here=['fsdp']).items() for how in hows]
 SEEDS = [conformance.config(i) | dict(case='') for i in range(16)]
 ALL = [c | dict(seed=100+i) for i,c in enumerate(CASES)]+SEEDS
 

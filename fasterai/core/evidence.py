@@ -121,6 +121,8 @@ def check_got(
 
 def _has_part(model, inputs, weights, loss):
     "Names of those of `weights` that `loss` of what `model` makes of `inputs` depends on, in eval mode or as in training"
+    if any(ranks.is_sharded(p.w) for p in weights):  # to go backward through it would reduce gradients: those that training has made tell, once they are there
+        return {p.name for p in weights if p.w.grad is not None} or {p.name for p in weights}
     names = set()
     for training in (False,True):
         rest = [p for p in weights if p.name not in names]

@@ -399,6 +399,11 @@ def held(
     finally:
         for o in taken: o.release()
 
+def _gathers(m):
+    "Does `m` gather parameters that are shared out over ranks (`fully_shard`), and holds none of them now?"
+    ours = any(o.__name__=='FSDPModule' for o in type(m).__mro__)
+    return ours and all(type(p).__name__=='DTensor' for p in m.parameters())
+
 @contextmanager
 def restored(
     model:nn.Module, # Left as it was, also after an error
@@ -411,7 +416,7 @@ def restored(
         renorm = {m:m.max_norm for m in modes if getattr(m, 'max_norm', None) is not None}  # would write to the weight of an embedding
         buffers = [(m,k,b,b.clone()) for m in modes for k,b in m._buffers.items() if b is not None]
         states = [_State(m) for m in modes if not type(m).__module__.startswith(('torch.nn.','torch.jit.'))]  # these keep nothing
-        drawn = _Drawn(model)
+        drawn,gathering = _Drawn(model),[m for m in modes if _gathers(m)]
         numbers = OwnNumbers() if draws is not False else None
         token = _numbers.set(numbers)
         try:
@@ -421,6 +426,7 @@ def restored(
             with torch.no_grad(), numbers if draws else nullcontext(): yield
         finally:
             _numbers.reset(token)
+            for m in gathering: m.reshard()  # parameters are whole after a forward that no backward follows
             for m,t in modes.items():
                 if m.training is not t: m.training = t
             for m,v in renorm.items(): m.max_norm = v

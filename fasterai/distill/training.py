@@ -10,6 +10,7 @@ import inspect
 from contextlib import ExitStack, contextmanager
 from functools import partial
 import torch
+from ..core import ranks
 from ..core.pace import Technique, named_inputs, put, two_of, within, without_labels
 from .distiller import Distiller
 from ..legacy import old_distillation
@@ -81,6 +82,8 @@ class Distill(Technique):
         if self.ready: return
         self.distiller.prepare(self.training.model, *xb, named=named)
         params = self.distiller.parameters()
+        with torch.no_grad():
+            for p in params: p.copy_(ranks.agreed(p))
         self.hook = hold_params(self.training.optimizer, params) if params else None
         if (state := self._taken()) is not None: self._load(state)
         self.ready = True
@@ -139,6 +142,10 @@ class Distill(Technique):
         for o,v in terms.items(): self.sums[o] = self.sums.get(o, 0.)+v
 
     def mean(self, o): "Mean of loss `o` in this epoch, nan if there was none"; return float(self.sums[o])/self.n if o in self.sums else float('nan')
+
+    def before_step(self):
+        for p in self.distiller.parameters() if self.ready else ():  # which nobody else averages over ranks
+            if p.grad is not None: p.grad = ranks.averaged(p.grad)
 
     def after_step(self, k, n, inputs=()):
         for p in self.distiller.parameters(): p.grad = None  # an engine may do so for those of the model alone

@@ -164,6 +164,7 @@ class _OfRanks(SharedWeight):
 
     def sum_grad(self):
         if self.p.grad is None: return
+        if self.p.grad.placements!=self.p.placements: self.p.grad = self.p.grad.redistribute(placements=self.p.placements)
         g = ranks.here(self.p.grad)
         self._write(g, self._summed(g.flatten(), self.codes))
 

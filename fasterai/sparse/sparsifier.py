@@ -761,6 +761,7 @@ class Sparsifier:
         if round_to and most<round_to: raise ValueError(f'round_to={round_to}: no layer has so many blocks to keep, the largest has {most}')
         self._gone,self._sides,self._asked,self._coupled,self._told = {},None,0,coupled,False
         self._last = self._zeros = self._repeats = None
+        self._check_ranks()
         if coupled:
             check_scripts(self.model)
             if not all(map(_by_filter, self.layers)):
@@ -773,17 +774,19 @@ class Sparsifier:
         self.n_weights = sum(p.w.numel() for o in self.layers for p in o.parts)
         self.about = Known(self.criteria.needs)
         for o in self.layers: o.about = self.about
-        self._check_ranks(model)
+        self.about.averages = not any(p for o in self.layers for p in o.spread_out) and not ranks.averages(model)
         self.remember()
         if out: self._tell_computed(out)
 
-    def _check_ranks(self, model):
-        "`ValueError` for what needs more of a weight than a rank has; what averages gradients over ranks is known here"
+    def _check_ranks(self):
+        "`ValueError` for what needs more of a weight than a rank has"
         sharded = next((p.name for o in self.layers for p,there in zip(o.parts, o.spread_out) if there), None)
-        self.about.averages = sharded is None and not ranks.averages(model)
         if sharded is None: return
         why = f'{sharded} is a DTensor, of which other processes hold parts'
         if self._coupled or self.granularity=='head': raise ValueError(f'{why}, and filters or heads that go together are followed through whole weights: sparsify before the model is sharded')
+        beside = {n for n,_ in self.model.named_parameters()}-{p.name for p in parts_of(self.layers)}
+        if beside and any(_filters(o) is not None for o in self.layers):
+            raise ValueError(f'{why}, and biases and norms that go with filters are followed through whole weights: sparsify before the model is sharded')
         if self.data is not None: raise ValueError(f'{why}, so gradients come from a training step, not from `data`: update after the backward pass')
         if not any(o.shard for o in self.layers): return
         if 'scores' in context_needs(self.context): raise ValueError(f'{why}, and the context {self.context.__name__} looks at all scores at once: take local, global, erk or uniform_plus')
@@ -1167,16 +1170,19 @@ def hold_zeros(model:nn.Module, example_inputs=None): # Model, inputs that run i
     types = tuple({type(m) for m in model.modules() if has_axes(m)})
     if not types: raise ValueError('the model has no layer whose zeros could be held')
     sp = _Holder(model, 'weight', layer_type=types, example_inputs=example_inputs)
-    filters = []
+    filters,cut = [],{}
     for o in sp.layers:
         p = o.parts[0]
         w = p.w.detach()
         o.keep.copy_(((ranks.here if o.shard else ranks.whole)(w)!=0).flatten()).neg_()
         o.renew_masks()
-        if o.shard: continue  # what goes with whole filters is followed in whole models
+        if o.shard:  # what goes with whole filters is followed in whole models
+            if 'o' in p.axes: cut[o.name] = ranks.total((ranks.here(w)==0).movedim(p.axes.index('o'), 0).flatten(1).all(1).sum(), o.shard)
+            continue
         f = Layer(o.name, [Part(p.mod, p.attr, p.name, p.axes, blocks('filter', p.w.shape, p.axes))], sp.criteria)
         f.keep = f.parts[0].blocks.fold(p.w.detach()!=0).any(1).to(torch.int8).neg_()
         if (f.keep==0).any(): filters.append(f)
+    if whole := [n for n,k in cut.items() if k]: warn(f'zeros in the weights of {", ".join(whole)} are held, and not those of the biases and norms that go with filters, as other processes hold parts of the weights: keep zeros before the model is sharded')
     sp._sides = find_sides(model, filters, example_inputs) if filters else {}
     for o in sp._sides.values():
         o.renew()

@@ -13,7 +13,7 @@ from ..core.criteria import large_final
 from ..core.evidence import check_seen, check_trained, found_now
 from ..core import ranks
 from ..core.pace import Pace, Technique, check_schedule, check_updates, clear_state, put, two_of, within
-from ..core.running import followable
+from ..core.running import plain_model
 from ..core.schedule import one_cycle, schedule_of
 from .sparsifier import Sparsifier, hold_zeros, parts_of
 from ..legacy import old_arguments
@@ -131,7 +131,7 @@ class Sparsify(Technique):
         return {k:v for part,state in each for k,v in put(part, state).items()}
 
     @property
-    def _whole(self): return followable(self.training.model)
+    def _whole(self): return plain_model(self.training.model)
 
     def epoch(self, i):
         if self.tickets.epoch(i, self._whole): self.sparsifier.remember()

@@ -28,15 +28,19 @@ def work(rank, port, folder, cells):
     torch.save(found, f'{folder}/found_{rank}.pt')
     dist.destroy_process_group()
 
+def joined(f, args, n, seconds):
+    "Let `n` processes run `f(rank, *args)` to the end, `seconds` at most"
+    ctx = mp.start_processes(f, args, nprocs=n, join=False, start_method='spawn')
+    end = time.monotonic()+seconds
+    try:
+        while not ctx.join(timeout=5, grace_period=5):
+            if time.monotonic()>end: raise TimeoutError(f'{n} processes are not done after {seconds} seconds')
+    finally:
+        for p in ctx.processes:
+            if p.is_alive(): p.kill()
+
 def run(cells, seconds=300): # Of each training: engine, technique, options
     "The state that each training ends with, or its error: of the first process, and of the second"
     with tempfile.TemporaryDirectory() as folder:
-        ctx = mp.start_processes(work, (free_port(), folder, cells), nprocs=2, join=False, start_method='spawn')
-        end = time.monotonic()+seconds
-        try:
-            while not ctx.join(timeout=5, grace_period=5):
-                if time.monotonic()>end: raise TimeoutError(f'two processes are not done after {seconds} seconds')
-        finally:
-            for p in ctx.processes:
-                if p.is_alive(): p.kill()
+        joined(work, (free_port(), folder, cells), 2, seconds)
         return list(zip(*(torch.load(f'{folder}/found_{r}.pt') for r in range(2))))

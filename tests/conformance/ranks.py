@@ -1,11 +1,13 @@
 "Masks and weights of several processes beside those of one, in seeded random configurations: `python tests/conformance/ranks.py [how many]`"
-import itertools, random, sys, tempfile, time, traceback, warnings
+import itertools, random, sys, tempfile, traceback, warnings
 from datetime import timedelta
+from pathlib import Path
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from fasterai.sparse.sparsifier import Sparsifier
+sys.path.insert(0, str(Path(__file__).parent))
+from processes import joined
 
 def drawn(w): return w.abs()+torch.rand_like(w)  # a user's own, another on each rank
 def relative(w): return w.abs()/w.abs().max()  # a user's own that looks at the whole weight
@@ -95,14 +97,7 @@ def compare(cs, f=agree, first=one):
     with tempfile.TemporaryDirectory() as folder:
         for world in sorted({c['world'] for c in cs}):
             some = [(c, first(c)) for c in cs if c['world']==world]
-            ctx = mp.start_processes(work, (world, folder, some, f), nprocs=world, join=False, start_method='spawn')
-            end = time.monotonic()+120
-            try:
-                while not ctx.join(timeout=5, grace_period=5):
-                    if time.monotonic()>end: raise TimeoutError(f'{world} processes are not done after two minutes')
-            finally:
-                for p in ctx.processes:
-                    if p.is_alive(): p.kill()
+            joined(work, (world, folder, some, f), world, 180)
             found = [torch.load(f'{folder}/found{world}_{r}.pt') for r in range(world)]
             res |= {c['seed']: next((o for o in os_ if o), '') for (c,_),os_ in zip(some, zip(*found))}
     return res
