@@ -254,8 +254,10 @@ def test_penalty(kind, mk):
 
 def test_a_norm_of_no_features_has_no_penalty():
     "fastai's tables have a BatchNorm of their numbers, even where there are none"
-    dls = loaders.TabularDataLoaders.from_df(loaders.table(), procs=[loaders.Categorify], cat_names=['kind'], y_names='label', bs=16, seed=0, num_workers=0)
-    assert column(fit(tabular_learner(dls, layers=[8]), RegularizeCallback('slimming', weight=1e-2)), 'penalty')>0
+    dls = loaders.TabularDataLoaders.from_df(loaders.table(), procs=[loaders.Categorify], cat_names=['kind'], cont_names=[], y_names='label', bs=16, seed=0, num_workers=0)
+    learn = tabular_learner(dls, layers=[8])
+    assert learn.model.bn_cont.num_features==0
+    assert column(fit(learn, RegularizeCallback('slimming', weight=1e-2)), 'penalty')>0
 
 # --- shared values
 
