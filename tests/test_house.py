@@ -24,9 +24,11 @@ RULES = [  # module                  ours                              others
     ('lightning.py',                'core sparse prune distill regularize quantize', 'torch lightning pytorch_lightning'),
     ('transformers.py',             'core sparse prune distill regularize quantize', 'torch transformers safetensors'),
     ('export/*',                    'core',                           'torch numpy onnx onnxruntime onnxscript'),
-    ('misc/*',                      'core legacy',                    'torch numpy tensorly'),
+    ('misc/*',                      'core legacy repair',             'torch numpy tensorly'),
     ('quantize/*',                  'core legacy',                    'torch numpy pandas torchao safetensors constriction'),
-    *((f'{o}/*',                    'core legacy',                    'torch numpy pandas safetensors') for o in ('sparse','prune','distill','regularize'))]
+    ('repair/*',                    'core',                           'torch pandas'),
+    *((f'{o}/*',                    'core legacy repair',             'torch numpy pandas safetensors') for o in ('sparse','prune')),
+    *((f'{o}/*',                    'core legacy',                    'torch numpy pandas safetensors') for o in ('distill','regularize'))]
 
 def rule(path): return next(((ours.split(), others.split()) for pat,ours,others in RULES if fnmatch.fnmatch(path, pat)), None)
 

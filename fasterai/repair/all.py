@@ -1,0 +1,2 @@
+from ..core.all import *
+from .repair import repair

@@ -1,0 +1,256 @@
+"A changed network gives what it gave before, as far as least squares can have it so"
+import pytest, torch
+from copy import deepcopy
+from torch import nn
+from torch.nn import functional as F
+from fasterai.core.reads import Weights, columns_in, columns_out, follow, n_columns
+from fasterai.core.running import call_with
+from fasterai.misc.all import FC_Decomposer
+from fasterai.prune.all import Pruner
+from fasterai.quantize.all import KMeansQuantizer
+from fasterai.repair.all import repair
+from fasterai.sparse.all import Sparsifier
+
+def seeded(make, seed=0):
+    torch.manual_seed(seed)
+    return make().eval()
+
+def differs(a, b, x):
+    "Share of the variance of what `b` gives"
+    y,z = call_with(a, x),call_with(b, x)
+    return ((y-z).square().sum()/(z-z.mean(0)).square().sum()).item()
+
+# --- one layer
+
+LAYERS = dict(
+    linear=(lambda: nn.Linear(6, 4), (50,6)), no_bias=(lambda: nn.Linear(6, 4, bias=False), (50,6)), tokens=(lambda: nn.Linear(6, 4), (5,9,6)),
+    conv1d=(lambda: nn.Conv1d(4, 6, 3, padding=1), (8,4,9)), conv2d=(lambda: nn.Conv2d(3, 5, (3,2), stride=(2,1), padding=(1,0)), (6,3,9,8)),
+    conv3d=(lambda: nn.Conv3d(2, 3, 2, dilation=2), (6,2,6,5,5)), same=(lambda: nn.Conv2d(3, 5, 4, padding='same'), (6,3,7,7)),
+    reflect=(lambda: nn.Conv2d(3, 5, 3, padding=1, padding_mode='reflect', bias=False), (6,3,7,7)), grouped=(lambda: nn.Conv2d(4, 6, 3, groups=2), (6,4,7,7)),
+    depthwise=(lambda: nn.Conv2d(4, 8, 3, groups=4), (6,4,7,7)), transposed=(lambda: nn.ConvTranspose2d(3, 5, 3, stride=2, padding=1, output_padding=1), (6,3,6,6)),
+    transposed_grouped=(lambda: nn.ConvTranspose1d(4, 6, 4, stride=3, groups=2), (9,4,8)))
+
+def columns_of(layer, x):
+    "What a layer reads and gives, by groups, in double precision"
+    found = []
+    def take(key, call, y):
+        at = torch.arange(n_columns(call, y))
+        found.append((columns_in(call, at).double(),columns_out(call, y, at).double(),Weights(call)))
+    follow(layer, x, [('weight',0)], take)
+    return found[0]
+
+@pytest.mark.parametrize('kind', LAYERS)
+def test_one_layer_is_least_squares(kind):
+    "What `torch.linalg.lstsq` gives for each group, with a column of ones for the bias"
+    make,shape = LAYERS[kind]
+    layer,teacher,x = seeded(make),seeded(make, 1),torch.randn(*shape, generator=torch.Generator().manual_seed(2))
+    moved = nn.Sequential(nn.Identity(), layer)  # what comes in differs from what the teacher gets, so that no weight is exact
+    class Bent(nn.Module):
+        def __init__(self, layer, bend): super().__init__(); self.layer,self.bend = layer,bend
+        def forward(self, x): return self.layer(x.sign()*x.abs()**self.bend)
+    mine,theirs = Bent(layer, 1.5),Bent(teacher, 1.)
+    cols,_,_ = columns_of(layer, x.sign()*x.abs()**1.5)
+    _,wanted,_ = columns_of(teacher, x)
+    repair(mine, theirs, x, ridge=0)
+    held = columns_of(layer, x)[2].matrix().detach()
+    for g in range(len(cols)):
+        a = cols[g].T if layer.bias is None else torch.cat([cols[g].T,torch.ones(cols.shape[-1],1).double()], 1)
+        best = torch.linalg.lstsq(a, wanted[g].T).solution.T
+        torch.testing.assert_close(held[g], best[:,:cols.shape[1]].float(), rtol=1e-4, atol=1e-5)
+        if layer.bias is not None: torch.testing.assert_close(layer.bias.detach().view(len(cols), -1)[g], best[:,-1].float(), rtol=1e-4, atol=1e-5)
+
+# --- whatever spells it
+
+class Attention(nn.Module):
+    def __init__(self, dim=8, fused=True):
+        super().__init__()
+        self.inside,self.attn,self.out = nn.Linear(6, dim),nn.MultiheadAttention(dim, 2, batch_first=True),nn.Linear(dim, 3)
+        self.other = nn.Linear(6, dim) if not fused else None
+    def forward(self, x):
+        y = self.inside(x)
+        return self.out(self.attn(y, self.other(x) if self.other else y, y)[0])
+
+class Functions(nn.Module):
+    "Weights as parameters, read by functions"
+    def __init__(self):
+        super().__init__()
+        self.qkv,self.b,self.w,self.c = (nn.Parameter(torch.randn(*o)/3) for o in ((12,6),(12,),(4,5),(5,)))
+    def forward(self, x):
+        q,k,v = F.linear(x, self.qkv, self.b).chunk(3, -1)
+        y = (q*k).tanh()+v
+        return torch.addmm(self.c, y.flatten(0, 1), self.w).view(*x.shape[:2], 5)
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.rnn,self.out = kind(6, 5, num_layers=2, bidirectional=True, batch_first=True),nn.Linear(10, 3)
+    def forward(self, x): return self.out(self.rnn(x)[0])
+
+class Twice(nn.Module):
+    "One layer, used for two inputs"
+    def __init__(self):
+        super().__init__()
+        self.shared,self.out = nn.Linear(6, 8),nn.Linear(16, 3)
+    def forward(self, x): return self.out(torch.cat([self.shared(x).relu(),self.shared(x.flip(1)*2).relu()], -1))
+
+SPELLED = dict(attention=Attention, cross=lambda: Attention(fused=False), functions=Functions, lstm=lambda: Recurrent(nn.LSTM), gru=lambda: Recurrent(nn.GRU), siamese=Twice)
+READS = dict(attention={'inside','attn','attn.out_proj','out'}, cross={'inside','other','attn','attn.out_proj','out'}, functions={''}, lstm={'rnn','out'}, gru={'rnn','out'}, siamese={'shared','out'})
+
+@pytest.mark.parametrize('kind', SPELLED)
+@pytest.mark.parametrize('dtype', [torch.float32,torch.float64])
+def test_spellings(kind, dtype):
+    "Another network with the same layers can be had from scratch, where there are enough columns: each layer is found however it is spelled"
+    mine,teacher = seeded(SPELLED[kind]).to(dtype),seeded(SPELLED[kind], 1).to(dtype)
+    x = torch.randn(64, 9, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        for n,p in mine.named_parameters():  # a state cannot be fitted: only what reads inputs is another
+            if 'hh' in n: p.copy_(teacher.get_parameter(n))
+    before = differs(mine, teacher, x)
+    table = repair(mine, teacher, x, ridge=1e-9)
+    fitted = table[table.why=='']
+    assert set(fitted.layer)==READS[kind]
+    assert (fitted.after<=fitted.before+1e-12).all()
+    assert differs(mine, teacher, x)<1e-4*before
+
+# --- what has changed a network
+
+class Net(nn.Module):
+    "A residual network with branches, norms and a grouped convolution"
+    def __init__(self):
+        super().__init__()
+        self.stem,self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False),nn.BatchNorm2d(16)
+        self.wide,self.wide_norm,self.back = nn.Conv2d(16, 24, 1),nn.BatchNorm2d(24),nn.Conv2d(24, 16, 3, padding=1, groups=2)
+        self.left,self.right,self.fc = nn.Conv2d(16, 8, 3, stride=2),nn.Conv2d(16, 8, 1, stride=2),nn.Linear(16, 10)
+        with torch.no_grad():
+            for m in (self.norm,self.wide_norm): m.running_mean.normal_(), m.running_var.uniform_(.5, 2), m.weight.uniform_(.5, 1.5), m.bias.normal_()
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu()
+        x = x+self.back(self.wide_norm(self.wide(x)).relu())
+        return self.fc(torch.cat([self.left(x).relu().mean((2,3)),self.right(x).relu().mean((2,3))], 1))
+
+def images(n=48): return F.interpolate(torch.randn(n, 3, 4, 4, generator=torch.Generator().manual_seed(0)), 9, mode='bilinear')
+
+def pruned(net, x): Pruner(net, 40, example_inputs=x[:1]).prune_model(); return net
+def lossless(net, x):
+    Sparsifier(net, 'filter', 'local', coupled=True, example_inputs=x[:1]).sparsify_model(40)
+    return Pruner().prune_model(net, x[:1])
+def sparse(net, x): Sparsifier(net, 'weight', 'local', layer_type=(nn.Conv2d,nn.Linear)).sparsify_model(60); return net
+def patterned(net, x): Sparsifier(net, '2:4', 'local', layer_type=nn.Linear).sparsify_model(50); return net
+def shared(net, x): return KMeansQuantizer(bits=2).quantize(net)
+def decomposed(net, x): return FC_Decomposer().decompose(net, percent_removed=.5)
+def half(net, x): return pruned(net, x).bfloat16().float()
+CHANGES = [pruned,lossless,sparse,patterned,shared,decomposed,half]
+
+@pytest.mark.parametrize('change', CHANGES)
+@pytest.mark.parametrize('seed', range(3))
+def test_what_has_changed(change, seed):
+    "The error of no layer rises, that of the outputs falls, zeros stay zero and shared values shared"
+    teacher,x = seeded(Net, seed),images()
+    as_it_was = deepcopy(teacher.state_dict())
+    mine = change(deepcopy(teacher), x)
+    zeros,values = {n:p==0 for n,p in mine.named_parameters()},{n:len(p.unique()) for n,p in mine.named_parameters()}
+    before,table = differs(mine, teacher, x),repair(mine, teacher, list(x.split(16)))
+    assert (table.after.dropna()<=table.before.dropna()).all() and differs(mine, teacher, x)<.8*before
+    assert all(((p==0)|~zeros[n]).all() for n,p in mine.named_parameters())
+    if change is shared: assert all(len(p.unique())<=values[n] for n,p in mine.named_parameters() if p.dim()>1)
+    assert all(torch.equal(v, teacher.state_dict()[n]) for n,v in as_it_was.items())
+    again = repair(mine, teacher, list(x.split(16)))
+    assert (again.after.dropna()<=again.before.dropna()).all()
+
+def test_bits_of_two_bytes():
+    "The error of what is kept counts, not of what was computed"
+    teacher,x = seeded(Net).bfloat16(),images().bfloat16()
+    mine = pruned(deepcopy(teacher), x)
+    table = repair(mine, teacher, x)
+    assert (table.after.dropna()<=table.before.dropna()).all() and table.after.sum()<table.before.sum() and next(mine.parameters()).dtype is torch.bfloat16
+
+def test_zeroed_filters_stay_removable():
+    "Nothing comes back in a filter that was zeroed with its bias and norm"
+    teacher,x = seeded(Net),images()
+    mine = deepcopy(teacher)
+    Sparsifier(mine, 'filter', 'local', coupled=True, example_inputs=x[:1]).sparsify_model(40)
+    n = [sum(o.numel() for o in Pruner().prune_model(mine, x[:1]).parameters())]
+    repair(mine, teacher, x)
+    assert [sum(o.numel() for o in Pruner().prune_model(mine, x[:1]).parameters())]==n
+
+# --- data, wrappers, errors
+
+def test_same_from_each_kind_of_data():
+    teacher,x = seeded(Net),images()
+    class Named(nn.Module):
+        def __init__(self, net): super().__init__(); self.net = net
+        def forward(self, image): return dict(out=self.net(image))
+    kinds = [x, [x], (x,torch.zeros(len(x))), [dict(image=x)], torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.zeros(len(x))), batch_size=len(x)), iter([x])]
+    found = []
+    for data in kinds:
+        mine = pruned(deepcopy(teacher), x)
+        by_name = isinstance(data, list) and isinstance(data[0], dict)
+        repair(Named(mine) if by_name else mine, Named(teacher) if by_name else teacher, data)
+        found.append(mine.state_dict())
+    assert all(torch.equal(a, b) for o in found[1:] for a,b in zip(found[0].values(), o.values()))
+
+def test_nothing_else_changes():
+    "Modes, hooks, gradients and the global generator are as they were"
+    teacher,x = seeded(Net),images()
+    mine = pruned(deepcopy(teacher), x).train()
+    class Reader:
+        def __init__(self): self.seen = []
+        def read(self, m, args, y): self.seen.append(y.shape)
+    reader,state = Reader(),torch.get_rng_state()
+    mine.fc.register_forward_hook(reader.read)
+    repair(mine, teacher, x)
+    assert mine.training and mine.norm.training and not reader.seen and torch.equal(state, torch.get_rng_state()) and len(mine.fc._forward_hooks)==1
+    assert all(p.requires_grad and p.grad is None for p in mine.parameters())
+
+class Broken(Exception): "Comes in the middle"
+
+@pytest.mark.parametrize('n', [1,9,15])
+def test_as_it_was_after_an_error(n):
+    teacher,x = seeded(Net),images()
+    mine,left = pruned(deepcopy(teacher), x),[n]
+    was = deepcopy(mine.state_dict())
+    class Data:
+        def __len__(self): return 3
+        def __iter__(self):
+            for b in x.split(16):
+                left[0] -= 1
+                if not left[0]: raise Broken
+                yield b
+    with pytest.raises(Broken): repair(mine, teacher, Data())
+    assert all(torch.equal(v, mine.state_dict()[k]) for k,v in was.items())
+
+@pytest.mark.parametrize('wrap', [nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+def test_wrappers(wrap):
+    teacher,x = seeded(Net),images()
+    mine,plain = pruned(deepcopy(teacher), x),pruned(deepcopy(teacher), x)
+    wrapped = wrap(mine)
+    repair(wrapped, wrap(teacher), x)
+    repair(plain, teacher, x)
+    assert all(torch.equal(a, b) for a,b in zip((wrapped.module).state_dict().values(), plain.state_dict().values()))
+
+def test_refused():
+    teacher,x = seeded(Net),images()
+    mine = pruned(deepcopy(teacher), x)
+    with pytest.raises(ValueError, match='keep a copy'): repair(mine, mine, x)
+    with pytest.raises(ValueError, match='no batch'): repair(mine, teacher, [])
+    with pytest.raises(ValueError, match='ridge is a number'): repair(mine, teacher, x, ridge=-1)
+    with pytest.raises(ValueError, match='such layer'): repair(nn.Sequential(nn.Conv2d(3, 4, 3)), teacher, x)
+    with pytest.raises(ValueError, match='outputs, and 16 in the teacher'):
+        other = Net().eval()
+        other.stem,other.norm,other.wide,other.back,other.left,other.right = nn.Conv2d(3, 12, 3, padding=1),nn.BatchNorm2d(12),nn.Conv2d(12, 24, 1),nn.Conv2d(24, 12, 3, padding=1),nn.Conv2d(12, 8, 3, stride=2),nn.Conv2d(12, 8, 1, stride=2)
+        repair(other, teacher, x)
+    with pytest.raises(ValueError, match='not all finite|infinite|nan'): repair(mine, teacher, x/0)
+
+def test_what_stays_is_told():
+    "A weight that is read in two ways cannot be fitted for one of them"
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed,self.mid,self.head = nn.Embedding(20, 8),nn.Linear(8, 8),nn.Linear(8, 20, bias=False)
+            self.head.weight = self.embed.weight
+        def forward(self, ids): return self.head(self.mid(self.embed(ids)).relu())
+    teacher,ids = seeded(Tied),torch.arange(20).view(2, 10)
+    mine = deepcopy(teacher)
+    with torch.no_grad(): mine.mid.weight += .1
+    with pytest.warns(UserWarning, match='embed.weight: read by embedding'): table = repair(mine, teacher, ids)
+    assert list(table[table.why!=''].layer)==['embed'] and differs(mine, teacher, ids)<1e-3
