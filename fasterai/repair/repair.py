@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['repair']
 
-# %% ../../nbs/repair/02_repair.ipynb #5f3546e1
+# %% ../../nbs/repair/02_repair.ipynb #b7e5ac02
 from collections.abc import Mapping
 import torch
 from torch import nn, Tensor
 from ..core.brought import check_values, warn
 from ..core.graph import layer_of
-from ..core.reads import Weights, columns_in, columns_out, follow, n_columns, read_by, reads_of
+from ..core.reads import Weights, columns_in, columns_out, follow, n_columns, read_by, reads_of, some_columns
 from ..core.running import Bystanders, at_home, check_runs, followable, inputs_for, inputs_of, staged
 from .least_squares import Moments, held_out, refit
 
-# %% ../../nbs/repair/02_repair.ipynb #371eabc2
+# %% ../../nbs/repair/02_repair.ipynb #f94c2a3b
 def _partners(reads, teachers):
     "For each of `reads` the teacher's, by key"
     theirs,mine = {o.key:o for o in teachers},{o.name for o in reads}
@@ -38,7 +38,7 @@ def _kept(plan, read, teacher, n):
     kept = plan.get(teacher.name, {}).get(teacher.dim)
     return None if kept is None else torch.tensor(kept[read.row:read.row+n], device='cpu')-teacher.row
 
-# %% ../../nbs/repair/02_repair.ipynb #ac608e97
+# %% ../../nbs/repair/02_repair.ipynb #9d264137
 def _is_state(model, name):
     "Is `name` what makes the next state of a recurrent layer from the last?"
     layer,_,attr = name.rpartition('.')
@@ -55,15 +55,7 @@ def _stays(model, reads, others, partners):
         elif o.bias and (o.bias in others or len(readers[o.bias])>1): res[o.name] = f'{o.bias} is read elsewhere as well'
     return res
 
-# %% ../../nbs/repair/02_repair.ipynb #1a535365
-_COLUMNS = 16384 # that are looked at in any case
-_A_FEATURE = 16 # more of them for each feature
-
-def _some(n, most, device):
-    "Indices of at most `most` of `n` columns, evenly"
-    if n<=most: return torch.arange(n, device=device)
-    return torch.linspace(0, n-1, most, device=device, dtype=torch.float64).round().long()
-
+# %% ../../nbs/repair/02_repair.ipynb #727154f3
 def _answer(model, read, call, y):
     "What operation `read` gives, with its bias; of a recurrent one, what its inputs add to the gates"
     if read.kind=='recurrent':
@@ -121,10 +113,8 @@ class _Layer:
 
     def target(self, teacher, key, call, y, n_batches):
         "Which columns are looked at, of how many, and what the teacher gives there"
-        features = 1 if self.kind=='batch_norm' else Weights(call).matrix().shape[-1]
-        n = n_columns(call, y)
-        at = _some(n, -(-(_COLUMNS+_A_FEATURE*features)//n_batches), y.device)
-        return at, n, columns_out(call, _answer(teacher, self.partners[key], call, y), at)
+        at = some_columns(call, y, n_batches)
+        return at, n_columns(call, y), columns_out(call, _answer(teacher, self.partners[key], call, y), at)
 
     def look(self, read, call, y, found):
         "Count the columns of one operation"
@@ -194,7 +184,7 @@ def _each_channel(t, dims): return t.flatten().view(-1, *[1]*dims)
 def _share(error, size): return (error.sum()/size).item() if size>0 else 0.
 def _row(name, before=None, after=None, ridge=None, why=''): return dict(layer=layer_of(name), weight=name.rpartition('.')[2], before=before, after=after, ridge=ridge, why=why)
 
-# %% ../../nbs/repair/02_repair.ipynb #53759728
+# %% ../../nbs/repair/02_repair.ipynb #8e50743d
 def _batches(data):
     "`data` as something with a length that gives batches: a list of itself, if it is one"
     if isinstance(data, (Tensor,Mapping,tuple)): return [data]
