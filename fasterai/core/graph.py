@@ -1400,10 +1400,17 @@ class ChannelGraph:
         for k in (1,2,4):  # what is small enough to be quick may be too small for an auxiliary head
             larger = lambda o: o.repeat(1, 1, *[k]*(o.dim()-2)) if isinstance(o, torch.Tensor) and o.is_floating_point() and o.dim()>2 and k>1 else o
             try:
-                with untouched(model, plain=False), as_in_training(model): self._run(model, tr, tree_map(larger, self.example_inputs))
+                self._run_in_training(model, tr, tree_map(larger, self.example_inputs))
                 break
             except SLIPS: tr.unread.clear()
         tr.macs = macs
+
+    def _run_in_training(self, model, tr, inputs):
+        "Trace a forward as in training; where its code asks for values, as whether to leave a layer out, one that has them"
+        for tr.hollow in ((True,False) if tr.hollow else (False,)):
+            try:
+                with untouched(model, plain=False), as_in_training(model): return self._run(model, tr, inputs)
+            except _Asked: tr.unread.clear()
 
     def _solve(self, tr):
         "Classes from ties; then what is pinned"

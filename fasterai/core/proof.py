@@ -7,6 +7,7 @@ __all__ = ['TOLERANCE', 'difference', 'random_like', 'check_same', 'check_choice
 
 # %% ../../nbs/core/12_proof.ipynb #d5d044a8
 import math
+from contextlib import nullcontext
 import torch
 from torch import nn,Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +15,25 @@ from torch.utils._pytree import tree_leaves,tree_map
 from .running import SLIPS,tensors_of,call_with,map_parts,untouched
 
 # %% ../../nbs/core/12_proof.ipynb #736fabea
+def _memory(t): return t.untyped_storage()._cdata if t.layout==torch.strided else None
+
+class _Reads(TorchDispatchMode):
+    "`ValueError` as soon as `after` reads a parameter or buffer of `before` that it does not share with it"
+    supports_higher_order_operators = True
+    def __init__(self, before, after):
+        super().__init__()
+        inside = lambda m: m.model if isinstance(m, _Under) else m
+        named = lambda m: {_memory(t):n for n,t in [*inside(m).named_parameters(),*inside(m).named_buffers()]}
+        shared = named(after)
+        self.foreign = {k:n for k,n in named(before).items() if k is not None and k not in shared}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for t in tensors_of((args,kwargs)):
+            if (name := self.foreign.get(_memory(t))) is not None:
+                raise ValueError(f'a copy of the model computes with {name} of the model itself, as a function does that holds its modules: make it a method of the class')
+        return func(*args, **kwargs)
+
 def difference(
     before:nn.Module, # Left as it is
     after:nn.Module, # Left as it is
@@ -22,7 +42,7 @@ def difference(
     "Largest difference of the outputs of two models relative to the largest output, and the type it was computed in"
     outs = []
     for m in (before,after):
-        with untouched(m): outs.append([o for o in tensors_of(call_with(m, inputs)) if o.is_floating_point() or o.is_complex()])
+        with _Reads(before, after) if m is after else nullcontext(), untouched(m): outs.append([o for o in tensors_of(call_with(m, inputs)) if o.is_floating_point() or o.is_complex()])
     was,now = ([tuple(o.shape) for o in os] for os in outs)
     if was!=now: raise ValueError(f'outputs of shapes {now} instead of {was}')
     worst,dtype = 0.,torch.float64

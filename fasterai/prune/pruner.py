@@ -30,7 +30,7 @@ from ..core.proof import TOLERANCE,check_same,random_like
 from ..core.selection import Scores,Source,check_percent,n_of
 from ..core.pool import Pool, select_each
 from ..core.plan import as_bytes,check_fits,plan_text,pruned_plan,read_plan,remember_plan
-from ..core.surgery import _pick,_sub,apply_plan,check_plan,follow_cut,legal,reshaped,without
+from ..core.surgery import _pick,_sub,apply_plan,check_copyable,check_plan,follow_cut,legal,reshaped,without
 
 # %% ../../nbs/prune/01_pruner.ipynb #29ec85b0
 _KEY = 'fasterai.pruned'
@@ -340,6 +340,7 @@ class Pruner:
         "A smaller copy of `model` with the same outputs; what only observes `model` stays with it"
         check_shapes(model)
         check_values(model)
+        check_copyable(model)
         bystanders = Bystanders(model, inputs := inputs_for(model, inputs))
         with bystanders.aside():
             check_runs(model, inputs)
@@ -380,6 +381,7 @@ class Pruner:
         "Follow the channels of the model: what `update` removes is counted from the widths of now, or from `widths`"
         check_shapes(self.model)
         check_values(self.model)
+        check_copyable(self.model)
         inputs = inputs_for(self.model, self.example_inputs if example_inputs is None else example_inputs)
         self.bystanders = Bystanders(self.model, inputs)
         with self.bystanders.aside():
