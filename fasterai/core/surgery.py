@@ -349,8 +349,9 @@ _NO_COPY = *SLIPS,copy.Error,pickle.PicklingError
 
 def _uncompiled(f):
     "What function `f` was compiled from; itself, if it was not"
-    while isinstance(f, FunctionType) and hasattr(f, '_torchdynamo_orig_callable'):
-        f = getattr(f, '__wrapped__', f._torchdynamo_orig_callable)  # a method comes with its module
+    compiler = 'torch._dynamo'
+    while isinstance(f, FunctionType) and f.__globals__.get('__name__', '').startswith(compiler) and hasattr(f, '__wrapped__'):
+        f = f.__wrapped__  # a method comes with its module
     return f
 
 def _inside(o):
