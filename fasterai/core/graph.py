@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from .ops import PRODUCTS,Call,Watch,channels,macs,recurrent_weights
 from .running import SLIPS,Where,as_in_training,call_with,check_shapes,example_inputs_for,inputs_that_run,plain_model,tensors_of,untouched
-from .sizes import Telling
+from .sizes import Axis,Telling
 
 # %% ../../nbs/core/08_graph.ipynb #cd7ac894
 def connected(
@@ -118,6 +118,7 @@ class _Facts:
         self.n = 1 # the next channel number
         self.ties,self.pins,self.splits,self.fixes = [],[],[],[]  # (a, b, why, pins before); (ids, why); labels; (labels, dims, why)
         self.uses,self.bound,self.partly,self.issued,self.splits_at = [],{},set(),{},{}  # `partly` bound: not yet for all indices
+        self.maybe = []  # ties that hold only between what can be removed
         self.kept = set()  # where numbers are in memory that stay there and none of which is 0
         self.made,self.linears = [],[]  # by linear layers: (channels made, read), and the same by range
         self.mixes,self.sized,self.reshapes,self.unknown = [],[],[],{}
@@ -361,7 +362,9 @@ class _Shared(_Facts):
         u = l[l>0].unique()
         for lo,hi,ins in self.linear_ranges():
             if not (len(u) and lo<=u[0] and u[-1]<hi): continue
-            if len(u)%len(ins)==0: self.tie(u, ins[(u-lo)%len(ins)], f'split into heads, {c.why}')
+            if len(u)%len(ins)==0:
+                ties = self.maybe if self.telling and self.telling.explains_heads() else self.ties
+                ties.append((u,ins[(u-lo)%len(ins)],f'split into heads, {c.why}',len(self.pins)))
             like = self.splits_at.setdefault((c.where,*l.shape), l)
             self.tie(l, like, c.why)
             break
@@ -1344,6 +1347,7 @@ class ChannelGraph:
         self.reshapes,self.sizings = tr.reshapes,tr.telling.sizings
         self.equations,self.differences = tr.telling.equations,tr.telling.differences
         batch = next((o.shape[0] for o in tensors_of(self.example_inputs) if o.dim()), 1)
+        self._mix_computed(tr)
         self._macs = {k:n//max(batch, 1) for k,n in tr.macs.items()}
         self._follow()
         for ids,why in self._for_others(tr): tr.pin(ids, why)
@@ -1416,6 +1420,7 @@ class ChannelGraph:
         "Classes from ties; then what is pinned"
         pairs,pins = tr.settle()
         self._root = connected(tr.n, *pairs)
+        self._tie_heads(tr.maybe, pins)
         whole = [fix for fix in tr.fixes if self._tie_along(*fix)]
         for l,why in tr.splits: pins += self._grid(l, why)
         for l,dims,why in tr.fixes:
@@ -1425,6 +1430,25 @@ class ChannelGraph:
         self._why,self._pin = [why for _,why in pins],torch.full([tr.n], -1, device='cpu')
         for i,(ids,_) in reversed(list(enumerate(pins))): self._pin[self._root[ids]] = i
         self._pin[0] = -1  # no channel
+
+    def _tie_heads(self, ties, pins):
+        "Heads whose sizes attributes tell change along with what their layer reads, unless that cannot change"
+        fixed = torch.zeros(len(self._root), dtype=torch.bool, device='cpu')
+        fixed[0] = True
+        for ids,_ in pins: fixed[self._root[ids]] = True
+        apart = lambda a,b: fixed[self._root[b]].any() and not fixed[self._root[a]].any()
+        ties = [(a,b) for a,b,*_ in ties if not apart(a, b)]
+        if ties: self._root = connected(len(self._root), *(torch.cat(o) for o in zip(*ties)), self._root)
+
+    def _mix_computed(self, tr):
+        "Channels whose number the code computes with depend on each other, also where a layer or an attribute has told it"
+        for leaf,why in tr.telling.computed:
+            if isinstance(leaf, Axis): axes = [leaf] if leaf.settle() else []
+            else: axes = [o for e in self.equations if e.sure and leaf in e.attrs for o in e.axes]
+            for axis in axes:
+                for l in axis.labels: tr.mix(l, [axis.dim], why)
+                for s in self.slices:
+                    if (s.name,s.dim)==axis.param: tr.end(s.ids, why)
 
     def _varies(self, l, dims):
         r = self._root[l]

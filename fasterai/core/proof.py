@@ -7,6 +7,7 @@ __all__ = ['TOLERANCE', 'difference', 'random_like', 'check_same', 'check_choice
 
 # %% ../../nbs/core/12_proof.ipynb #d5d044a8
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 import torch
 from torch import nn,Tensor
@@ -80,17 +81,39 @@ def _draws(model, inputs):
 
 TOLERANCE = {torch.float64:1e-4, torch.float32:1e-3, torch.float16:2e-2, torch.bfloat16:1e-1}
 
+def _other_batch(inputs):
+    "`inputs` with one sample, or with two if there is one; `None` where the samples are not along the first dimension of each tensor"
+    args = [*inputs.values()] if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple,list)) else [inputs]
+    if any(tensors_of(o) for o in args if not isinstance(o, Tensor)): return
+    sizes = {len(o) for o in args if isinstance(o, Tensor) and o.dim()}
+    if len(sizes)!=1 or not (n := sizes.pop()): return
+    other = lambda o: o[:1] if n>1 else torch.cat([o,o])
+    return map_parts(lambda o: other(o) if isinstance(o, Tensor) and o.dim() else o, inputs)
+
+def _check_batch(before, after, inputs):
+    "`ValueError` unless the models give the same for another number of samples than in `inputs`, if `before` runs with it"
+    other = _other_batch(inputs)
+    if other is None: return
+    n = next(len(o) for o in tensors_of(other) if o.dim())
+    minds = f'with {n} sample{"s" if n>1 else ""}: the code of the model goes another way then'
+    try: diff,dtype = difference(before, after, other)
+    except SLIPS as e:
+        if not _runs(before, other): return
+        raise ValueError(f'the copy does not run {minds} ({type(e).__name__}: {e})') from e
+    if not diff<=TOLERANCE.get(dtype, 1e-3) and not _draws(before, other): raise ValueError(f'the outputs have changed, by {diff:.1e} of the largest, {minds}')
+
 def check_same(before, after, inputs):
-    "`ValueError` unless `before` and `after` give the same outputs, for random inputs or, where `before` does not take these, for `inputs`; the difference"
+    "`ValueError` unless `before` and `after` give the same outputs, for random inputs or, where `before` does not take these, for `inputs`, and for another number of samples; the difference"
     other = random_like(inputs)
     try: diff,dtype = difference(before, after, other)
     except SLIPS:
         if _runs(before, other): raise
-        diff,dtype = difference(before, after, inputs)
+        diff,dtype = difference(before, after, other := inputs)
     most = TOLERANCE.get(dtype, 1e-3)
     if not diff<=most:
         why = ': it draws random numbers, and others if it has fewer channels (`verify=False` compares nothing)' if _draws(before, inputs) else ''
         raise ValueError(f'the outputs have changed: they differ by {diff:.1e} of the largest, {most:g} is allowed in {dtype}{why}')
+    _check_batch(before, after, other)
     return diff
 
 # %% ../../nbs/core/12_proof.ipynb #f9fdc1aa

@@ -6,7 +6,7 @@
 __all__ = ['Attr', 'Axis', 'evaluate', 'Told', 'is_layer', 'Watching', 'Sizing', 'Equation', 'Telling']
 
 # %% ../../nbs/core/07_sizes.ipynb #e067c398
-import operator,os,sys
+import math,operator,os,sys
 from dataclasses import dataclass,field
 import torch
 from torch import nn,Tensor
@@ -96,7 +96,7 @@ def _measuring(name):
         return plain(a, *args)
     return method
 
-for _name in ('__float__','__pow__','__rpow__'): setattr(Told, _name, _measuring(_name))
+for _name in ('__float__','__pow__','__rpow__','__truediv__','__rtruediv__'): setattr(Told, _name, _measuring(_name))
 
 def _arithmetic(name, sign):
     "Methods of `Told` for an operation of `int`, with it on the left and on the right"
@@ -293,6 +293,13 @@ _PLACES = {'unflatten':_unflattened, 'narrow':_narrowed,
 
 _SCALES = frozenset('mul mul_ div div_ true_divide add add_ sub sub_ pow pow_ __rdiv__ __rsub__ __rpow__'.split())
 
+def _computed_with(name, args, kwargs):
+    "Numbers among the arguments of a function that become values of tensors"
+    if name in _SCALES: return args
+    if name=='full': return [_argument(args, kwargs, 1, 'fill_value')]
+    given = _argument(args, kwargs, 0, 'data') if name in ('tensor','as_tensor','scalar_tensor') else ()
+    return given if isinstance(given, (tuple,list)) else [given]
+
 _MADE = {f'{new}{o}' for new in ('','new_') for o in ('zeros','ones','full','empty')}
 
 def _made(name, args, kwargs, out):
@@ -375,6 +382,7 @@ class Telling(Watching):
         super().__init__(trace.modules[''], trace.where)
         self.trace = trace
         self.differences = []
+        self.computed = []  # attributes and axes of parameters that the code computes with, and where
         self.sizings,self.equations,self.running,self.tried,self.line = [],[],False,None,''
 
     def __enter__(self):
@@ -417,12 +425,13 @@ class Telling(Watching):
 
     def read(self, func, name, types, args, kwargs):
         "Have sizes that the code reads tell"
-        if name in _SCALES:
-            for o in args:
-                if type(o) is Told: self.measured(o)
+        for o in _computed_with(name, args, kwargs):
+            if type(o) is Told: self.measured(o)
         if name in self.trace.doors: self.trace.hand_out(name, args)
         out = self.call(func, types, args, kwargs)
         if name in _MADE and isinstance(out, Tensor): self.spread(_made(name, args, kwargs, out))
+        if name=='__len__': self.measured(self.size(args[0], 0))  # Python makes a plain number of it
+        if name in ('numel','nelement') and type(out) is int: return math.prod(self.size(args[0], d) for d in range(args[0].dim()))
         if name not in ('__get__','size'): return out
         if isinstance(out, torch.Size):
             about = self.about(args[0])
@@ -473,9 +482,11 @@ class Telling(Watching):
     def measured(self, n):
         "The code computes with number `n`, as with a root of how many channels there are: what they are depends on that"
         if not self.running or self.now is not None: return
-        for axis in _leaves(n.source):
-            for l in axis.labels if isinstance(axis, Axis) and axis.stop is None else ():
-                self.trace.end(l, f'{self.where() or "the model"} ({_line()}), which computes with their number,')
+        why = f'{self.where() or "the model"} ({_line()}), which computes with their number,'
+        for leaf in _leaves(n.source):
+            if isinstance(leaf, Axis) and leaf.labels:
+                for l in leaf.labels if leaf.stop is None else (): self.trace.end(l, why)
+            elif self.tried is None: self.computed.append((leaf,why))
 
     def differ(self, a, b):
         "The code goes another way as long as numbers `a` and `b` differ"
@@ -503,6 +514,17 @@ class Telling(Watching):
         if name not in ('split','split_with_sizes'): return False
         given = _pieces_of(args, kwargs)
         return all(map(_is_known, given if isinstance(given, (tuple,list)) else [given]))
+
+    def explains_heads(self):
+        "Do the sizes that the code reshapes to come from attributes, and not from what comes in?"
+        name,args,kwargs = self.seen()
+        if name not in ('view','reshape','unflatten'): return False
+        if name=='unflatten': given = _argument(args, kwargs, 2, 'sizes')
+        else: given = args[1:] or tuple(kwargs[k] for k in ('size','shape') if k in kwargs)
+        if len(given)==1 and isinstance(given[0], (tuple,list)): given = given[0]
+        if not all(_is_known(o) or int(o) in (-1,1) for o in given if isinstance(o, int)): return False
+        leaves = [leaf for o in given if isinstance(o, Told) for leaf in _leaves(o.source)]
+        return bool(leaves) and all(isinstance(o, Attr) for o in leaves)
 
     def explains_slice(self,
         start, # A position, as the code gives it

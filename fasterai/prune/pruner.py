@@ -153,10 +153,10 @@ def _about(bystanders):
 
 def _nothing(model): return f'nothing to remove: no channel of this {type(model).__name__} is zero, unread or constant'
 
-def _unused(model, graph):
+def _unused(model, graph, told=()): # Layers that are told of elsewhere
     "A note on layers that did not run, and cannot be cut to fit"
     layers = filter(None, dict.fromkeys(layer_of(n) for n in graph.unused if not n.endswith('.bias')))
-    idle = [o for o in layers if isinstance(model.get_submodule(o), (nn.modules.conv._ConvNd,nn.Linear))]
+    idle = [o for o in layers if o not in told and isinstance(model.get_submodule(o), (nn.modules.conv._ConvNd,nn.Linear))]
     if idle: return f'{some(idle)} did not run with these inputs in eval mode and stayed as they are: they may not fit the layers before them any more'
 
 # %% ../../nbs/prune/01_pruner.ipynb #fa99497b
@@ -397,7 +397,7 @@ class Pruner:
         if self.round_to and all(g.n<self.round_to for g in self.groups):
             largest = max(self.widths.values())
             raise ValueError(f'round_to={self.round_to}: no group has so many channels to keep, the largest has {largest}')
-        self.left,self.known,self.counts_on = [],set(),{}
+        self.left,self.known,self.counts_on,self.idle_told = [],set(),{},False
 
     def _check_seen(self):
         "`ValueError` if the criteria needs what a layer never gets; gradients that are there already need no look"
@@ -515,12 +515,20 @@ class Pruner:
         self.left,asked = self._left(final, ratio==final)
         new = {o['layer'] for o in self.left}-self.known
         self.known |= new
+        idle = self._idle()
+        if not new and idle: warn(idle)
         if not new: return
         ratio = '' if isinstance(final, Mapping) else f' {final:g}'
         why = in_words(self.left, kept_all='{layers} kept all channels')
         hooks = f'. {_about(self.bystanders)}' if self.bystanders.untold else ''
         said = f'of the {asked:,} channels that pruning_ratio{ratio} asks for, {missing(self.left):,} did not go: {why}{hooks}'
-        warn(said)
+        warn('. '.join(filter(None, [said,idle])))
+
+    def _idle(self):
+        "A note on layers that did not run, once something has gone; but on those that `left` tells of. None the next time"
+        if self.idle_told or not any(g.gone for g in self.groups): return
+        self.idle_told = True
+        return _unused(self.model, self.graph, {o['layer'] for o in self.left})
 
     def _left(self, ratio, done=True):
         """A row for each layer that keeps what `ratio` asks for, and how many channels are asked for in all. The output of the model is
