@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from .ops import PRODUCTS,Call,Watch,channels,macs,recurrent_weights
-from .running import SLIPS,Where,as_in_training,call_with,check_shapes,example_inputs_for,inputs_that_run,plain_model,tensors_of,untouched
-from .sizes import Axis,Telling
+from .running import SLIPS,_Plain,Where,as_in_training,call_with,check_shapes,example_inputs_for,inputs_that_run,plain_model,tensors_of,untouched
+from .sizes import Axis,OtherLength,Telling
 
 # %% ../../nbs/core/08_graph.ipynb #cd7ac894
 def connected(
@@ -1347,7 +1347,7 @@ class ChannelGraph:
         self.reshapes,self.sizings = tr.reshapes,tr.telling.sizings
         self.equations,self.differences = tr.telling.equations,tr.telling.differences
         batch = next((o.shape[0] for o in tensors_of(self.example_inputs) if o.dim()), 1)
-        self._mix_computed(tr)
+        self._mix_computed(model, tr)
         self._macs = {k:n//max(batch, 1) for k,n in tr.macs.items()}
         self._follow()
         for ids,why in self._for_others(tr): tr.pin(ids, why)
@@ -1440,15 +1440,29 @@ class ChannelGraph:
         ties = [(a,b) for a,b,*_ in ties if not apart(a, b)]
         if ties: self._root = connected(len(self._root), *(torch.cat(o) for o in zip(*ties)), self._root)
 
-    def _mix_computed(self, tr):
+    def _mix_computed(self, model, tr):
         "Channels whose number the code computes with depend on each other, also where a layer or an attribute has told it"
         for leaf,why in tr.telling.computed:
             if isinstance(leaf, Axis): axes = [leaf] if leaf.settle() else []
             else: axes = [o for e in self.equations if e.sure and leaf in e.attrs for o in e.axes]
             for axis in axes:
                 for l in axis.labels: tr.mix(l, [axis.dim], why)
-                for s in self.slices:
-                    if (s.name,s.dim)==axis.param: tr.end(s.ids, why)
+                self._end_at(tr, axis.param, why)
+        for name,line in tr.telling.lengths.items():
+            if self._computes_with_length(model, tr.params[name]): self._end_at(tr, (name,0), f'the model ({line}), which computes with their number,')
+
+    def _end_at(self, tr, param, why): # (name, dimension) of a parameter
+        for s in self.slices:
+            if (s.name,s.dim)==param: tr.end(s.ids, why)
+
+    def _computes_with_length(self, model, p):
+        "Does `model` run, and give something else, if `len(p)` is another number?"
+        def outs(mode):
+            with untouched(model, plain=False), mode: return tensors_of(call_with(model, self.example_inputs))
+        was = outs(_Plain(model))
+        try: now = outs(OtherLength(model, p))
+        except SLIPS: return False  # it is the size of something
+        return len(was)!=len(now) or not all(map(torch.equal, was, now))
 
     def _varies(self, l, dims):
         r = self._root[l]
