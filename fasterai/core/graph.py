@@ -1429,6 +1429,8 @@ class ChannelGraph:
             if len(self._root[l[l>0]].unique())==1: pins.append((l[l>0],why))  # nothing could go by itself
         self._why,self._pin = [why for _,why in pins],torch.full([tr.n], -1, device='cpu')
         for i,(ids,_) in reversed(list(enumerate(pins))): self._pin[self._root[ids]] = i
+        for i,(ids,why) in enumerate(pins):
+            if why=='output of the model': self._pin[self._root[ids]] = i  # says all: nobody asks for these
         self._pin[0] = -1  # no channel
 
     def _tie_heads(self, ties, pins):

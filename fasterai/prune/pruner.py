@@ -25,7 +25,7 @@ from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes
 from ..core.running import followable,inputs_for,plain_model,staged,untouched
 from ..core.brought import check_held,check_scores,check_values,falls_short,listed,much_less,rounds_up,warn
 from ..core.liveness import Liveness,spare_last
-from ..core.evidence import _wide,arrived,check_seen,check_trained,evidence,found_now,weight_of
+from ..core.evidence import _wide,arrived,check_loss,check_seen,check_trained,evidence,found_now,weight_of
 from ..core.proof import TOLERANCE,check_same,random_like
 from ..core.selection import Scores,Source,check_percent,n_of
 from ..core.pool import Pool, select_each
@@ -244,6 +244,7 @@ def check_ratio(
 def check_layer_type(layer_type):
     "`layer_type` if it is a type of layer, a tuple of these, or `None`"
     if layer_type is None: return
+    if layer_type==(): raise ValueError('layer_type () is no type: pass some, as (nn.Conv2d,), or None for any')
     for o in layer_type if isinstance(layer_type, tuple) else [layer_type]:
         if isinstance(o, type): continue
         hint = 'as nn.Conv2d'
@@ -291,7 +292,7 @@ class Pruner:
         if pruning_ratio is not None and model is None: raise ValueError('a pruning_ratio needs a model: Pruner(model, pruning_ratio)')
         self.context,self.criteria,self.layer_type = context_of(context),criteria_of(criteria),check_layer_type(layer_type)
         self.model = None if model is None else followable(model, resizes=pruning_ratio is not None)
-        self.example_inputs,self.round_to,self.verify,self.data,self.loss_func = example_inputs,round_to,verify,data,loss_func
+        self.example_inputs,self.round_to,self.verify,self.data,self.loss_func = example_inputs,round_to,verify,data,check_loss(loss_func)
         self.progress = progress
         self.pruning_ratio = None if pruning_ratio is None else self._checked(pruning_ratio)
         self.ignored = [self._name(o) for o in listed(ignored_layers, 'ignored_layers')]
@@ -379,6 +380,7 @@ class Pruner:
         widths={}, # By name of a group how many channels it has had, if more than now
     ):
         "Follow the channels of the model: what `update` removes is counted from the widths of now, or from `widths`"
+        self._check_ratio()
         check_shapes(self.model)
         check_values(self.model)
         check_copyable(self.model)
@@ -420,14 +422,20 @@ class Pruner:
         names = dict.fromkeys(s.name for g in self.groups for s in g.slices)
         return [weight_of(self.model, o) for o in names]
 
+    def _check_ratio(self):
+        if self.pruning_ratio is None: raise ValueError('only a Pruner with a model and a ratio removes by ratio: Pruner(model, pruning_ratio)')
+
     def reached(self):
         "Percent of the channels that are gone"
+        self._check_ratio()
+        if self.graph is None: return 0.  # it has not started
         return 100*sum(g.gone for g in self.groups)/sum(g.n for g in self.groups)
 
     @at_home()
     def update(self, ratio, optimizer=None): # Percentage, or a dict of them by layer; whose state is cut as well
         """Have `ratio` percent of the channels gone that there were at the `start`, the least important of those that are left.
         What is gone stays so. How many went now"""
+        self._check_ratio()
         for r in ratio.values() if isinstance(ratio, Mapping) else [ratio]: check_percent('pruning_ratio', r)
         if optimizer is not None: check_optimizer(optimizer, self.model)
         if self.graph is None: self.start()
