@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from .ops import PRODUCTS,Call,Watch,channels,macs,recurrent_weights
-from .running import SLIPS,_Plain,Where,as_in_training,call_with,check_shapes,example_inputs_for,inputs_that_run,plain_model,tensors_of,untouched
+from .running import SLIPS,_Plain,Where,as_in_training,call_with,check_shapes,example_inputs_for
+from .running import inputs_that_run,plain_model,tensors_of,untouched
 from .sizes import Axis,OtherLength,Telling
 
 # %% ../../nbs/core/08_graph.ipynb #cd7ac894
@@ -1410,7 +1411,7 @@ class ChannelGraph:
         tr.macs = macs
 
     def _run_in_training(self, model, tr, inputs):
-        "Trace a forward as in training; where its code asks for values, as whether to leave a layer out, one that has them"
+        "Trace a forward as in training; one with values where its code asks for them, as to leave out a layer at random"
         for tr.hollow in ((True,False) if tr.hollow else (False,)):
             try:
                 with untouched(model, plain=False), as_in_training(model): return self._run(model, tr, inputs)
@@ -1443,7 +1444,7 @@ class ChannelGraph:
         if ties: self._root = connected(len(self._root), *(torch.cat(o) for o in zip(*ties)), self._root)
 
     def _mix_computed(self, model, tr):
-        "Channels whose number the code computes with depend on each other, also where a layer or an attribute has told it"
+        "Channels depend on each other if the code computes with their number, also where a layer or an attribute tells it"
         for leaf,why in tr.telling.computed:
             if isinstance(leaf, Axis): axes = [leaf] if leaf.settle() else []
             else: axes = [o for e in self.equations if e.sure and leaf in e.attrs for o in e.axes]
@@ -1451,7 +1452,8 @@ class ChannelGraph:
                 for l in axis.labels: tr.mix(l, [axis.dim], why)
                 self._end_at(tr, axis.param, why)
         for name,line in tr.telling.lengths.items():
-            if self._computes_with_length(model, tr.params[name]): self._end_at(tr, (name,0), f'the model ({line}), which computes with their number,')
+            if not self._computes_with_length(model, tr.params[name]): continue
+            self._end_at(tr, (name,0), f'the model ({line}), which computes with their number,')
 
     def _end_at(self, tr, param, why): # (name, dimension) of a parameter
         for s in self.slices:

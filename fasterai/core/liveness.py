@@ -663,9 +663,10 @@ class Liveness:
             self.live[self.graph.classes(torch.cat([tr.held,later]))] = True
 
     def _keep_training(self, model):
-        "What runs in training alone is read there: of its channels, only those die that are made of zeros, or that zeros read"
+        "What runs in training alone is read there: only those of its channels die that are made of zeros, or read by zeros"
         new = torch.ones_like(self.live)
-        new[self.graph.classes(torch.arange(self.graph.n_eval, device='cpu'))] = False  # what runs in eval mode as well is judged by that
+        in_eval = torch.arange(self.graph.n_eval, device='cpu')
+        new[self.graph.classes(in_eval)] = False  # what runs in eval mode as well is judged by that
         if not new.any(): return
         own,made = dict([*model.named_parameters(),*model.named_buffers()]),torch.zeros_like(self.live)
         asked,read = made.clone(),made.clone()
@@ -673,7 +674,8 @@ class Liveness:
             ids = s.ids[None] if s.grid is None else s.grid
             c,t = self.graph.classes(ids),own[s.name].detach()
             there = t.movedim(s.dim, 0).reshape(t.shape[s.dim], -1).any(1).cpu()
-            there = there.expand(ids.shape) if len(there)==ids.shape[-1] else torch.ones_like(ids, dtype=torch.bool)
+            fits = len(there)==ids.shape[-1]
+            there = there.expand(ids.shape) if fits else torch.ones_like(ids, dtype=torch.bool)
             if s.role=='in': asked[c],read[c[there]] = True,True
             elif s.role=='out' or s.kind in ('bias','shift','add'): made[c[there]] = True
         self.live |= new & made & (read|~asked)

@@ -16,6 +16,15 @@ from torch.utils._pytree import tree_leaves,tree_map
 from .running import SLIPS,tensors_of,call_with,map_parts,untouched
 
 # %% ../../nbs/core/12_proof.ipynb #736fabea
+class _Under(nn.Module):
+    "`model` under `mode`"
+    def __init__(self, model, mode):
+        super().__init__()
+        self.model,self.mode = model,mode
+    def forward(self, *args, **kwargs):
+        self.mode.made.clear()
+        with self.mode: return self.model(*args, **kwargs)
+
 def _memory(t): return t.untyped_storage()._cdata if t.layout==torch.strided else None
 
 class _Reads(TorchDispatchMode):
@@ -32,7 +41,8 @@ class _Reads(TorchDispatchMode):
         kwargs = kwargs or {}
         for t in tensors_of((args,kwargs)):
             if (name := self.foreign.get(_memory(t))) is not None:
-                raise ValueError(f'a copy of the model computes with {name} of the model itself, as a function does that holds its modules: make it a method of the class')
+                raise ValueError(f'a copy of the model computes with {name} of the model itself, as a function does that holds its '
+                                 'modules: make it a method of the class')
         return func(*args, **kwargs)
 
 def difference(
@@ -43,7 +53,9 @@ def difference(
     "Largest difference of the outputs of two models relative to the largest output, and the type it was computed in"
     outs = []
     for m in (before,after):
-        with _Reads(before, after) if m is after else nullcontext(), untouched(m): outs.append([o for o in tensors_of(call_with(m, inputs)) if o.is_floating_point() or o.is_complex()])
+        reads = _Reads(before, after) if m is after else nullcontext()
+        with reads, untouched(m): out = tensors_of(call_with(m, inputs))
+        outs.append([o for o in out if o.is_floating_point() or o.is_complex()])
     was,now = ([tuple(o.shape) for o in os] for os in outs)
     if was!=now: raise ValueError(f'outputs of shapes {now} instead of {was}')
     worst,dtype = 0.,torch.float64
@@ -85,14 +97,16 @@ class _InBounds(TorchDispatchMode):
     "`IndexError` where regions are of samples that are not there: torchvision reads beyond the end then"
     supports_higher_order_operators = True
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if getattr(func, 'namespace', '')=='torchvision' and 'rois' in (names := [o.name for o in func._schema.arguments]):
+        names = [o.name for o in func._schema.arguments] if getattr(func, 'namespace', '')=='torchvision' else []
+        if 'rois' in names:
             x,rois = (args[names.index(o)] for o in ('input','rois'))
             if rois.numel() and rois[:,0].max()>=len(x): raise IndexError('a region of a sample that is not there')
         return func(*args, **(kwargs or {}))
 
 def _other_batch(inputs):
-    "`inputs` with one sample, or with two if there is one; `None` where the samples are not along the first dimension of each tensor"
-    args = [*inputs.values()] if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple,list)) else [inputs]
+    "`inputs` with one sample, or two if there is one; `None` unless samples are along the first dimension of each tensor"
+    if isinstance(inputs, Mapping): args = [*inputs.values()]
+    else: args = inputs if isinstance(inputs, (tuple,list)) else [inputs]
     if any(tensors_of(o) for o in args if not isinstance(o, Tensor)): return
     sizes = {len(o) for o in args if isinstance(o, Tensor) and o.dim()}
     if len(sizes)!=1 or not (n := sizes.pop()): return
@@ -100,19 +114,20 @@ def _other_batch(inputs):
     return map_parts(lambda o: other(o) if isinstance(o, Tensor) and o.dim() else o, inputs)
 
 def _check_batch(before, after, inputs):
-    "`ValueError` unless the models give the same for another number of samples than in `inputs`, if `before` runs with it"
+    "`ValueError` unless the models give the same for another number of samples, if `before` runs with it"
     other = _other_batch(inputs)
     if other is None: return
     with _InBounds(): _compare_batch(before, after, other)
 
-def _compare_batch(before, after, other):
+def _compare_batch(before, after, other): # Inputs with another number of samples
     n = next(len(o) for o in tensors_of(other) if o.dim())
     minds = f'with {n} sample{"s" if n>1 else ""}: the code of the model goes another way then'
     try: diff,dtype = difference(before, after, other)
     except SLIPS as e:
         if not _runs(before, other): return
         raise ValueError(f'the copy does not run {minds} ({type(e).__name__}: {e})') from e
-    if not diff<=TOLERANCE.get(dtype, 1e-3) and not _draws(before, other): raise ValueError(f'the outputs have changed, by {diff:.1e} of the largest, {minds}')
+    if diff<=TOLERANCE.get(dtype, 1e-3) or _draws(before, other): return
+    raise ValueError(f'the outputs have changed, by {diff:.1e} of the largest, {minds}')
 
 def check_same(before, after, inputs):
     "`ValueError` unless `before` and `after` give the same outputs, for random inputs or, where `before` does not take these, for `inputs`, and for another number of samples; the difference"
@@ -161,15 +176,6 @@ def _near(a, b):
     most = TOLERANCE.get(b.dtype, 1e-3)
     a,b = (o[o.isfinite()].double() for o in (a,b))
     return not len(a) or bool((a-b).abs().max()<=most*b.abs().max())
-
-class _Under(nn.Module):
-    "`model` under `mode`"
-    def __init__(self, model, mode):
-        super().__init__()
-        self.model,self.mode = model,mode
-    def forward(self, *args, **kwargs):
-        self.mode.made.clear()
-        with self.mode: return self.model(*args, **kwargs)
 
 def check_choices(
     before:nn.Module, # Left as it is

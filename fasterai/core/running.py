@@ -246,11 +246,12 @@ class _Hooks:
             if _same_items(held, dict(was)): continue  # another thread may be running them
             held.clear()
             held.update(was)
-        if getattr(self.m, '_is_full_backward_hook', None) is not self.full: self.m._is_full_backward_hook = self.full
+        if getattr(self.m, '_is_full_backward_hook', None) is self.full: return
+        self.m._is_full_backward_hook = self.full
 
 class _NoCaches:
-    """Models that keep keys and values for the next call if their `config.use_cache` says so, as those of transformers, do not while
-    somebody looks: from the first thread that looks to the last"""
+    """Models may keep keys and values for the next call if their `config.use_cache` says so, as those of transformers. They do not
+    while somebody looks: from the first thread that looks to the last"""
     def __init__(self): self.lock,self.off = Lock(),{}
     @contextmanager
     def __call__(self, model):
@@ -966,7 +967,7 @@ def inputs_that_run(
     return inputs
 
 # %% ../../nbs/core/06_running.ipynb #fe28e0ef
-_DROPS = {f'{o}{end}' for o in 'dropout alpha_dropout feature_dropout feature_alpha_dropout'.split() for end in ('','_')} | {f'dropout{d}d' for d in (1,2,3)}
+_DROPS = {f'{o}dropout{end}' for o in ('','alpha_','feature_','feature_alpha_') for end in ('','_','1d','2d','3d')}
 
 class _Undropped(TorchFunctionMode):
     "Dropout that code calls as a function gives back what it gets"

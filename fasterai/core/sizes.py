@@ -336,7 +336,7 @@ class Watching(_Plain):
 
 # %% ../../nbs/core/07_sizes.ipynb #a3f63eef
 class OtherLength(_Plain):
-    "`len` of parameter `p` is one more than it is: code that cuts or reshapes with it fails, and what is computed with it changes"
+    "`len` of parameter `p` is one too many: code that cuts or reshapes with it fails, what is computed with it changes"
     def __init__(self,
         model:nn.Module, # What runs
         p:Tensor, # Of it
@@ -443,8 +443,10 @@ class Telling(Watching):
         if name in self.trace.doors: self.trace.hand_out(name, args)
         out = self.call(func, types, args, kwargs)
         if name in _MADE and isinstance(out, Tensor): self.spread(_made(name, args, kwargs, out))
-        if name=='__len__' and self.tried is None and (of := self.trace.names.get(id(args[0]))): self.lengths.setdefault(of, _line())
-        if name in ('numel','nelement') and type(out) is int: return math.prod(self.size(args[0], d) for d in range(args[0].dim()))
+        if name=='__len__' and self.tried is None and (of := self.trace.names.get(id(args[0]))):
+            self.lengths.setdefault(of, _line())
+        if name in ('numel','nelement') and type(out) is int:
+            return math.prod(self.size(args[0], d) for d in range(args[0].dim()))
         if name not in ('__get__','size'): return out
         if isinstance(out, torch.Size):
             about = self.about(args[0])

@@ -349,9 +349,8 @@ _NO_COPY = *SLIPS,copy.Error,pickle.PicklingError
 
 def _uncompiled(f):
     "What function `f` was compiled from; itself, if it was not"
-    compiler = 'torch._dynamo'
-    while isinstance(f, FunctionType) and f.__globals__.get('__name__', '').startswith(compiler) and hasattr(f, '__wrapped__'):
-        f = f.__wrapped__  # a method comes with its module
+    of_compiler = lambda o: isinstance(o, FunctionType) and o.__globals__.get('__name__', '').startswith('torch._dynamo')
+    while of_compiler(f) and hasattr(f, '__wrapped__'): f = f.__wrapped__  # a method comes with its module
     return f
 
 def _inside(o):
@@ -359,7 +358,9 @@ def _inside(o):
     if isinstance(o, dict): return [*o.values()]
     if isinstance(o, (list,tuple,set,frozenset)): return [*o]
     if isinstance(o, partial): return [o.func,*o.args,*o.keywords.values()]
-    if not isinstance(o, FunctionType): return [o.__wrapped__] if isinstance(getattr(o, '__wrapped__', None), FunctionType) else []
+    if not isinstance(o, FunctionType):
+        wrapped = getattr(o, '__wrapped__', None)  # as of `lru_cache`
+        return [wrapped] if isinstance(wrapped, FunctionType) else []
     cells = [c.cell_contents for c in o.__closure__ or () if _is_full(c)]
     return [*cells,*(o.__defaults__ or ()),*(o.__kwdefaults__ or {}).values(),*vars(o).values()]
 
@@ -377,19 +378,21 @@ def _held_by_function(o, own, within=False, around=()): # `within` a function; w
     o = _uncompiled(o)
     if isinstance(o, MethodType): return _held_by_function(o, own, within, around)
     within = within or isinstance(o, FunctionType)
-    return next((found for v in _inside(o) if (found := _held_by_function(v, own, within, (*around,o))) is not None), None)
+    inside = (_held_by_function(v, own, within, (*around,o)) for v in _inside(o))
+    return next((found for found in inside if found is not None), None)
 
 def check_copyable(
     model:nn.Module, # Left as it is
 ):
-    "`ValueError` for an attribute of a module that is a function, and holds modules or tensors of `model`: a copy would compute with them"
-    names = {id(o):n for it in (model.named_modules(), model.named_parameters(), model.named_buffers()) for n,o in it}
+    "`ValueError` for a function that `model` keeps and that holds modules or tensors of it: a copy would compute with them"
+    named = [*model.named_modules(),*model.named_parameters(),*model.named_buffers()]
+    names = {id(o):n for n,o in named}
     for n,m in model.named_modules():
         for k,v in vars(m).items():
             if k in ('_modules','_parameters','_buffers') or '_hooks' in k: continue  # a run tells what hooks read
             if (found := _held_by_function(v, names)) is None: continue
-            raise ValueError(f'{_sub(n, k)} is a function that holds {names[id(found)] or "the model"}, so it would compute with that in a copy '
-                             'of the model as well: make it a method of the class, or take it off first')
+            raise ValueError(f'{_sub(n, k)} is a function that holds {names[id(found)] or "the model"}, so it would compute with that '
+                             'in a copy of the model as well: make it a method of the class, or take it off first')
 
 def _deepcopy(model, memo=()):
     "A deep copy of `model`. Methods of its modules are those of their copies, and what was compiled is not"

@@ -70,7 +70,8 @@ class FC_Decomposer(Decomposer):
                 learn = lambda m, args, kwargs, low=c.low: low.learn((args or tuple(kwargs.values()))[0])
                 hooks.callback(c.layer.register_forward_pre_hook(learn, with_kwargs=True).remove)
             for b in batches_of(self.data):
-                with explained(model, inputs := inputs_of(b, dev), 'data', 'Pass batches that the model takes'): call_with(model, inputs)
+                inputs = inputs_of(b, dev)
+                with explained(model, inputs, 'data', 'Pass batches that the model takes'): call_with(model, inputs)
         for n,c in choices.items():
             if not c.low.n: raise ValueError(f'no input of {n} came with the data')
             if not c.low.moment.isfinite().all(): raise ValueError(f'inputs of {n} are not all finite')

@@ -292,7 +292,8 @@ class Pruner:
         if pruning_ratio is not None and model is None: raise ValueError('a pruning_ratio needs a model: Pruner(model, pruning_ratio)')
         self.context,self.criteria,self.layer_type = context_of(context),criteria_of(criteria),check_layer_type(layer_type)
         self.model = None if model is None else followable(model, resizes=pruning_ratio is not None)
-        self.example_inputs,self.round_to,self.verify,self.data,self.loss_func = example_inputs,round_to,verify,data,check_loss(loss_func)
+        self.example_inputs,self.round_to,self.verify,self.data = example_inputs,round_to,verify,data
+        self.loss_func = check_loss(loss_func)
         self.progress = progress
         self.pruning_ratio = None if pruning_ratio is None else self._checked(pruning_ratio)
         self.ignored = [self._name(o) for o in listed(ignored_layers, 'ignored_layers')]
@@ -423,7 +424,8 @@ class Pruner:
         return [weight_of(self.model, o) for o in names]
 
     def _check_ratio(self):
-        if self.pruning_ratio is None: raise ValueError('only a Pruner with a model and a ratio removes by ratio: Pruner(model, pruning_ratio)')
+        if self.pruning_ratio is not None: return
+        raise ValueError('only a Pruner with a model and a ratio removes by ratio: Pruner(model, pruning_ratio)')
 
     def reached(self):
         "Percent of the channels that are gone"
