@@ -238,7 +238,7 @@ WORDS = dict(step=(lambda: Pruner().step(3.), 'only a Pruner with a model and a 
     reached=(lambda: Pruner().reached(), 'only a Pruner with a model and a ratio'), no_type=(lambda: Pruner(net(), 50, layer_type=()), r'layer_type \(\) is no type'),
     loss=(lambda: Pruner(net(), 50, criteria='taylor', loss_func='mse'), 'mse_loss, not .mse'), loss_of_sparsifier=(lambda: Sparsifier(net(), 'filter', criteria='taylor', loss_func='crossentropy'), 'cross_entropy, not'),
     one_channel=(lambda: Pruner(nn.Sequential(nn.Conv2d(3,1,3), nn.Conv2d(1,1,3)), 50, example_inputs=X).prune_model(), '0, 1: one channel has to stay'),
-    no_layers=(lambda: FC_Decomposer().decompose(net(), layers=[]), 'no layer to decompose is named'),
+    no_layers=(lambda: FC_Decomposer().decompose(net(), layers=[]), 'leaves no layer to decompose: .None. means all'),
     data=(lambda: FC_Decomposer().decompose(nn.Sequential(nn.Linear(6,6)), data=torch.randn(2,5)), 'does not run with data float32'))
 @pytest.mark.parametrize('call,words', WORDS.values(), ids=WORDS)
 def test_words(call, words):

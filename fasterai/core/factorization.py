@@ -323,8 +323,8 @@ class Decomposer:
             layers = list(how[1])
         not_these = chosen(model, names, exclude, 'exclude') if exclude is not None else []
         wanted = [n for n in chosen(model, names, layers, 'layers') if n not in not_these]
-        if not wanted and not exclude:
-            raise ValueError(f'no layer to decompose is named: {did_you_mean("", names)[:400]}; `layers=None` means all')
+        if not wanted and exclude is None:
+            raise ValueError(f'`layers` {layers!r} leaves no layer to decompose: `None` means all, {", ".join(names)[:400]}')
         if not wanted: raise ValueError(f'`exclude` {exclude!r} leaves no layer to decompose')
         return wanted
 
