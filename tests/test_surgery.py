@@ -570,8 +570,12 @@ def closed(m):
     m.forward = lambda x: own(x)
 def with_default(m): m.forward = lambda x, parts=list(m): parts[1](parts[0](x))
 def in_a_dict(m): m.how = dict(first=lambda x, w=m[0].weight: x*w.mean())
+def by_name(m):
+    _LAYERS_OF['own'] = m.forward
+    m.forward = eval('lambda x: own(x)', _LAYERS_OF)
+_LAYERS_OF = {}
 
-@pytest.mark.parametrize('keep', [closed,with_default,in_a_dict])
+@pytest.mark.parametrize('keep', [closed,with_default,in_a_dict,by_name])
 @pytest.mark.parametrize('call', [lambda m: Pruner().prune_model(m, X), lambda m: Pruner(m, 50, example_inputs=X).prune_model(), lambda m: BN_Folder().fold(m, X), lambda m: FC_Decomposer().decompose(m, .5)],
     ids=['lossless','ratio','fold','decompose'])
 def test_functions_that_hold_modules(keep, call):

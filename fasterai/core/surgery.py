@@ -362,6 +362,8 @@ def _inside(o):
         wrapped = getattr(o, '__wrapped__', None)  # as of `lru_cache`
         return [wrapped] if isinstance(wrapped, FunctionType) else []
     cells = [c.cell_contents for c in o.__closure__ or () if _is_full(c)]
+    named = [o.__globals__.get(k) for k in o.__code__.co_names]
+    cells += [v for v in named if isinstance(v, (nn.Module,Tensor,MethodType))]
     return [*cells,*(o.__defaults__ or ()),*(o.__kwdefaults__ or {}).values(),*vars(o).values()]
 
 def _is_full(cell):
