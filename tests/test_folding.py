@@ -856,3 +856,14 @@ def test_wrong_arguments():
     with pytest.warns(UserWarning, match='nothing to fold$'): BN_Folder().fold(nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 3))
     with pytest.warns(UserWarning, match=r'nothing to fold. Its norms \(2 LayerNorm, 1 GroupNorm\)'):
         BN_Folder().fold(nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 4), nn.LayerNorm(4), nn.GroupNorm(2, 4)), torch.randn(2, 3))
+
+def test_a_norm_for_more_than_one_sample():
+    "As where a last batch of one is to be trained with: it stays, and the reason is told"
+    def f(m, x):
+        y = m.a(x)
+        return m.b(F.relu(m.norm(y) if len(x)>1 else y))
+    m = randomized(Net(f, a=nn.Linear(6,8), norm=nn.BatchNorm1d(8), b=nn.Linear(8,3))).double().eval()
+    x,folder = torch.randn(3, 6, dtype=torch.float64),BN_Folder()
+    with pytest.warns(UserWarning, match='1 of 1 norms stay'): new = folder.fold(m, x)
+    assert norms(new)==['norm'] and all(difference(m, new, o)[0]<1e-12 for o in (x,x[:1]))
+    assert 'with 1 sample: the code of the model goes another way then' in folder.left['norm']

@@ -368,3 +368,116 @@ def test_an_output_that_only_has_the_size():
     m = randomized(Net(f, a=conv(3,12), b=conv(12,6))).float()
     Pruner(m, 50, example_inputs=X).prune_model()
     assert (m.a.out_channels,m.b.out_channels)==(6,6)
+
+WIDTHS = dict(tensor=lambda m,y: y.shape[1]**-.5, attribute=lambda m,y: m.a.out_channels**-.5, weight=lambda m,y: m.a.weight.shape[0]**-.5, length=lambda m,y: len(m.a.bias)**-.5,
+    entries=lambda m,y: m.a.bias.numel()**-.5, divided=lambda m,y: 1/m.a.out_channels, tensor_of=lambda m,y: torch.tensor([m.a.out_channels]).sqrt(), full=lambda m,y: torch.full((1,), m.a.weight.size(0)))
+@pytest.mark.parametrize('width', WIDTHS.values(), ids=WIDTHS)
+def test_a_width_that_is_computed_with(width):
+    "However the code reads it, a lossless copy keeps the channels, and says why; by ratio they go"
+    m = randomized(Net(lambda m,x: pooled(m, m.b(F.relu(m.a(x))*width(m, m.a(x)))), a=conv(3,64), b=conv(64,6), fc=nn.Linear(6,2)))
+    zero([1], m.a.weight, m.a.bias)
+    with pytest.warns(UserWarning, match='computes with their number'): small = Pruner().prune_model(m, XD)
+    assert small.a.out_channels==64
+    Pruner(m, 50, example_inputs=XD).prune_model()
+    assert m.a.out_channels==32
+
+@pytest.mark.parametrize('scale,left', [(lambda m: m.wide**-.5,8),(lambda m: .5,6)])
+def test_an_attribute_that_is_computed_with(scale, left):
+    "Heads that are scaled by their width in `forward` keep it"
+    m = Net(lambda m,x: m.fc((m.v(x).view(*x.shape[:2], -1, m.wide)*scale(m)).flatten(2)), v=nn.Linear(6,8), fc=nn.Linear(8,2))
+    m.wide = 4
+    m = randomized(m)
+    zero([1,5], m.v.weight, m.v.bias)
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    small = Pruner().prune_model(m, x)
+    assert small.v.out_features==left and difference(m, small, x)[0]<1e-12
+
+@pytest.mark.parametrize('drop', [F.dropout,F.dropout2d,F.alpha_dropout,F.feature_alpha_dropout,torch.feature_dropout])
+def test_dropout_as_a_function(drop):
+    "It is not followed as in training, where another layer runs only then, or never"
+    m = randomized(Net(lambda m,x: pooled(m, m.b(drop(m.a(x), .3, m.training))), a=conv(3,8), b=conv(8,6), fc=nn.Linear(6,2), idle=nn.Linear(3,1)))
+    Pruner(m, 50, example_inputs=XD).prune_model()
+    assert m.a.out_channels==4
+
+# what runs only in training, or not at all
+
+def test_what_runs_only_in_training_stays():
+    "A mean teacher's student, a head for another loss: nothing of it is zero"
+    f = lambda m,x: m.net(x) if m.training else m.ema(x)
+    net = nn.Sequential(nn.Linear(5,8), nn.ReLU(), nn.Linear(8,3))
+    x = torch.randn(4, 5, dtype=torch.float64)
+    projected = Net(lambda m,x: m.proj(m.body(x)) if m.training else m.body(x), body=net, proj=copy.deepcopy(nn.Sequential(nn.Linear(3,8), nn.ReLU(), nn.Linear(8,2))))
+    for m in (randomized(Net(f, net=net, ema=copy.deepcopy(net))),randomized(projected)):
+        small = Pruner().prune_model(m, x)
+        assert n_params(small)==n_params(m) and torch.equal(small.train()(x), m.train()(x))
+
+def test_a_head_of_training_is_cut_to_fit():
+    "And loses what is zero in it"
+    def f(m, x):
+        y = F.relu(m.a(x))
+        return m.b(y)+m.proj(y) if m.training else m.b(y)
+    m = randomized(Net(f, a=nn.Linear(5,8), b=nn.Linear(8,3), proj=nn.Sequential(nn.Linear(8,6), nn.ReLU(), nn.Linear(6,3))))
+    zero([1,4], m.a.weight, m.a.bias)
+    zero([2], m.proj[0].weight, m.proj[0].bias)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    small = Pruner().prune_model(m, x)
+    assert small.proj[0].weight.shape==(5,6)
+    torch.testing.assert_close(small.train()(x), m.train()(x))
+
+def test_a_layer_that_is_left_out_at_random():
+    "Whether one runs is drawn in training"
+    def f(m, x):
+        y = F.relu(m.a(x))
+        for o in m.many:
+            if not (m.training and torch.rand(())<.1): y = y+F.relu(o(y))
+        return m.b(y+m.mask if m.training else y)
+    m = Net(f, a=nn.Linear(5,8), many=nn.ModuleList(nn.Linear(8,8) for _ in range(3)), b=nn.Linear(8,3))
+    m.mask = nn.Parameter(torch.zeros(8))
+    m = randomized(m)
+    Pruner(m, 50, example_inputs=torch.randn(2, 5, dtype=torch.float64)).prune_model()
+    assert m.a.out_features==4 and m.many[2].weight.shape==(4,4)
+
+def test_a_layer_that_did_not_run_is_told_of():
+    "By ratio, too, and however few outputs it has"
+    def f(m, x):
+        y = F.relu(m.a(x))
+        return m.early(y) if y.amax()>1e6 else m.late(F.relu(m.b(y)))
+    m = randomized(Net(f, a=nn.Linear(5,16), b=nn.Linear(16,16), late=nn.Linear(16,2), early=nn.Linear(16,2)))
+    with pytest.warns(UserWarning, match='^early did not run') as told: Pruner(m, 40, example_inputs=torch.randn(2, 5, dtype=torch.float64)).prune_model()
+    assert len(told)==1
+
+# another number of samples
+
+@pytest.mark.parametrize('n', [1,3])
+def test_a_branch_on_the_number_of_samples(n):
+    "A copy that is right for the samples at hand alone is refused"
+    m = randomized(Net(lambda m,x: m.b(F.relu(m.a(x))+(len(x)!=n)), a=nn.Linear(5,8), b=nn.Linear(8,3)))
+    zero([1,4], m.a.weight, m.a.bias)
+    x = torch.randn(n, 5, dtype=torch.float64)
+    with pytest.raises(ValueError, match='with 1 sample:' if n>1 else 'with 2 samples:'): Pruner().prune_model(m, x)
+    assert Pruner(verify=False).prune_model(m, x).a.out_features==6
+
+# transformers
+
+def test_the_size_of_heads_is_told_by_an_attribute():
+    "Heads of a model whose output is as wide as what they read go by themselves"
+    def f(m, x):
+        q,k,v = (o(x).view(*x.shape[:2], -1, m.wide).transpose(1, 2) for o in (m.q,m.k,m.v))
+        return x+m.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    m = Net(lambda m,x: f(m, m.i(x)), i=nn.Linear(5,8), q=nn.Linear(8,8), k=nn.Linear(8,8), v=nn.Linear(8,8), o=nn.Linear(8,8))
+    m.wide = 4
+    m = randomized(m)
+    x = torch.randn(2, 7, 5, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        Pruner(m, 50, example_inputs=x).prune_model()
+    assert (m.i.out_features,m.q.out_features,m.o.in_features,m.wide)==(8,4,4,2) and m(x).shape==(2,7,8)
+
+def test_tied_embeddings_make_an_output():
+    "A vocabulary is an output of the model, and nobody asks for it"
+    m = Net(lambda m,i: m.h((y := m.e(i))+m.g(F.gelu(m.up(y)))), e=nn.Embedding(50,8), up=nn.Linear(8,12), g=nn.Linear(12,8), h=nn.Linear(8,50,bias=False))
+    m.h.weight = m.e.weight
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        Pruner(m, 50, example_inputs=torch.randint(0, 50, (2,9))).prune_model()
+    assert m.h.weight.shape==(50,4)

@@ -231,3 +231,17 @@ def test_one_warning_of_a_model_that_asks_for_values():
     one(lambda: Pruner().prune_model(m, X), ('2 in a: mean','cannot be run on unknown inputs'))
     r = one(lambda: quick(m, copy.deepcopy(m), example_inputs=X))
     assert any('unknown inputs' in o for o in r.notes)
+
+# --- calls that make no sense
+
+WORDS = dict(step=(lambda: Pruner().step(3.), 'only a Pruner with a model and a ratio'), update=(lambda: Pruner(net()).update(3.), 'only a Pruner with a model and a ratio'),
+    reached=(lambda: Pruner().reached(), 'only a Pruner with a model and a ratio'), no_type=(lambda: Pruner(net(), 50, layer_type=()), r'layer_type \(\) is no type'),
+    loss=(lambda: Pruner(net(), 50, criteria='taylor', loss_func='mse'), 'mse_loss, not .mse'), loss_of_sparsifier=(lambda: Sparsifier(net(), 'filter', criteria='taylor', loss_func='crossentropy'), 'cross_entropy, not'),
+    one_channel=(lambda: Pruner(nn.Sequential(nn.Conv2d(3,1,3), nn.Conv2d(1,1,3)), 50, example_inputs=X).prune_model(), '0, 1: one channel has to stay'),
+    no_layers=(lambda: FC_Decomposer().decompose(net(), layers=[]), 'leaves no layer to decompose: .None. means all'),
+    data=(lambda: FC_Decomposer().decompose(nn.Sequential(nn.Linear(6,6)), data=torch.randn(2,5)), 'does not run with data float32'))
+@pytest.mark.parametrize('call,words', WORDS.values(), ids=WORDS)
+def test_words(call, words):
+    with pytest.raises(ValueError, match=words): call()
+
+def test_nothing_is_reached_before_the_start(): assert Pruner(net(), 50, example_inputs=X).reached()==0

@@ -1,5 +1,5 @@
 "Cutting channels out of networks whose code counts on sizes, and finding out which"
-import copy,json,threading
+import copy,functools,json,threading
 import pytest,torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,6 +9,7 @@ from fasterai.core.proof import difference
 from fasterai.core.running import untouched
 from fasterai.core.sizes import Attr,Told
 from fasterai.core.surgery import apply_plan,copy_of,cut,follow_cut,legal,plan_of
+from fasterai.misc.all import BN_Folder,FC_Decomposer
 from fasterai.prune.pruner import Pruner,load_pruned,save_pruned
 from test_pruner import Net,conv,head,kept,randomized,zero
 
@@ -548,3 +549,53 @@ def test_recurrent_layers_whose_weights_are_computed(change, kind):
     torch.testing.assert_close(small(x), model(x))
     with pytest.warns(UserWarning, match='l kept all channels'): Pruner(model, 50, example_inputs=x).prune_model()
     assert (model.c.out_channels,model.l.input_size)==(4,4) and model(x).shape==(2,2)
+
+@pytest.mark.parametrize('keep', [lambda m: setattr(m[1], 'forward', torch.compile(m[1].forward, backend='eager')), lambda m: setattr(m, 'forward', torch.compile(m.forward, backend='eager')),
+    lambda m: setattr(m[1], 'forward', functools.partial(m[1].forward)), lambda m: setattr(m[1], 'forward', m[1].forward), lambda m: setattr(m[1], 'forward', torch.compile(functools.partial(m[1].forward), backend='eager'))],
+    ids=['compiled','compiled_whole','partial','bound','compiled_partial'])
+def test_methods_that_are_attributes(keep):
+    "A copy calls those of its own modules"
+    m = nn.Sequential(conv(3,8), nn.BatchNorm2d(8), nn.ReLU(), conv(8,6), head(6)).double().eval()
+    keep(m)
+    off(m[0], 1, 4)
+    zero([1,4], m[1].bias)
+    for new in (Pruner().prune_model(m, X),BN_Folder().fold(m, X),FC_Decomposer().decompose(m, .5)):
+        assert sum(p.numel() for p in new.parameters())<sum(p.numel() for p in m.parameters())
+        assert new(X).any()
+        for p in new.parameters(): nn.init.zeros_(p)
+        assert not new(X).any() and m(X).any()
+
+def closed(m):
+    own = m.forward
+    m.forward = lambda x: own(x)
+def with_default(m): m.forward = lambda x, parts=list(m): parts[1](parts[0](x))
+def in_a_dict(m): m.how = dict(first=lambda x, w=m[0].weight: x*w.mean())
+def by_name(m):
+    _LAYERS_OF['own'] = m.forward
+    m.forward = eval('lambda x: own(x)', _LAYERS_OF)
+_LAYERS_OF = {}
+
+@pytest.mark.parametrize('keep', [closed,with_default,in_a_dict,by_name])
+@pytest.mark.parametrize('call', [lambda m: Pruner().prune_model(m, X), lambda m: Pruner(m, 50, example_inputs=X).prune_model(), lambda m: BN_Folder().fold(m, X), lambda m: FC_Decomposer().decompose(m, .5)],
+    ids=['lossless','ratio','fold','decompose'])
+def test_functions_that_hold_modules(keep, call):
+    "They would compute with the modules of the original, and are refused"
+    m = nn.Sequential(conv(3,8), nn.BatchNorm2d(8), nn.ReLU(), conv(8,6), head(6)).double().eval()
+    keep(m)
+    off(m[0], 1, 4)
+    was = {k:v.clone() for k,v in m.state_dict().items()}
+    with pytest.raises(ValueError, match='is a function that holds'): call(m)
+    assert all(torch.equal(v, was[k]) for k,v in m.state_dict().items())
+
+def test_a_copy_that_computes_with_the_original():
+    "What only a run tells: here the code finds a layer by a global name"
+    last = nn.Linear(8,2).double()
+    _LAYERS.update(last=last)
+    m = Net(_by_name, a=conv(3,8), norm=nn.BatchNorm2d(8), last=last).double().eval()
+    off(m.a, 1, 4)
+    zero([1,4], m.norm.bias)
+    for call in (lambda: Pruner().prune_model(m, X),lambda: BN_Folder().fold(m, X)):
+        with pytest.raises(ValueError, match='computes with last.weight of the model itself'): call()
+
+_LAYERS = {}
+def _by_name(m, x): return _LAYERS['last'](m.norm(m.a(x)).mean((2,3)))

@@ -1,14 +1,16 @@
 """In the Trainer of transformers: the same masks as in a loop of one's own, and checkpoints that go on with the same bits"""
 import pytest, torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel, GPT2Model, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from fasterai.core.all import *
 from fasterai.core.pace import Training, attach
 from fasterai.core.plan import pruned_plan
 from fasterai.distill.training import Distill
+from fasterai.prune.pruner import Pruner
 from fasterai.prune.training import Prune
 from fasterai.quantize.training import Share
 from fasterai.regularize.training import Regularize
+from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.sparse.training import Keep, Sparsify
 from fasterai.transformers import *
 
@@ -143,3 +145,31 @@ def test_told_at_the_start(tmp_path):
     with pytest.warns(UserWarning, match='load_best_model_at_end may bring back an earlier model'): t.train()
     with pytest.raises(TypeError, match=r'distill is a technique, Distill\(teacher\), not BertForSequenceClassification'): DistillationTrainer(bert(), distill=teacher())
     with pytest.raises(TypeError, match='takes the model first, not'): cut_like(str(tmp_path), bert())
+
+# --- pruned
+
+IDS_OF = dict(input_ids=IDS[:2])
+def a_bert(): return BertModel(BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, max_position_embeddings=8, output_hidden_states=True)).eval()
+def a_gpt(kind=GPT2LMHeadModel): return kind(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=30, n_positions=16, bos_token_id=1, eos_token_id=2)).eval()
+
+def test_attention_of_a_base_model():
+    "Its own channels go, though what it reads is the output"
+    for m,name in ((a_bert(),'encoder.layer.0.attention.output.dense'),(a_gpt(GPT2Model),'h.0.attn.c_proj')):
+        Pruner(m, 50, example_inputs=IDS_OF).prune_model()
+        w = m.get_submodule(name).weight
+        assert sorted(w.shape)==[8,16] and m(**IDS_OF).last_hidden_state.shape==(2,6,16)
+
+def test_caches_hold_no_channels_back():
+    m = a_gpt()
+    n = sum(p.numel() for p in m.parameters())
+    Pruner(m, 50, example_inputs=IDS_OF).prune_model()
+    assert sum(p.numel() for p in m.parameters())<n/2 and m.config.use_cache
+    assert m(**IDS_OF).past_key_values is not None
+    assert m.generate(IDS[:1], max_new_tokens=3, do_sample=False, pad_token_id=0).shape[1]<=9
+
+def test_captured_outputs():
+    "transformers installs hooks for them in the first run"
+    m = a_bert()
+    for look in (lambda: Pruner().prune_model(m, IDS_OF),lambda: Sparsifier(m, 'filter', coupled=True, layer_type=nn.Linear, example_inputs=IDS_OF)):
+        look()
+        assert len(m(**IDS_OF).hidden_states)==2

@@ -4,6 +4,7 @@ import copy, tempfile, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,14 +15,16 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import TensorBase, TensorCategory, TensorImage
 from fastai.vision.models.unet import DynamicUnet
+from fasterai.analyze.counts import n_macs
 from fasterai.callback import two_of
 from fasterai.core.brought import check_values
+from fasterai.core.flow import Flow
 from fasterai.core.graph import ChannelGraph
 from fasterai.core.running import (Bystanders, at_home, call_with, map_parts, plain, plain_model, readers_of,
     tensors_of, untouched, without_readers)
 from fasterai.prune.all import PruneCallback, Pruner, load_pruned, save_pruned
 from fasterai.prune.pruner import pruned_plan
-from fasterai.sparse.all import SparsifyCallback
+from fasterai.sparse.all import Sparsifier, SparsifyCallback
 from tiny import At, Items, Net, fit, learner, raises, same, state
 
 DDP,Averaged = nn.parallel.DistributedDataParallel,torch.optim.swa_utils.AveragedModel
@@ -904,3 +907,62 @@ def test_interrupted_with_readers(event):
     assert list(learn.model[0]._forward_hooks)==[h.id] and n_hooks(learn.model)==1
     fit(learn, 1, cb)
     assert widths(learn.model)==[4,4]
+
+# --- what a look leaves behind
+
+class Lazily(nn.Module):
+    "Installs hooks at its first run, as transformers does to capture outputs, and says so in an attribute"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.c = nn.Linear(5,8),nn.Linear(8,6),nn.Linear(6,2)
+        self.seen = []
+    def forward(self, x):
+        if not getattr(self, '_installed', False):
+            self._installed = True
+            for o in (self.a,self.b):
+                o.register_forward_hook(lambda m,args,out: self.seen.append(out))
+                o.register_forward_pre_hook(lambda m,args,kwargs: None, with_kwargs=True, prepend=True)
+        self.seen.clear()
+        out = self.c(self.b(self.a(x).relu()).relu())
+        return out,len(self.seen)
+
+def hooks_of(m): return {n:{k:list(v) for k,v in vars(o).items() if '_hooks' in k} for n,o in m.named_modules()}
+
+@pytest.mark.parametrize('ran', [False,True])
+def test_hooks_of_a_first_run(ran):
+    "What a run registers comes back together with what it keeps in attributes"
+    m,x = Lazily().eval(),torch.randn(3, 5)
+    if ran: m(x)
+    was = hooks_of(m)
+    for look in (lambda: ChannelGraph(m, x),lambda: Sparsifier(m, 'filter', coupled=True, layer_type=nn.Linear, example_inputs=x),lambda: Flow(m, x),lambda: n_macs(m, x)):
+        look()
+        assert hooks_of(m)==was and hasattr(m, '_installed')==ran
+    assert m(x)[1]==2
+
+def test_a_hook_that_removes_itself():
+    m,x = nn.Sequential(nn.Linear(5,8), nn.ReLU(), nn.Linear(8,2)).eval(),torch.randn(3, 5)
+    once = m[0].register_forward_hook(lambda *_: once.remove())
+    ChannelGraph(m, x)
+    assert len(m[0]._forward_hooks)==1
+    m(x)
+    assert not m[0]._forward_hooks
+
+class Cached(nn.Module):
+    "Gives what it may need for the next call, if its config says so"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.config = nn.Linear(5,8),nn.Linear(8,2),SimpleNamespace(use_cache=True)
+    def forward(self, x, use_cache=None):
+        y = self.a(x)
+        if use_cache is None: use_cache = self.config.use_cache
+        return (self.b(y.relu()),y) if use_cache else self.b(y.relu())
+
+def test_a_cache_holds_no_channels_back():
+    "But where the caller asks for it, it is an output"
+    x = torch.randn(3, 5)
+    for inputs,left in ((x,4),(dict(x=x, use_cache=True),8)):
+        m = Cached().eval()
+        if left==4: Pruner(m, 50, example_inputs=inputs).prune_model()
+        else:
+            with pytest.raises(ValueError, match='output of the model'): Pruner(m, 50, example_inputs=inputs).prune_model()
+        assert m.a.out_features==left and m.config.use_cache is True and len(m(x))==2

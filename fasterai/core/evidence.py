@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['CHOOSE', 'Weight', 'weight_of', 'Arrivals', 'arrived', 'check_got', 'check_seen', 'nothing_of', 'found_now',
-           'first_inputs', 'check_trained', 'evidence']
+           'first_inputs', 'check_trained', 'check_loss', 'evidence']
 
 # %% ../../nbs/core/14_evidence.ipynb #5b6bd6c6
 from contextlib import nullcontext
 from dataclasses import dataclass
+from difflib import get_close_matches
 import torch
+import torch.nn.functional as F
 from torch import nn, Tensor
 from .criteria import needs
 from . import ranks
@@ -213,6 +215,15 @@ def check_trained(criteria, weights):
     "`ValueError` if one of `weights` has no gradient to come, which `criteria` needs"
     frozen = [p.name for p in weights if not p.w.requires_grad]
     if frozen: raise ValueError(f'criteria {criteria.__name__!r} needs gradients, and {frozen[0]} is frozen: unfreeze it, or choose another criteria')
+
+def check_loss(
+    loss_func, # Whatever was given
+):
+    "`loss_func` if it is a function or `None`; `ValueError` with the closest one of PyTorch otherwise"
+    if loss_func is None or callable(loss_func): return loss_func
+    losses = [o for o in dir(F) if o.endswith(('_loss','cross_entropy','_with_logits'))]
+    near = get_close_matches(str(loss_func), losses, 1, .3) or ['cross_entropy']
+    raise ValueError(f'loss_func is a function of outputs and targets, as torch.nn.functional.{near[0]}, not {loss_func!r}')
 
 def evidence(
     asked, # Needs that data tell

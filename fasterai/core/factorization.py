@@ -323,6 +323,8 @@ class Decomposer:
             layers = list(how[1])
         not_these = chosen(model, names, exclude, 'exclude') if exclude is not None else []
         wanted = [n for n in chosen(model, names, layers, 'layers') if n not in not_these]
+        if not wanted and exclude is None:
+            raise ValueError(f'`layers` {layers!r} leaves no layer to decompose: `None` means all, {", ".join(names)[:400]}')
         if not wanted: raise ValueError(f'`exclude` {exclude!r} leaves no layer to decompose')
         return wanted
 

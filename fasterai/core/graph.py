@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from .ops import PRODUCTS,Call,Watch,channels,macs,recurrent_weights
-from .running import SLIPS,Where,as_in_training,call_with,check_shapes,example_inputs_for,inputs_that_run,plain_model,tensors_of,untouched
-from .sizes import Telling
+from .running import SLIPS,_Plain,Where,as_in_training,call_with,check_shapes,example_inputs_for
+from .running import inputs_that_run,plain_model,tensors_of,untouched
+from .sizes import Axis,OtherLength,Telling
 
 # %% ../../nbs/core/08_graph.ipynb #cd7ac894
 def connected(
@@ -118,6 +119,7 @@ class _Facts:
         self.n = 1 # the next channel number
         self.ties,self.pins,self.splits,self.fixes = [],[],[],[]  # (a, b, why, pins before); (ids, why); labels; (labels, dims, why)
         self.uses,self.bound,self.partly,self.issued,self.splits_at = [],{},set(),{},{}  # `partly` bound: not yet for all indices
+        self.maybe = []  # ties that hold only between what can be removed
         self.kept = set()  # where numbers are in memory that stay there and none of which is 0
         self.made,self.linears = [],[]  # by linear layers: (channels made, read), and the same by range
         self.mixes,self.sized,self.reshapes,self.unknown = [],[],[],{}
@@ -361,7 +363,9 @@ class _Shared(_Facts):
         u = l[l>0].unique()
         for lo,hi,ins in self.linear_ranges():
             if not (len(u) and lo<=u[0] and u[-1]<hi): continue
-            if len(u)%len(ins)==0: self.tie(u, ins[(u-lo)%len(ins)], f'split into heads, {c.why}')
+            if len(u)%len(ins)==0:
+                ties = self.maybe if self.telling and self.telling.explains_heads() else self.ties
+                ties.append((u,ins[(u-lo)%len(ins)],f'split into heads, {c.why}',len(self.pins)))
             like = self.splits_at.setdefault((c.where,*l.shape), l)
             self.tie(l, like, c.why)
             break
@@ -1344,6 +1348,7 @@ class ChannelGraph:
         self.reshapes,self.sizings = tr.reshapes,tr.telling.sizings
         self.equations,self.differences = tr.telling.equations,tr.telling.differences
         batch = next((o.shape[0] for o in tensors_of(self.example_inputs) if o.dim()), 1)
+        self._mix_computed(model, tr)
         self._macs = {k:n//max(batch, 1) for k,n in tr.macs.items()}
         self._follow()
         for ids,why in self._for_others(tr): tr.pin(ids, why)
@@ -1400,15 +1405,23 @@ class ChannelGraph:
         for k in (1,2,4):  # what is small enough to be quick may be too small for an auxiliary head
             larger = lambda o: o.repeat(1, 1, *[k]*(o.dim()-2)) if isinstance(o, torch.Tensor) and o.is_floating_point() and o.dim()>2 and k>1 else o
             try:
-                with untouched(model, plain=False), as_in_training(model): self._run(model, tr, tree_map(larger, self.example_inputs))
+                self._run_in_training(model, tr, tree_map(larger, self.example_inputs))
                 break
             except SLIPS: tr.unread.clear()
         tr.macs = macs
+
+    def _run_in_training(self, model, tr, inputs):
+        "Trace a forward as in training; one with values where its code asks for them, as to leave out a layer at random"
+        for tr.hollow in ((True,False) if tr.hollow else (False,)):
+            try:
+                with untouched(model, plain=False), as_in_training(model): return self._run(model, tr, inputs)
+            except _Asked: tr.unread.clear()
 
     def _solve(self, tr):
         "Classes from ties; then what is pinned"
         pairs,pins = tr.settle()
         self._root = connected(tr.n, *pairs)
+        self._tie_heads(tr.maybe, pins)
         whole = [fix for fix in tr.fixes if self._tie_along(*fix)]
         for l,why in tr.splits: pins += self._grid(l, why)
         for l,dims,why in tr.fixes:
@@ -1417,7 +1430,43 @@ class ChannelGraph:
             if len(self._root[l[l>0]].unique())==1: pins.append((l[l>0],why))  # nothing could go by itself
         self._why,self._pin = [why for _,why in pins],torch.full([tr.n], -1, device='cpu')
         for i,(ids,_) in reversed(list(enumerate(pins))): self._pin[self._root[ids]] = i
+        for i,(ids,why) in enumerate(pins):
+            if why=='output of the model': self._pin[self._root[ids]] = i  # says all: nobody asks for these
         self._pin[0] = -1  # no channel
+
+    def _tie_heads(self, ties, pins):
+        "Heads whose sizes attributes tell change along with what their layer reads, unless that cannot change"
+        fixed = torch.zeros(len(self._root), dtype=torch.bool, device='cpu')
+        fixed[0] = True
+        for ids,_ in pins: fixed[self._root[ids]] = True
+        apart = lambda a,b: fixed[self._root[b]].any() and not fixed[self._root[a]].any()
+        ties = [(a,b) for a,b,*_ in ties if not apart(a, b)]
+        if ties: self._root = connected(len(self._root), *(torch.cat(o) for o in zip(*ties)), self._root)
+
+    def _mix_computed(self, model, tr):
+        "Channels depend on each other if the code computes with their number, also where a layer or an attribute tells it"
+        for leaf,why in tr.telling.computed:
+            if isinstance(leaf, Axis): axes = [leaf] if leaf.settle() else []
+            else: axes = [o for e in self.equations if e.sure and leaf in e.attrs for o in e.axes]
+            for axis in axes:
+                for l in axis.labels: tr.mix(l, [axis.dim], why)
+                self._end_at(tr, axis.param, why)
+        for name,line in tr.telling.lengths.items():
+            if not self._computes_with_length(model, tr.params[name]): continue
+            self._end_at(tr, (name,0), f'the model ({line}), which computes with their number,')
+
+    def _end_at(self, tr, param, why): # (name, dimension) of a parameter
+        for s in self.slices:
+            if (s.name,s.dim)==param: tr.end(s.ids, why)
+
+    def _computes_with_length(self, model, p):
+        "Does `model` run, and give something else, if `len(p)` is another number?"
+        def outs(mode):
+            with untouched(model, plain=False), mode: return tensors_of(call_with(model, self.example_inputs))
+        was = outs(_Plain(model))
+        try: now = outs(OtherLength(model, p))
+        except SLIPS: return False  # it is the size of something
+        return len(was)!=len(now) or not all(map(torch.equal, was, now))
 
     def _varies(self, l, dims):
         r = self._root[l]

@@ -649,6 +649,7 @@ class Liveness:
         if tr.closed: self._reopen(tr)
         for ids in [*(l for l,_ in graph.mixes),*tr.sums]: self.live[graph.classes(ids.flatten())] = True
         self._spread()
+        self._keep_training(model)
 
     def _reopen(self, tr):
         "What the model held when it asked for a value may not be what it was; and what did not run may read it, or what comes later"
@@ -660,6 +661,24 @@ class Liveness:
         if self.graph.idle:
             later = torch.arange(tr.n_closed, len(self.live), device='cpu')
             self.live[self.graph.classes(torch.cat([tr.held,later]))] = True
+
+    def _keep_training(self, model):
+        "What runs in training alone is read there: only those of its channels die that are made of zeros, or read by zeros"
+        new = torch.ones_like(self.live)
+        in_eval = torch.arange(self.graph.n_eval, device='cpu')
+        new[self.graph.classes(in_eval)] = False  # what runs in eval mode as well is judged by that
+        if not new.any(): return
+        own,made = dict([*model.named_parameters(),*model.named_buffers()]),torch.zeros_like(self.live)
+        asked,read = made.clone(),made.clone()
+        for s in self.graph.slices:
+            ids = s.ids[None] if s.grid is None else s.grid
+            c,t = self.graph.classes(ids),own[s.name].detach()
+            there = t.movedim(s.dim, 0).reshape(t.shape[s.dim], -1).any(1).cpu()
+            fits = len(there)==ids.shape[-1]
+            there = there.expand(ids.shape) if fits else torch.ones_like(ids, dtype=torch.bool)
+            if s.role=='in': asked[c],read[c[there]] = True,True
+            elif s.role=='out' or s.kind in ('bias','shift','add'): made[c[there]] = True
+        self.live |= new & made & (read|~asked)
 
     def _agree(self):
         "A constant counts if all uses of its weight see the same"

@@ -7,6 +7,8 @@ __all__ = ['TOLERANCE', 'difference', 'random_like', 'check_same', 'check_choice
 
 # %% ../../nbs/core/12_proof.ipynb #d5d044a8
 import math
+from collections.abc import Mapping
+from contextlib import nullcontext
 import torch
 from torch import nn,Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +16,35 @@ from torch.utils._pytree import tree_leaves,tree_map
 from .running import SLIPS,tensors_of,call_with,map_parts,untouched
 
 # %% ../../nbs/core/12_proof.ipynb #736fabea
+class _Under(nn.Module):
+    "`model` under `mode`"
+    def __init__(self, model, mode):
+        super().__init__()
+        self.model,self.mode = model,mode
+    def forward(self, *args, **kwargs):
+        self.mode.made.clear()
+        with self.mode: return self.model(*args, **kwargs)
+
+def _memory(t): return t.untyped_storage()._cdata if t.layout==torch.strided else None
+
+class _Reads(TorchDispatchMode):
+    "`ValueError` as soon as `after` reads a parameter or buffer of `before` that it does not share with it"
+    supports_higher_order_operators = True
+    def __init__(self, before, after):
+        super().__init__()
+        inside = lambda m: m.model if isinstance(m, _Under) else m
+        named = lambda m: {_memory(t):n for n,t in [*inside(m).named_parameters(),*inside(m).named_buffers()]}
+        shared = named(after)
+        self.foreign = {k:n for k,n in named(before).items() if k is not None and k not in shared}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for t in tensors_of((args,kwargs)):
+            if (name := self.foreign.get(_memory(t))) is not None:
+                raise ValueError(f'a copy of the model computes with {name} of the model itself, as a function does that holds its '
+                                 'modules: make it a method of the class')
+        return func(*args, **kwargs)
+
 def difference(
     before:nn.Module, # Left as it is
     after:nn.Module, # Left as it is
@@ -22,7 +53,9 @@ def difference(
     "Largest difference of the outputs of two models relative to the largest output, and the type it was computed in"
     outs = []
     for m in (before,after):
-        with untouched(m): outs.append([o for o in tensors_of(call_with(m, inputs)) if o.is_floating_point() or o.is_complex()])
+        reads = _Reads(before, after) if m is after else nullcontext()
+        with reads, untouched(m): out = tensors_of(call_with(m, inputs))
+        outs.append([o for o in out if o.is_floating_point() or o.is_complex()])
     was,now = ([tuple(o.shape) for o in os] for os in outs)
     if was!=now: raise ValueError(f'outputs of shapes {now} instead of {was}')
     worst,dtype = 0.,torch.float64
@@ -60,17 +93,54 @@ def _draws(model, inputs):
 
 TOLERANCE = {torch.float64:1e-4, torch.float32:1e-3, torch.float16:2e-2, torch.bfloat16:1e-1}
 
+class _InBounds(TorchDispatchMode):
+    "`IndexError` where regions are of samples that are not there: torchvision reads beyond the end then"
+    supports_higher_order_operators = True
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        names = [o.name for o in func._schema.arguments] if getattr(func, 'namespace', '')=='torchvision' else []
+        if 'rois' in names:
+            x,rois = (args[names.index(o)] for o in ('input','rois'))
+            if rois.numel() and rois[:,0].max()>=len(x): raise IndexError('a region of a sample that is not there')
+        return func(*args, **(kwargs or {}))
+
+def _other_batch(inputs):
+    "`inputs` with one sample, or two if there is one; `None` unless samples are along the first dimension of each tensor"
+    if isinstance(inputs, Mapping): args = [*inputs.values()]
+    else: args = inputs if isinstance(inputs, (tuple,list)) else [inputs]
+    if any(tensors_of(o) for o in args if not isinstance(o, Tensor)): return
+    sizes = {len(o) for o in args if isinstance(o, Tensor) and o.dim()}
+    if len(sizes)!=1 or not (n := sizes.pop()): return
+    other = lambda o: o[:1] if n>1 else torch.cat([o,o])
+    return map_parts(lambda o: other(o) if isinstance(o, Tensor) and o.dim() else o, inputs)
+
+def _check_batch(before, after, inputs):
+    "`ValueError` unless the models give the same for another number of samples, if `before` runs with it"
+    other = _other_batch(inputs)
+    if other is None: return
+    with _InBounds(): _compare_batch(before, after, other)
+
+def _compare_batch(before, after, other): # Inputs with another number of samples
+    n = next(len(o) for o in tensors_of(other) if o.dim())
+    minds = f'with {n} sample{"s" if n>1 else ""}: the code of the model goes another way then'
+    try: diff,dtype = difference(before, after, other)
+    except SLIPS as e:
+        if not _runs(before, other): return
+        raise ValueError(f'the copy does not run {minds} ({type(e).__name__}: {e})') from e
+    if diff<=TOLERANCE.get(dtype, 1e-3) or _draws(before, other): return
+    raise ValueError(f'the outputs have changed, by {diff:.1e} of the largest, {minds}')
+
 def check_same(before, after, inputs):
-    "`ValueError` unless `before` and `after` give the same outputs, for random inputs or, where `before` does not take these, for `inputs`; the difference"
+    "`ValueError` unless `before` and `after` give the same outputs, for random inputs or, where `before` does not take these, for `inputs`, and for another number of samples; the difference"
     other = random_like(inputs)
     try: diff,dtype = difference(before, after, other)
     except SLIPS:
         if _runs(before, other): raise
-        diff,dtype = difference(before, after, inputs)
+        diff,dtype = difference(before, after, other := inputs)
     most = TOLERANCE.get(dtype, 1e-3)
     if not diff<=most:
         why = ': it draws random numbers, and others if it has fewer channels (`verify=False` compares nothing)' if _draws(before, inputs) else ''
         raise ValueError(f'the outputs have changed: they differ by {diff:.1e} of the largest, {most:g} is allowed in {dtype}{why}')
+    _check_batch(before, after, other)
     return diff
 
 # %% ../../nbs/core/12_proof.ipynb #f9fdc1aa
@@ -106,15 +176,6 @@ def _near(a, b):
     most = TOLERANCE.get(b.dtype, 1e-3)
     a,b = (o[o.isfinite()].double() for o in (a,b))
     return not len(a) or bool((a-b).abs().max()<=most*b.abs().max())
-
-class _Under(nn.Module):
-    "`model` under `mode`"
-    def __init__(self, model, mode):
-        super().__init__()
-        self.model,self.mode = model,mode
-    def forward(self, *args, **kwargs):
-        self.mode.made.clear()
-        with self.mode: return self.model(*args, **kwargs)
 
 def check_choices(
     before:nn.Module, # Left as it is

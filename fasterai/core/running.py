@@ -235,6 +235,47 @@ class _State:
             v.clear()
             v.extend(was) if isinstance(v, (list,deque)) else v.update(was)
 
+class _Hooks:
+    "The hooks of module `m`, of all kinds: from where it is made to `give_back`"
+    def __init__(self, m):
+        self.m,self.kind,self.full = m,type(m),getattr(m, '_is_full_backward_hook', None)
+        self.held = [(v,list(v.items())) for k,v in vars(m).items() if '_hooks' in k and isinstance(v, dict)]
+    def give_back(self):
+        if type(self.m) is not self.kind: return  # a first run has built it
+        for held,was in self.held:
+            if _same_items(held, dict(was)): continue  # another thread may be running them
+            held.clear()
+            held.update(was)
+        if getattr(self.m, '_is_full_backward_hook', None) is self.full: return
+        self.m._is_full_backward_hook = self.full
+
+class _NoCaches:
+    """Models may keep keys and values for the next call if their `config.use_cache` says so, as those of transformers. They do not
+    while somebody looks: from the first thread that looks to the last"""
+    def __init__(self): self.lock,self.off = Lock(),{}
+    @contextmanager
+    def __call__(self, model):
+        configs = {id(c):c for m in model.modules() if (c := getattr(m, 'config', None)) is not None}
+        with self.lock:
+            mine = [k for k,c in configs.items() if k in self.off or self.switched_off(c)]
+            for k in mine: self.off[k] = self.off.get(k, 0)+1
+        try: yield
+        finally:
+            with self.lock:
+                for k in mine:
+                    self.off[k] -= 1
+                    if self.off[k]: continue
+                    del self.off[k]
+                    configs[k].use_cache = True
+
+    def switched_off(self, config):
+        if getattr(config, 'use_cache', None) is not True: return False
+        try: config.use_cache = False
+        except (AttributeError,TypeError): return False  # it cannot be written to
+        return True
+
+_without_caches = _NoCaches()
+
 _SEED = 0 # of our generators: each run of ours draws the same numbers
 
 @lru_cache(maxsize=None)
@@ -416,6 +457,7 @@ def restored(
         renorm = {m:m.max_norm for m in modes if getattr(m, 'max_norm', None) is not None}  # would write to the weight of an embedding
         buffers = [(m,k,b,b.clone()) for m in modes for k,b in m._buffers.items() if b is not None]
         states = [_State(m) for m in modes if not type(m).__module__.startswith(('torch.nn.','torch.jit.'))]  # these keep nothing
+        states += map(_Hooks, modes)
         drawn,gathering = _Drawn(model),[m for m in modes if _gathers(m)]
         numbers = OwnNumbers() if draws is not False else None
         token = _numbers.set(numbers)
@@ -447,8 +489,10 @@ def untouched(
     plain:bool=True, # Are tensors to act as plain ones? A `Watching` that runs along sees to that by itself
 ):
     """Run `model` to look at it: `restored` afterwards, `at_home`, with all digits, uncompiled, on plain tensors, and so without
-    fused attention, which would hide what happens inside. Nothing of that is seen by other threads"""
-    with at_home(), restored(model, plain or None), _all_digits(model), _eager(model), _Plain(model) if plain else nullcontext(): yield
+    fused attention, which would hide what happens inside. Nothing of that is seen by other threads. What is returned only to be kept
+    for the next call (`config.use_cache`) is not"""
+    with at_home(), restored(model, plain or None), _all_digits(model), _eager(model), _without_caches(model):
+        with _Plain(model) if plain else nullcontext(): yield
 
 def _copied(o): return plain(o).detach().clone() if isinstance(o, Tensor) else o
 
@@ -923,12 +967,21 @@ def inputs_that_run(
     return inputs
 
 # %% ../../nbs/core/06_running.ipynb #fe28e0ef
+_DROPS = {f'{o}dropout{end}' for o in ('','alpha_','feature_','feature_alpha_') for end in ('','_','1d','2d','3d')}
+
+class _Undropped(TorchFunctionMode):
+    "Dropout that code calls as a function gives back what it gets"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, '__name__', '') not in _DROPS: return func(*args, **kwargs)
+        return args[0] if args else kwargs['input']
+
 @contextmanager
 def as_in_training(model):
     "Run `model` as in training, but for what is random or keeps statistics: dropout and normalizations of torch"
     random_or_counting = nn.modules.batchnorm._NormBase,nn.modules.dropout._DropoutNd
     for m in model.modules(): m.training = not (type(m).__module__.startswith('torch.nn.') or isinstance(m, random_or_counting))
-    yield
+    with _Undropped(): yield
 
 @contextmanager
 def calls_of(

@@ -817,7 +817,8 @@ def _first(attempt, found):
         try: return attempt(left, dissolve)
         except SLIPS as e: error = e
     norms = [k for k in found.runs if k not in found.left]
-    why = 'the model does not run without it, or computes something else'
+    said = str(error).partition('\n')[0][:200]
+    why = f'the model does not run without it, or computes something else ({said})'
     def without(gone): return attempt({k:why for k in norms if k not in gone}, False)
     def grown(gone, done, more):
         "As many of `more` beside `gone`, which is `done`, as possible: halves of what fails are tried"

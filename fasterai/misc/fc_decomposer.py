@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from ..core.factorization import Choice,Decomposer,LowRank,with_weight
 from ..core.brought import check_held
-from ..core.running import batches_of,call_with,inputs_of,inputs_that_run,plain_model,untouched
+from ..core.running import batches_of,call_with,explained,inputs_of,inputs_that_run,plain_model,untouched
 from ..core.selection import n_of
 from ..legacy import renamed
 
@@ -69,7 +69,9 @@ class FC_Decomposer(Decomposer):
             for c in choices.values():
                 learn = lambda m, args, kwargs, low=c.low: low.learn((args or tuple(kwargs.values()))[0])
                 hooks.callback(c.layer.register_forward_pre_hook(learn, with_kwargs=True).remove)
-            for b in batches_of(self.data): call_with(model, inputs_of(b, dev))
+            for b in batches_of(self.data):
+                inputs = inputs_of(b, dev)
+                with explained(model, inputs, 'data', 'Pass batches that the model takes'): call_with(model, inputs)
         for n,c in choices.items():
             if not c.low.n: raise ValueError(f'no input of {n} came with the data')
             if not c.low.moment.isfinite().all(): raise ValueError(f'inputs of {n} are not all finite')

@@ -78,7 +78,8 @@ def fixed(
     roots,classes = graph.roots(made.ids).tolist(),graph.classes(made.ids).tolist()
     if isinstance(made.whole, nn.RNNBase): unknown = 'hidden units of recurrent layers stay'
     elif made.name in graph.unused: unknown = 'it did not run with these inputs in eval mode, and may not fit the layers before it any more'
-    elif graph.unknown: unknown = f'the graph does not follow its weight (unknown operations: {some(graph.unknown)})'
+    elif graph.unknown and len(made.ids)>1: unknown = f'the graph does not follow its weight (unknown operations: {some(graph.unknown)})'
+    elif len(made.ids)==1: unknown = LAST
     else: unknown = 'the graph does not follow its weight'
     whys = {0:unknown}
     for i,(r,c) in enumerate(zip(roots, classes)):

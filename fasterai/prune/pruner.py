@@ -25,12 +25,12 @@ from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes
 from ..core.running import followable,inputs_for,plain_model,staged,untouched
 from ..core.brought import check_held,check_scores,check_values,falls_short,listed,much_less,rounds_up,warn
 from ..core.liveness import Liveness,spare_last
-from ..core.evidence import _wide,arrived,check_seen,check_trained,evidence,found_now,weight_of
+from ..core.evidence import _wide,arrived,check_loss,check_seen,check_trained,evidence,found_now,weight_of
 from ..core.proof import TOLERANCE,check_same,random_like
 from ..core.selection import Scores,Source,check_percent,n_of
 from ..core.pool import Pool, select_each
 from ..core.plan import as_bytes,check_fits,plan_text,pruned_plan,read_plan,remember_plan
-from ..core.surgery import _pick,_sub,apply_plan,check_plan,follow_cut,legal,reshaped,without
+from ..core.surgery import _pick,_sub,apply_plan,check_copyable,check_plan,follow_cut,legal,reshaped,without
 
 # %% ../../nbs/prune/01_pruner.ipynb #29ec85b0
 _KEY = 'fasterai.pruned'
@@ -153,10 +153,10 @@ def _about(bystanders):
 
 def _nothing(model): return f'nothing to remove: no channel of this {type(model).__name__} is zero, unread or constant'
 
-def _unused(model, graph):
+def _unused(model, graph, told=()): # Layers that are told of elsewhere
     "A note on layers that did not run, and cannot be cut to fit"
     layers = filter(None, dict.fromkeys(layer_of(n) for n in graph.unused if not n.endswith('.bias')))
-    idle = [o for o in layers if isinstance(model.get_submodule(o), (nn.modules.conv._ConvNd,nn.Linear))]
+    idle = [o for o in layers if o not in told and isinstance(model.get_submodule(o), (nn.modules.conv._ConvNd,nn.Linear))]
     if idle: return f'{some(idle)} did not run with these inputs in eval mode and stayed as they are: they may not fit the layers before them any more'
 
 # %% ../../nbs/prune/01_pruner.ipynb #fa99497b
@@ -244,6 +244,7 @@ def check_ratio(
 def check_layer_type(layer_type):
     "`layer_type` if it is a type of layer, a tuple of these, or `None`"
     if layer_type is None: return
+    if layer_type==(): raise ValueError('layer_type () is no type: pass some, as (nn.Conv2d,), or None for any')
     for o in layer_type if isinstance(layer_type, tuple) else [layer_type]:
         if isinstance(o, type): continue
         hint = 'as nn.Conv2d'
@@ -291,7 +292,8 @@ class Pruner:
         if pruning_ratio is not None and model is None: raise ValueError('a pruning_ratio needs a model: Pruner(model, pruning_ratio)')
         self.context,self.criteria,self.layer_type = context_of(context),criteria_of(criteria),check_layer_type(layer_type)
         self.model = None if model is None else followable(model, resizes=pruning_ratio is not None)
-        self.example_inputs,self.round_to,self.verify,self.data,self.loss_func = example_inputs,round_to,verify,data,loss_func
+        self.example_inputs,self.round_to,self.verify,self.data = example_inputs,round_to,verify,data
+        self.loss_func = check_loss(loss_func)
         self.progress = progress
         self.pruning_ratio = None if pruning_ratio is None else self._checked(pruning_ratio)
         self.ignored = [self._name(o) for o in listed(ignored_layers, 'ignored_layers')]
@@ -340,6 +342,7 @@ class Pruner:
         "A smaller copy of `model` with the same outputs; what only observes `model` stays with it"
         check_shapes(model)
         check_values(model)
+        check_copyable(model)
         bystanders = Bystanders(model, inputs := inputs_for(model, inputs))
         with bystanders.aside():
             check_runs(model, inputs)
@@ -378,8 +381,10 @@ class Pruner:
         widths={}, # By name of a group how many channels it has had, if more than now
     ):
         "Follow the channels of the model: what `update` removes is counted from the widths of now, or from `widths`"
+        self._check_ratio()
         check_shapes(self.model)
         check_values(self.model)
+        check_copyable(self.model)
         inputs = inputs_for(self.model, self.example_inputs if example_inputs is None else example_inputs)
         self.bystanders = Bystanders(self.model, inputs)
         with self.bystanders.aside():
@@ -395,7 +400,7 @@ class Pruner:
         if self.round_to and all(g.n<self.round_to for g in self.groups):
             largest = max(self.widths.values())
             raise ValueError(f'round_to={self.round_to}: no group has so many channels to keep, the largest has {largest}')
-        self.left,self.known,self.counts_on = [],set(),{}
+        self.left,self.known,self.counts_on,self.idle_told = [],set(),{},False
 
     def _check_seen(self):
         "`ValueError` if the criteria needs what a layer never gets; gradients that are there already need no look"
@@ -418,14 +423,21 @@ class Pruner:
         names = dict.fromkeys(s.name for g in self.groups for s in g.slices)
         return [weight_of(self.model, o) for o in names]
 
+    def _check_ratio(self):
+        if self.pruning_ratio is not None: return
+        raise ValueError('only a Pruner with a model and a ratio removes by ratio: Pruner(model, pruning_ratio)')
+
     def reached(self):
         "Percent of the channels that are gone"
+        self._check_ratio()
+        if self.graph is None: return 0.  # it has not started
         return 100*sum(g.gone for g in self.groups)/sum(g.n for g in self.groups)
 
     @at_home()
     def update(self, ratio, optimizer=None): # Percentage, or a dict of them by layer; whose state is cut as well
         """Have `ratio` percent of the channels gone that there were at the `start`, the least important of those that are left.
         What is gone stays so. How many went now"""
+        self._check_ratio()
         for r in ratio.values() if isinstance(ratio, Mapping) else [ratio]: check_percent('pruning_ratio', r)
         if optimizer is not None: check_optimizer(optimizer, self.model)
         if self.graph is None: self.start()
@@ -513,12 +525,20 @@ class Pruner:
         self.left,asked = self._left(final, ratio==final)
         new = {o['layer'] for o in self.left}-self.known
         self.known |= new
+        idle = self._idle()
+        if not new and idle: warn(idle)
         if not new: return
         ratio = '' if isinstance(final, Mapping) else f' {final:g}'
         why = in_words(self.left, kept_all='{layers} kept all channels')
         hooks = f'. {_about(self.bystanders)}' if self.bystanders.untold else ''
         said = f'of the {asked:,} channels that pruning_ratio{ratio} asks for, {missing(self.left):,} did not go: {why}{hooks}'
-        warn(said)
+        warn('. '.join(filter(None, [said,idle])))
+
+    def _idle(self):
+        "A note on layers that did not run, once something has gone; but on those that `left` tells of. None the next time"
+        if self.idle_told or not any(g.gone for g in self.groups): return
+        self.idle_told = True
+        return _unused(self.model, self.graph, {o['layer'] for o in self.left})
 
     def _left(self, ratio, done=True):
         """A row for each layer that keeps what `ratio` asks for, and how many channels are asked for in all. The output of the model is

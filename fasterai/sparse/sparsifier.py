@@ -27,7 +27,7 @@ from ..core.pool import Pool, in_kernels, select_each
 from ..core import ranks
 from ..core.recorded import MOST, can_record, record
 from ..core.graph import ChannelGraph, layer_of
-from ..core.evidence import Weight, _wide, check_trained, evidence, nothing_of, weight_of
+from ..core.evidence import Weight, _wide, check_loss, check_trained, evidence, nothing_of, weight_of
 from ..legacy import OldLevelPruner, old_prune, old_sparsifier
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #0ee83cb5
@@ -749,7 +749,7 @@ class Sparsifier:
             raise ValueError(f'round_to is a whole number of blocks, at least 1, not {round_to!r}')
         self.model = plain_model(model)
         self.granularity,self.context,self.criteria = granularity_of(granularity),context_of(context),criteria_of(criteria)
-        self.round_to,self.example_inputs,self.data,self.loss_func = round_to,example_inputs,data,loss_func
+        self.round_to,self.example_inputs,self.data,self.loss_func = round_to,example_inputs,data,check_loss(loss_func)
         with still(self.model):
             self.layers,out = find_layers(self.model, self.granularity, layer_type, self.criteria)
             self._stays = [self._computed(n, how) for n,(how,_) in out.items()]
