@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BITS', 'PIECE', 'several', 'writes', 'agreed', 'summed', 'averaged', 'summed_by_name', 'is_sharded', 'Slice',
-           'shard_of', 'here', 'whole', 'like', 'averages', 'check_finite', 'total', 'least', 'rank_over']
+           'shard_of', 'here', 'whole', 'like', 'some_zero', 'averages', 'check_finite', 'total', 'least', 'rank_over']
 
 # %% ../../nbs/core/21_ranks.ipynb #e02e221d
 import math
@@ -102,6 +102,11 @@ def whole(t): # Tensor
 def like(x, t): # Part that is here, tensor that is cut in the same way
     "`x` as a DTensor that is cut as `t`"
     return type(t).from_local(x, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride())
+
+def some_zero(t): # Tensor
+    "On each rank the same answer: is there a zero in any part of `t`?"
+    x = here(t.detach())
+    return bool(total((x==0).sum(), shard_of(t)))
 
 def averages(model): # Model, as it is trained
     "Does `model`, or what it is wrapped in, average gradients over the ranks?"

@@ -113,6 +113,11 @@ class Sparsify(Technique):
         self.tickets.check(pace)
         self.next = sparsifier,pace
 
+    def changes(self, training):
+        sparsifier,pace = self.next
+        asked = [o for o in sparsifier.layers if not isinstance(pace.target, dict) or pace.target[o.name]]
+        return {p.name:p.w for p in parts_of(asked)}
+
     def begin(self, training):
         if self.next is None: self.check(training)
         (self.sparsifier,self.pace),self.next,self.training,self.tickets.saved = self.next,None,training,None
@@ -175,6 +180,7 @@ class Sparsify(Technique):
 class Keep(Technique):
     "Hold zero, while fine-tuning, what is zero at the start"
     name,holds,sparsifier = 'keep','masks of weights',None
+    def changes(self, training): return {n:p for n,p in plain_model(training.model).named_parameters() if p.dim()>1 and ranks.some_zero(p)}
     def begin(self, training):
         self.check(training)
         self.training,self.sparsifier = training,None
