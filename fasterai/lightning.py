@@ -7,6 +7,7 @@ __all__ = ['network_of', 'TechniqueCallback', 'cut_like', 'SparsifyCallback', 'K
            'RegularizeCallback', 'RegularizationCallback', 'KnowledgeDistillationCallback']
 
 # %% ../nbs/96_lightning.ipynb #9737c0ae
+import math
 from contextlib import ExitStack, nullcontext
 import torch
 from torch import nn
@@ -34,6 +35,13 @@ def network_of(
     names = ', '.join(n for n,o in module.named_children() if o in found) or 'none'
     raise ValueError(f'a {type(module).__name__} without a `forward` holds {len(found)} networks ({names}): give it a `forward` that runs what is to be compressed')
 
+def _n_epoch(trainer):
+    "How many epochs there will be; the most that there can be, where an epoch has no known length"
+    steps = int(trainer.estimated_stepping_batches)
+    if trainer.max_steps==-1: return trainer.max_epochs
+    if trainer.num_training_batches==float('inf'): return max(min(steps, trainer.max_epochs) if trainer.max_epochs>0 else steps, 1)
+    return max(math.ceil(steps/math.ceil(trainer.num_training_batches/trainer.accumulate_grad_batches)), 1)
+
 class TechniqueCallback(Driver, pl.Callback):
     "Drives a `technique` through a fit"
     driver = stack = None
@@ -53,7 +61,7 @@ class TechniqueCallback(Driver, pl.Callback):
         optimizers = trainer.optimizers
         if len(optimizers)!=1: raise ValueError(f'{self.technique.called} follows the steps of one optimizer, and there are {len(optimizers)}')
         folder = trainer.default_root_dir if trainer.is_global_zero else None
-        return Training(network_of(pl_module), optimizers[0], max(trainer.max_epochs or 1, 1), lambda: first_two(trainer.train_dataloader), folder, world=trainer.world_size)
+        return Training(network_of(pl_module), optimizers[0], _n_epoch(trainer), lambda: first_two(trainer.train_dataloader), folder, world=trainer.world_size)
 
     def on_fit_start(self, trainer, pl_module):
         if trainer.max_epochs==-1 and trainer.max_steps==-1: raise ValueError(f'{self.technique.called} needs to know how long training is: give the Trainer max_epochs or max_steps')

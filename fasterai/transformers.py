@@ -40,7 +40,7 @@ class TechniqueCallback(Driver, TrainerCallback):
         def sample():
             found = first_two(train_dataloader)
             return without_labels(found) if isinstance(found, dict) else found
-        training = Training(model, getattr(optimizer, 'optimizer', optimizer), math.ceil(args.num_train_epochs), sample, args.output_dir if args.should_save else None, world=args.world_size)
+        training = Training(model, getattr(optimizer, 'optimizer', optimizer), max(min(state.num_train_epochs, state.max_steps), 1), sample, args.output_dir if args.should_save else None, world=args.world_size)
         if self.driver is not None: self.driver.close(False)  # the last training was interrupted
         if args.load_best_model_at_end and (self.technique.holds or self.technique.resizes):
             warn(f'load_best_model_at_end may bring back an earlier model, which is not yet what {self.technique.called} makes of it: leave it out, or save where the schedule has ended')
@@ -57,7 +57,8 @@ class TechniqueCallback(Driver, TrainerCallback):
         for o in (logs, state.log_history[-1]): o[self.technique.column] = float(self.technique.reached())
 
     def on_save(self, args, state, control, **kwargs):
-        if not args.should_save or not (found := self.technique.state_dict()): return
+        found = self.technique.state_dict()  # which needs all processes
+        if not args.should_save or not found: return
         path = self._file(args, state)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({k:v.detach().contiguous() for k,v in found.items()}, path)

@@ -272,7 +272,8 @@ def _check_held(technique, training):
     kind,more = type(training.optimizer).__name__,f' and {len(out)-5} more' if len(out)>5 else ''
     told = f'{", ".join(out[:5])}{more}'
     if len(out)==len(changed): raise ValueError(f'this {kind} trains nothing of what {technique.title} changes ({told}): attach it to the optimizer that does')
-    warn(f'this {kind} does not train {len(out)} of {len(changed)} parameters that {technique.title} changes, and nothing of these is held when another optimizer moves them: {told}')
+    then = 'another optimizer would go on with those of before' if technique.resizes else 'nothing of these is held when another optimizer moves them'
+    warn(f'this {kind} does not train {len(out)} of {len(changed)} parameters that {technique.title} changes, and {then}: {told}')
 
 def _said(o): return o.__name__ if isinstance(o, type) else f'{type(o).__name__} {o!r}'[:80]
 

@@ -413,6 +413,12 @@ class Pruner:
             self.about.give(found_now(self.criteria, self.weights, self.model, inputs, before))
 
     @property
+    def asked(self):
+        "Names of the layers that may lose channels, and are asked to"
+        ratio,targets = self.pruning_ratio,self._targets(self.pruning_ratio)
+        return {o for g in self.groups if (ratio if targets is None else targets.get(g.name)) for o in g.layers}
+
+    @property
     def weights(self):
         "What makes the channels that may be removed"
         names = dict.fromkeys(s.name for g in self.groups for s in g.slices)

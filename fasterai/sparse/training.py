@@ -12,7 +12,8 @@ from safetensors.torch import save_model
 from ..core.criteria import large_final
 from ..core.evidence import check_seen, check_trained, found_now
 from ..core import ranks
-from ..core.pace import Pace, Technique, check_schedule, check_updates, clear_state, put, two_of, within
+from ..core.pace import Pace, Technique, check_schedule, check_updates, clear_state, put, two_of, whole_number, within
+from ..core.brought import warn
 from ..core.running import plain_model
 from ..core.schedule import one_cycle, schedule_of
 from .sparsifier import Sparsifier, hold_zeros, parts_of
@@ -39,6 +40,8 @@ class Tickets:
         at_end:bool=False, # Rewind after training
         folder:bool|str|Path=False, # Save the ticket of each round as safetensors: in this folder, or in the engine's
     ):
+        whole_number('rewind_epoch', rewind_epoch, 0)
+        if not isinstance(folder, (bool,str,Path)): raise TypeError(f'save_tickets is True, or a folder, not {folder!r}')
         if folder and not rounds: raise ValueError('save_tickets saves lottery tickets: it goes with lth=True')
         if rewind_epoch and not (rounds or at_end): raise ValueError('rewind_epoch says what to rewind to: it goes with lth=True or reset_end=True')
         self.rewind_epoch,self.rounds,self.at_end,self.folder,self.saved = rewind_epoch,rounds,at_end,folder,None
@@ -60,8 +63,13 @@ class Tickets:
         self.saved = {k: v.detach().clone() for k,v in model.state_dict().items()}
         return True
 
+    def tell_missed(self, called):
+        "Warn if the epoch never came whose start is what to rewind to"
+        if self.wanted and self.saved is None: warn(f'{called} has rewound nothing: training ended before rewind_epoch {self.rewind_epoch} began, or went on after it without its state')
+
     def rewind(self, model, sparsifier, optimizer=None, folder=None):
         "Set `model` back, with the zeros of now; with an optimizer, in the middle of training: it begins anew, and the ticket goes into `folder`"
+        if self.saved is None: return  # as `tell_missed` says at the end
         model.load_state_dict(self.saved)
         sparsifier.apply_masks()
         if optimizer is None: return
@@ -103,6 +111,7 @@ class Sparsify(Technique):
     def check(self, training):
         super().check(training)
         model = training.model if self.sub is None else self.sub
+        if not isinstance(model, nn.Module): raise TypeError(f'model is a part of the model that is trained, an nn.Module, not {model!r}')
         if not {id(p) for p in model.parameters()}<={id(p) for p in training.model.parameters()}:
             raise ValueError("model is no part of the model that is trained: nothing of it would be trained")
         early = self.how['coupled'] and self.inputs is None and self.sub is None  # channels are followed before the first batch
@@ -168,7 +177,8 @@ class Sparsify(Technique):
 
     def end(self, k, n):
         self._tell_early(self.pace, k, n)
-        if self.tickets.at_end and self.tickets.saved is not None: self.tickets.rewind(self._whole, self.sparsifier)
+        self.tickets.tell_missed(self.title)
+        if self.tickets.at_end: self.tickets.rewind(self._whole, self.sparsifier)
         if self.verbose: self.sparsifier.print_sparsity()
 
     def leave(self):
