@@ -8,7 +8,7 @@ __all__ = ['MANY', 'most_updates', 'Tickets', 'Sparsify', 'Keep']
 # %% ../../nbs/sparse/02_training.ipynb #523c877a
 from pathlib import Path
 from torch import nn
-from safetensors.torch import save_model
+from safetensors.torch import save_file, save_model
 from ..core.criteria import large_final
 from ..core.evidence import check_seen, check_trained, found_now
 from ..core import ranks
@@ -67,6 +67,22 @@ class Tickets:
         "Warn if the epoch never came whose start is what to rewind to"
         if self.wanted and self.saved is None: warn(f'{called} has rewound nothing: training ended before rewind_epoch {self.rewind_epoch} began, or went on after it without its state')
 
+    def load(self, state, model):
+        "Go on with the ticket that a state holds, if it does"
+        mine = model.state_dict()
+        for k,x in state.items():
+            if k not in mine or mine[k].shape!=x.shape: raise ValueError(f'the state has a ticket of another model: {k} has shape {tuple(x.shape)}, and here {tuple(mine[k].shape) if k in mine else "is none"}')
+        self.saved = {k:ranks.cut_as(x, mine[k]) for k,x in state.items()} or None
+
+    def _write(self, model, path):
+        "Write the ticket; of what is cut, all ranks give their parts"
+        state = model.state_dict()
+        cut = any(map(ranks.is_sharded, state.values()))
+        if cut: state = {k:ranks.whole(x) for k,x in state.items()}
+        if path is None or not ranks.writes(): return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k:x.contiguous() for k,x in state.items()}, path) if cut else save_model(model, str(path))
+
     def rewind(self, model, sparsifier, optimizer=None, folder=None):
         "Set `model` back, with the zeros of now; with an optimizer, in the middle of training: it begins anew, and the ticket goes into `folder`"
         if self.saved is None: return  # as `tell_missed` says at the end
@@ -74,10 +90,9 @@ class Tickets:
         sparsifier.apply_masks()
         if optimizer is None: return
         clear_state(optimizer)
-        if self.folder and folder is not None and ranks.writes():
-            path = Path(folder if self.folder is True else self.folder)
-            path.mkdir(parents=True, exist_ok=True)
-            save_model(model, str(path/f'ticket_{sparsifier.reached():.2f}.safetensors'))
+        if not self.folder: return
+        where = folder if self.folder is True else self.folder
+        self._write(model, None if folder is None else Path(where)/f'ticket_{sparsifier.reached():.2f}.safetensors')
 
 # %% ../../nbs/sparse/02_training.ipynb #ec129a67
 class Sparsify(Technique):
@@ -136,13 +151,13 @@ class Sparsify(Technique):
         self.sparsifier.load_state_dict(within(state, 'sparsifier.'))
         self.sparsifier.about.load_found(within(state, 'found.'))
         self.pace.load_state_dict(within(state, 'pace.'))
-        self.tickets.saved = within(state, 'ticket.') or None
+        self.tickets.load(within(state, 'ticket.'), self._whole)
 
     def state_dict(self):
         if self.sparsifier is None: return self.state or {}
         masks,found = self.sparsifier.state_dict(),self.sparsifier.about.found_dict()
         each = zip(self.parts, (masks, self.pace.state_dict(), self.tickets.saved or {}, found))
-        return {k:v for part,state in each for k,v in put(part, state).items()}
+        return {k:ranks.whole(v) for part,state in each for k,v in put(part, state).items()}
 
     @property
     def _whole(self): return plain_model(self.training.model)
