@@ -93,7 +93,12 @@ class TechniqueCallback(Driver, pl.Callback):
         r = self.driver.loss()
         return loss if r is None else loss+r.to(loss)
 
-    def on_train_epoch_start(self, trainer, pl_module): self.technique.epoch(trainer.current_epoch)
+    def on_train_epoch_start(self, trainer, pl_module):
+        self._check_begun()
+        self.technique.epoch(trainer.current_epoch)
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx): self._check_begun()
+    def _check_begun(self):
+        if self.driver is None: raise RuntimeError(f'{self.technique.called} was added in the middle of a fit, and has to be there when it begins: give it to the Trainer')
     def on_train_epoch_end(self, trainer, pl_module):
         if self.technique.column: self.log(self.technique.column, float(self.technique.reached()))
 
@@ -108,7 +113,8 @@ class TechniqueCallback(Driver, pl.Callback):
         vars(self.module).pop('training_step', None)
         self.driver = self.module = None
 
-    def teardown(self, trainer, pl_module, stage): self.stack.close()
+    def teardown(self, trainer, pl_module, stage):
+        if self.stack is not None: self.stack.close()
 
     def state_dict(self): return self.technique.state_dict()
     def load_state_dict(self, state): self.technique.load_state_dict(state)
