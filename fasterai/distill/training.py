@@ -53,7 +53,7 @@ def let_params_go(optimizer, params, hook=None): # Hook that `hold_params` gave
 # %% ../../nbs/distill/03_training.ipynb #05103b8d
 class Distill(Technique):
     "Add to the training loss how far the model is from a `teacher`, which is not saved with it. Arguments are those of `Distiller`"
-    name,is_loss,parts = 'distill',True,('adapter.','optimizer.')
+    name,is_loss,parts = 'distill',True,('adapter.','optimizer.','n_adapters')
     distiller,kd,ready,sums = None,None,False,None
     __signature__ = inspect.signature(Distiller)
     @old_distillation
@@ -162,7 +162,9 @@ class Distill(Technique):
 
     def state_dict(self):
         if not self.ready: return self.state or {}
-        state = put('adapter.', {k:v.detach().clone() for k,v in self.distiller.adapters.state_dict().items()})
+        if not self.remembers: return {}
+        state = dict(n_adapters=torch.tensor(len(self.distiller.adapters), device='cpu'))  # of none, it is known that there are none
+        state |= put('adapter.', {k:v.detach().clone() for k,v in self.distiller.adapters.state_dict().items()})
         for i,p in enumerate(self.distiller.parameters()):
             for k,v in _states(self.training.optimizer).get(p, {}).items():
                 kind = 'tensor' if isinstance(v, torch.Tensor) else type(v).__name__

@@ -14,7 +14,7 @@ from numbers import Real
 import torch
 from torch import nn, Tensor
 from ..core.granularity import Answers, axes_of, blocks, granularity_name, granularity_of, has_axes
-from ..core.granularity import head_parts, layer_axes, n_heads
+from ..core.granularity import head_parts, n_heads, no_class
 from ..core.needs import Known, needed
 from ..core.registry import did_you_mean
 from ..core.running import at_home, check_scripts, inputs_that_run, plain_model
@@ -278,9 +278,8 @@ def _part(names, mod, attr, make, axes=''):
 
 def _types(layer_type):
     ts = tuple(layer_type) if isinstance(layer_type, (tuple, list)) else (layer_type,)
-    known = [o.__name__ for o in layer_axes if isinstance(o, type)]
     for t in ts:
-        if not isinstance(t, type): raise TypeError(f'layer_type is a class of layers or a tuple of them, not {t!r}: {did_you_mean(t, known)}')
+        if not isinstance(t, type): raise TypeError(no_class('layer_type', t))
     return ts
 
 def _wanted(model, granularity, types):
