@@ -232,7 +232,7 @@ def named_inputs(model, args, kwargs):
     for name,v in bound.arguments.items():
         kind = bound.signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
-            return Untold(f'{type(inner).__name__} gets arguments by place, as {name}, and others by name: what it was run with cannot be told')
+            raise ValueError(f'{type(inner).__name__} gets arguments by place, as {name}, and others by name: what it was run with cannot be told')
         res |= v if kind is inspect.Parameter.VAR_KEYWORD else {name:v}
     return res
 
@@ -249,7 +249,9 @@ class _Seen:
     "What a model was run with last, in training; a copy of the model, or a pickled one, has its own"
     def __init__(self): self.inputs = ()
     def __call__(self, m, args, kwargs):
-        if m.training: self.inputs = named_inputs(m, args, kwargs)
+        if not m.training: return
+        try: self.inputs = named_inputs(m, args, kwargs)
+        except (TypeError,ValueError) as e: self.inputs = Untold(str(e))
     def __reduce__(self): return _Seen,()
 
 _users = weakref.WeakKeyDictionary()  # by technique, a reference to what it is attached by
@@ -298,7 +300,8 @@ class attach:
         if k>n: raise ValueError(f'{k} of {n} steps cannot have been made already')
         if technique in _attached(optimizer): raise ValueError(f'this {technique.title} is attached to the optimizer already')
         if technique.is_loss and adds: raise ValueError(f'{technique.title} is a part of the loss, which steps do not show: take a Distiller, as in `loss = distiller.mix(loss, distiller.loss(pred, x))`')
-        if (user := _users.get(technique, lambda: None)()) is not None and user.handles:
+        if (user := _users.get(technique, lambda: None)()) is not None and user.k>=user.n: user.close()  # it has made all of its steps
+        elif user is not None and user.handles:
             raise ValueError(f'this {technique.title} is at work in another training: close that first, or make another {technique.title}')
         self.technique,self.training,self.n,self.k,self.adds,self.seen = technique,training,n,k,adds,_Seen()
         self.active,self.n_epoch = True,training.n_epoch if epochs else 0 # do steps count, or go by until the engine says so?

@@ -55,6 +55,8 @@ class Prune(Technique):
             if not isinstance(o, Prune) or o.next is not None or o.pruner is None or o.pruner.model is not pruner.model: continue
             if both := sorted(pruner.asked & o.pruner.asked):
                 raise ValueError(f'two of {self.title} remove channels of {", ".join(both[:5])}: give one of them all layers, as a dict of ratios')
+            if remembers := next((p for p in (pruner, o.pruner) if p.about.kept), None):
+                raise ValueError(f'criteria {remembers.criteria.__name__!r} remembers weights, which another {self.title} would change the shapes of: give one of them all layers, as a dict of ratios')
 
     def begin(self, training):
         if self.next is None: self.check(training)
