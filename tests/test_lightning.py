@@ -289,7 +289,7 @@ def test_epochs_to_rewind_to(tmp_path, how):
     def run(epoch, batches=None):
         m = Inside()
         common = dict(accelerator='cpu', logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path)
-        pl.Trainer(callbacks=SparsifyCallback(50, schedule=Schedule(sched_iterative, .8), lth=True, rewind_epoch=epoch), **common, **how).fit(m, batches or data())
+        pl.Trainer(callbacks=SparsifyCallback(50, schedule=Schedule(sched_iterative, .8), lth=True, rewind_epoch=epoch), **common, **how).fit(m, data() if batches is None else batches)
         return m
     assert int((run(3).net.a.weight==0).sum())==run(3).net.a.weight.numel()//2
     for wrong in (4, 9):

@@ -49,8 +49,9 @@ class Tickets:
     @property
     def wanted(self): return self.rounds or self.at_end
 
-    def check(self, pace):
-        "`ValueError` if `pace` begins before the weights are taken"
+    def check(self, pace, folder):
+        "`ValueError` if `pace` begins before the weights are taken, or tickets have no folder to go to"
+        if self.folder is True and folder is None and ranks.writes(): raise ValueError('save_tickets=True writes into the folder of the training, which has none: give a folder')
         if not self.wanted: return
         if self.rewind_epoch>=pace.n_epoch: raise ValueError(f'rewind_epoch {self.rewind_epoch} is not one of the {pace.n_epoch} epochs')
         start = self.rewind_epoch/pace.n_epoch
@@ -92,7 +93,7 @@ class Tickets:
         clear_state(optimizer)
         if not self.folder: return
         where = folder if self.folder is True else self.folder
-        self._write(model, None if folder is None else Path(where)/f'ticket_{sparsifier.reached():.2f}.safetensors')
+        self._write(model, None if where is None else Path(where)/f'ticket_{sparsifier.reached():.2f}.safetensors')
 
 # %% ../../nbs/sparse/02_training.ipynb #ec129a67
 class Sparsify(Technique):
@@ -134,7 +135,7 @@ class Sparsify(Technique):
         target = sparsifier.targets(self.sparsity)
         if sparsifier.about.of('grad'): check_trained(sparsifier.criteria, parts_of(sparsifier.layers))
         pace = Pace(check_schedule(self.schedule, target), target, self.n_updates, training.n_epoch, level=0.)
-        self.tickets.check(pace)
+        self.tickets.check(pace, training.folder)
         self.next = sparsifier,pace
 
     def changes(self, training):
