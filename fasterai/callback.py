@@ -91,6 +91,17 @@ class LeftOff(dict):
     "States by name of the technique, to go on from; a learner that is exported has none"
     def __reduce__(self): return LeftOff,()
 
+class _Elsewhere(Callback):
+    "Stands where a callback was that another learner has got since"
+    def __init__(self, cb): self.cb = cb
+    run_valid = False
+    def before_train(self):
+        name = type(self.cb).__name__
+        raise ValueError(f'this {name} has been given to another Learner, and works in one at a time: make another {name}, or take this one out by `learn.remove_cb(learn.cbs[{self.learn.cbs.index(self)}])`')
+    def before_batch(self): self.before_train()  # it was taken away in the middle of a fit
+
+_IN_TRAINING = {f'{when}_{what}' for what in ('train','batch','loss','step') for when in ('before','after')}-{'before_loss'}
+
 class TechniqueCallback(Driver, Callback):
     "Drives a `technique` through a fit; what it has reached is a column of the progress table"
     run_valid,order,_only_train_loop = False,55,True  # after the Recorder, whose table gets a column, and before what shows it; `learn.summary` does without
@@ -101,14 +112,26 @@ class TechniqueCallback(Driver, Callback):
     def __call__(self, event_name):
         if event_name=='before_fit':  # anew: the last fit may have been interrupted
             self.run = (self.searches or not hasattr(self.learn, 'lr_finder')) and not hasattr(self.learn, 'gather_preds')
+        elif event_name in _IN_TRAINING and self.run and not (self.ready or self.busy) and self.learn.training:
+            raise RuntimeError(f'{type(self).__name__} was added in the middle of a fit, and has to be there when it begins: give it to the Learner, or to `fit`')
         if event_name in vars(self) or hasattr(type(self), event_name): return super().__call__(event_name)  # else a search through the learner and its model, at each step
 
     @property
     def learn(self): return self.__dict__.get('_learn')
     @learn.setter
     def learn(self, learn):
+        before = self.learn
+        if before is not None and learn is not None and before is not learn: self._move(before)
         if learn is None and self.busy: self._leave()  # taken off in the middle of a fit
+        if learn is not None: learn.cbs = learn.cbs.filter(lambda o: not (isinstance(o, _Elsewhere) and o.cb is self))
         self.__dict__['_learn'] = learn
+
+    def _move(self, learn):
+        "It goes to another learner: a fit of `learn` says so, if it has been left there"
+        if self.busy: self._leave()
+        if self not in learn.cbs: return
+        learn.cbs[learn.cbs.index(self)] = stand_in = _Elsewhere(self)
+        stand_in.learn = learn
 
     @property
     def progress(self):

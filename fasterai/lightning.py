@@ -7,9 +7,11 @@ __all__ = ['network_of', 'TechniqueCallback', 'cut_like', 'SparsifyCallback', 'K
            'RegularizeCallback', 'RegularizationCallback', 'KnowledgeDistillationCallback']
 
 # %% ../nbs/96_lightning.ipynb #9737c0ae
+import hashlib, math
 from contextlib import ExitStack, nullcontext
 import torch
 from torch import nn
+from .core import ranks
 from .core.brought import warn
 from .core.pace import Driver, Technique, Training, attach, first_two
 from .core.plan import note_plan, receiving
@@ -34,6 +36,31 @@ def network_of(
     names = ', '.join(n for n,o in module.named_children() if o in found) or 'none'
     raise ValueError(f'a {type(module).__name__} without a `forward` holds {len(found)} networks ({names}): give it a `forward` that runs what is to be compressed')
 
+def _n_epoch(trainer):
+    "How many epochs there will be; the most that there can be, where an epoch has no known length"
+    steps = int(trainer.estimated_stepping_batches)
+    if trainer.max_steps==-1: return trainer.max_epochs
+    if trainer.num_training_batches==float('inf'): return max(min(steps, trainer.max_epochs) if trainer.max_epochs>0 else steps, 1)
+    return max(math.ceil(steps/math.ceil(trainer.num_training_batches/trainer.accumulate_grad_batches)), 1)
+
+class _Watched:
+    "The `training_step` of a module, which adds to its loss; a copy of the module has its own step"
+    def __init__(self, callback, module): self.callback,self.module,self.step = callback,module,module.training_step
+    def __call__(self, *args, **kwargs):
+        with self.callback.watching() as seen: res = self.step(*args, **kwargs)
+        if res is None: return
+        loss = self.callback.more(res['loss'] if isinstance(res, dict) else res, seen)
+        return res | dict(loss=loss) if isinstance(res, dict) else loss
+    def __reduce__(self): return getattr,(self.module, 'training_step')
+
+class _WhenLoaded:
+    "Lets a callback meet the network of a module when that loads its weights; a copy of the module has one that does nothing"
+    def __init__(self, callback=None): self.callback = callback
+    def __call__(self, module, *args):
+        callback,self.callback = self.callback,None
+        if callback is not None: callback._receive(module)
+    def __reduce__(self): return _WhenLoaded,()
+
 class TechniqueCallback(Driver, pl.Callback):
     "Drives a `technique` through a fit"
     driver = stack = None
@@ -42,7 +69,10 @@ class TechniqueCallback(Driver, pl.Callback):
 
     def setup(self, trainer, pl_module, stage):
         self.stack = ExitStack()
-        self.stack.enter_context(receiving(network_of(pl_module), {}))
+        if type(pl_module).configure_model is pl.LightningModule.configure_model: self._receive(pl_module)
+        else: self.stack.callback(pl_module.register_load_state_dict_pre_hook(_WhenLoaded(self)).remove)  # the network is made later
+
+    def _receive(self, pl_module): self.stack.enter_context(receiving(network_of(pl_module), {}))
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         net,notes = network_of(pl_module),getattr(checkpoint.get('state_dict'), '_metadata', None)
@@ -53,7 +83,7 @@ class TechniqueCallback(Driver, pl.Callback):
         optimizers = trainer.optimizers
         if len(optimizers)!=1: raise ValueError(f'{self.technique.called} follows the steps of one optimizer, and there are {len(optimizers)}')
         folder = trainer.default_root_dir if trainer.is_global_zero else None
-        return Training(network_of(pl_module), optimizers[0], max(trainer.max_epochs or 1, 1), lambda: first_two(trainer.train_dataloader), folder, world=trainer.world_size)
+        return Training(network_of(pl_module), optimizers[0], _n_epoch(trainer), lambda: first_two(trainer.train_dataloader), folder, world=trainer.world_size)
 
     def on_fit_start(self, trainer, pl_module):
         if trainer.max_epochs==-1 and trainer.max_steps==-1: raise ValueError(f'{self.technique.called} needs to know how long training is: give the Trainer max_epochs or max_steps')
@@ -66,18 +96,11 @@ class TechniqueCallback(Driver, pl.Callback):
     def on_train_start(self, trainer, pl_module):
         if trainer.global_step and self.technique.remembers and not self.technique.state:
             warn(f'training goes on after step {trainer.global_step}, and nothing is known of what {self.technique.called} did before: the checkpoint was written without it, or with other arguments')
-        self.driver = attach(self.technique, self._training(trainer, pl_module), int(trainer.estimated_stepping_batches), trainer.global_step, adds=False, epochs=False)
+        steps = trainer.estimated_stepping_batches
+        if not 0<steps<float('inf'): raise ValueError(f'{self.technique.called} needs to know how long training is, and the data have no length: give the Trainer max_steps')
+        self.driver = attach(self.technique, self._training(trainer, pl_module), int(steps), trainer.global_step, adds=False, epochs=False)
         self.module = pl_module
-        if type(self).more is not TechniqueCallback.more or type(self.technique).loss is not Technique.loss: self._watch(pl_module.training_step)
-
-    def _watch(self, step):
-        "Have `training_step` add to its loss"
-        def training_step(*args, **kwargs):
-            with self.watching() as seen: res = step(*args, **kwargs)
-            if res is None: return
-            loss = self.more(res['loss'] if isinstance(res, dict) else res, seen)
-            return res | dict(loss=loss) if isinstance(res, dict) else loss
-        self.module.training_step = training_step
+        if type(self).more is not TechniqueCallback.more or type(self.technique).loss is not Technique.loss: pl_module.training_step = _Watched(self, pl_module)
 
     def watching(self): "What is looked at in a `training_step`"; return nullcontext()
     def more(self, loss, seen):
@@ -85,7 +108,12 @@ class TechniqueCallback(Driver, pl.Callback):
         r = self.driver.loss()
         return loss if r is None else loss+r.to(loss)
 
-    def on_train_epoch_start(self, trainer, pl_module): self.technique.epoch(trainer.current_epoch)
+    def on_train_epoch_start(self, trainer, pl_module):
+        self._check_begun()
+        self.technique.epoch(trainer.current_epoch)
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx): self._check_begun()
+    def _check_begun(self):
+        if self.driver is None: raise RuntimeError(f'{self.technique.called} was added in the middle of a fit, and has to be there when it begins: give it to the Trainer')
     def on_train_epoch_end(self, trainer, pl_module):
         if self.technique.column: self.log(self.technique.column, float(self.technique.reached()))
 
@@ -100,7 +128,8 @@ class TechniqueCallback(Driver, pl.Callback):
         vars(self.module).pop('training_step', None)
         self.driver = self.module = None
 
-    def teardown(self, trainer, pl_module, stage): self.stack.close()
+    def teardown(self, trainer, pl_module, stage):
+        if self.stack is not None: self.stack.close()
 
     def state_dict(self): return self.technique.state_dict()
     def load_state_dict(self, state): self.technique.load_state_dict(state)
@@ -117,6 +146,15 @@ def cut_like(
     return module
 
 # %% ../nbs/96_lightning.ipynb #d35af90f
+def _digest(model):
+    "Words that tell `model` from others of its class: of the shapes of its tensors, and of some numbers in them"
+    h = hashlib.blake2b(digest_size=4)
+    for n,x in model.state_dict().items():
+        if not isinstance(x, torch.Tensor): continue
+        few = () if ranks.is_sharded(x) or x.is_quantized else x.detach().flatten()[:64].double().tolist()
+        h.update(f'{n} {tuple(x.shape)} {few}'.encode())
+    return h.hexdigest()
+
 class SparsifyCallback(TechniqueCallback, technique=Sparsify): pass
 class KeepSparsity(TechniqueCallback, technique=Keep): pass
 class PruneCallback(TechniqueCallback, technique=Prune): pass
@@ -126,6 +164,9 @@ class RegularizationCallback(TechniqueCallback, technique=GroupRegularize): pass
 
 class KnowledgeDistillationCallback(TechniqueCallback, technique=Distill):
     "Add to the loss of `training_step` how far the network is from a `teacher`"
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.asked = f'{self.asked}, teacher {_digest(self.technique.distiller.teacher)}'  # two teachers of one class have a state each
     def watching(self): return self.technique.seen(network_of(self.module))
     def more(self, loss, seen):
         pct = (self.driver.k+1)/self.driver.n

@@ -7,57 +7,83 @@ __all__ = ['TechniqueCallback', 'SparsifyCallback', 'KeepSparsity', 'PruneCallba
            'RegularizationCallback', 'DistillationTrainer', 'cut_like']
 
 # %% ../nbs/97_transformers.ipynb #bae1bdd7
-import hashlib, math
+import hashlib
+from functools import wraps
 from pathlib import Path
+import torch
 from torch import nn
 from safetensors.torch import load_file, save_file
 from .core.brought import warn
-from .core.pace import Driver, Training, attach, first_two, without_labels
+from .core.pace import Driver, Training, attach, first_two, two_of, without_labels
 from .core.plan import as_text, cut_to, read_plan
 from .distill.training import Distill
 from .prune.training import Prune
 from .quantize.training import Share
 from .regularize.training import GroupRegularize, Regularize
 from .sparse.training import Keep, Sparsify
-try: from transformers import Trainer, TrainerCallback
+try: from transformers import Trainer, TrainerCallback, TrainerState
 except ImportError as e: raise ImportError('fasterai.transformers needs transformers: pip install "fasterai[transformers]"') from e
 
 # %% ../nbs/97_transformers.ipynb #f6b58c61
+def _noting(load):
+    "`load`, which reads the state of a Trainer, and notes where that was"
+    @wraps(load)
+    def load_from_json(cls, json_path):
+        state = load(cls, json_path)
+        state.read_from = Path(json_path).parent
+        return state
+    load_from_json._ours = True
+    return classmethod(load_from_json)
+
+if not getattr(TrainerState.load_from_json, '_ours', False):  # once, when this module is loaded again, too
+    TrainerState.load_from_json = _noting(TrainerState.load_from_json.__func__)
+
 class TechniqueCallback(Driver, TrainerCallback):
     "Drives a `technique` through a training"
     driver = None
 
     def _file(self, args, state):
         "What its state is written to"
-        digest = hashlib.blake2b(self.asked.encode(), digest_size=4).hexdigest()
-        return Path(args.output_dir)/f'checkpoint-{state.global_step}'/f'fasterai-{self.technique.name}-{digest}.safetensors'
+        return Path(args.output_dir)/f'checkpoint-{state.global_step}'/self._called
+
+    @property
+    def _called(self): return f'fasterai-{self.technique.name}-{hashlib.blake2b(self.asked.encode(), digest_size=4).hexdigest()}.safetensors'
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         if state.global_step:
-            if (path := self._file(args, state)).exists(): self.technique.load_state_dict(load_file(path))
+            path = state.read_from/self._called if hasattr(state, 'read_from') else self._file(args, state)
+            if path.exists(): self.technique.load_state_dict(load_file(path))
             elif self.technique.remembers:
                 warn(f'training goes on after step {state.global_step}, and nothing is known of what {self.technique.called} did before: there is no {path}')
         def sample():
             found = first_two(train_dataloader)
             return without_labels(found) if isinstance(found, dict) else found
-        training = Training(model, getattr(optimizer, 'optimizer', optimizer), math.ceil(args.num_train_epochs), sample, args.output_dir if args.should_save else None, world=args.world_size)
+        training = Training(model, getattr(optimizer, 'optimizer', optimizer), max(min(state.num_train_epochs, state.max_steps), 1), sample, args.output_dir if args.should_save else None, world=args.world_size)
         if self.driver is not None: self.driver.close(False)  # the last training was interrupted
         if args.load_best_model_at_end and (self.technique.holds or self.technique.resizes):
             warn(f'load_best_model_at_end may bring back an earlier model, which is not yet what {self.technique.called} makes of it: leave it out, or save where the schedule has ended')
         self.driver = attach(self.technique, training, state.max_steps, state.global_step, adds=not self.technique.is_loss, epochs=False)
         self.driver.active = False
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs): self.driver.active = True
+    def _check_begun(self):
+        if self.driver is None: raise RuntimeError(f'{self.technique.called} was added in the middle of a training, and has to be there when it begins: give it to the Trainer')
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._check_begun()
+        self.driver.active = True
     def on_optimizer_step(self, args, state, control, **kwargs): self.driver.active = False
 
-    def on_epoch_begin(self, args, state, control, **kwargs): self.technique.epoch(int(state.epoch))
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._check_begun()
+        self.technique.epoch(int(state.epoch))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.driver is None or not self.technique.column: return
         for o in (logs, state.log_history[-1]): o[self.technique.column] = float(self.technique.reached())
 
     def on_save(self, args, state, control, **kwargs):
-        if not args.should_save or not (found := self.technique.state_dict()): return
+        found = self.technique.state_dict()  # which needs all processes
+        if not args.should_save or not found: return
         path = self._file(args, state)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({k:v.detach().contiguous() for k,v in found.items()}, path)
@@ -97,12 +123,23 @@ class DistillationTrainer(Trainer):
         ask = lambda: super(DistillationTrainer, self).compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch, **kwargs)
         if driver is None or not model.training: loss,outputs = ask()
         else:
-            with technique.seen(self.model) as seen: loss,outputs = ask()
+            if hasattr(model, '_orig_mod'): loss,outputs,seen = self._seen_compiled(inputs, ask)
+            else:
+                with technique.seen(self.model) as seen: loss,outputs = ask()
             pct = (driver.k+1)/driver.n
             with self.accelerator.autocast(): technique.compare_seen(pct, seen)
             whole = num_items_in_batch is not None and self.model_accepts_loss_kwargs  # of all batches of a step
             loss = technique.mixed(pct, loss, 1/self.args.gradient_accumulation_steps if whole else 1.)
         return (loss,outputs) if return_outputs else loss
+
+    def _seen_compiled(self, inputs, ask):
+        "What `seen` tells of a model that is compiled, in which nothing but the layers that are compared can be looked at"
+        technique,named = self.distill.technique,without_labels(inputs)
+        if not technique.ready:
+            technique.get_ready(named=two_of(named))
+            if technique.distiller.given: torch.compiler.reset()  # what was compiled before would not run the hooks
+        with technique.distiller.watch(self.model): loss,outputs = ask()
+        return loss,outputs,[(named, outputs)]
 
 # %% ../nbs/97_transformers.ipynb #eb621111
 def cut_like(

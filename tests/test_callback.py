@@ -17,7 +17,10 @@ from torch.nn.utils import prune
 import fasterai.sparse.sparsify_callback as module
 from fasterai.core import pool
 from fasterai.core.schedule import cos, sched_cos
+from fasterai.distill.all import KnowledgeDistillationCallback
 from fasterai.prune.all import PruneCallback
+from fasterai.quantize.all import KMeansCallback
+from fasterai.regularize.all import RegularizationCallback, RegularizeCallback
 from fasterai.sparse.all import *
 from reference import exact
 from tiny import FAKE_GPU, At, DATA, X, Y, convs, fit, learner, net, raises, same, state, zeros
@@ -659,3 +662,62 @@ def test_a_fit_that_ends_early_is_told(make):
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         fit(learner(), 2, make())
+
+# --- where a callback may be
+
+class Adds(Callback):
+    "Adds a callback at an event of the second epoch"
+    order = 100
+    def __init__(self, cb, event): self.cb,self.event = cb,event
+    def __call__(self, event_name):
+        if event_name==self.event and self.learn.epoch==1 and self.cb not in self.learn.cbs: self.learn.add_cb(self.cb)
+
+@pytest.mark.parametrize('event', ['after_epoch', 'before_train', 'after_batch'])
+@pytest.mark.parametrize('make', [lambda: SparsifyCallback(50), KeepSparsity, lambda: PruneCallback(50), lambda: KMeansCallback(2), lambda: KnowledgeDistillationCallback(net(1)), lambda: RegularizationCallback('filter')])
+def test_added_in_the_middle_of_a_fit(make, event):
+    cb = make()
+    with pytest.raises(RuntimeError, match=f'{type(cb).__name__} was added in the middle of a fit, and has to be there when it begins'): fit(learner(), 3, Adds(cb, event))
+
+def test_two_learners():
+    "A callback works where it was added last, and a fit elsewhere says so"
+    cb = SparsifyCallback(50)
+    a,b = learner(cbs=cb),learner()
+    fit(a)
+    b.add_cb(cb)
+    fit(b)
+    assert zeros(b.model)==HALF
+    a.model.load_state_dict(net().state_dict())
+    before = state(a.model)
+    with a.no_bar(): a.get_preds()
+    with pytest.raises(ValueError, match='this SparsifyCallback has been given to another Learner, and works in one at a time'): fit(a)
+    assert same(before, state(a.model))
+    a.add_cb(cb)
+    fit(a)
+    assert zeros(a.model)==HALF and sum(isinstance(o, SparsifyCallback) for o in a.cbs)==1
+    with pytest.raises(ValueError, match='given to another Learner'): fit(b)
+    for m in (net(2), net(3)): assert zeros(fit(learner(m), 1, cb_of_a_fit := SparsifyCallback(50)).model)==HALF==zeros(fit(learner(), 1, cb_of_a_fit).model)
+
+@pytest.mark.parametrize('make,given,words', [(SparsifyCallback, dict(granularty='filter'), "did you mean 'granularity'"), (SparsifyCallback, dict(criterion='taylor'), "did you mean 'criteria'"), (PruneCallback, dict(critera='taylor'), "did you mean 'criteria'"),
+    (KMeansCallback, dict(bit=3), "did you mean 'bits'"), (KnowledgeDistillationCallback, dict(los='FitNet'), "did you mean 'loss'"), (RegularizationCallback, dict(alhpa=3), "did you mean 'alpha'"), (RegularizeCallback, dict(wieght=3), "did you mean 'weight'"), (KeepSparsity, dict(what=3), 'Allowed: ')])
+def test_names_of_arguments(make, given, words):
+    first = () if make in (KeepSparsity, KMeansCallback) else (net(),) if make is KnowledgeDistillationCallback else (50,) if make in (SparsifyCallback, PruneCallback) else ()
+    with pytest.raises(TypeError, match=f'{make.__name__} has no argument {next(iter(given))!r}: {words}'): make(*first, **given)
+
+@pytest.mark.parametrize('given', ['Conv2d', 'nn.Conv2d', nn.Conv2d(1, 1, 1)])
+def test_a_class_of_layers(given):
+    with pytest.raises(TypeError, match='pass the class nn.Conv2d itself'): fit(learner(), 1, SparsifyCallback(50, layer_type=given))
+    with pytest.raises(TypeError, match='layer_types is a class .*pass the class nn.Conv2d itself'): fit(learner(), 1, RegularizeCallback(layer_types=given))
+
+def test_prune_callbacks_that_overlap():
+    learn = learner()
+    before = state(learn.model)
+    with pytest.raises(ValueError, match='two of PruneCallback remove channels of 0, 3: give one of them all layers, as a dict of ratios'): fit(learn, 2, [PruneCallback(30), PruneCallback(50)])
+    assert same(before, state(learn.model))
+
+@pytest.mark.parametrize('both', [({'0':30},{'3':50}), ({'3':30},{'0':50})])
+def test_prunings_of_other_layers(both):
+    "They do what one of all of these layers does"
+    ends = []
+    for cbs in ([PruneCallback(o, 'lin') for o in both], [PruneCallback(both[0] | both[1], 'lin')]):
+        ends.append([m.out_channels for m in convs(fit(learner(), 3, cbs).model)])
+    assert ends[0]==ends[1]

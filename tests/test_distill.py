@@ -430,3 +430,19 @@ def test_segmentation():
     s,t = nn.Conv2d(3,4,3,padding=1),nn.Conv2d(3,4,3,padding=1)
     y = torch.randint(0, 4, (48,6,6), generator=torch.Generator().manual_seed(0))
     for f in ('SoftTarget','DecoupledKD','DIST','NormalizedKD'): fit(learner(copy.deepcopy(s), data=type(learner().dls.train_ds)(zip(X, y))), 1, KnowledgeDistillationCallback(t, f))
+
+@pytest.mark.parametrize('dims', [1, 2, 3, 'tokens'])
+def test_adapters_are_drawn_from_their_own_numbers(dims):
+    "Whatever else is drawn, adapters are the same each time, and nobody's next draw is another"
+    def nets(n):
+        conv = {1:nn.Conv1d, 2:nn.Conv2d, 3:nn.Conv3d}.get(dims)
+        return nn.Sequential(nn.Linear(3, n), nn.ReLU(), nn.Linear(n, n)) if conv is None else nn.Sequential(conv(3, n, 3, padding=1), nn.ReLU(), conv(n, n, 1))
+    x,found = torch.randn(2, 5, 3) if dims=='tokens' else torch.randn(2, 3, *[4]*dims),[]
+    for seed in (0, 1):
+        s,t = nets(4),nets(6)
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        d = Distiller(t, 'FitNet', ['0','2'], ['0','2']).prepare(s, x)
+        assert torch.equal(before, torch.get_rng_state())
+        found.append([p.detach().clone() for p in d.parameters()])
+    assert len(found[0])==4 and all(torch.equal(a, b) for a,b in zip(*found)) and not torch.equal(found[0][0].flatten()[:8], found[0][2].flatten()[:8])

@@ -1,12 +1,14 @@
 """In Lightning: the same masks as in a loop of one's own, and checkpoints that go on with the same bits"""
-import logging
+import copy, logging, pickle
+from functools import partial
 import pytest, torch
 import lightning.pytorch as pl
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from fasterai.core.all import *
-from fasterai.core.pace import Training, attach
+from fasterai.core.pace import Training, _told, attach
+from fasterai.core.schedule import Schedule, sched_iterative
 from fasterai.core.plan import pruned_plan
 from fasterai.distill.training import Distill
 from fasterai.lightning import *
@@ -280,3 +282,88 @@ def test_batches_by_name(tmp_path):
     trainer(tmp_path, callbacks=[Seed(), KnowledgeDistillationCallback(teacher(), **maps)]).fit(a, rows)
     trainer(tmp_path, callbacks=[Seed(), KnowledgeDistillationCallback(teacher(), **KD['maps'])]).fit(b, data())
     assert same(a.net, b.net)
+
+@pytest.mark.parametrize('how', [dict(max_epochs=-1, max_steps=20), dict(max_epochs=10, max_steps=20), dict(max_epochs=4), dict(max_epochs=-1, max_steps=10, accumulate_grad_batches=2), dict(max_epochs=-1, max_steps=17)])
+def test_epochs_to_rewind_to(tmp_path, how):
+    "There are as many as will be run, whatever says so"
+    def run(epoch, batches=None):
+        m = Inside()
+        common = dict(accelerator='cpu', logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path)
+        pl.Trainer(callbacks=SparsifyCallback(50, schedule=Schedule(sched_iterative, .8), lth=True, rewind_epoch=epoch), **common, **how).fit(m, data() if batches is None else batches)
+        return m
+    assert int((run(3).net.a.weight==0).sum())==run(3).net.a.weight.numel()//2
+    for wrong in (4, 9):
+        with pytest.raises(ValueError, match=f'rewind_epoch {wrong} is not one of the 4 epochs'): run(wrong)
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self): return iter(zip(X, Y))
+    stream = DataLoader(Stream(), batch_size=8)
+    if how['max_epochs']==4:
+        with pytest.raises(ValueError, match='SparsifyCallback needs to know how long training is, and the data have no length: give the Trainer max_steps'): run(0, stream)
+    elif how['max_epochs']==-1:  # nobody knows how long an epoch will be
+        with pytest.warns(UserWarning, match='SparsifyCallback has rewound nothing: training ended before rewind_epoch 8 began'): run(8, stream)
+
+class Later(Inside):
+    "Its network is made when training begins"
+    def __init__(self):
+        pl.LightningModule.__init__(self)
+        self.opt,self.kwargs = torch.optim.AdamW,{}
+    def configure_model(self):
+        if 'net' in self._modules: return
+        torch.manual_seed(0)
+        self.net = Net()
+
+@pytest.mark.parametrize('make', [lambda: SparsifyCallback(60,'weight','global','movement','agp'), lambda: PruneCallback(50,'lin',n_updates=8), lambda: KMeansCallback(2)])
+def test_a_network_that_is_made_later(tmp_path, make):
+    save = pl.callbacks.ModelCheckpoint(tmp_path/'c', save_top_k=-1, every_n_epochs=1, filename='{epoch}', save_on_train_epoch_end=True)
+    a,b,again = Inside(),Later(),Later()
+    trainer(tmp_path, callbacks=make()).fit(a, data())
+    trainer(tmp_path, callbacks=[make(), save], enable_checkpointing=True).fit(b, data())
+    trainer(tmp_path, callbacks=make()).fit(again, data(), ckpt_path=tmp_path/'c'/'epoch=1.ckpt', weights_only=False)
+    assert same(a.net, b.net) and same(a.net, again.net) and not again._load_state_dict_pre_hooks
+
+def test_two_teachers(tmp_path):
+    "Each has a state of its own, also two of one class and shape"
+    def teachers():
+        torch.manual_seed(1)
+        return [KnowledgeDistillationCallback(o, **KD['maps']) for o in (Net(20), Net(20), Net(16))]
+    assert len({o.state_key for o in teachers()})==3 and [o.state_key for o in teachers()]==[o.state_key for o in teachers()]
+    save = pl.callbacks.ModelCheckpoint(tmp_path/'c', save_top_k=-1, every_n_epochs=1, filename='{epoch}', save_on_train_epoch_end=True)
+    a,b = Inside(),Inside()
+    trainer(tmp_path, callbacks=[*teachers(), save], enable_checkpointing=True).fit(a, data())
+    trainer(tmp_path, callbacks=teachers()).fit(b, data(), ckpt_path=tmp_path/'c'/'epoch=1.ckpt', weights_only=False)
+    assert same(a.net, b.net)
+
+@pytest.mark.parametrize('event', ['on_train_epoch_end', 'on_train_batch_end'])
+@pytest.mark.parametrize('make', [lambda: SparsifyCallback(50), KeepSparsity, lambda: PruneCallback(50), lambda: KMeansCallback(2), lambda: KnowledgeDistillationCallback(teacher()), lambda: RegularizationCallback('filter')])
+def test_added_in_the_middle_of_a_fit(tmp_path, make, event):
+    cb = make()
+    class Adds(pl.Callback): pass
+    def add(self, t, *args):
+        if cb not in t.callbacks: t.callbacks.append(cb)
+    setattr(Adds, event, add)
+    with pytest.raises(RuntimeError, match=f'{type(cb).__name__} was added in the middle of a fit'): trainer(tmp_path, callbacks=Adds()).fit(Inside(), data())
+
+@pytest.mark.parametrize('make', [lambda: SparsifyCallback(50), lambda: PruneCallback(50), lambda: RegularizationCallback('filter'), lambda: KnowledgeDistillationCallback(teacher(), **KD['maps'])])
+def test_the_module_travels(tmp_path, make):
+    "In the middle of a fit, a module can be pickled and copied, and what comes out has a step of its own"
+    found = []
+    class Copies(pl.Callback):
+        def on_train_batch_end(self, t, m, *args): found.extend([pickle.loads(pickle.dumps(m)), copy.deepcopy(m)]) if not found else None
+    m = Inside()
+    trainer(tmp_path, callbacks=[make(), Copies()]).fit(m, data())
+    for o in found:
+        assert o.training_step.__self__ is o and o.net is not m.net
+        o.training_step = None
+
+class Far:
+    def __call__(self, w, w0): return (w-w0).abs()
+def further(w, w0, p): return (w-w0).abs()**p
+
+@pytest.mark.parametrize('criteria', ['Far()', 'partial(further, p=2)', 'further', 'lambda w: w.abs()', 'Far().__call__'])
+def test_words_without_addresses(criteria):
+    "What a state goes by is the same in another process, whatever is among the arguments"
+    def asked(around): return SparsifyCallback(50, criteria=eval(criteria), schedule=Schedule(around), save_tickets=False).asked
+    made = [asked(sched_iterative),[object() for _ in range(100)],asked(sched_iterative)]
+    assert made[0]==made[2] and '0x' not in made[0]
+    for o in ([eval(criteria)], {'a':eval(criteria)}, (eval(criteria),), {'b','a','c'}): assert ' at 0x' not in _told(o)
+    assert _told({'b','a','c'})=='{a, b, c}' and _told([1,'a'])=="[1, 'a']"

@@ -1,8 +1,12 @@
 "Several processes hold the masks of one: gloo on the CPU, tiny networks, one group of processes for each number of them"
-import copy, warnings
+import copy, tempfile, warnings
+from pathlib import Path
 import pytest, torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from conformance import ranks as conformance
 from fasterai.core.selection import Scores, rank
 from fasterai.core.ranks import rank_over
@@ -148,6 +152,78 @@ def adapters(c):
         found = [p.detach().clone() for p in (*technique.distiller.parameters(), *student.parameters())]
     return '' if len(found)>4 and same_everywhere(found) else 'ranks differ'
 
+def kept_whole(c):
+    "A state is the same plain tensors on each rank, and that of rank 0 serves all; one of another size is refused"
+    torch.manual_seed(0)
+    one = nn.Sequential(nn.Linear(9, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 2)).double()
+    x,y = torch.randn(8, 8, 9).double(),torch.randint(2, (8, 8))
+    linear = dict(layer_type=nn.Linear)
+    makes = dict(local=lambda: Sparsify(50, schedule='agp', **linear), moved=lambda: Sparsify(60, 'weight', 'global', 'updating_movement', schedule='agp', n_updates=5, **linear), pattern=lambda: Sparsify(50, '2:4', schedule='agp', **linear),
+        wanda=lambda: Sparsify(50, criteria='wanda', schedule='agp', **linear), column=lambda: Sparsify(50, 'column', schedule='agp', **linear), tickets=lambda: Sparsify(50, schedule='iterative', lth=True, **linear),
+        at_end=lambda: Sparsify(50, schedule='agp', reset_end=True, **linear), keep=Keep, share=lambda: Share(2))
+    def trained(make, a, b, state=None, was=None, size=None):
+        m = spread_out(copy.deepcopy(size or one), c)
+        if was: m.load_state_dict(was[0])
+        opt = torch.optim.SGD(m.parameters(), lr=.1, momentum=.9)
+        if was: opt.load_state_dict(was[1])
+        technique = make()
+        if state is not None: technique.load_state_dict(state)
+        steps = attach(technique, Training(m, opt, 2), len(x), a)
+        for i in range(a, b):
+            opt.zero_grad()
+            nn.functional.cross_entropy(m(x[i]), y[i]).backward()
+            opt.step()
+        state = copy.deepcopy(technique.state_dict())
+        was = copy.deepcopy([m.state_dict(), opt.state_dict()])
+        steps.close(b==len(x))
+        return [whole(p.detach()) for p in m.parameters()],state,was
+    for name,make in makes.items():
+        want,_,_ = trained(make, 0, len(x))
+        _,state,was = trained(make, 0, 4)
+        if any(type(v) is not torch.Tensor for v in state.values()): return f'{name}: {[type(v).__name__ for v in state.values()]}'
+        if state: save(state)
+        box = [state]
+        dist.broadcast_object_list(box, 0)
+        if not all(torch.equal(box[0][k], v) for k,v in state.items()): return f'{name}: ranks have other states'
+        found,_,_ = trained(make, 4, len(x), box[0], was)
+        if not all(torch.equal(a, b) for a,b in zip(found, want)): return f'{name}: other bits'
+        parts = {k:v[:len(v)//2] if v.dim() else v for k,v in state.items()}
+        if name!='keep' and not refused('', trained, make, 4, len(x), parts, was): return f'{name}: a part is taken'
+    box = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(box, 0)
+    trained(lambda: Sparsify(50, schedule='iterative', lth=True, save_tickets=box[0], **linear), 0, len(x))
+    dist.barrier()
+    tickets = sorted(Path(box[0]).iterdir())
+    if not tickets or {n:v.shape for n,v in load_file(tickets[0]).items()}!={n:v.shape for n,v in one.state_dict().items()}: return 'tickets'
+    return ''
+
+def patterns_and_inputs(c):
+    "A pattern that does not fit into rows, and inputs of layers that are cut, end as in one process"
+    torch.manual_seed(0)
+    one,x = nn.Sequential(nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).double(),torch.randn(4, 8, 9).double()
+    for kwargs in (dict(granularity='2:4'), dict(criteria='wanda')):
+        ends = []
+        for shards in (False, True):
+            m = copy.deepcopy(one)
+            if shards: m = parallel(m, c) if c['how']!='fsdp' else spread_out(m, c)
+            opt = torch.optim.SGD(m.parameters(), lr=.1)
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                with attach(Sparsify(50, layer_type=nn.Linear, **kwargs), Training(m, opt), len(x)):
+                    for a in x:
+                        opt.zero_grad()
+                        m(a).square().mean().backward()
+                        opt.step()
+            ends.append([whole(p.detach()) for p in m.parameters()])
+        if not all(torch.allclose(a, b) and torch.equal(a==0, b==0) for a,b in zip(*ends)): return f'{kwargs}'
+        if not same_everywhere(ends[1]): return 'ranks'
+    return ''
+
+def parallel(m, c):
+    "Linear layers cut as tensor parallelism does, by columns and rows"
+    mesh = init_device_mesh('cpu', (dist.get_world_size(),))
+    return parallelize_module(m, mesh, {'0':ColwiseParallel(), '2':RowwiseParallel()})
+
 def not_here(c):
     "What needs all of a weight says so on each rank"
     m = spread_out(net(c), c)
@@ -203,7 +279,7 @@ def shared(c):
 def cases(c, expected): return globals()[c['case']](c) if c['case'] else conformance.agree(c, expected)
 def first(c): return None if c['case'] else conformance.one(c)
 
-CASES = [config(how, case=case) for case,hows in dict(by_data=['ddp'], in_a_loop=['ddp'], on_rank_0=['ddp'], k_means=['ddp'], trained=['fsdp'], penalized=['fsdp','rows','columns'], shared=['fsdp','rows','columns'], driven=['fsdp'], adapters=['ddp'], not_here=['fsdp']).items() for how in hows]
+CASES = [config(how, case=case) for case,hows in dict(by_data=['ddp'], in_a_loop=['ddp'], on_rank_0=['ddp'], k_means=['ddp'], trained=['fsdp'], penalized=['fsdp','rows','columns'], shared=['fsdp','rows','columns'], driven=['fsdp'], kept_whole=['fsdp'], patterns_and_inputs=['fsdp','tensor'], adapters=['ddp'], not_here=['fsdp']).items() for how in hows]
 SEEDS = [conformance.config(i) | dict(case='') for i in range(16)]
 ALL = [c | dict(seed=100+i) for i,c in enumerate(CASES)]+SEEDS
 

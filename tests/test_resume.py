@@ -358,3 +358,37 @@ def load_pruned_like(small, fresh):
     cut_to(fresh, pruned_plan(small))
     fresh.load_state_dict(small.state_dict())
     return fresh
+
+class Drops(nn.Module):
+    "Draws numbers in each batch"
+    def __init__(self):
+        super().__init__()
+        self.net,self.drop = Net(),nn.Dropout(.3)
+    def forward(self, x): return self.net(self.drop(x))
+
+@pytest.mark.parametrize('n', [12, 20])
+def test_a_student_that_drops(tmp_path, n):
+    "Adapters, or that none is needed, are known of what was saved: the same bits, and no warning"
+    cb = lambda: KnowledgeDistillationCallback(teacher, ['SoftTarget','FitNet'], 'net.b', 'b')
+    torch.manual_seed(3)
+    teacher,kept = Net(n),{}
+    class Halfway(Callback):
+        order = 100
+        def after_epoch(self):
+            if self.epoch==1:
+                self.learn.save('h')
+                kept['rng'] = torch.get_rng_state()
+    def drops(seed):
+        learn = learner(tmp_path, seed=seed)
+        torch.manual_seed(seed)
+        learn.model = Drops()
+        learn.create_opt()
+        return learn
+    a,b = drops(0),drops(5)
+    fit(a, 4, [cb(), Halfway()])
+    b.load('h')
+    torch.set_rng_state(kept['rng'])
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='.*nothing is known of what')
+        fit(b, 4, [cb()], start_epoch=2)
+    assert same(a.model, b.model)

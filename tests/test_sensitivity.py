@@ -274,7 +274,7 @@ def test_targets_refuse(model):
 def test_layer_types_may_be_a_list_and_are_checked(model):
     for kind in ('sparsity','pruning','bits'):
         assert 'head' not in sensitivity(model, total, [8], kind=kind, layer_type=[nn.Conv2d]).metrics
-        with pytest.raises(TypeError, match="did you mean 'Conv2d'"): sensitivity(model, total, kind=kind, layer_type='Conv2d')
+        with pytest.raises(TypeError, match="pass the class nn.Conv2d itself"): sensitivity(model, total, kind=kind, layer_type='Conv2d')
 
 def test_plot_writes_a_file(model, tmp_path):
     s = sensitivity(model, total, [50,90])

@@ -1,9 +1,11 @@
 """In the Trainer of transformers: the same masks as in a loop of one's own, and checkpoints that go on with the same bits"""
+import pickle
 import pytest, torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel, GPT2Model, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from fasterai.core.all import *
 from fasterai.core.pace import Training, attach
+from fasterai.core.schedule import Schedule, sched_iterative
 from fasterai.core.plan import pruned_plan
 from fasterai.distill.training import Distill
 from fasterai.prune.pruner import Pruner
@@ -173,3 +175,56 @@ def test_captured_outputs():
     for look in (lambda: Pruner().prune_model(m, IDS_OF),lambda: Sparsifier(m, 'filter', coupled=True, layer_type=nn.Linear, example_inputs=IDS_OF)):
         look()
         assert len(m(**IDS_OF).hidden_states)==2
+
+def test_resumed_from_another_folder(tmp_path):
+    "What callbacks know is where the Trainer's own state is read"
+    cb = lambda: SparsifyCallback(60, 'weight', 'global', 'movement', 'agp', **LINEAR)
+    a,b,c = bert(),bert(),bert()
+    trainer(a, tmp_path/'a', [cb()], save_strategy='epoch').train()
+    trainer(b, tmp_path/'b', [cb()]).train(resume_from_checkpoint=str(tmp_path/'a'/'checkpoint-10'))
+    assert same(a, b)
+    (tmp_path/'a'/'checkpoint-10').rename(tmp_path/'moved')
+    trainer(c, tmp_path/'c', [cb()]).train(resume_from_checkpoint=str(tmp_path/'moved'))
+    assert same(a, c)
+
+@pytest.mark.parametrize('how', [dict(epochs=10, max_steps=20), dict(epochs=4), dict(epochs=2, max_steps=18), dict(epochs=3.5), dict(epochs=1, max_steps=10, gradient_accumulation_steps=2)])
+def test_epochs_to_rewind_to(tmp_path, how):
+    def run(epoch):
+        m = bert()
+        trainer(m, tmp_path, [SparsifyCallback(50, schedule=Schedule(sched_iterative, .9), lth=True, rewind_epoch=epoch, **LINEAR)], **how).train()
+        return m
+    assert all(int((m.weight==0).sum())==m.weight.numel()//2 for m in run(3).modules() if isinstance(m, nn.Linear))
+    with pytest.raises(ValueError, match='rewind_epoch 4 is not one of the 4 epochs'): run(4)
+
+def test_an_interrupted_model_travels(tmp_path):
+    class Halt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step==3: raise KeyboardInterrupt
+    m = bert()
+    with pytest.raises(KeyboardInterrupt): trainer(m, tmp_path, [SparsifyCallback(50, **LINEAR), Halt()]).train()
+    assert same(pickle.loads(pickle.dumps(m)), m)
+
+@pytest.mark.parametrize('make', [lambda: SparsifyCallback(50, **LINEAR), KeepSparsity, lambda: PruneCallback(50), lambda: KMeansCallback(2), lambda: RegularizeCallback(layer_types=nn.Linear)])
+@pytest.mark.parametrize('event', ['on_epoch_end', 'on_step_end'])
+def test_added_in_the_middle_of_a_training(tmp_path, make, event):
+    cb = make()
+    class Adds(TrainerCallback): pass
+    def add(self, args, state, control, **kwargs):
+        if cb not in t.callback_handler.callbacks: t.add_callback(cb)
+    setattr(Adds, event, add)
+    t = trainer(bert(), tmp_path, [Adds()])
+    with pytest.raises(RuntimeError, match=f'{type(cb).__name__} was added in the middle of a training, and has to be there when it begins'): t.train()
+
+@pytest.mark.parametrize('how', KD)
+def test_a_student_that_is_compiled(how, tmp_path):
+    "It learns what another one learns, also where its code was compiled before without its layers being looked at"
+    def student(path, compiled, how):
+        model = bert()
+        common = dict(max_steps=4, per_device_train_batch_size=8, learning_rate=1e-2, report_to='none', disable_tqdm=True, save_strategy='no', use_cpu=True, seed=0)
+        if compiled: common |= dict(torch_compile=True, torch_compile_backend='eager')
+        DistillationTrainer(model, TrainingArguments(str(path), **common), train_dataset=DATA, distill=Distill(teacher(), **KD[how])).train()
+        return model
+    want = student(tmp_path, False, how)
+    student(tmp_path, True, 'logits')
+    found = student(tmp_path, True, how)
+    assert all(torch.allclose(a, b, atol=1e-5) for a,b in zip(found.parameters(), want.parameters()))

@@ -126,18 +126,22 @@ def carrying(
     try: yield
     finally: hook.remove()
 
+class _Take:
+    "Cuts `model` to what comes, and puts the rest into `found`; a copy of the model has one that cuts the copy"
+    def __init__(self, model, found): self.model,self.found = model,found
+    def __call__(self, state, prefix, meta, *args):
+        self.found.update(meta.get(_KEY, {}))
+        if (text := self.found.pop('plan', None)) is None: return
+        plan = read_plan(as_text(text))
+        if not pruned_plan(self.model)['kept']: check_fits({k.removeprefix(prefix):v for k,v in state.items()}, plan, self.model, whole=False)
+        cut_to(self.model, plan)
+
 @contextmanager
 def receiving(
     model:nn.Module, # Cut if a plan comes
     found:dict, # Gets what else has travelled
 ):
     "Inside, `model` is cut to the plan that a `state_dict` holds, before it loads that"
-    def take(state, prefix, meta, *args):
-        found.update(meta.get(_KEY, {}))
-        if (text := found.pop('plan', None)) is None: return
-        plan = read_plan(as_text(text))
-        if not pruned_plan(model)['kept']: check_fits({k.removeprefix(prefix):v for k,v in state.items()}, plan, model, whole=False)
-        cut_to(model, plan)
-    hook = model._register_load_state_dict_pre_hook(take)
+    hook = model._register_load_state_dict_pre_hook(_Take(model, found))
     try: yield
     finally: hook.remove()

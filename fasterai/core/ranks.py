@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BITS', 'PIECE', 'several', 'writes', 'agreed', 'summed', 'averaged', 'summed_by_name', 'is_sharded', 'Slice',
-           'shard_of', 'here', 'whole', 'like', 'averages', 'check_finite', 'total', 'least', 'rank_over']
+           'shard_of', 'here', 'whole', 'like', 'some_zero', 'cut_as', 'averages', 'check_finite', 'total', 'least',
+           'rank_over']
 
 # %% ../../nbs/core/21_ranks.ipynb #e02e221d
 import math
@@ -36,6 +37,7 @@ def averaged(x): "The mean of `x` over the ranks"; return summed(x)/dist.get_wor
 
 def summed_by_name(found): # Tensors by name, of which a rank may lack some
     "Their sums over the ranks, by name"
+    found = {n:whole(x) for n,x in found.items()}  # what a layer that is cut gets may be cut, too
     if not several(): return found
     each = [None]*dist.get_world_size()
     dist.all_gather_object(each, {n: tuple(x.shape) for n,x in found.items()})
@@ -102,6 +104,18 @@ def whole(t): # Tensor
 def like(x, t): # Part that is here, tensor that is cut in the same way
     "`x` as a DTensor that is cut as `t`"
     return type(t).from_local(x, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride())
+
+def some_zero(t): # Tensor
+    "On each rank the same answer: is there a zero in any part of `t`?"
+    x = here(t.detach())
+    return bool(total((x==0).sum(), shard_of(t)))
+
+def cut_as(x, t): # All of a tensor, a tensor of the same shape
+    "`x`, cut as `t` is, if that is a DTensor"
+    if not is_sharded(t): return x
+    shard = shard_of(t)
+    part = shard.of(x.to(t.device)).expand(shard.shape).contiguous()
+    return like(part, t)
 
 def averages(model): # Model, as it is trained
     "Does `model`, or what it is wrapped in, average gradients over the ranks?"

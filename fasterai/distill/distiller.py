@@ -15,7 +15,7 @@ import torch
 from torch import nn, Tensor
 from ..core.brought import check_held, listed, plain_name
 from ..core.registry import did_you_mean
-from ..core.running import _parts, call_with, check_inputs, check_module, example_inputs_for, explained, innermost, untouched
+from ..core.running import OwnNumbers, _parts, call_with, check_inputs, check_module, example_inputs_for, explained, innermost, untouched
 from ..core.schedule import schedule_of
 from .losses import SoftTarget, check_meaning, compares_any_shape, compares_tensors, loss_name, loss_needs, loss_of, meet, takes_axis
 
@@ -221,7 +221,8 @@ class Distiller:
         return self
 
     def _fit_adapters(self, names, fm_s, fm_t):
-        new = {str(i):_adapter(s, t, pair) for i,(s,t,*pair) in enumerate(zip(fm_s, fm_t, names, self.teacher_names)) if self.exact}
+        with OwnNumbers():  # the same adapters each time, and nobody else's draws are others
+            new = {str(i):_adapter(s, t, pair) for i,(s,t,*pair) in enumerate(zip(fm_s, fm_t, names, self.teacher_names)) if self.exact}
         for i,a in new.items():
             old = self.adapters[i] if i in self.adapters else None
             if a is not None: new[i] = (old if type(old) is type(a) and old.weight.shape==a.weight.shape else a).to(fm_s[int(i)].device)

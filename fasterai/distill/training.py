@@ -8,6 +8,7 @@ __all__ = ['hold_params', 'let_params_go', 'Distill']
 # %% ../../nbs/distill/03_training.ipynb #fe9fc50a
 import inspect
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import partial
 import torch
 from ..core import ranks
@@ -51,9 +52,11 @@ def let_params_go(optimizer, params, hook=None): # Hook that `hold_params` gave
     return [_states(optimizer).pop(p, {}) for p in params]
 
 # %% ../../nbs/distill/03_training.ipynb #05103b8d
+_preparing = ContextVar('_preparing', default=False)  # is a student run for a teacher to get ready?
+
 class Distill(Technique):
     "Add to the training loss how far the model is from a `teacher`, which is not saved with it. Arguments are those of `Distiller`"
-    name,is_loss,parts = 'distill',True,('adapter.','optimizer.')
+    name,is_loss,parts = 'distill',True,('adapter.','optimizer.','n_adapters')
     distiller,kd,ready,sums = None,None,False,None
     __signature__ = inspect.signature(Distiller)
     @old_distillation
@@ -80,7 +83,9 @@ class Distill(Technique):
     ):
         "Before the first batch: run both networks once, and have the adapters trained"
         if self.ready: return
-        self.distiller.prepare(self.training.model, *xb, named=named)
+        token = _preparing.set(True)
+        try: self.distiller.prepare(self.training.model, *xb, named=named)
+        finally: _preparing.reset(token)
         params = self.distiller.parameters()
         with torch.no_grad():
             for p in params: p.copy_(ranks.agreed(p))
@@ -105,13 +110,14 @@ class Distill(Technique):
         found = []
         with ExitStack() as stack:
             def first(m, args, kwargs):
+                if _preparing.get(): return  # for another teacher
                 beginning.remove()
                 xb = two_of(named_inputs(m, args, kwargs))
                 if isinstance(xb, dict): self.get_ready(named=without_labels(xb))
                 else: self.get_ready(*xb)
                 stack.enter_context(self.distiller.watch(net))
             def note(m, args, kwargs, out):
-                if self.ready: found.append((named_inputs(m, args, kwargs), out))
+                if self.ready and not _preparing.get(): found.append((named_inputs(m, args, kwargs), out))
             hooks = [net.register_forward_hook(note, with_kwargs=True)]
             if self.ready: stack.enter_context(self.distiller.watch(net))
             else: hooks.append(beginning := net.register_forward_pre_hook(first, with_kwargs=True))
@@ -162,7 +168,9 @@ class Distill(Technique):
 
     def state_dict(self):
         if not self.ready: return self.state or {}
-        state = put('adapter.', {k:v.detach().clone() for k,v in self.distiller.adapters.state_dict().items()})
+        if not self.remembers: return {}
+        state = dict(n_adapters=torch.tensor(len(self.distiller.adapters), device='cpu'))  # of none, it is known that there are none
+        state |= put('adapter.', {k:v.detach().clone() for k,v in self.distiller.adapters.state_dict().items()})
         for i,p in enumerate(self.distiller.parameters()):
             for k,v in _states(self.training.optimizer).get(p, {}).items():
                 kind = 'tensor' if isinstance(v, torch.Tensor) else type(v).__name__

@@ -400,7 +400,7 @@ class Pruner:
         if self.round_to and all(g.n<self.round_to for g in self.groups):
             largest = max(self.widths.values())
             raise ValueError(f'round_to={self.round_to}: no group has so many channels to keep, the largest has {largest}')
-        self.left,self.known,self.counts_on,self.idle_told = [],set(),{},False
+        self.left,self.known,self.counts_on,self.idle_told,self.seen = [],set(),{},False,self._shapes()
 
     def _check_seen(self):
         "`ValueError` if the criteria needs what a layer never gets; gradients that are there already need no look"
@@ -416,6 +416,12 @@ class Pruner:
             xs = self.about.of('x')  # what runs for some inputs only did so for those that channels were followed with
             before = arrived(xs, self.model, self.graph.example_inputs, self.weights) if xs else {}
             self.about.give(found_now(self.criteria, self.weights, self.model, inputs, before))
+
+    @property
+    def asked(self):
+        "Names of the layers that may lose channels, and are asked to"
+        ratio,targets = self.pruning_ratio,self._targets(self.pruning_ratio)
+        return {o for g in self.groups if (ratio if targets is None else targets.get(g.name)) for o in g.layers}
 
     @property
     def weights(self):
@@ -441,11 +447,22 @@ class Pruner:
         for r in ratio.values() if isinstance(ratio, Mapping) else [ratio]: check_percent('pruning_ratio', r)
         if optimizer is not None: check_optimizer(optimizer, self.model)
         if self.graph is None: self.start()
+        elif self._shapes()!=self.seen: self._start_again()
         check_values(self.model)
         with self.bystanders.aside(): n = self._update(ratio, self._targets(ratio), optimizer)
         self.about.forget_data()
+        self.seen = self._shapes()
         self._tell(ratio)
         return n
+
+    def _shapes(self): return [p.shape for p in self.model.parameters()]
+
+    def _start_again(self):
+        "Another one has removed channels: follow those that are there now"
+        told,found = (self.left,self.known,self.counts_on),self.about.found
+        self.about.found = {}
+        self.start(self.graph.example_inputs, self.widths)
+        (self.left,self.known,self.counts_on),self.about.found = told,found
 
     def _update(self, ratio, targets, optimizer):
         for g in self.groups: g.values = g.held = None

@@ -47,10 +47,22 @@ class Prune(Technique):
         super().check(training)
         self.next = Pruner(followable(training.model, resizes=True), self.ratio, example_inputs=self.inputs, **self.how)
 
+    def changes(self, training): return {n:p for n,p in self.next.model.named_parameters() if p.dim()>1}
+
+    def _check_alone(self, pruner, training):
+        "`ValueError` if another one is asked to remove channels of the same layers"
+        for o in training.others():
+            if not isinstance(o, Prune) or o.next is not None or o.pruner is None or o.pruner.model is not pruner.model: continue
+            if both := sorted(pruner.asked & o.pruner.asked):
+                raise ValueError(f'two of {self.title} remove channels of {", ".join(both[:5])}: give one of them all layers, as a dict of ratios')
+            if remembers := next((p for p in (pruner, o.pruner) if p.about.kept), None):
+                raise ValueError(f'criteria {remembers.criteria.__name__!r} remembers weights, which another {self.title} would change the shapes of: give one of them all layers, as a dict of ratios')
+
     def begin(self, training):
         if self.next is None: self.check(training)
         pruner,self.next,self.training = self.next,None,training
         pruner.start(training.sample() if self.inputs is None else self.inputs, pruned_plan(pruner.model)['widths'])
+        self._check_alone(pruner, training)
         if pruner.about.of('grad'): check_trained(pruner.criteria, pruner.weights)
         self.pruner,self.left = pruner,[]
         self.pace = Pace(self.schedule, pruner.pruning_ratio, self.n_updates, training.n_epoch)

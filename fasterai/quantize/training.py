@@ -14,7 +14,7 @@ from .weight_sharing import KMeansQuantizer, bits_by_name
 # %% ../../nbs/quantize/03_training.ipynb #a8bd7454
 class Share(Technique):
     "Let the weights of each layer share `2**bits` values, and zero, and train the values"
-    name,holds,remembers,parts,shared = 'share','clusters of weights',True,('shared.',),None
+    name,holds,remembers,parts,shared,order = 'share','clusters of weights',True,('shared.',),None,1
     def __init__(self,
         bits, # 1 to 8; a dict by layer or parameter; or a function of a parameter's name and the parameter: see `KMeansQuantizer`
         init='optimal', # Where k-means begins: a name of `inits`
@@ -27,6 +27,10 @@ class Share(Technique):
         super().check(training)
         for o in training.others():
             if hasattr(o, 'pace'): check_rises(o.schedule, 100.)
+
+    def changes(self, training):
+        model = plain_model(training.model)
+        return {n:model.get_parameter(n) for n in bits_by_name(model, self.quantizer.bits)}
 
     def begin(self, training):
         self.check(training)

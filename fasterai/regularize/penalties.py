@@ -14,8 +14,8 @@ from ..core.criteria import Criteria, criteria_of, criterias, large_final, needs
 from ..core.recorded import MOST, can_record, record
 from ..core.running import is_fake, plain, plain_model
 from ..core.brought import still
-from ..core.granularity import Blocks, _memory_order, axes_of, blocks, layer_axes
-from ..core.registry import did_you_mean, named
+from ..core.granularity import Blocks, _memory_order, axes_of, blocks, no_class
+from ..core.registry import named
 from ..core import ranks
 
 # %% ../../nbs/regularize/01_penalties.ipynb #eab45f14
@@ -159,7 +159,7 @@ class Penalty:
         types = layer_types or default
         types = tuple(types) if isinstance(types, (tuple, list)) else (types,)
         for t in types:
-            if not isinstance(t, type): raise TypeError(f'layer_types is a class of layers or a tuple of them, not {t!r}: {did_you_mean(t, [o.__name__ for o in layer_axes if isinstance(o, type)])}')
+            if not isinstance(t, type): raise TypeError(no_class('layer_types', t))
         self.layers,self.blocks,self.looks,self.groups = {},{},None,[]
         with still(model): self._find(model, types)
         if not self.layers: raise ValueError(f'the model has no layer of type {", ".join(t.__name__ for t in types)} with a weight; it has {", ".join(sorted({type(m).__name__ for m in model.modules() if getattr(m, "weight", None) is not None}))}')

@@ -17,7 +17,7 @@ from ..legacy import old_arguments
 # %% ../../nbs/regularize/02_training.ipynb #4e901fb9
 class Regularize(Technique):
     "Add `weight` times a penalty on the weights to the training loss"
-    name,column,penalty = 'regularize','penalty',None
+    name,column,penalty,order = 'regularize','penalty',None,0
     @old_arguments
     def __init__(self,
         criteria='group_l1', # `group_l1`, `group_lasso`, `slimming`, or a criteria that needs `w` alone: see `Penalty`
@@ -33,6 +33,8 @@ class Regularize(Technique):
     def check(self, training):
         super().check(training)
         self.next = Penalty(training.model, **self.how)
+
+    def changes(self, training): return {f'{n}.weight' if n else 'weight':m.weight for n,(m,_) in self.next.layers.items()}
 
     def begin(self, training):
         if self.next is None: self.check(training)

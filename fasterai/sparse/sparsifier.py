@@ -14,7 +14,7 @@ from numbers import Real
 import torch
 from torch import nn, Tensor
 from ..core.granularity import Answers, axes_of, blocks, granularity_name, granularity_of, has_axes
-from ..core.granularity import head_parts, layer_axes, n_heads
+from ..core.granularity import head_parts, n_heads, no_class
 from ..core.needs import Known, needed
 from ..core.registry import did_you_mean
 from ..core.running import at_home, check_scripts, inputs_that_run, plain_model
@@ -278,9 +278,8 @@ def _part(names, mod, attr, make, axes=''):
 
 def _types(layer_type):
     ts = tuple(layer_type) if isinstance(layer_type, (tuple, list)) else (layer_type,)
-    known = [o.__name__ for o in layer_axes if isinstance(o, type)]
     for t in ts:
-        if not isinstance(t, type): raise TypeError(f'layer_type is a class of layers or a tuple of them, not {t!r}: {did_you_mean(t, known)}')
+        if not isinstance(t, type): raise TypeError(no_class('layer_type', t))
     return ts
 
 def _wanted(model, granularity, types):
@@ -838,7 +837,8 @@ class Sparsifier:
     def _by_pattern(self, o, p, percent, gone):
         "The same, because of groups of a pattern that are not whole: what they lack counts as zeros"
         if not (p.blocks.partial and p.blocks.padded) or self.context is not local and percent<self.own: return
-        n,most = p.w.numel(),int((p.blocks.mask(torch.zeros_like(o.keep), p.w.detach())==0).sum())
+        w = torch.zeros(p.w.shape, device=o.keep.device) if ranks.is_sharded(p.w) else p.w.detach()  # how many go is the same for all weights
+        n,most = p.w.numel(),int((p.blocks.mask(torch.zeros_like(o.keep), w)==0).sum())
         asked,zeroed = n_of(n, percent),most*gone//o.n if self.context is local else most
         why = f'{granularity_name(self.granularity)} does not fit into its shape {tuple(p.w.shape)}: what the last group of a row lacks counts as zero'
         if much_less(zeroed, asked): return dict(channels=n, asked=asked, zeroed=zeroed, why=why)
@@ -1109,14 +1109,15 @@ class Sparsifier:
         return 100*sum(o.gone for o in self.layers)/sum(o.n for o in self.layers)
 
     def _remembered(self):
-        "What is kept, and what is remembered of the weights, by name"
-        kept = {f'keep.{o.name}':o.keep for o in self.layers}
+        "What is kept, and what is remembered of the weights, by name: of what is cut, what is here as a DTensor"
+        kept = {f'keep.{o.name}':ranks.like(o.keep.view(o.shard.shape), o.parts[0].w) if o.shard else o.keep for o in self.layers}
         return kept | self.about.state_dict()
 
     def state_dict(self):
-        "What is kept, and what is remembered of the weights: tensors by name"
+        "What is kept, and what is remembered of the weights: whole tensors by name, the same on each rank; all ranks have to ask"
         masks = {f'mask.{p.name}':m for o in self.layers if o.partial for p,m in zip(o.parts, o.masks)}
-        return self._remembered() | masks
+        found = {k:ranks.whole(x) for k,x in self._remembered().items()}
+        return {k:x.flatten() if k.startswith('keep.') else x for k,x in found.items()} | masks
 
     @at_home()
     def load_state_dict(self, state): # What `state_dict` of a Sparsifier with the same arguments gave
@@ -1124,10 +1125,10 @@ class Sparsifier:
         want = self._remembered()
         for k,x in want.items():
             if k not in state: raise ValueError(f'the state has no {k!r}: {did_you_mean(k, state)}')
-            there,here = tuple(state[k].shape),tuple(x.shape)
+            there,here = tuple(state[k].shape),(x.numel(),) if k.startswith('keep.') else tuple(x.shape)
             if there!=here: raise ValueError(f'{k} has shape {there} in the state, and {here} here: was it made with another granularity?')
         if self._sides is None: self._sides = find_sides(self.model, self.layers, self.example_inputs)
-        for k,x in want.items(): x.copy_(state[k])
+        for k,x in want.items(): ranks.here(x).copy_(ranks.here(ranks.cut_as(ranks.whole(state[k]).view(x.shape), x)))
         for o in self.layers:
             o.left,ms = None,[state.get(f'mask.{p.name}') for p in o.parts]
             if o.partial: o.set_masks(None if ms[0] is None else [m.to(o.keep.device, copy=True) for m in ms])

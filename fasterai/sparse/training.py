@@ -8,11 +8,12 @@ __all__ = ['MANY', 'most_updates', 'Tickets', 'Sparsify', 'Keep']
 # %% ../../nbs/sparse/02_training.ipynb #523c877a
 from pathlib import Path
 from torch import nn
-from safetensors.torch import save_model
+from safetensors.torch import save_file, save_model
 from ..core.criteria import large_final
 from ..core.evidence import check_seen, check_trained, found_now
 from ..core import ranks
-from ..core.pace import Pace, Technique, check_schedule, check_updates, clear_state, put, two_of, within
+from ..core.pace import Pace, Technique, check_schedule, check_updates, clear_state, put, two_of, whole_number, within
+from ..core.brought import warn
 from ..core.running import plain_model
 from ..core.schedule import one_cycle, schedule_of
 from .sparsifier import Sparsifier, hold_zeros, parts_of
@@ -39,6 +40,8 @@ class Tickets:
         at_end:bool=False, # Rewind after training
         folder:bool|str|Path=False, # Save the ticket of each round as safetensors: in this folder, or in the engine's
     ):
+        whole_number('rewind_epoch', rewind_epoch, 0)
+        if not isinstance(folder, (bool,str,Path)): raise TypeError(f'save_tickets is True, or a folder, not {folder!r}')
         if folder and not rounds: raise ValueError('save_tickets saves lottery tickets: it goes with lth=True')
         if rewind_epoch and not (rounds or at_end): raise ValueError('rewind_epoch says what to rewind to: it goes with lth=True or reset_end=True')
         self.rewind_epoch,self.rounds,self.at_end,self.folder,self.saved = rewind_epoch,rounds,at_end,folder,None
@@ -46,8 +49,9 @@ class Tickets:
     @property
     def wanted(self): return self.rounds or self.at_end
 
-    def check(self, pace):
-        "`ValueError` if `pace` begins before the weights are taken"
+    def check(self, pace, folder):
+        "`ValueError` if `pace` begins before the weights are taken, or tickets have no folder to go to"
+        if self.folder is True and folder is None and ranks.writes(): raise ValueError('save_tickets=True writes into the folder of the training, which has none: give a folder')
         if not self.wanted: return
         if self.rewind_epoch>=pace.n_epoch: raise ValueError(f'rewind_epoch {self.rewind_epoch} is not one of the {pace.n_epoch} epochs')
         start = self.rewind_epoch/pace.n_epoch
@@ -60,16 +64,36 @@ class Tickets:
         self.saved = {k: v.detach().clone() for k,v in model.state_dict().items()}
         return True
 
+    def tell_missed(self, called):
+        "Warn if the epoch never came whose start is what to rewind to"
+        if self.wanted and self.saved is None: warn(f'{called} has rewound nothing: training ended before rewind_epoch {self.rewind_epoch} began, or went on after it without its state')
+
+    def load(self, state, model):
+        "Go on with the ticket that a state holds, if it does"
+        mine = model.state_dict()
+        for k,x in state.items():
+            if k not in mine or mine[k].shape!=x.shape: raise ValueError(f'the state has a ticket of another model: {k} has shape {tuple(x.shape)}, and here {tuple(mine[k].shape) if k in mine else "is none"}')
+        self.saved = {k:ranks.cut_as(x, mine[k]) for k,x in state.items()} or None
+
+    def _write(self, model, path):
+        "Write the ticket; of what is cut, all ranks give their parts"
+        state = model.state_dict()
+        cut = any(map(ranks.is_sharded, state.values()))
+        if cut: state = {k:ranks.whole(x) for k,x in state.items()}
+        if path is None or not ranks.writes(): return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k:x.contiguous() for k,x in state.items()}, path) if cut else save_model(model, str(path))
+
     def rewind(self, model, sparsifier, optimizer=None, folder=None):
         "Set `model` back, with the zeros of now; with an optimizer, in the middle of training: it begins anew, and the ticket goes into `folder`"
+        if self.saved is None: return  # as `tell_missed` says at the end
         model.load_state_dict(self.saved)
         sparsifier.apply_masks()
         if optimizer is None: return
         clear_state(optimizer)
-        if self.folder and folder is not None and ranks.writes():
-            path = Path(folder if self.folder is True else self.folder)
-            path.mkdir(parents=True, exist_ok=True)
-            save_model(model, str(path/f'ticket_{sparsifier.reached():.2f}.safetensors'))
+        if not self.folder: return
+        where = folder if self.folder is True else self.folder
+        self._write(model, None if where is None else Path(where)/f'ticket_{sparsifier.reached():.2f}.safetensors')
 
 # %% ../../nbs/sparse/02_training.ipynb #ec129a67
 class Sparsify(Technique):
@@ -103,6 +127,7 @@ class Sparsify(Technique):
     def check(self, training):
         super().check(training)
         model = training.model if self.sub is None else self.sub
+        if not isinstance(model, nn.Module): raise TypeError(f'model is a part of the model that is trained, an nn.Module, not {model!r}')
         if not {id(p) for p in model.parameters()}<={id(p) for p in training.model.parameters()}:
             raise ValueError("model is no part of the model that is trained: nothing of it would be trained")
         early = self.how['coupled'] and self.inputs is None and self.sub is None  # channels are followed before the first batch
@@ -110,8 +135,13 @@ class Sparsify(Technique):
         target = sparsifier.targets(self.sparsity)
         if sparsifier.about.of('grad'): check_trained(sparsifier.criteria, parts_of(sparsifier.layers))
         pace = Pace(check_schedule(self.schedule, target), target, self.n_updates, training.n_epoch, level=0.)
-        self.tickets.check(pace)
+        self.tickets.check(pace, training.folder)
         self.next = sparsifier,pace
+
+    def changes(self, training):
+        sparsifier,pace = self.next
+        asked = [o for o in sparsifier.layers if not isinstance(pace.target, dict) or pace.target[o.name]]
+        return {p.name:p.w for p in parts_of(asked)}
 
     def begin(self, training):
         if self.next is None: self.check(training)
@@ -122,13 +152,13 @@ class Sparsify(Technique):
         self.sparsifier.load_state_dict(within(state, 'sparsifier.'))
         self.sparsifier.about.load_found(within(state, 'found.'))
         self.pace.load_state_dict(within(state, 'pace.'))
-        self.tickets.saved = within(state, 'ticket.') or None
+        self.tickets.load(within(state, 'ticket.'), self._whole)
 
     def state_dict(self):
         if self.sparsifier is None: return self.state or {}
         masks,found = self.sparsifier.state_dict(),self.sparsifier.about.found_dict()
         each = zip(self.parts, (masks, self.pace.state_dict(), self.tickets.saved or {}, found))
-        return {k:v for part,state in each for k,v in put(part, state).items()}
+        return {k:ranks.whole(v) for part,state in each for k,v in put(part, state).items()}
 
     @property
     def _whole(self): return plain_model(self.training.model)
@@ -163,7 +193,8 @@ class Sparsify(Technique):
 
     def end(self, k, n):
         self._tell_early(self.pace, k, n)
-        if self.tickets.at_end and self.tickets.saved is not None: self.tickets.rewind(self._whole, self.sparsifier)
+        self.tickets.tell_missed(self.title)
+        if self.tickets.at_end: self.tickets.rewind(self._whole, self.sparsifier)
         if self.verbose: self.sparsifier.print_sparsity()
 
     def leave(self):
@@ -175,6 +206,7 @@ class Sparsify(Technique):
 class Keep(Technique):
     "Hold zero, while fine-tuning, what is zero at the start"
     name,holds,sparsifier = 'keep','masks of weights',None
+    def changes(self, training): return {n:p for n,p in plain_model(training.model).named_parameters() if p.dim()>1 and ranks.some_zero(p)}
     def begin(self, training):
         self.check(training)
         self.training,self.sparsifier = training,None
