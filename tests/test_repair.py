@@ -254,3 +254,40 @@ def test_what_stays_is_told():
     with torch.no_grad(): mine.mid.weight += .1
     with pytest.warns(UserWarning, match='embed.weight: read by embedding'): table = repair(mine, teacher, ids)
     assert list(table[table.why!=''].layer)==['embed'] and differs(mine, teacher, ids)<1e-3
+
+# --- in one argument
+
+def test_in_one_argument():
+    "Where something is lost, `repair=True` gives what `repair` does"
+    teacher,x = seeded(Net),images()
+    def both(change):
+        mine,other = deepcopy(teacher),deepcopy(teacher)
+        plain = change(mine, {})
+        repair(plain, teacher, x)
+        whole = change(other, dict(data=x, repair=True))
+        assert all(torch.equal(a, b) for a,b in zip(plain.state_dict().values(), whole.state_dict().values()))
+    both(lambda m, more: Pruner(m, 40, example_inputs=x[:1], **more).prune_model())
+    both(lambda m, more: Sparsifier(m, 'weight', 'global', layer_type=(nn.Conv2d,nn.Linear), **more).sparsify_model(50))
+
+def test_again_and_again():
+    "More zeros are repaired by what the model gave at first"
+    teacher,x = seeded(Net),images()
+    mine = deepcopy(teacher)
+    sp = Sparsifier(mine, 'weight', 'local', layer_type=(nn.Conv2d,nn.Linear), data=x, repair=True)
+    found = []
+    for s in (30,50,70):
+        sp.sparsify_model(s)
+        found.append(differs(mine, teacher, x))
+        assert round(sp.report().sparsity.iloc[-1])==s and (sp.repaired.after.dropna()<=sp.repaired.before.dropna()).all()
+    other = deepcopy(teacher)
+    Sparsifier(other, 'weight', 'local', layer_type=(nn.Conv2d,nn.Linear)).sparsify_model(70)
+    assert found==sorted(found) and found[-1]<.5*differs(other, teacher, x)
+
+def test_refused_before_anything_is_cut():
+    teacher,x = seeded(Net),images()
+    was = deepcopy(teacher.state_dict())
+    for make in (lambda **kw: Pruner(teacher, 40, example_inputs=x[:1], **kw).prune_model(), lambda **kw: Sparsifier(teacher, 'weight', **kw).sparsify_model(50), lambda **kw: FC_Decomposer().decompose(teacher, .5, **kw)):
+        with pytest.raises(ValueError, match='takes inputs'): make(repair=True)
+        with pytest.raises(ValueError, match='channels|does not run|shape'): make(repair=True, data=[torch.zeros(2, 5, 9, 9)])
+    with pytest.raises(ValueError, match='nothing to repair'): Pruner(repair=True)
+    assert all(torch.equal(v, teacher.state_dict()[k]) for k,v in was.items())

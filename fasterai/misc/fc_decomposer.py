@@ -15,6 +15,7 @@ from ..core.factorization import Choice,Decomposer,LowRank,with_weight
 from ..core.brought import check_held
 from ..core.running import batches_of,call_with,explained,inputs_of,inputs_that_run,plain_model,untouched
 from ..core.selection import n_of
+from ..repair.repair import Teacher
 from ..legacy import renamed
 
 # %% ../../nbs/misc/02_fc_decomposer.ipynb #a9297e21
@@ -50,14 +51,18 @@ class FC_Decomposer(Decomposer):
         layers=None, # Only these layers: names, or modules that hold some; all if not given
         exclude=None, # Not these
         example_inputs=None, # Inputs that run the model (a tensor, a tuple or a dict); by default a size that runs is looked for
+        repair:bool=False, # Fit what has become of the layers, and those after them, to what they gave before, for the inputs in `data` (see `repair`)
     )->nn.Module:
         """A copy of `model` with linear layers decomposed. A layer that would get no smaller stays, and so does one of which more is read than its output. `ValueError` for
         wrong names and fractions, for a model without linear layers, and for a budget out of reach"""
         self.data,model = data,plain_model(model)
         check_held((n,p) for n,p in model.named_parameters() if not p.is_meta)  # shapes need no values
         if example_inputs is not None: example_inputs = inputs_that_run(model, example_inputs)
-        try: return self._decompose(model, percent_removed, energy_threshold, params, macs, layers, exclude, example_inputs)
+        teacher = Teacher(model, data) if repair else None
+        try: new = self._decompose(model, percent_removed, energy_threshold, params, macs, layers, exclude, example_inputs)
         finally: self.data = None
+        if teacher is not None: self.repaired = teacher.repair(new)
+        return new
 
     def choice(self, layer, calls): return _Linear(layer, calls, self.data is not None)
 

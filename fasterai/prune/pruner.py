@@ -30,6 +30,7 @@ from ..core.proof import TOLERANCE,check_same,random_like
 from ..core.selection import Scores,Source,check_percent,n_of
 from ..core.pool import Pool, select_each
 from ..core.plan import as_bytes,check_fits,plan_text,pruned_plan,read_plan,remember_plan
+from ..repair.repair import Teacher
 from ..core.surgery import _pick,_sub,apply_plan,check_copyable,check_plan,follow_cut,legal,reshaped,without
 
 # %% ../../nbs/prune/01_pruner.ipynb #29ec85b0
@@ -282,11 +283,13 @@ class Pruner:
         verify:bool=True, # Compare the outputs before and after a lossless removal
         data=None, # Batches for a criteria that needs `grad` or `act`: one (x, y), a list or a DataLoader; gradients that are there will do
         loss_func=None, # Loss for gradients from `data`; by default cross-entropy, or mean squared error for a float target
+        repair:bool=False, # With a ratio: fit what is left to what the model gave before, for the inputs in `data` (see `repair`)
         progress:bool=True, # Show a bar for what takes longer than two seconds
     ):
         if isinstance(pruning_ratio, str): raise ValueError(f'pruning_ratio is a percentage or a dict by layer, not {pruning_ratio!r}')
         if round_to is not None and (not isinstance(round_to, int) or isinstance(round_to, bool) or round_to<1):
             raise ValueError(f'round_to is a whole number of channels, at least 1, not {round_to!r}')
+        if repair and pruning_ratio is None: raise ValueError('nothing is lost without a pruning_ratio, so there is nothing to repair')
         if isinstance(model, (int,float)):
             raise ValueError(f'the model comes first, then the ratio: Pruner(model, {model!r}), not Pruner({model!r})')
         if pruning_ratio is not None and model is None: raise ValueError('a pruning_ratio needs a model: Pruner(model, pruning_ratio)')
@@ -294,7 +297,7 @@ class Pruner:
         self.model = None if model is None else followable(model, resizes=pruning_ratio is not None)
         self.example_inputs,self.round_to,self.verify,self.data = example_inputs,round_to,verify,data
         self.loss_func = check_loss(loss_func)
-        self.progress = progress
+        self.progress,self.repair,self.repaired = progress,repair,None  # the last is the table of `repair`
         self.pruning_ratio = None if pruning_ratio is None else self._checked(pruning_ratio)
         self.ignored = [self._name(o) for o in listed(ignored_layers, 'ignored_layers')]
         self.about = Known(self.criteria.needs)
@@ -358,7 +361,9 @@ class Pruner:
     @at_home()
     def prune_by_ratio(self, inputs=None, optimizer=None):
         "Remove the least important channels, in place, and return the model"
+        teacher = Teacher(self.model, self.data) if self.repair else None
         staged(self._by_ratio(inputs, optimizer), 2, self.progress)
+        if teacher is not None: self.repaired = teacher.repair(self.model)
         return self.model
 
     def _by_ratio(self, inputs, optimizer):

@@ -28,6 +28,7 @@ from ..core import ranks
 from ..core.recorded import MOST, can_record, record
 from ..core.graph import ChannelGraph, layer_of
 from ..core.evidence import Weight, _wide, check_loss, check_trained, evidence, nothing_of, weight_of
+from ..repair.repair import Teacher
 from ..legacy import OldLevelPruner, old_prune, old_sparsifier
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #0ee83cb5
@@ -743,6 +744,7 @@ class Sparsifier:
         example_inputs=None, # Inputs that run the model (a tensor, a tuple or a dict), to follow filters with; by default a size that runs is found
         data=None, # Batches for a criteria that needs `grad` or `act`: one (x, y), a list or a DataLoader
         loss_func=None, # Loss for gradients from `data`; by default cross-entropy, or mean squared error for a float target
+        repair:bool=False, # Whenever a call has zeroed blocks, fit what is left to what the model gave at first, for the inputs in `data` (see `repair`)
     ):
         if round_to is not None and (not isinstance(round_to, int) or round_to<1):
             raise ValueError(f'round_to is a whole number of blocks, at least 1, not {round_to!r}')
@@ -775,6 +777,7 @@ class Sparsifier:
         for o in self.layers: o.about = self.about
         self.about.averages = not any(p for o in self.layers for p in o.spread_out) and not ranks.averages(model)
         self.remember()
+        self.repaired,self._teacher = None,Teacher(self.model, data) if repair else None  # the first is the table of `repair`
         if out: self._tell_computed(out)
 
     def _check_ranks(self):
@@ -883,8 +886,12 @@ class Sparsifier:
         self._learn([o for o in self.layers if o not in idle], idle)
         self._renew(lambda: self._rounded(self._counts(sparsity)), self.layers, checked=True)
         self.tell_left(sparsity)
+        self._repair()
         return self.model
     prune_model = sparsify_model
+
+    def _repair(self):
+        if self._teacher is not None: self.repaired = self._teacher.repair(self.model)
 
     @at_home()
     def sparsify_layer(self, m, sparsity): # Layer or its name, percentage
@@ -896,6 +903,7 @@ class Sparsifier:
         self._check_finite()
         self._learn(found)
         self._renew(lambda: self._rounded({(o.name,): n_of(o.n, 100*sparsity/self.own) for o in found}), found, checked=True)
+        self._repair()
         return found[0].parts[0].mod
     prune_layer = sparsify_layer
 
@@ -908,6 +916,7 @@ class Sparsifier:
         self._learn(self.layers)
         def below(name, scores): return int(((scores<threshold) | (self._by_name[name].keep==0)).sum())
         self._renew(lambda: self._rounded({(n,): below(n, s) for n,s in self._scores(self.layers).items()}), self.layers, alike=False, checked=True)
+        self._repair()
         return self.model
 
     def _learn(self, layers, idle=()): # Layers; others that are scored, and of which nothing goes
