@@ -446,3 +446,23 @@ def test_adapters_are_drawn_from_their_own_numbers(dims):
         assert torch.equal(before, torch.get_rng_state())
         found.append([p.detach().clone() for p in d.parameters()])
     assert len(found[0])==4 and all(torch.equal(a, b) for a,b in zip(*found)) and not torch.equal(found[0][0].flatten()[:8], found[0][2].flatten()[:8])
+
+# --- logits of another range
+
+@pytest.mark.parametrize('loss', ['SoftTarget','Logits','Mutual','DecoupledKD','NormalizedKD','DIST',partial(SoftTarget, T=2.),lambda pred, teacher_pred: (pred-teacher_pred).abs().mean()], ids=lambda o: getattr(o, '__name__', str(o)))
+def test_standardized(loss):
+    "Scale and shift of a sample's logits do not matter, the loss is zero or least where they agree up to these, and a callback takes it"
+    s,t,y = torch.randn(6, 4, dtype=torch.float64),torch.randn(6, 4, dtype=torch.float64),torch.randint(4, (6,))
+    f = standardized(loss)
+    given = dict(target=y) if 'target' in loss_needs(f) else {}
+    a,b = f(s, t, **given),f(s*torch.rand(6, 1)+torch.randn(6, 1), 5*t+1, **given)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert f(s, s*3, **given)<a
+    student,teacher = wide(),wide()
+    learn = learner(student)
+    fit(learn, 1, KnowledgeDistillationCallback(teacher, pickle.loads(pickle.dumps(f)) if isinstance(loss, str) else f))
+    assert all(p.isfinite().all() for p in student.parameters())
+
+def test_standardized_refuses():
+    with pytest.raises(ValueError, match='asks for no pred'): standardized('FitNet')
+    with pytest.raises(ValueError, match='at least 2 classes'): standardized('Logits')(torch.randn(4, 1), torch.randn(4, 1))

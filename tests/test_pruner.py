@@ -414,11 +414,19 @@ def test_any_criteria(criteria):
     p.prune_model()
     assert m[0].out_channels+m[2].out_channels==12 and m[0].weight.grad.shape==m[0].weight.shape
 
-@pytest.mark.parametrize('context', ['local','global','erk','uniform_plus','lamp'])
+@pytest.mark.parametrize('context', ['local','global','isomorphic','erk','uniform_plus','lamp'])
 def test_any_context(context):
     m = randomized(nn.Sequential(conv(3,8), nn.ReLU(), conv(8,8), nn.ReLU(), conv(8,8), head(8)))
     Pruner(m, 25, context, example_inputs=X.double()).prune_model()
     assert sum(m[i].out_channels for i in (0,2,4))==18
+
+def test_layers_of_one_shape_compete():
+    "Those with small weights lose more, and others are not asked"
+    m = randomized(nn.Sequential(conv(3,8), nn.ReLU(), conv(8,8), nn.ReLU(), conv(8,8), head(8)))
+    with torch.no_grad():
+        for p in m[2].parameters(): p.mul_(1e-3)
+    Pruner(m, 25, 'isomorphic', example_inputs=X.double()).prune_model()
+    assert [m[i].out_channels for i in (0,2,4)]==[6,4,8]
 
 def test_global_keeps_one_of_each():
     m = randomized(nn.Sequential(conv(3,8), nn.ReLU(), conv(8,8), head(8)))

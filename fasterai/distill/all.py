@@ -1,6 +1,6 @@
 from ..core.schedule import Schedule, agp, dsd, gradual, iterative, lin, one_cycle, one_shot, schedules
 from .losses import (ActivationBoundaries, Attention, DIST, DecoupledKD, FitNet, Logits, MLD, Mutual, NormalizedDecoupledKD, NormalizedKD, RKD, Similarity, SoftTarget,
-    kd_losses)
+    kd_losses, standardized)
 from .training import Distill
 from .distiller import Distiller, match_feature_layers
 from .distillation_callback import KnowledgeDistillation, KnowledgeDistillationCallback

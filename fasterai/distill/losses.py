@@ -6,7 +6,7 @@
 __all__ = ['kd_losses', 'LOSS_NEEDS', 'SoftTarget', 'Logits', 'Mutual', 'MLD', 'DecoupledKD', 'NormalizedDecoupledKD',
            'NormalizedKD', 'DIST', 'meet', 'any_shape', 'Attention', 'FitNet', 'ActivationBoundaries', 'Similarity',
            'RKD', 'loss_needs', 'takes_axis', 'compares_tensors', 'takes_classes', 'compares_any_shape', 'loss_name',
-           'loss_of', 'meaning_of', 'meaning_in', 'check_meaning']
+           'loss_of', 'standardized', 'meaning_of', 'meaning_in', 'check_meaning']
 
 # %% ../../nbs/distill/01_losses.ipynb #7feb7d5a
 import inspect
@@ -135,7 +135,7 @@ def DecoupledKD(
     "`T²·(alpha·TCKD + beta·NCKD)` (Zhao et al., Decoupled knowledge distillation, arXiv 2203.08679, eq. 7); `ValueError` for soft labels"
     return _decoupled(*_split('DecoupledKD', pred, teacher_pred, target, axis), alpha, beta, T)
 
-def _standard(z): return (z-z.mean(1, keepdim=True))/(z.std(1, correction=0, keepdim=True)+1e-7)
+def _standard(z, axis=1): return (z-z.mean(axis, keepdim=True))/(z.std(axis, correction=0, keepdim=True)+1e-7)
 
 @of_classes
 @_full
@@ -299,6 +299,26 @@ def loss_of(given): # Name of one of `kd_losses`, or a function of what its para
     f = named('loss', kd_losses, given)
     loss_needs(f)
     return f
+
+# %% ../../nbs/distill/01_losses.ipynb #8cb74166
+class standardized:
+    """The loss of logits `loss`, of logits that are standardized sample by sample along the axis of the classes: with a temperature, those of Sun et al.
+    (arXiv 2403.01427, algorithm 1). `ValueError` for a loss that looks at no logits"""
+    def __init__(self, loss): # Function of `pred` and `teacher_pred`, `partial` of one, or a name of `kd_losses`
+        self.loss = loss_of(loss)
+        missing = {'pred','teacher_pred'}-{*loss_needs(self.loss)}
+        if missing: raise ValueError(f'standardized takes a loss of logits, and {loss_name(self.loss)!r} asks for no {" and no ".join(sorted(missing))}')
+        self.__signature__,self.__name__ = inspect.signature(self.loss),f'standardized {loss_name(self.loss)}'
+        self.of_tensors,self.of_classes = compares_tensors(self.loss),takes_classes(self.loss)
+    def __call__(self, *args, **kwargs):
+        known = self.__signature__.bind(*args, **kwargs)
+        known.apply_defaults()
+        known = known.arguments
+        axis = known.get('axis', 1)
+        for o in ('pred','teacher_pred'):
+            _check_classes(self.__name__, known[o], axis)
+            known[o] = _standard(_whole(known[o]), axis)
+        return self.loss(**known)
 
 # %% ../../nbs/distill/01_losses.ipynb #0b75d19e
 def _axis_in(f, axis):
