@@ -529,9 +529,13 @@ def test_every_criteria(name, granularity):
     act = x.square().sum((0,2,3)).sqrt()[None,:,None,None]
     for m in model[1:]: m.weight.grad = torch.zeros_like(m.weight)
     sp.about.give(dict(act={o.parts[0].name: act if o.name=='0' else torch.ones_like(o.parts[0].w) for o in sp.layers}))
+    cols = {o.parts[0].name:r.integers(-3, 4, (o.parts[0].w[0].numel(),60)).astype(float) for o in sp.layers}
+    sp.about.give(dict(hess={n:torch.tensor(c@c.T)[None] for n,c in cols.items()}))
+    h = cols['0.weight']@cols['0.weight'].T
+    inverse = np.linalg.inv(h+1e-2*h.diagonal().mean()*np.eye(len(h))).diagonal().reshape(1, *w0.shape[1:])
     f = dict(random=None, large_final=abs(w), squared_final=w*w, small_final=-abs(w), large_init=abs(w0), small_init=-abs(w0), large_init_large_final=np.minimum(abs(w), abs(w0)),
         small_init_small_final=-np.maximum(abs(w), abs(w0)), magnitude_increase=abs(w)-abs(w0), movement=abs(w-w0), mov_large_final=abs(w*(w-w0)), movmag=abs(w*(w-w0)), mov_mag=abs(abs(w)-abs(w0)),
-        updating_magnitude_increase=abs(w)-abs(w0), updating_movement=abs(w-w0), updating_movmag=abs(w*(w-w0)), taylor=(w*grad)**2, grad_crit=(w*grad)**2, wanda=abs(w)*act.cpu().numpy())[name]
+        updating_magnitude_increase=abs(w)-abs(w0), updating_movement=abs(w-w0), updating_movmag=abs(w*(w-w0)), taylor=(w*grad)**2, grad_crit=(w*grad)**2, wanda=abs(w)*act.cpu().numpy(), obs=w*w/inverse)[name]
     sp.update(50)
     ids = ids_of(w.shape, 'oihw', granularity)
     got,mask = masked(sp, model, granularity)[0],sp.masks['0.weight'].cpu().numpy()

@@ -1,4 +1,5 @@
 "A changed network gives what it gave before, as far as least squares can have it so"
+import itertools
 import pytest, torch
 from copy import deepcopy
 from torch import nn
@@ -291,3 +292,77 @@ def test_refused_before_anything_is_cut():
         with pytest.raises(ValueError, match='channels|does not run|shape'): make(repair=True, data=[torch.zeros(2, 5, 9, 9)])
     with pytest.raises(ValueError, match='nothing to repair'): Pruner(repair=True)
     assert all(torch.equal(v, teacher.state_dict()[k]) for k,v in was.items())
+
+# --- what is lost after repair
+
+class Wide(nn.Module):
+    "Eight channels, in groups of every kind that readers have"
+    def __init__(self, kind):
+        super().__init__()
+        self.kind,self.make = kind,nn.Conv2d(3, 8, 3)
+        self.read = dict(conv=lambda: nn.Conv2d(8, 6, 3), no_bias=lambda: nn.Conv2d(8, 6, 2, bias=False), transposed=lambda: nn.ConvTranspose2d(8, 6, 3, stride=2), linear=lambda: nn.Linear(8*49, 6),
+            several=lambda: nn.ModuleList([nn.Conv2d(8, 3, 1),nn.Conv2d(8, 5, 3)]), rnn=lambda: nn.LSTM(8, 5, batch_first=True))[kind]()
+    def forward(self, x):
+        y = self.make(x).relu()
+        if self.kind=='linear': return self.read(y.flatten(1))
+        if self.kind=='several': return torch.cat([m(y).flatten(1) for m in self.read], 1)
+        if self.kind=='rnn': return self.read(y.flatten(2).transpose(1, 2))[0]
+        return self.read(y)
+
+def columns_read(net, x):
+    "For each reader, what it reads as [channels, features a channel, columns], its weight, and whether it has a bias"
+    found = []
+    for layer in (net.read if net.kind=='several' else [net.read]):
+        name = 'weight_ih_l0' if net.kind=='rnn' else 'weight'
+        def take(key, call, y):
+            at = torch.arange(n_columns(call, y))
+            cols,w = columns_in(call, at).double()[0],Weights(call).matrix().double()[0]
+            found.append((cols.view(8, -1, cols.shape[-1]),w.detach(),Weights(call).bias is not None))
+        full = next(n for n,p in net.named_parameters() if p is getattr(layer, name))
+        follow(net, x, [(full,0)], take)
+    return found
+
+def lost_without(found, gone, ridge=1e-2):
+    "Share of the outputs that least squares cannot have without channels `gone`, with the ridge of the criteria"
+    kept,total = [c for c in range(8) if c not in gone],0.
+    for cols,w,bias in found:
+        one = torch.ones(1, cols.shape[-1]).double()
+        every = torch.cat([cols.flatten(0, 1),one]) if bias else cols.flatten(0, 1)
+        damp = (ridge*every.square().sum(1).mean())**.5
+        def penalized(x): return torch.cat([x,damp*torch.eye(len(x)).double()], 1)
+        size = every.shape[0]
+        w = F.pad(w, (0,size-w.shape[1]))
+        goal = torch.cat([w@every,damp*w], 1)
+        pick = torch.cat([torch.arange(8).repeat_interleave(cols.shape[1]),torch.full((size-8*cols.shape[1],), -1)])
+        rows = torch.isin(pick, torch.tensor([*kept,-1]))
+        a = torch.cat([every,damp*torch.eye(size).double()], 1)[rows]
+        best = torch.linalg.lstsq(a.T, goal.T).solution
+        total += (goal-best.T@a).square().sum()/(w@every).square().sum()
+    return total.item()
+
+@pytest.mark.parametrize('kind', ['conv','no_bias','transposed','linear','several','rnn'])
+@pytest.mark.parametrize('seed', range(2))
+def test_obs_is_the_best_choice(kind, seed):
+    "What goes is what a search of all sets says"
+    net = seeded(lambda: Wide(kind), seed)
+    x = F.interpolate(torch.randn(48, 3, 4, 4, generator=torch.Generator().manual_seed(seed)), 9, mode='bilinear')
+    found = columns_read(net, x)
+    best = min(itertools.combinations(range(8), 3), key=lambda o: lost_without(found, o))
+    Pruner(net, {'make':37.5}, criteria='obs', example_inputs=x[:1], data=x).prune_model()
+    gone = tuple(sorted(set(range(8))-set(net._pruned['kept']['make.weight'][0])))
+    assert gone==best or lost_without(found, gone)<=lost_without(found, best)*(1+1e-4)
+
+def test_obs_beats_magnitude():
+    "In most of ten networks, and by far in the mean"
+    ours,theirs = [],[]
+    for seed in range(10):
+        teacher,x = seeded(Net, seed),images()
+        for criteria,found in (('obs',ours),('large_final',theirs)):
+            mine = deepcopy(teacher)
+            Pruner(mine, 40, criteria=criteria, example_inputs=x[:1], data=x, repair=True).prune_model()
+            found.append(differs(mine, teacher, x))
+    assert sum(a<b for a,b in zip(ours, theirs))>=8 and sum(ours)<.8*sum(theirs)
+
+def test_obs_needs_data():
+    teacher,x = seeded(Net),images()
+    with pytest.raises(ValueError, match='data'): Pruner(teacher, 40, criteria='obs', example_inputs=x[:1]).prune_model()

@@ -6,7 +6,7 @@
 __all__ = ['grad_crit', 'movmag', 'criterias', 'reducers', 'pointwise', 'large_final', 'squared_final', 'small_final',
            'large_init', 'small_init', 'large_init_large_final', 'small_init_small_final', 'magnitude_increase',
            'movement', 'mov_large_final', 'mov_mag', 'updating_magnitude_increase', 'updating_movement',
-           'updating_movmag', 'taylor', 'wanda', 'needs', 'score', 'Criteria', 'criteria_of']
+           'updating_movmag', 'taylor', 'wanda', 'obs', 'needs', 'score', 'Criteria', 'criteria_of']
 
 # %% ../../nbs/core/02_criteria.ipynb #3cad9c6c
 import inspect
@@ -15,6 +15,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 from .needs import needed
+from .obs import damped_inverse
 from .registry import did_you_mean, named
 
 # %% ../../nbs/core/02_criteria.ipynb #3e3eba38
@@ -61,10 +62,19 @@ def taylor(w, grad): "`(w·grad)²`, the first-order change of the loss (Molchan
 @pointwise
 def wanda(w, act): "`|w|·‖x‖₂` of the input channel (Sun et al., arXiv 2306.11695, eq. 1)"; return w.abs()*act
 
+def obs(w, hess):
+    """`w²/[H⁻¹]`: what is lost without a weight, once the others make up for it (Hassibi & Stork, optimal brain surgeon, eq. 5). A `Pruner`
+    asks what is lost without a channel by all who read it"""
+    rows = w.unflatten(0, (len(hess),-1)).flatten(2)  # [groups, outputs, features]
+    inverse = damped_inverse(hess)
+    if inverse.dim()==3: inverse = inverse.diagonal(dim1=-2, dim2=-1)
+    return (rows.square()/inverse[:,None,:rows.shape[-1]].to(w.dtype)).view(w.shape)
+obs.of_readers = True
+
 grad_crit,movmag = taylor,mov_large_final
 
 criterias = {f.__name__:f for f in (random, large_final, squared_final, small_final, large_init, small_init, large_init_large_final, small_init_small_final,
-    magnitude_increase, movement, mov_large_final, mov_mag, updating_magnitude_increase, updating_movement, updating_movmag, taylor, wanda)}
+    magnitude_increase, movement, mov_large_final, mov_mag, updating_magnitude_increase, updating_movement, updating_movmag, taylor, wanda, obs)}
 criterias |= dict(grad_crit=taylor, movmag=mov_large_final)
 
 # %% ../../nbs/core/02_criteria.ipynb #a9f82978

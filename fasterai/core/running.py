@@ -507,10 +507,12 @@ def call_with(
     return map_parts(plain, out) if any(type(o) is not Tensor for o in tensors_of(out)) else out
 
 def batches_of(data):
-    "The batches of `data`: itself, if it is a tensor, a dict, a tuple of tensors or a list of them with one first dimension"
+    """The batches of `data`: itself, if it is a tensor, a dict, a tuple of tensors or a list of them with one first dimension, as inputs and a
+    target have; three tensors or more that are alike are batches"""
     if isinstance(data, (Tensor,tuple,Mapping)): return [data]
     tensors = isinstance(data, list) and data and all(isinstance(o, Tensor) for o in data)
-    return [data] if tensors and len({len(o) for o in data})==1 else data
+    alike = tensors and len(data)>2 and len({(o.dim(),o.dtype) for o in data})==1 and data[0].dim()>1
+    return [data] if tensors and not alike and len({len(o) for o in data})==1 else data
 
 def inputs_of(batch, device):
     "Inputs of `batch`, on `device`: the batch itself, or all but the last, the target, of a tuple or list"

@@ -15,6 +15,7 @@ import torch
 from matplotlib.collections import PolyCollection
 from torch import nn
 from ..core.brought import check_held
+from ..core.needs import Known
 from ..core.criteria import criteria_of, criterias, needs, score
 from ..core.granularity import axes_of, blocks, granularities, granularity_name, granularity_of, has_axes, numbered_by
 from ..core.running import check_module, check_shapes, innermost
@@ -123,7 +124,7 @@ def show_criteria(
     axs=None, # Axes to draw on, new if none
 ):
     "Decision regions of criteria: the half of the weights that each keeps"
-    if names is None: names = [o for o,f in criterias.items() if o==f.__name__ and not {'grad','act'} & set(needs(f))]
+    if names is None: names = [o for o,f in criterias.items() if o==f.__name__ and not Known(needs(f)).from_data]
     names = list(names)
     axs = _panels(len(names), 5, (1.65,2), axs, layout='constrained')
     for o,ax in zip(names, axs): show_criterion(o, ax=ax)

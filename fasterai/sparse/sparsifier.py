@@ -924,7 +924,7 @@ class Sparsifier:
         if self.data is None or not asked: return
         if self.about.of('grad'): check_trained(self.criteria, parts)
         found = evidence(asked, self.data, self.model, parts, self.loss_func)
-        words = dict(grad='the gradient of', x='the inputs of')
+        words = dict(grad='the gradient of', x='the inputs of', cols='what arrives at')
         for k,xs in found.items():
             check_finite([(f'{words[needed[k].of]} {n}',x) for n,x in xs.items()], 'these data cannot rank weights')
         self.about.give(nothing_of(asked, parts_of(idle)))
