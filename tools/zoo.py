@@ -408,7 +408,8 @@ class Trial:
         if worst<=SAME: return
         class Rounded(torch.nn.Module):
             "`a` of inputs that are rounded"
-            def forward(self, *args): return a(*tree_map(rounded, args))
+            def __init__(self): super().__init__(); self.a = a
+            def forward(self, *args): return self.a(*tree_map(rounded, args))
         def rounded(o): return o*(1+4*torch.finfo(o.dtype).eps) if isinstance(o, torch.Tensor) and o.is_floating_point() else o
         self.tell(rounding=max(difference(a, Rounded(), o)[0] for o in inputs))
 

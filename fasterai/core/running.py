@@ -972,11 +972,12 @@ def inputs_that_run(
 _DROPS = {f'{o}dropout{end}' for o in ('','alpha_','feature_','feature_alpha_') for end in ('','_','1d','2d','3d')}
 
 class _Undropped(TorchFunctionMode):
-    "Dropout that code calls as a function gives back what it gets"
+    "Dropout that code calls as a function gives back what it gets, as a tensor of its own: a parameter would be registered where it is put"
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, '__name__', '') not in _DROPS: return func(*args, **kwargs)
-        return args[0] if args else kwargs['input']
+        kwargs,name = kwargs or {},getattr(func, '__name__', '')
+        if name not in _DROPS: return func(*args, **kwargs)
+        x = args[0] if args else kwargs['input']
+        return x if name.endswith('_') or kwargs.get('inplace') else x.clone()
 
 @contextmanager
 def as_in_training(model):
