@@ -148,7 +148,7 @@ def test_adapters_leave_with_an_interrupt():
 @pytest.mark.parametrize('args,words', [((3,),'name of a parameter, not 3'), (('a b',),'name of a parameter'), (('q',None,3),'then is a function'), (('q','sometimes'),'at=')])
 def test_needs(args, words):
     with pytest.raises(ValueError, match=words): need(*args)(lambda w: w)
-    assert set(needed)=={'w','w0','w_prev','grad','act'}
+    assert set(needed)=={'w','w0','w_prev','grad','act','hess'}
 
 def mlp(seed=0, sizes=(8,16,16,4)):
     torch.manual_seed(seed)
