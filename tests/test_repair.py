@@ -256,6 +256,44 @@ def test_what_stays_is_told():
     with pytest.warns(UserWarning, match='embed.weight: read by embedding'): table = repair(mine, teacher, ids)
     assert list(table[table.why!=''].layer)==['embed'] and differs(mine, teacher, ids)<1e-3
 
+class Folding(nn.Module):
+    "A norm reads a part of what a convolution gives, and two more follow"
+    def __init__(self):
+        super().__init__()
+        self.a,self.part,self.twice,self.out = nn.Conv2d(3, 8, 3),nn.BatchNorm2d(4),nn.Sequential(nn.BatchNorm2d(4),nn.BatchNorm2d(4)),nn.Linear(4, 3)
+        with torch.no_grad():
+            for m in self.modules():
+                if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(), m.running_var.uniform_(.5, 2), m.weight.uniform_(.5, 1.5), m.bias.normal_()
+    def forward(self, x): return self.out(self.twice(self.part(self.a(x)[:,:4])).relu().mean((2,3)))
+
+def test_norms_of_a_part_and_in_a_row():
+    "Each has a row of its own, and answers as the teacher's"
+    teacher,x = seeded(Folding),images()
+    mine = deepcopy(teacher)
+    with torch.no_grad():
+        for m in mine.modules():
+            if isinstance(m, nn.BatchNorm2d): m.running_mean.add_(.5), m.running_var.mul_(2)
+    table = repair(mine, teacher, x)
+    assert [o for o in table.layer if o!='a']==['part','twice.0','twice.1','out'] and differs(mine, teacher, x)<1e-6
+
+def test_one_column_a_batch():
+    "Images one by one: the last layer sees one column of each, some of which are held out"
+    teacher,x = seeded(Net),images(64)
+    one,all_ = pruned(deepcopy(teacher), x),pruned(deepcopy(teacher), x)
+    single = repair(one, teacher, list(x.split(1)))
+    repair(all_, teacher, x)
+    assert single[single.layer=='fc'].ridge.item()<10 and differs(one, teacher, x)<1.5*differs(all_, teacher, x)
+
+def test_products_that_are_no_layers_are_told():
+    class Experts(nn.Module):
+        def __init__(self): super().__init__(); self.w,self.out = nn.Parameter(torch.randn(2, 6, 5)),nn.Linear(5, 3)
+        def forward(self, x): return self.out(torch.bmm(x.expand(2, -1, -1), self.w).sum(0))
+    teacher,x = seeded(Experts),torch.randn(40, 6)
+    mine = deepcopy(teacher)
+    with torch.no_grad(): mine.out.weight.mul_(.9)
+    with pytest.warns(UserWarning, match='not repaired: w: read by bmm'): table = repair(mine, teacher, x)
+    assert differs(mine, teacher, x)<1e-4 and table.why.str.contains('bmm').sum()==1
+
 # --- in one argument
 
 def test_in_one_argument():

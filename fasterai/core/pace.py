@@ -342,7 +342,7 @@ class attach:
     def _after(self, optimizer, args, kwargs):
         if not self.active: return
         infinite = getattr(optimizer, 'found_inf', None)
-        if infinite is not None and float(infinite): return  # the fused optimizer has made no step
+        if infinite is not None and float(infinite): return  # the fused optimizer has made no step; of others, a `GradScaler` asks the same
         if self.k==self.n: warn(f'more than the {self.n} steps are made that {self.technique.title} was attached for: it is at its end, and holds what there is')
         self.k += 1
         inputs,self.seen.inputs = self.seen.inputs,()

@@ -131,7 +131,7 @@ class Read:
     level:int # How many of such operations its input has come through, one after the other
     bias:str|None=None # Name of the parameter that is added
     late:slice|None=None # Which part of it is added, by an operation of its own
-    norm:object=None # The `Read` of a batch normalization that reads its output first
+    norm:object=None # Of a convolution or a product: the `Read` of the batch normalization that reads its output first
     parts:dict|None=None # Of a batch normalization: names of its weight, bias, running_mean and running_var, and eps
     @property
     def key(self): return self.name,self.nth
@@ -175,7 +175,7 @@ class _Map(_Following):
     def __init__(self, model):
         super().__init__(model)
         self.where,self.reads,self.others = Where(model),[],{}
-        self.level,self.made = {},{}  # by memory of a tensor
+        self.level,self.made = {},{}  # by memory of a tensor: its level; the read that made it, and its number of outputs
         self.params = dict(model.named_parameters()) | dict(model.named_buffers())
     def see(self, func, spec, args, kwargs):
         call = Call(func, spec, args, kwargs, _itself, self.where())
@@ -187,7 +187,7 @@ class _Map(_Following):
         for t in outs:
             memory = _memory(t)
             self.level[memory] = level+(read is not None)
-            if read is not None: self.made[memory] = read
+            if read is not None: self.made[memory] = read,t.shape[1 if read.kind in _BY_CHANNEL else -1]
             elif spec.meaning not in _ALIASES: self.made.pop(memory, None)
         return out
     def read(self, call, level, biases):
@@ -196,15 +196,18 @@ class _Map(_Following):
             weight,bias,x = read_by(call)
             added = self.owner(bias) if bias is not None and bias.dim()==1 else None
             read = Read(name, self.next(name), call.meaning, call.where, *self.place(call, name, weight), level, added)
-            if call.meaning=='batch_norm': read.parts = {o:self.owner(call.a[o]) for o in _NORM} | dict(eps=call.a.get('eps', call.a.get('epsilon')))
+            if call.meaning=='batch_norm': self.note_norm(read, call, x)
             self.reads.append(read)
-            if call.meaning=='batch_norm' and (source := self.made.get(_memory(x))) and source.norm is None: source.norm = read
             known = (weight,bias)
         else: read,known = None,biases
         if call.meaning not in _ALIASES:
             for t in call.shadows:
-                if not any(t is o for o in known) and (other := self.owner(t)): self.others.setdefault(other, call.why)
+                if not any(t is o for o in known) and (other := self.owner(t)): self.others.setdefault(other, (call.meaning,call.why))
         return read
+    def note_norm(self, read, call, x):
+        read.parts = {o:self.owner(call.a[o]) for o in _NORM} | dict(eps=call.a.get('eps', call.a.get('epsilon')))
+        source,n = self.made.get(_memory(x), (None,0))
+        if source is not None and source.kind in ('convolution','product') and source.norm is None and x.shape[1]==n: source.norm = read
     def place(self, call, name, weight):
         "Dimension of the parameter that outputs lie along, and the first of them"
         if call.meaning!='product': return int(call.a.get('transposed', False)), 0
@@ -215,11 +218,11 @@ class _Map(_Following):
         "A linear layer over inputs that do not lie side by side adds its bias by an operation of its own"
         found = []
         for t in call.shadows:
-            source = self.made.get(_memory(t)) if t.numel() else None
-            if source is None or source.kind!='product' or source.bias: continue
+            source,n = self.made.get(_memory(t), (None,0)) if t.numel() else (None,0)
+            if source is None or source.kind!='product' or source.bias or t.shape[-1]!=n: continue
             for o in call.shadows:
                 name = self.owner(o)
-                if not name or o.dim()!=1 or len(o)!=t.shape[-1]: continue
+                if not name or o.dim()!=1 or len(o)!=n: continue
                 start = o.storage_offset()-self.params[name].storage_offset()
                 source.bias,source.late = name,slice(start, start+len(o))
                 found.append(o)
@@ -229,7 +232,7 @@ def reads_of(
     model:nn.Module, # Left as it is
     inputs, # A tensor, a tuple of arguments or a dict of keyword arguments
 )->tuple[list[Read],dict]:
-    "The reads of a run in eval mode, in order; and by name of a parameter the operation that reads it in another way"
+    "The reads of a run in eval mode, in order; and by name of a parameter that is read in another way, what that operation means, and which it is"
     seen = _Map(model)
     with untouched(model), seen: call_with(model, inputs)
     return seen.reads,seen.others

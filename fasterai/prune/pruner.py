@@ -259,8 +259,8 @@ def losers(
     classes,readers = group.classes[group.keep!=0],[]
     for s in readers_of(graph, [group]):
         ask = known(s.name)
-        hess,w = ask['hess'],ask['w'].movedim(s.dim, 1)
-        rows = w.unflatten(0, (len(hess),-1)) if s.dim else ask['w'].unflatten(0, (len(hess),-1)).transpose(1, 2)
+        hess,rows = ask['hess'],ask['w'].unflatten(0, (len(ask['hess']),-1))  # [groups, outputs, inputs, …]
+        if s.dim==0: rows = rows.transpose(1, 2)  # as of a transposed convolution
         for j,h in enumerate(hess):
             at = _positions(s.ids if s.grid is None else s.grid[j], classes, graph).to(h.device)
             w = rows[j].flatten(1)

@@ -9,6 +9,7 @@ __all__ = ['RIDGES', 'Moments', 'held_out', 'Free', 'Masked', 'Shared', 'kind_of
 import torch
 from torch import Tensor
 from dataclasses import dataclass
+from ..core.factorization import _wide
 
 # %% ../../nbs/repair/01_least_squares.ipynb #22eacec7
 class Moments:
@@ -21,7 +22,7 @@ class Moments:
         y:Tensor, # [groups, outputs, n]
     ):
         "Count `n` more columns"
-        x,y = _double(x),_double(y)
+        x,y = _wide(x),_wide(y)
         self.n += x.shape[-1]
         self.xx,self.yx = self.xx+x@x.mT,self.yx+y@x.mT
         self.x,self.y,self.yy = self.x+x.sum(-1),self.y+y.sum(-1),self.yy+y.square().sum(-1)
@@ -51,8 +52,6 @@ class Moments:
         if b is not None: e = e+b*(self.n*b+2*((w*self.x[...,None,:]).sum(-1)-self.y))
         return e.clamp(min=0)
 
-def _double(t): return t.to('cpu' if t.device.type=='mps' else t.device, torch.float64)
-
 # %% ../../nbs/repair/01_least_squares.ipynb #77054fa1
 _BLOCKS = 16 # of columns in each batch
 _HELD = 4 # of so many blocks one is held out
@@ -60,9 +59,12 @@ _HELD = 4 # of so many blocks one is held out
 def held_out(
     n:int, # Number of columns
     device, # Where they are
+    before:int=0, # How many columns there were before these
 )->Tensor:
     "Which of them are held out: [n]"
-    return torch.arange(n, device=device)*_BLOCKS//max(n, 1)%_HELD==_HELD-1
+    i = torch.arange(n, device=device)
+    blocks = i*_BLOCKS//n if n>=_BLOCKS else before+i
+    return blocks%_HELD==_HELD-1
 
 # %% ../../nbs/repair/01_least_squares.ipynb #c3aa17dc
 def _gradient(m, w): return m.yx-w@m.xx
@@ -114,23 +116,24 @@ class Shared:
         self.w = w
         self.values,self.at = w.unique(return_inverse=True)
         self.moves = self.values!=0
+        self._of = None,None
     def _sums(self, x): return torch.zeros_like(self.values).index_add_(0, self.at.flatten(), x.flatten())
     def solved(self, m, ridge, rough=False):
         "As `Free.solved`: a value counts as often as it stands in the weight"
-        each = [self._sums((self.at==k).to(m.xx.dtype)@m.xx) for k in range(len(self.values))]
-        a = torch.stack(each)+torch.diag(ridge*_scale(m).mean()*self._sums(torch.ones_like(self.w)))
+        if self._of[0] is not m: self._of = m,torch.stack([self._sums((self.at==k).to(m.xx.dtype)@m.xx) for k in range(len(self.values))])
+        a = self._of[1]+torch.diag(ridge*_scale(m).mean()*self._sums(torch.ones_like(self.w)))
         free,r = self.moves.nonzero().flatten(),self._sums(_gradient(m, self.w))
         change = torch.linalg.lstsq(a[free][:,free], r[free,None], driver='gelsd' if a.device.type=='cpu' else None).solution[:,0]
         return self.values.index_add(0, free, change)[self.at]
 
 _MOST_SHARED = 256 # values: as many as eight bits tell apart
-_OFTEN = 4 # times that a shared value stands in a weight, on average
+_OFTEN = 4 # times that a shared value other than zero stands in a weight, on average
 
 def kind_of(
     w:Tensor, # Weights [groups, outputs, features], in double precision
 ):
     "`w` as `Free`, `Masked` or `Shared`, as its numbers tell"
-    if len(w.unique())<=min(_MOST_SHARED, w.numel()/_OFTEN): return Shared(w)
+    if len(w.unique())<=min(_MOST_SHARED, w.count_nonzero()/_OFTEN): return Shared(w)
     return Masked(w) if (w==0).any() else Free(w)
 
 # %% ../../nbs/repair/01_least_squares.ipynb #af069d3f

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn, Tensor
 from ..core.brought import check_values, warn
+from ..core.factorization import _wide
 from ..core.graph import layer_of
 from ..core.reads import Weights, columns_in, columns_out, follow, n_columns, read_by, reads_of, some_columns
 from ..core.surgery import copy_of
@@ -46,6 +47,8 @@ def _is_state(model, name):
     layer,_,attr = name.rpartition('.')
     return isinstance(model.get_submodule(layer), (nn.RNNBase,nn.RNNCellBase)) and attr.startswith('weight_hh')
 
+_PRODUCTS = 'product','convolution','deformed','distance','weight_norm' # Operations that multiply with weights: where they do so in another way than a layer does, it is told
+
 _INNER = 'one of several layers in place of one: the last of them is fitted'
 
 def _stays(model, reads, others, partners, inner):
@@ -55,7 +58,7 @@ def _stays(model, reads, others, partners, inner):
     for o in reads:
         if o.key not in partners: res[o.name] = _INNER if o.name in inner else 'the teacher has no such layer'
         elif _is_state(model, o.name): res[o.name] = 'it makes a state from the last one'
-        elif o.kind!='batch_norm' and o.name in others: res[o.name] = f'read by {others[o.name]} as well'
+        elif o.kind!='batch_norm' and o.name in others: res[o.name] = f'read by {others[o.name][1]} as well'
         elif o.bias and (o.bias in others or len(readers[o.bias])>1): res[o.name] = f'{o.bias} is read elsewhere as well'
     return res
 
@@ -72,7 +75,7 @@ class _Norm:
     def __init__(self, model, read):
         self.tensors = {o:None if n is None else _tensor(model, n) for o,n in read.parts.items() if o!='eps'}
         self.eps = read.parts['eps']
-        self.weight,self.bias,self.mean,self.var = (None if t is None else t.double() for t in self.tensors.values())
+        self.weight,self.bias,self.mean,self.var = (None if t is None else _wide(t) for t in self.tensors.values())
         if self.weight is None: self.weight = torch.ones_like(self.mean)
         if self.bias is None: self.bias = torch.zeros_like(self.mean)
 
@@ -113,7 +116,7 @@ class _Layer:
         self.name,self.kind,self.level = reads[0].name,reads[0].kind,max(o.level for o in reads)
         self.fit,self.held,self.weights = Moments(),Moments(),None
         self.has_bias = any(o.bias or o.norm for o in reads)
-        self.norm = None  # the teacher's `Read` of the normalization that follows, if nothing else reads what comes out
+        self.norm = None  # the teacher's `Read` of the normalization that follows, if it reads nothing else
 
     def target(self, teacher, key, call, y, n_batches):
         "Which columns are looked at, of how many, and what the teacher gives there"
@@ -126,7 +129,7 @@ class _Layer:
         if (mine := n_columns(call, y))!=n: raise ValueError(f'{self.name} gives {mine} columns for these inputs, and {n} in the teacher')
         self.weights = Weights(call)
         x,wanted = columns_in(call, at.to(y.device)),self.rows(read, wanted.to(y.device), y)
-        out = held_out(len(at), y.device)
+        out = held_out(len(at), y.device, self.fit.n+self.held.n)
         self.fit.add(x[...,~out], wanted[...,~out])
         self.held.add(x[...,out], wanted[...,out])
 
@@ -151,8 +154,8 @@ class _Layer:
         "Fit the weight and its bias: both, the error before and after, and the ridge"
         late = next((o for o in self.reads if o.late), None)
         bias = model.get_parameter(late.bias)[late.late] if late else self.weights.bias
-        w = self.weights.matrix().double()
-        b = None if bias is None else bias.double().view(w.shape[:2])
+        w = _wide(self.weights.matrix())
+        b = None if bias is None else _wide(bias).view(w.shape[:2])
         def error(w, b): return every.error(w, every.bias(w) if b is None and self.has_bias else b).sum()
         new = refit(w, self.fit, self.held, self.has_bias, ridge)
         to = self.weights.weight.dtype
@@ -217,7 +220,7 @@ def _layers(model, reads, others, partners, inner):
     for o in layers.values(): levels.setdefault(o.level, []).append(o)
     seen = {o.name for o in reads}
     for n,p in model.named_parameters():
-        if p.dim()>1 and n not in seen: stays[n] = f'read by {others[n]}' if n in others else 'not read with these inputs'
+        if p.dim()>1 and n not in seen: stays[n] = f'read by {others[n][1]}' if n in others else 'not read with these inputs'
     return [levels[k] for k in sorted(levels)],stays
 
 def _look(layers, model, teacher, data):
@@ -281,7 +284,8 @@ def repair(
         levels,stays = _layers(model, reads, others, partners, inner)
         if not levels: raise ValueError(f'no weight of this {type(model).__name__} can be fitted to the teacher: {_in_words(stays)}')
         with _Undo() as undo: rows = staged(_all_levels(levels, model, teacher, data, ridge, undo), len(levels), progress)
-    lost = {n:why for n,why in stays.items() if n not in inner and any(o.name==n for o in reads)}
+    read = {o.name for o in reads}
+    lost = {n:why for n,why in stays.items() if n not in inner and (n in read or others.get(n, ('',))[0] in _PRODUCTS)}
     if lost: warn(f'not repaired: {_in_words(lost)}')
     return pd.DataFrame(rows+[_row(n, why=why) for n,why in stays.items()])
 
