@@ -322,6 +322,19 @@ def test_again_and_again():
     Sparsifier(other, 'weight', 'local', layer_type=(nn.Conv2d,nn.Linear)).sparsify_model(70)
     assert found==sorted(found) and found[-1]<.5*differs(other, teacher, x)
 
+def test_in_steps():
+    "What is removed or zeroed step by step is repaired by what the model gave at the start"
+    teacher,x = seeded(Net),images()
+    mine,bare = deepcopy(teacher),deepcopy(teacher)
+    p,q = Pruner(mine, 40, example_inputs=x[:1], data=x, repair=True),Pruner(bare, 40, example_inputs=x[:1])
+    for ratio in (10,25,40):
+        p.update(ratio), q.update(ratio)
+        assert (p.repaired.after.dropna()<=p.repaired.before.dropna()).all() and differs(mine, teacher, x)<.8*differs(bare, teacher, x)
+    mine,bare = deepcopy(teacher),deepcopy(teacher)
+    for m,sp in ((mine,Sparsifier(mine, 'weight', data=x, repair=True)),(bare,Sparsifier(bare, 'weight'))):
+        for s in (30,60): sp.update(s)
+    assert differs(mine, teacher, x)<.8*differs(bare, teacher, x)
+
 def test_refused_before_anything_is_cut():
     teacher,x = seeded(Net),images()
     was = deepcopy(teacher.state_dict())

@@ -55,7 +55,7 @@ class FC_Decomposer(Decomposer):
     )->nn.Module:
         """A copy of `model` with linear layers decomposed. A layer that would get no smaller stays, and so does one of which more is read than its output. `ValueError` for
         wrong names and fractions, for a model without linear layers, and for a budget out of reach"""
-        self.data,model = data,plain_model(model)
+        self.data,self.repaired,model = data,None,plain_model(model)
         check_held((n,p) for n,p in model.named_parameters() if not p.is_meta)  # shapes need no values
         if example_inputs is not None: example_inputs = inputs_that_run(model, example_inputs)
         teacher = Teacher(model, data) if repair else None

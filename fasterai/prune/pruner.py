@@ -325,7 +325,7 @@ class Pruner:
         verify:bool=True, # Compare the outputs before and after a lossless removal
         data=None, # Batches for a criteria that needs `grad` or `act`: one (x, y), a list or a DataLoader; gradients that are there will do
         loss_func=None, # Loss for gradients from `data`; by default cross-entropy, or mean squared error for a float target
-        repair:bool=False, # With a ratio: fit what is left to what the model gave before, for the inputs in `data` (see `repair`)
+        repair:bool=False, # With a ratio: fit what is left to what the model gave at the start, for the inputs in `data` (see `repair`)
         progress:bool=True, # Show a bar for what takes longer than two seconds
     ):
         if isinstance(pruning_ratio, str): raise ValueError(f'pruning_ratio is a percentage or a dict by layer, not {pruning_ratio!r}')
@@ -339,7 +339,7 @@ class Pruner:
         self.model = None if model is None else followable(model, resizes=pruning_ratio is not None)
         self.example_inputs,self.round_to,self.verify,self.data = example_inputs,round_to,verify,data
         self.loss_func = check_loss(loss_func)
-        self.progress,self.repair,self.repaired = progress,repair,None  # the last is the table of `repair`
+        self.progress,self.repair,self.repaired,self._teacher = progress,repair,None,None  # `repaired` is the table of `repair`
         self.pruning_ratio = None if pruning_ratio is None else self._checked(pruning_ratio)
         self.ignored = [self._name(o) for o in listed(ignored_layers, 'ignored_layers')]
         self.of_readers = getattr(self.criteria.f, 'of_readers', False)
@@ -404,9 +404,7 @@ class Pruner:
     @at_home()
     def prune_by_ratio(self, inputs=None, optimizer=None):
         "Remove the least important channels, in place, and return the model"
-        teacher = Teacher(self.model, self.data) if self.repair else None
-        staged(self._by_ratio(inputs, optimizer), 2, self.progress)
-        if teacher is not None: self.repaired = teacher.repair(self.model)
+        if staged(self._by_ratio(inputs, optimizer), 2, self.progress): self._repair()
         return self.model
 
     def _by_ratio(self, inputs, optimizer):
@@ -415,9 +413,10 @@ class Pruner:
         if (asked := self.about.from_data) and self.data is not None:
             if self.about.of('grad'): check_trained(self.criteria, self.weights)
             with self.bystanders.aside(): self.about.give(evidence(asked, self.data, self.model, self.weights, self.loss_func, self.of_readers))
-        n = self.update(self.pruning_ratio, optimizer)
+        n = self._remove(self.pruning_ratio, optimizer)
         if not n and not self.left and self._asks_for_some():
             warn(f'nothing went: pruning_ratio {self.pruning_ratio} is less than one channel of any layer')
+        return n
 
     def _asks_for_some(self):
         ratio = self.pruning_ratio
@@ -428,7 +427,7 @@ class Pruner:
         example_inputs=None, # Inputs that run the model
         widths={}, # By name of a group how many channels it has had, if more than now
     ):
-        "Follow the channels of the model: what `update` removes is counted from the widths of now, or from `widths`"
+        "Follow the channels of the model: what `update` removes is counted from the widths of now, or from `widths`, and repaired by what the model gives now"
         self._check_ratio()
         check_shapes(self.model)
         check_values(self.model)
@@ -443,6 +442,7 @@ class Pruner:
             was = pruned_plan(self.model)['sizes'] if widths else {}
             self.shapes = {g.name:tuple(was.get(o:=g.slices[0].name, self.model.get_parameter(o).shape)) for g in self.groups}
             if self.about.from_data: self._check_seen()
+        if self.repair: self._teacher = Teacher(self.model, self.data, self.progress)
         self.widths = {g.name:widths.get(g.name, g.n) for g in self.groups}
         for g in self.groups: g.widen(self.widths[g.name])
         if self.round_to and all(g.n<self.round_to for g in self.groups):
@@ -492,6 +492,14 @@ class Pruner:
     def update(self, ratio, optimizer=None): # Percentage, or a dict of them by layer; whose state is cut as well
         """Have `ratio` percent of the channels gone that there were at the `start`, the least important of those that are left.
         What is gone stays so. How many went now"""
+        n = self._remove(ratio, optimizer)
+        if n: self._repair()
+        return n
+
+    def _repair(self):
+        if self.repair: self.repaired = self._teacher.repair(self.model)
+
+    def _remove(self, ratio, optimizer):
         self._check_ratio()
         for r in ratio.values() if isinstance(ratio, Mapping) else [ratio]: check_percent('pruning_ratio', r)
         if optimizer is not None: check_optimizer(optimizer, self.model)
@@ -508,10 +516,10 @@ class Pruner:
 
     def _start_again(self):
         "Another one has removed channels: follow those that are there now"
-        told,found = (self.left,self.known,self.counts_on),self.about.found
+        told,found,teacher = (self.left,self.known,self.counts_on),self.about.found,self._teacher
         self.about.found = {}
         self.start(self.graph.example_inputs, self.widths)
-        (self.left,self.known,self.counts_on),self.about.found = told,found
+        (self.left,self.known,self.counts_on),self.about.found,self._teacher = told,found,teacher
 
     def _update(self, ratio, targets, optimizer):
         for g in self.groups: g.values = g.held = None

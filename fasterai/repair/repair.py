@@ -294,14 +294,15 @@ class Teacher:
     def __init__(self,
         model:nn.Module, # That will be changed
         data, # Inputs, as `repair` takes them
+        progress:bool=True, # As in `repair`
     ):
         if data is None: raise ValueError('to repair a model takes inputs for it: pass some as `data`, no labels are needed')
-        self.data = _batches(data)
+        self.data,self.progress = _batches(data),progress
         check_runs(model, _given(next(iter(self.data)), model))
         self.model = copy_of(model)
     def repair(self, model): # That was changed
         "The table of `repair`"
-        return repair(model, self.model, self.data)
+        return repair(model, self.model, self.data, progress=self.progress)
 
 def _in_words(stays):
     "What stays, and why"

@@ -973,6 +973,7 @@ class Sparsifier:
         "Renew the masks for `sparsity`, and apply them"
         for s in sparsity.values() if isinstance(sparsity, dict) else [sparsity]: check_level(s)
         self._renew(lambda: self._rounded(self._counts(sparsity)), self.layers)
+        self._repair()
 
     def step(self, sparsity=None): # Level to be reached, as from a `Pace`, or `None`
         "After an optimizer's step: renew the masks for `sparsity`, or hold those that there are"
