@@ -9,7 +9,7 @@ from fasterai.core.running import call_with
 from fasterai.misc.all import FC_Decomposer
 from fasterai.prune.all import Pruner
 from fasterai.quantize.all import KMeansQuantizer
-from fasterai.repair.all import repair
+from fasterai.repair.all import Criteria, repair
 from fasterai.sparse.all import Sparsifier
 
 def seeded(make, seed=0):
@@ -413,6 +413,11 @@ def test_obs_beats_magnitude():
             Pruner(mine, 40, criteria=criteria, example_inputs=x[:1], data=x, repair=True).prune_model()
             found.append(differs(mine, teacher, x))
     assert sum(a<b for a,b in zip(ours, theirs))>=8 and sum(ours)<.8*sum(theirs)
+
+def test_obs_with_a_normalizer_or_a_reducer():
+    teacher,x = seeded(Net),images()
+    Pruner(deepcopy(teacher), 40, 'global', Criteria('obs', normalizer='sum'), example_inputs=x[:1], data=x).prune_model()
+    with pytest.raises(ValueError, match='nothing for a reducer'): Pruner(teacher, 40, criteria=Criteria('obs', 'max'), data=x)
 
 def test_obs_needs_data():
     teacher,x = seeded(Net),images()

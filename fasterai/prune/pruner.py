@@ -16,12 +16,12 @@ from torch import nn,Tensor
 from safetensors import SafetensorError,safe_open
 from safetensors.torch import save_file
 from ..core.context import context_of,local
-from ..core.criteria import criteria_of,large_final
+from ..core.criteria import criteria_of,large_final,reducers
 from ..core.obs import Reader,best_removed,removal_costs
 from ..core.needs import Known,needed
 from ..core.registry import did_you_mean
-from ..core.graph import ChannelGraph,layer_of
-from .left import LAST,OUTPUT,add_row,counted,fixed,left_of_zeros,made_by,missing,rows_of,some,in_words
+from ..core.graph import OUTPUT,ChannelGraph,layer_of
+from .left import LAST,add_row,counted,fixed,left_of_zeros,made_by,missing,rows_of,some,in_words
 from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes
 from ..core.running import followable,inputs_for,plain_model,staged,untouched
 from ..core.brought import check_held,check_scores,check_values,falls_short,listed,much_less,rounds_up,warn
@@ -323,7 +323,7 @@ class Pruner:
         ignored_layers=(), # Layers, or their names, whose outputs stay
         layer_type=None, # Type of layer, or a tuple of types, that all makers of a channel have to be of; by default any
         verify:bool=True, # Compare the outputs before and after a lossless removal
-        data=None, # Batches for a criteria that needs `grad` or `act`: one (x, y), a list or a DataLoader; gradients that are there will do
+        data=None, # Batches for a criteria that needs `grad`, `act` or `hess`, or to repair with: one (x, y), a list or a DataLoader; gradients that are there will do
         loss_func=None, # Loss for gradients from `data`; by default cross-entropy, or mean squared error for a float target
         repair:bool=False, # With a ratio: fit what is left to what the model gave at the start, for the inputs in `data` (see `repair`)
         progress:bool=True, # Show a bar for what takes longer than two seconds
@@ -343,6 +343,7 @@ class Pruner:
         self.pruning_ratio = None if pruning_ratio is None else self._checked(pruning_ratio)
         self.ignored = [self._name(o) for o in listed(ignored_layers, 'ignored_layers')]
         self.of_readers = getattr(self.criteria.f, 'of_readers', False)
+        if self.of_readers and self.criteria.reducer is not reducers['mean']: raise ValueError(f'{self.criteria.__name__} asks what is lost without a whole channel: there is nothing for a reducer')
         self.about = Known(self.criteria.needs)
         self.graph,self.left,self.known,self.counts_on = None,[],set(),{}
         if self.model is not None and pruning_ratio is not None: self.remember()
@@ -675,7 +676,7 @@ class Pruner:
     def _score(self, g):
         "Scores of all channels of group `g`, of those that are gone the lowest, of those that cannot go the highest"
         if g.values is None:
-            if self.of_readers: s = reader_scores(g, losers(g, self.graph, self._known))
+            if self.of_readers: s = self.criteria.normalize(reader_scores(g, losers(g, self.graph, self._known)))
             else: s = group_scores(g, self.graph, self.criteria, self._known)
             g.values = s.new_full((g.n,), float(s.min().clamp(max=0))).masked_scatter_(g.keep!=0, s)
         return g.values if g.held is None else g.values.masked_fill(g.held, math.inf)

@@ -26,7 +26,7 @@ from ..core.selection import Scores, Source, check_percent, n_of, rounded_gone
 from ..core.pool import Pool, in_kernels, select_each
 from ..core import ranks
 from ..core.recorded import MOST, can_record, record
-from ..core.graph import ChannelGraph, layer_of
+from ..core.graph import OUTPUT, ChannelGraph, layer_of
 from ..core.evidence import Weight, _wide, check_loss, check_trained, evidence, nothing_of, weight_of
 from ..repair.repair import Teacher
 from ..legacy import OldLevelPruner, old_prune, old_sparsifier
@@ -533,7 +533,7 @@ def _stays(graph, wanted, makes, barred):
         whys = _reasons(graph, ids)+[barred[o] for o in dict.fromkeys(roots[~stuck].tolist()) if o in barred]
         stuck |= torch.tensor([o in barred for o in roots.tolist()], device='cpu')
         whys = list(dict.fromkeys(whys))
-        if stuck.any(): yield Stay(layer, n, int(stuck.sum()), '; '.join(whys), n, whys==['output of the model'])
+        if stuck.any(): yield Stay(layer, n, int(stuck.sum()), '; '.join(whys), n, whys==[OUTPUT])
 
 def couple(model, layers, criteria, example_inputs=None):
     """`layers` regrouped so that filters that are tied are one block, with all else that makes these channels; their side parameters; and what has to
@@ -742,7 +742,7 @@ class Sparsifier:
         coupled:bool=False, # Score and zero together the filters that are tied (added, concatenated, depthwise), so that they can be removed
         round_to:int|None=None, # Keep a multiple of so many blocks in each layer
         example_inputs=None, # Inputs that run the model (a tensor, a tuple or a dict), to follow filters with; by default a size that runs is found
-        data=None, # Batches for a criteria that needs `grad` or `act`: one (x, y), a list or a DataLoader
+        data=None, # Batches for a criteria that needs `grad`, `act` or `hess`, or to repair with: one (x, y), a list or a DataLoader
         loss_func=None, # Loss for gradients from `data`; by default cross-entropy, or mean squared error for a float target
         repair:bool=False, # Whenever a call has zeroed blocks, fit what is left to what the model gave at first, for the inputs in `data` (see `repair`)
     ):
