@@ -63,13 +63,13 @@ def taylor(w, grad): "`(w·grad)²`, the first-order change of the loss (Molchan
 def wanda(w, act): "`|w|·‖x‖₂` of the input channel (Sun et al., arXiv 2306.11695, eq. 1)"; return w.abs()*act
 
 def obs(w, hess):
-    """`w²/[H⁻¹]`: what is lost without a weight, once the others make up for it (Hassibi & Stork, optimal brain surgeon, eq. 5). A `Pruner`
-    asks what is lost without a channel by all who read it"""
+    """`w²/[H⁻¹]`: what is lost without a weight, once the others make up for it (Hassibi & Stork, optimal brain surgeon, eq. 5). A `Sparsifier`
+    has the others make up for it; a `Pruner` asks what is lost without a channel by all who read it"""
     rows = w.unflatten(0, (len(hess),-1)).flatten(2)  # [groups, outputs, features]
     inverse = damped_inverse(hess)
     if inverse.dim()==3: inverse = inverse.diagonal(dim1=-2, dim2=-1)
     return (rows.square()/inverse[:,None,:rows.shape[-1]].to(w.dtype)).view(w.shape)
-obs.of_readers = True
+obs.of_readers = obs.searches = True
 
 grad_crit,movmag = taylor,mov_large_final
 

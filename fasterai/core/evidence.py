@@ -223,7 +223,7 @@ def nothing_of(
     weights:list[Weight], # Of which none goes
 )->dict:
     "Zeros in place of evidence, by need and name of the weight, for layers that are not asked for and may never get any"
-    zeros = dict(grad=torch.zeros_like, x=lambda w: w.new_zeros((1,)*w.dim()))
+    zeros = dict(grad=torch.zeros_like, x=lambda w: w.new_zeros((1,)*w.dim()), cols=lambda w: w.new_zeros(1, w[0].numel()))
     return {o: {p.name: zeros[needed[o].of](p.w.detach()) for p in weights} for o in asked}
 
 def found_now(

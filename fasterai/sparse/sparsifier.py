@@ -27,6 +27,7 @@ from ..core.pool import Pool, in_kernels, select_each
 from ..core import ranks
 from ..core.recorded import MOST, can_record, record
 from ..core.graph import OUTPUT, ChannelGraph, layer_of
+from ..core.admm import Alternating, alternate
 from ..core.evidence import Weight, _wide, check_loss, check_trained, evidence, nothing_of, weight_of
 from ..repair.repair import Teacher
 from ..legacy import OldLevelPruner, old_prune, old_sparsifier
@@ -97,6 +98,7 @@ class Layer:
         self.streams = len(parts)==1 and b.in_order and self.alone and criteria.keeps_one
         self.ours = criteria.f in criterias.values()
         self.trusted = self.ours and self.needs==('w',)
+        self.searches = getattr(criteria.f, 'searches', False)  # do others make up for zeros, so that both are looked for together?
         self.spread_out = [ranks.is_sharded(p.w) for p in parts]
         self.shard = ranks.shard_of(w) if self.streams else None  # of others, each rank scores whole weights, one layer at a time
         self.keep = torch.full((self.shard.n if self.shard else b.n,), -1, dtype=torch.int8, device=w.device)
@@ -124,7 +126,7 @@ class Layer:
     def source(self, checked=False):
         "The scores of its blocks; a criteria that fails does so here, and with `checked` one that gives nan or inf, for which a device is waited"
         if self.streams and (self.trusted or not checked): res = Streamed(self.keep, self.criteria.f, {o: x.reshape(-1) for o,x in self.known(0).items()})
-        elif self.partial and self.trusted: res = Later(self.keep, self.scored)
+        elif self.searches or self.partial and self.trusted: res = Later(self.keep, self.scored)
         else: res = Scores(self.scored(checked), self.keep)
         res.left = self.left
         if self.shard: res.shard,res.n = self.shard,self.n
@@ -142,7 +144,10 @@ class Layer:
 
     def scored(self, checked=False):
         "Scores of all blocks"
-        scores = [self._score(i, checked) for i in range(len(self.parts))]
+        return self.of_blocks([self._score(i, checked) for i in range(len(self.parts))])
+
+    def of_blocks(self, scores): # Of the weights of each part
+        "Scores of all blocks"
         if self.by_score: self._whole = scores[0]
         scored = [(p.blocks,s) for p,s in zip(self.parts, scores)]
         return self.criteria.normalize(self._by_size(scored) if any(b.members is not None and b.padded for b,_ in scored) else self._lumped(scored))
@@ -192,14 +197,16 @@ class Layer:
 
     def renew_masks(self):
         "From now on, masks are what `keep` says"
-        old,s,self._whole = self._masks,self._whole,None
+        s,self._whole = self._whole,None
         if not self.masked: self.masked,self.version = True,self.version+1
-        if self.by_score:
-            if s is None: s = self._score(0)
-            if self.partial and old: s = s.masked_fill(old[0]==0, -math.inf)  # what is gone stays the lowest
-            self._masks = [p.blocks.mask(self.keep, s) for p in self.parts]
-        else: self._masks = None
+        self._masks = self.masks_by(self._score(0) if s is None else s, self.keep) if self.by_score else None
         for (i,_),dense in self._dense.items(): dense.copy_(self.masks[i])
+
+    def masks_by(self, scores, keep): # Of its weights, which blocks are kept
+        "Masks of the parts"
+        if not self.by_score: return [p.blocks.mask(keep) for p in self.parts]
+        if self.partial and self._masks: scores = scores.masked_fill(self._masks[0]==0, -math.inf)  # what is gone stays the lowest
+        return [p.blocks.mask(keep, scores) for p in self.parts]
 
     def let_go(self):
         "Nothing is masked any more"
@@ -666,6 +673,54 @@ class Sources:
         found = self.joint.scores() if self.joint else ()
         return self.made | {o.name: Scores(s, o.keep) for o,s in zip(self.rows, found)}
 
+# %% ../../nbs/sparse/01_sparsifier.ipynb #a4c48ca9
+class _Fitting:
+    "A weight that makes up for its zeros, with its bias"
+    def __init__(self,
+        p, # `Part`
+        hess, # Sums of products of what its weight is multiplied with: [groups, features, features], and of a 1 beside a bias
+    ):
+        w = _wide(p.w.detach())
+        self.p,self.w = p,w.unflatten(0, (len(hess),-1)).flatten(2)
+        n = self.w.shape[-1]
+        self.bias = p.mod._parameters.get('bias') if p.attr=='weight' and hess.shape[-1]>n else None
+        if self.bias is not None:  # it makes up for means
+            self.mean = hess[:,:n,n]/hess[:,n:,n]
+            hess = hess-hess[:,:,n:]@hess[:,n:,:]/hess[:,n:,n:]
+        self.found = Alternating(self.w, hess[:,:n,:n])
+
+    def like(self, mask): # Of the weight
+        "As [groups, outputs, features]"
+        return (mask!=0).expand(self.p.w.shape).reshape(self.w.shape)
+
+    def write(self, fit): # Are the numbers to be the best? Otherwise they are close
+        "The weight gets what was found"
+        new = self.found.fitted() if fit else self.found.unscaled
+        if self.bias is not None: self.bias.detach().add_(((self.w-new)@self.mean[...,None].to(new.dtype)).flatten())
+        self.p.w.detach().copy_(new.view(self.p.w.shape))
+
+def _search(
+    layers, # `Layer`s that compete
+    gone:int, # How many of their blocks are gone
+    k:int, # How many are to be
+    protect:bool, # Does each keep its best block?
+    alike:bool, # Does each kind of a layer's blocks give its share?
+):
+    "Scores of the blocks of each layer by which the best go, and the weights that make up for them"
+    fits = [[_Fitting(p, o.known(i)['hess']) for i,p in enumerate(o.parts)] for o in layers]
+    every,values = [f for fs in fits for f in fs],[]
+    def choose(scores):
+        scores = iter(scores)
+        each = [[next(scores).view(f.p.w.shape) for f in fs] for fs in fits]
+        values[:] = [o.of_blocks(s) for o,s in zip(layers, each)]
+        if alike and len(layers)==1 and layers[0].kinds is not None: values[0] = layers[0].alike(values[0])
+        sources = [Scores(v, o.keep.clone()) for v,o in zip(values, layers)]
+        select_each([(sources,gone,k)], protect)
+        masks = [m for o,s,source in zip(layers, each, sources) for m in o.masks_by(s[0], source.keep)]
+        return [f.like(m) for f,m in zip(every, masks)]
+    alternate([f.found for f in every], choose)
+    return values,every
+
 # %% ../../nbs/sparse/01_sparsifier.ipynb #9c2f4e17
 class _Repeats:
     "The update that `sparsifier` has just made by kernels, to be made again with other numbers"
@@ -991,17 +1046,34 @@ class Sparsifier:
         self._hold(self._last.others)  # what is gone scores as a zero, not as what the optimizer made of it
         ks = self._numbers(counts())
         if not checked and all([before==k for before,k in ks.values()]): self.apply_masks()
-        elif not (same and self._again(ks)): self._anew(ks, alike, same)
+        elif not (same and self._again(ks)): self._anew(ks, alike, same, checked)
         self.about.update((p.name,p.w) for p in parts_of(layers))
 
-    def _anew(self, ks, alike, same): # Numbers; as for `_renew`; is all where it was in the update before?
+    def _anew(self, ks, alike, same, checked): # Numbers; as for `_renew`; is all where it was in the update before?
         "Select what goes, or returns, by scores of now"
         if returns := [names for names,(before,k) in ks.items() if k<before]: self._hold([self._by_name[o] for names in returns for o in names])
         sources = self._last()
+        fits = self._searched(ks, sources, alike) if checked and self.layers[0].searches else ()
         self._select(ks, sources, alike)
         if self._last.seen is None: self._last = None  # scores that serve no other update
+        for o in fits: o.write(self._teacher is None)
         self.apply_masks()
         self._repeats = _Repeats(self, ks, sources) if same and self._last is not None else None
+
+    def _searched(self, ks, sources, alike):
+        "Look for zeros that other weights make up for: `sources` get the scores that tell them. The weights that were found"
+        found,wide = [],[]
+        for names,(before,k) in ks.items():
+            layers = [self._by_name[o] for o in names]
+            if k<=before: continue
+            if plain := [p.name for o in layers for i,p in enumerate(o.parts) if o.known(i)['hess'].dim()==2]: wide += plain
+            else:
+                self._hold(layers)
+                values,fits = _search(layers, before, k, self.pool.protect, alike)
+                for o,s in zip(layers, values): sources[o.name] = Scores(s, o.keep)
+                found += fits
+        if wide: warn(f'no other weights make up for the zeros of {", ".join(wide)}, which are too wide to tell how features go together')
+        return found
 
     def _again(self, ks):
         "Renew masks as in the update before, with other numbers, in one launch. Was that possible?"
