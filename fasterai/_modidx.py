@@ -2461,6 +2461,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.prune.blocks._count_anew': ('prune/blocks.html#_count_anew', 'fasterai/prune/blocks.py'),
                                        'fasterai.prune.blocks._fitting': ('prune/blocks.html#_fitting', 'fasterai/prune/blocks.py'),
                                        'fasterai.prune.blocks._is_counted': ('prune/blocks.html#_is_counted', 'fasterai/prune/blocks.py'),
+                                       'fasterai.prune.blocks._is_in': ('prune/blocks.html#_is_in', 'fasterai/prune/blocks.py'),
                                        'fasterai.prune.blocks._kept_counts': ('prune/blocks.html#_kept_counts', 'fasterai/prune/blocks.py'),
                                        'fasterai.prune.blocks._listed': ('prune/blocks.html#_listed', 'fasterai/prune/blocks.py'),
                                        'fasterai.prune.blocks._lists': ('prune/blocks.html#_lists', 'fasterai/prune/blocks.py'),

@@ -87,13 +87,13 @@ def _replace(model, told, undo):
         if any(c in new for c in m._modules.values()): undo.put(m._modules, {k:new.get(c, c) for k,c in m._modules.items()})
     return new
 
-# %% ../../nbs/prune/04_blocks.ipynb #b96f67d0
+# %% ../../nbs/prune/04_blocks.ipynb #bdf08bd2
 def _is_counted(m): return hasattr(m, 'save_pretrained') and hasattr(getattr(m, 'config', None), 'to_dict')
 
 def _tops(model):
     "The outermost parts of `model` that are made from a config, by name"
     names = [n for n,m in model.named_modules() if _is_counted(m)]
-    return [n for n in names if not any(n!=o and n.startswith(f'{o}.' if o else '') for o in names)]
+    return [''] if '' in names else [n for n in names if not _is_in(n, set(names)-{n})]
 
 def _configs(config):
     "`config`, and those in it"
@@ -117,10 +117,12 @@ def _made_from(top, config):
         with torch.device('meta'): return type(top)(type(config).from_dict(config.to_dict()))
     except SLIPS: return
 
-def _as_made(top, new):
-    "Has `top` the names of `new`, and the shapes unless it was pruned?"
-    if new is None: return False
-    a,b = top.state_dict(),new.state_dict()
+def _is_in(name, names): return any(name==o or name.startswith(f'{o}.') for o in names)
+
+def _as_made(top, new, standing):
+    "Has `top` the names of `new`, which still has what was where now stand-ins are `standing`, and the shapes unless it was pruned?"
+    if new is None or not standing<=dict(new.named_modules()).keys(): return False
+    a,b = top.state_dict(),{k:v for k,v in new.state_dict().items() if not _is_in(k, standing)}
     pruned = any('_pruned' in vars(m) for m in top.modules())
     return a.keys()==b.keys() and (pruned or all(a[k].shape==b[k].shape for k in a))
 
@@ -132,17 +134,17 @@ def _changed(config, numbers, lists, n, gone):
     for i,k in lists: setattr(configs[i], k, _shorter(getattr(configs[i], k), gone))
     return new
 
-def _fitting(top, n, gone):
+def _fitting(top, n, gone, standing):
     "Which numbers and lists of the config of `top` have to change once layers are `gone` of `n`, and a model that is made then; `None` if nothing fits"
     configs = list(_configs(top.config))
     numbers,lists = _numbers(configs, n),_lists(configs, n)
     for some in (lists,[]):
         def made(chosen): return _made_from(top, _changed(top.config, chosen, some, n, gone))
         for o in numbers:
-            if not _as_made(top, made([o])): continue
+            if not _as_made(top, made([o]), standing): continue
             chosen = [o]
             for p in numbers:  # what else tells the same number, as far as nothing else depends on it
-                if p!=o and _as_made(top, made([*chosen,p])): chosen.append(p)
+                if p!=o and _as_made(top, made([*chosen,p]), standing): chosen.append(p)
             return chosen,some,made(chosen)
 
 def _shorten(model, names, undo):
@@ -154,14 +156,17 @@ def _shorten(model, names, undo):
             parent,_,i = n.rpartition('.')
             mine = n.startswith(f'{at}.' if at else '') and parent.startswith(at)
             if mine and isinstance(model.get_submodule(parent), nn.ModuleList): by.setdefault(parent, []).append(int(i))
+        standing = set(names)
         for parent,gone in by.items():
+            standing -= {f'{parent}.{i}' for i in gone}
             held = model.get_submodule(parent)
             n,kept = len(held),[m for i,m in enumerate(held) if i not in gone]
             here = _Undo()
             here.put(held._modules, {str(i):m for i,m in enumerate(kept)})
-            found = _fitting(top, n, gone)
+            found = _fitting(top, n, gone, {o.removeprefix(f'{at}.') for o in standing})
             if found is None:
                 here.back()
+                standing |= {f'{parent}.{i}' for i in gone}
                 continue
             undo.note(here.back)
             _count_anew(model, top, parent, found, n, gone, undo)
@@ -177,12 +182,14 @@ def _count_anew(model, top, parent, found, n, gone, undo):
     own = getattr(model.get_submodule(parent.rpartition('.')[0]), 'config', None)  # as the two halves of T5 have
     if own is not None and not any(own is o for o in configs):
         for _,k in _numbers([own], n): undo.set(own, k, n-len(gone))
+    here = dict(top.named_modules())
     for name,m in new.named_modules():
-        mine = vars(top.get_submodule(name))
-        for k,v in vars(m).items():
-            if type(v) is int and type(mine.get(k)) is int and mine[k]!=v and ('layer' in k or 'idx' in k): undo.set(top.get_submodule(name), k, v)
+        mine = here.get(name)  # not what was in a stand-in
+        for k,v in vars(m).items() if mine is not None else ():
+            was = vars(mine).get(k)
+            if type(v) is int and type(was) is int and was!=v and ('layer' in k or 'idx' in k): undo.set(mine, k, v)
 
-# %% ../../nbs/prune/04_blocks.ipynb #25f4e5b8
+# %% ../../nbs/prune/04_blocks.ipynb #4b6e8888
 def _renamed(lists):
     "Function that gives the new name of a parameter or a module, or `None` if it is gone, once items of `lists` went"
     def f(name):
@@ -197,7 +204,7 @@ def _renamed(lists):
 def _remember(model, told, lists, undo):
     "Let `model` know what went, from the original on"
     plan,new_name = pruned_plan(model),_renamed(lists)
-    def left(names): return {k:new_name(k) for k in names if not any(k==o or k.startswith(f'{o}.') for o in told)}
+    def left(names): return {k:new_name(k) for k in names if not _is_in(k, told)}
     def of(d): return {n:d[k] for k,n in left(d).items() if n is not None}
     new = {**plan, **{k:of(plan[k]) for k in ('kept','sizes','attrs','widths')}, 'biases':[n for n in left(plan['biases']).values() if n]}
     new['dropped'] = [*plan.get('dropped', []), dict(blocks=told, lists=lists)]
@@ -221,7 +228,7 @@ def dropped_as(
                 raise ValueError(f'the file is of another architecture: {", ".join(step["lists"])} cannot get shorter in this {type(model).__name__}')
         yield
 
-# %% ../../nbs/prune/04_blocks.ipynb #048f150c
+# %% ../../nbs/prune/04_blocks.ipynb #81d87381
 def _chosen(blocks, found, scan):
     "Names of the blocks that are to go"
     units = [n for n,b in found.blocks.items() if b.unit]
@@ -264,7 +271,8 @@ def _check_without(model, inputs, before, gone):
 def _kept_counts(model, names, lists):
     "Warn of models that count layers that are not there"
     gone = {f'{parent}.{i}' for parent,items in lists.items() for i in items}
-    rest = [n for n in names if n not in gone and any(n.startswith(f'{o}.' if o else '') for o in _tops(model))]
+    tops = _tops(model)
+    rest = [n for n in names if n not in gone and ('' in tops or _is_in(n, tops))]
     if rest: warn(f'{", ".join(rest)}: the config tells nothing of their going, so that `from_pretrained` would make them again. To load the weights, '
                   f'drop_blocks(fresh, {rest}) and load_state_dict, or save_pruned and load_pruned')
 
