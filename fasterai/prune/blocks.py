@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PassedOn', 'dropped_as', 'influences', 'scanned', 'drop_blocks']
 
-# %% ../../nbs/prune/04_blocks.ipynb #69a0360d
+# %% ../../nbs/prune/04_blocks.ipynb #8993cb23
 from contextlib import contextmanager
 from copy import deepcopy
 import torch
@@ -17,7 +17,7 @@ from ..core.registry import did_you_mean
 from ..core.running import SLIPS, Bystanders, at_home, call_with, check_runs, followable, inputs_for, tensors_of, untouched, with_bar
 from ..repair.repair import Teacher, _batches, _given
 
-# %% ../../nbs/prune/04_blocks.ipynb #70b1e2cd
+# %% ../../nbs/prune/04_blocks.ipynb #6b7b4b69
 class PassedOn(nn.Module):
     "In the place of a block: gives its input, in the form in which the block gave its output"
     def __init__(self,
@@ -52,10 +52,13 @@ def _stand_in(told, was):
     new = nn.Identity() if told is None else PassedOn(**{k:_tuples(v) for k,v in told.items()})
     return new.train(was.training)
 
-# %% ../../nbs/prune/04_blocks.ipynb #a471d6a2
+# %% ../../nbs/prune/04_blocks.ipynb #c21bf260
 class _Undo:
-    "What was changed, and how to change it back, last things first"
+    "What was changed, and how to change it back, last things first: done if an error comes out"
     def __init__(self): self.steps = []
+    def __enter__(self): return self
+    def __exit__(self, error, *_):
+        if error is not None: self.back()
     def note(self, f, *args): self.steps.append((f,args))
     def back(self):
         for f,args in reversed(self.steps): f(*args)
@@ -70,13 +73,6 @@ class _Undo:
         self.note(give, dict(modules))
         give(new)
 
-@contextmanager
-def _undone(undo):
-    try: yield
-    except BaseException:
-        undo.back()
-        raise
-
 def _replace(model, told, undo):
     "Put something in the place of each block of `told`, under all names that it has"
     new = {}
@@ -87,7 +83,7 @@ def _replace(model, told, undo):
         if any(c in new for c in m._modules.values()): undo.put(m._modules, {k:new.get(c, c) for k,c in m._modules.items()})
     return new
 
-# %% ../../nbs/prune/04_blocks.ipynb #bbb6337b
+# %% ../../nbs/prune/04_blocks.ipynb #bdf08bd2
 def _is_counted(m): return hasattr(m, 'save_pretrained') and hasattr(getattr(m, 'config', None), 'to_dict')
 
 def _tops(model):
@@ -189,7 +185,7 @@ def _count_anew(model, top, parent, found, n, gone, undo):
             was = vars(mine).get(k)
             if type(v) is int and type(was) is int and was!=v and ('layer' in k or 'idx' in k): undo.set(mine, k, v)
 
-# %% ../../nbs/prune/04_blocks.ipynb #acb9f64e
+# %% ../../nbs/prune/04_blocks.ipynb #b7733719
 def _renamed(lists):
     "Function that gives the new name of a parameter or a module, or `None` if it is gone, once items of `lists` went"
     def f(name):
@@ -218,8 +214,7 @@ def dropped_as(
     plan:dict, # As from `pruned_plan`
 ):
     "Inside, `model` is without the blocks that `plan` tells of; so it stays, unless an error comes out"
-    undo = _Undo()
-    with _undone(undo):
+    with _Undo() as undo:
         for step in plan.get('dropped', ()):
             if lacks := [o for o in step['blocks'] if o not in dict(model.named_modules())]:
                 raise ValueError(f'the file is of another architecture: {lacks[0]} was dropped, and this {type(model).__name__} has none')
@@ -228,7 +223,7 @@ def dropped_as(
                 raise ValueError(f'the file is of another architecture: {", ".join(step["lists"])} cannot get shorter in this {type(model).__name__}')
         yield
 
-# %% ../../nbs/prune/04_blocks.ipynb #4ca3701e
+# %% ../../nbs/prune/04_blocks.ipynb #bac81224
 def influences(
     model:nn.Module, # Left as it is
     blocks:dict, # Of it, as from `residual_blocks`
@@ -264,7 +259,7 @@ def scanned(
         blocks = {n:b for n,b in found.blocks.items() if nested or b.unit}
         return found._replace(blocks=blocks),influences(model, blocks, batches, progress)
 
-# %% ../../nbs/prune/04_blocks.ipynb #08002bc1
+# %% ../../nbs/prune/04_blocks.ipynb #2a0ffa61
 def _chosen(blocks, found, scan):
     "Names of the blocks that are to go"
     units = [n for n,b in found.blocks.items() if b.unit]
@@ -334,8 +329,8 @@ def drop_blocks(
         names = _chosen(wanted, found, lambda units: influences(model, {n:found.blocks[n] for n in units}, batches, progress))
         teacher = Teacher(model, data, progress) if repair else None
         with untouched(model): before = _shapes(call_with(model, first))
-        undo,told = _Undo(),{n:_told(found.blocks[n]) for n in names}
-        with _undone(undo):
+        told = {n:_told(found.blocks[n]) for n in names}
+        with _Undo() as undo:
             gone = {model.get_submodule(n):n for n in names}
             _replace(model, told, undo)
             _check_without(model, first, before, gone)
