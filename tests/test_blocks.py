@@ -227,6 +227,15 @@ def test_repaired():
     error = lambda m: ((out(m, x)[0]-y).square().sum()/y.square().sum()).item()
     assert error(bare)>.01 and error(model)<1e-6*error(bare)
 
+def test_the_next_block_makes_up():
+    "Its last weight is fitted to the sum that the network had there, not to what it added itself"
+    torch.manual_seed(0)
+    linear = lambda: Body(lambda m, x: x+m.down(m.up(x)), up=nn.Linear(8, 16), down=nn.Linear(16, 8))
+    model,x = nn.Sequential(linear(), linear()),torch.randn(400, 8)
+    y = out(model, x)[0]
+    drop_blocks(model, ['0'], x, repair=True)
+    assert ((out(model, x)[0]-y).square().sum()/y.square().sum()).item()<1e-9
+
 REFUSED = {'did you mean .1.':(['1.'],{}), 'no block .nothing':(['nothing'],{}), '5 cannot be dropped: it changes shape':(['5'],{}), '1.down cannot be dropped: it changes':(['1.down'],{}),
     'number from 1 to 4':(9,dict(data=X)), 'number from 1 to 4, of those that could go: 1, 2, 3, 4; not 0':(0,dict(data=X)), 'pass some as .data':(2,{}), 'whole number of them, or their names, not 1.5':(1.5,dict(data=X)),
     'whole number of them, or their names, not True':(True,dict(data=X)), 'no block to drop':([],{}), 'data has no batch':(1,dict(data=[])), 'to repair a model takes inputs':(['1'],dict(repair=True)),
