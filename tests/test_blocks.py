@@ -36,7 +36,7 @@ ADDS = dict(
     less=lambda m, x: x-m.f(x), scaled=lambda m, x: x+.5*m.f(x), halved=lambda m, x: (x+m.f(x))*.5**.5, alpha=lambda m, x: torch.add(x, m.f(x), alpha=.1),
     fused=lambda m, x: torch.addcmul(x, m.f(x), torch.tensor(.5)), viewed=lambda m, x: (x.flatten()+m.f(x).flatten()).view_as(x),
     turned=lambda m, x: (x.mT+m.f(x).mT).mT, post_norm=lambda m, x: F.layer_norm(x+m.f(x), (8,)), activated=lambda m, x: (x+m.f(x)).relu(),
-    twice=lambda m, x: (y:=x+m.f(x))+m.f(y), masked=lambda m, x: (x+m.f(x)).masked_fill(torch.zeros_like(x).bool(), 0), dropped_out=lambda m, x: x+F.dropout(m.f(x), .5, m.training),
+    twice=lambda m, x: (y:=x+m.f(x))+m.f(y), in_parts=lambda m, x: x+m.f(torch.cat([o.relu() for o in x.chunk(2, 1)], 1)), masked=lambda m, x: (x+m.f(x)).masked_fill(torch.zeros_like(x).bool(), 0), dropped_out=lambda m, x: x+F.dropout(m.f(x), .5, m.training),
     manual_norm=lambda m, x: ((y:=x+m.f(x))-y.mean(-1, keepdim=True))/(y.var(-1, keepdim=True)+1e-5).sqrt())
 
 @pytest.mark.parametrize('f', ADDS.values(), ids=ADDS)

@@ -36,7 +36,9 @@ class _Marks:
     def give(self, t, marks):
         "Add `marks` to those of `t`"
         known = self._at(t)
-        for k,flags in marks.items(): known[k] = known.get(k, (0,0))[0]|flags,t.numel()
+        for k,flags in marks.items():
+            had,n = known.get(k, (0,t.numel()))
+            known[k] = had|flags,t.numel() if flags&CARRIES else n  # a part of what carries something leaves the whole as it is
     def put(self, t, marks):
         "Let `t` have `marks`, and no others if it is all that lies in its memory"
         if t.numel()*t.element_size()>=t.untyped_storage().nbytes(): self._at(t).clear()
