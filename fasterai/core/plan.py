@@ -30,7 +30,8 @@ def _joined_plans(a, b):
             kept[n][d] = i if was is None else [was[j] for j in i]
     attrs = {m:{**a['attrs'].get(m, {}), **b['attrs'].get(m, {})} for m in {**a['attrs'], **b['attrs']}}
     biases = list(dict.fromkeys([*a['biases'], *b['biases']]))
-    return dict(kept=kept, sizes={**b['sizes'], **a['sizes']}, attrs=attrs, biases=biases, widths={**b['widths'], **a['widths']})
+    dropped = {k:v for k,v in a.items() if k=='dropped'}  # blocks that went as a whole: names in the rest are those that layers have without
+    return dict(kept=kept, sizes={**b['sizes'], **a['sizes']}, attrs=attrs, biases=biases, widths={**b['widths'], **a['widths']}, **dropped)
 
 def remember_plan(
     model:nn.Module, # That `plan` was applied to

@@ -133,6 +133,8 @@ class Read:
     late:slice|None=None # Which part of it is added, by an operation of its own
     norm:object=None # Of a convolution or a product: the `Read` of the batch normalization that reads its output first
     parts:dict|None=None # Of a batch normalization: names of its weight, bias, running_mean and running_var, and eps
+    summed:bool=False # Is what it gives added to what another path gives, and else not read? Of two that are added, the one that runs last
+    n_readers:int=0 # How many operations read what it gives
     @property
     def key(self): return self.name,self.nth
 
@@ -182,6 +184,7 @@ class _Map(_Following):
         level = max([self.level.get(_memory(t), 0) for t in call.shadows if t.numel()], default=0)
         biases = self.late_biases(call) if spec.name=='add' else ()
         read = self.read(call, level, biases)
+        if spec.meaning not in _ALIASES: self.note_readers(call)
         out = func(*args, **kwargs)
         outs = [t for t in (out if isinstance(out, (tuple,list)) else [out]) if isinstance(t, Tensor) and t.numel()]
         for t in outs:
@@ -208,6 +211,14 @@ class _Map(_Following):
         read.parts = {o:self.owner(call.a[o]) for o in _NORM} | dict(eps=call.a.get('eps', call.a.get('epsilon')))
         source,n = self.made.get(_memory(x), (None,0))
         if source is not None and source.kind in ('convolution','product') and source.norm is None and x.shape[1]==n: source.norm = read
+    def note_readers(self, call):
+        "Who reads what a weight has given: a sum with another path, or something else"
+        made = [(t,self.made.get(_memory(t), (None,0))[0]) for t in call.shadows if t.numel()]
+        sources = [o for _,o in made if o is not None]
+        for o in sources: o.n_readers += 1
+        if call.name!='add' or len(made)!=2 or made[0][0].shape!=made[1][0].shape or any(self.owner(t) for t,_ in made): return
+        fits = [o for o in sources if o.kind in ('convolution','product')]
+        if fits and call.a.get('alpha', 1)==1: max(fits, key=self.reads.index).summed = True
     def place(self, call, name, weight):
         "Dimension of the parameter that outputs lie along, and the first of them"
         if call.meaning!='product': return int(call.a.get('transposed', False)), 0
@@ -235,35 +246,49 @@ def reads_of(
     "The reads of a run in eval mode, in order; and by name of a parameter that is read in another way, what that operation means, and which it is"
     seen = _Map(model)
     with untouched(model), seen: call_with(model, inputs)
+    for o in seen.reads: o.summed &= o.n_readers==1
     return seen.reads,seen.others
 
 # %% ../../nbs/core/23_reads.ipynb #00409821
 class _Enough(Exception): "All that is wanted was seen"
 
 class _Gather(_Following):
-    def __init__(self, model, wanted, take):
+    def __init__(self, model, wanted, take, summed):
         super().__init__(model)
-        self.left,self.take = set(wanted),take
+        self.left,self.take,self.summed,self.waiting = set(wanted),take,summed,{}
     def see(self, func, spec, args, kwargs):
+        if spec.name=='add' and self.waiting: self.see_sum(Call(func, spec, args, kwargs, _itself, ''))
         if spec.meaning not in ('convolution','product','recurrent','batch_norm'): return func(*args, **kwargs)
         call = Call(func, spec, args, kwargs, _itself, '')
         name = self.name_read(call)
         key = None if name is None else (name,self.next(name))
         out = func(*args, **kwargs)
         if key not in self.left: return out
-        self.take(key, call, out if isinstance(out, Tensor) else out[0])
+        y = out if isinstance(out, Tensor) else out[0]
+        if key in self.summed: self.waiting[_memory(y)] = key,call,y
+        else: self.hand_over(key, call, y)
+        return out
+    def see_sum(self, call):
+        "What waits for what is added to it"
+        for t in call.shadows:
+            if not t.numel() or _memory(t) not in self.waiting: continue
+            key,made,y = self.waiting.pop(_memory(t))
+            beside = next(o for o in call.shadows if o is not t)
+            self.hand_over(key, made, y, beside.reshape(y.shape))
+    def hand_over(self, key, *found):
+        self.take(key, *found)
         self.left.discard(key)
         if not self.left: raise _Enough
-        return out
 
 def follow(
     model:nn.Module, # Left as it is
     inputs, # A tensor, a tuple of arguments or a dict of keyword arguments
     wanted, # Keys of `Read`s
-    take, # Function of a key, the `Call` and what it gave
+    take, # Function of a key, the `Call` and what it gave, and of what is added to that if the key is one of `summed`
+    summed=(), # Keys of `Read`s whose sums are wanted
 ):
     "Run `model` in eval mode as far as needed, and hand over what is `wanted`"
-    with untouched(model), _Gather(model, wanted, take):
+    with untouched(model), _Gather(model, wanted, take, summed):
         try: call_with(model, inputs)
         except _Enough: pass
 

@@ -21,6 +21,7 @@ from ..core.obs import Reader,best_removed,removal_costs
 from ..core.needs import Known,needed
 from ..core.registry import did_you_mean
 from ..core.graph import OUTPUT,ChannelGraph,layer_of
+from .blocks import dropped_as
 from .left import LAST,add_row,counted,fixed,left_of_zeros,made_by,missing,rows_of,some,in_words
 from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes
 from ..core.running import followable,inputs_for,plain_model,staged,untouched
@@ -78,8 +79,9 @@ def load_pruned(
     if empty: raise ValueError(f'{empty[0]} is on the meta device, where it has no values: `model.to_empty(device=…)` first')
     check_held(model.named_parameters())
     state,plan = _read(path)
-    check_fits(state, plan, model)
-    apply_plan(model, plan)
+    with dropped_as(model, plan):
+        check_fits(state, plan, model)
+        apply_plan(model, plan)
     for k,v in model.state_dict(keep_vars=True).items():
         if v.dtype!=state[k].dtype: v.data = v.data.to(state[k].dtype)
     own = model.state_dict()

@@ -123,12 +123,13 @@ class _Layer:
         at = some_columns(call, y, n_batches)
         return at, n_columns(call, y), columns_out(call, _answer(teacher, self.partners[key], call, y), at)
 
-    def look(self, read, call, y, found):
-        "Count the columns of one operation"
+    def look(self, read, call, y, found, beside=None):
+        "Count the columns of one operation; what lies `beside` it in a sum is there already"
         at,n,wanted = found
         if (mine := n_columns(call, y))!=n: raise ValueError(f'{self.name} gives {mine} columns for these inputs, and {n} in the teacher')
         self.weights = Weights(call)
         x,wanted = columns_in(call, at.to(y.device)),self.rows(read, wanted.to(y.device), y)
+        if beside is not None: wanted = wanted-columns_out(call, beside, at.to(y.device))
         out = held_out(len(at), y.device, self.fit.n+self.held.n)
         self.fit.add(x[...,~out], wanted[...,~out])
         self.held.add(x[...,out], wanted[...,out])
@@ -227,17 +228,19 @@ def _look(layers, model, teacher, data):
     "Run both networks with all batches, and count what `layers` read and should give"
     by = {o.key:(layer,o) for layer in layers for o in layer.reads}
     theirs = {layer.partners[k].key:k for k,(layer,_) in by.items()}
+    summed = {k for k,(layer,o) in by.items() if o.summed and layer.partners[k].summed and layer.norm is None}
     wanted = {}
-    def target(key, call, y):
+    def target(key, call, y, beside=None):
         k = theirs[key]
-        wanted[k] = by[k][0].target(teacher, k, call, y, len(data))
-    def look(key, call, y):
+        at,n,columns = by[k][0].target(teacher, k, call, y, len(data))
+        wanted[k] = at,n,columns if beside is None else columns+columns_out(call, beside, at)
+    def look(key, call, y, beside=None):
         layer,read = by[key]
-        if key in wanted: layer.look(read, call, y, wanted[key])
+        if key in wanted: layer.look(read, call, y, wanted[key], beside)
     for b in data:
         wanted.clear()
-        follow(teacher, _given(b, teacher), theirs, target)
-        follow(model, _given(b, model), by, look)
+        follow(teacher, _given(b, teacher), theirs, target, {k for k,mine in theirs.items() if mine in summed})
+        follow(model, _given(b, model), by, look, summed)
 
 class _Undo:
     "Tensors that were noted before they were changed are as they were, if an error comes out"

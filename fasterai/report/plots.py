@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['show_blocks', 'show_granularities', 'show_criterion', 'show_criteria', 'show_schedules', 'show_sparsity',
-           'show_channels', 'show_report', 'show_sensitivity', 'show_sensitivity_map']
+           'show_channels', 'show_report', 'show_sensitivity', 'show_sensitivity_map', 'show_influence']
 
 # %% ../../nbs/report/01_plots.ipynb #4469d76f
 import re
@@ -317,4 +317,18 @@ def show_sensitivity_map(
     ax.spines[:].set_visible(False)
     ax.set_xlabel(unit, fontsize=8)
     ax.set_title('damage: how much worse than untouched', fontsize=9, loc='left')
+    return ax
+
+def show_influence(
+    df, # What `block_influence` gave
+    ax=None, # Axes to draw on, new if none
+):
+    "How much each block does, and which share of the multiply-accumulates it costs"
+    ax = _panels(1, 1, (6,.6+.22*len(df)), ax)[0]
+    at,most = np.arange(len(df)),df.influence.max() or 1
+    ax.barh(at, df.influence, height=.7, color=KEPT)
+    for i,(v,share) in enumerate(zip(df.influence, df.macs_share)): ax.text(max(v, 0)+most*.01, i, f'{v:.3f}, {share:.1%} of MACs', va='center', fontsize=8, color=INK)
+    _layers(ax, df.block)
+    ax.set(xlim=(0, most*1.4))
+    ax.set_title('influence: how much a block turns its input', fontsize=9, loc='left')
     return ax
