@@ -151,6 +151,8 @@ class _Owner:
 def _memory(t): return t.untyped_storage().data_ptr()
 def _itself(t): return t
 
+_READING = 'convolution','product','recurrent','batch_norm'
+
 class _Following(Watch):
     "Runs along with a model; `reads` gets each operation that reads a weight"
     def __init__(self, model):
@@ -166,6 +168,12 @@ class _Following(Watch):
     def next(self, name):
         self.count[name] += 1
         return self.count[name]-1
+    def key_of(self, func, spec, args, kwargs):
+        "The key of a `Read`, and the `Call`, or `None` for both if an operation reads no weight"
+        if spec.meaning not in _READING: return None,None
+        call = Call(func, spec, args, kwargs, _itself, '')
+        name = self.name_read(call)
+        return (None,None) if name is None else ((name,self.next(name)),call)
 
 _NORM = 'weight','bias','running_mean','running_var'
 _ALIASES = frozenset(('view','permute','slice','split','expand','strided','diagonal'))  # the same memory
@@ -245,16 +253,16 @@ class _Gather(_Following):
         super().__init__(model)
         self.left,self.take = set(wanted),take
     def see(self, func, spec, args, kwargs):
-        if spec.meaning not in ('convolution','product','recurrent','batch_norm'): return func(*args, **kwargs)
-        call = Call(func, spec, args, kwargs, _itself, '')
-        name = self.name_read(call)
-        key = None if name is None else (name,self.next(name))
+        key,call = self.key_of(func, spec, args, kwargs)
         out = func(*args, **kwargs)
-        if key not in self.left: return out
+        self.hand_over(key, call, out)
+        return out
+    def hand_over(self, key, call, out):
+        "Tell of what is wanted; with the last of it, the run is at its end"
+        if key not in self.left: return
         self.take(key, call, out if isinstance(out, Tensor) else out[0])
         self.left.discard(key)
         if not self.left: raise _Enough
-        return out
 
 def follow(
     model:nn.Module, # Left as it is

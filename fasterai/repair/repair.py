@@ -12,7 +12,8 @@ from torch import nn, Tensor
 from ..core.brought import check_values, warn
 from ..core.factorization import _wide
 from ..core.graph import layer_of
-from ..core.reads import Weights, columns_in, columns_out, follow, n_columns, read_by, reads_of, some_columns
+from ..core.reads import Weights, columns_in, columns_out, n_columns, read_by, reads_of, some_columns
+from ..core.resumed import Again, Room, Runs
 from ..core.surgery import copy_of
 from ..core.running import Bystanders, at_home, check_runs, followable, inputs_for, inputs_of, staged
 from .least_squares import Moments, held_out, refit
@@ -124,12 +125,15 @@ class _Layer:
         return at, n_columns(call, y), columns_out(call, _answer(teacher, self.partners[key], call, y), at)
 
     def look(self, read, call, y, found):
-        "Count the columns of one operation"
+        "The columns of one operation, and what it should give for them"
         at,n,wanted = found
         if (mine := n_columns(call, y))!=n: raise ValueError(f'{self.name} gives {mine} columns for these inputs, and {n} in the teacher')
         self.weights = Weights(call)
-        x,wanted = columns_in(call, at.to(y.device)),self.rows(read, wanted.to(y.device), y)
-        out = held_out(len(at), y.device, self.fit.n+self.held.n)
+        return columns_in(call, at.to(y.device)), self.rows(read, wanted.to(y.device), y)
+
+    def count(self, x, wanted):
+        "Add columns `x` and what is `wanted` for them"
+        out = held_out(x.shape[-1], x.device, self.fit.n+self.held.n)
         self.fit.add(x[...,~out], wanted[...,~out])
         self.held.add(x[...,out], wanted[...,out])
 
@@ -223,21 +227,36 @@ def _layers(model, reads, others, partners, inner):
         if p.dim()>1 and n not in seen: stays[n] = f'read by {others[n][1]}' if n in others else 'not read with these inputs'
     return [levels[k] for k in sorted(levels)],stays
 
-def _look(layers, model, teacher, data):
-    "Run both networks with all batches, and count what `layers` read and should give"
-    by = {o.key:(layer,o) for layer in layers for o in layer.reads}
-    theirs = {layer.partners[k].key:k for k,(layer,_) in by.items()}
-    wanted = {}
-    def target(key, call, y):
-        k = theirs[key]
-        wanted[k] = by[k][0].target(teacher, k, call, y, len(data))
-    def look(key, call, y):
-        layer,read = by[key]
-        if key in wanted: layer.look(read, call, y, wanted[key])
-    for b in data:
-        wanted.clear()
-        follow(teacher, _given(b, teacher), theirs, target)
-        follow(model, _given(b, model), by, look)
+class _Looks:
+    "What layers read and should give, level by level. The runs of both networks go on from one level to the next"
+    def __init__(self, model, teacher, data, levels):
+        self.model,self.teacher,self.data,self.levels = model,teacher,data,levels
+        room,first = Room(),next(iter(data))
+        self.mine,self.theirs = (Runs(o, _given(first, o), room) for o in (model,teacher))
+        self.again = Again()
+
+    def look(self, nth):
+        "Run both networks with all batches, and count what the layers of level `nth` read and should give"
+        by = {o.key:(layer,o) for layer in self.levels[nth] for o in layer.reads}
+        later = [(layer,o) for layers in self.levels[nth+1:] for layer in layers for o in layer.reads]
+        theirs = {layer.partners[k].key:k for k,(layer,_) in by.items()}
+        theirs_later = {layer.partners[o.key].key for layer,o in later}
+        mine_later = {*by, *(o.key for _,o in later)}  # and those of this level, which will have been fitted
+        wanted,found = {},{}
+        def target(key, call, y):
+            k = theirs[key]
+            wanted[k] = by[k][0].target(self.teacher, k, call, y, len(self.data))
+        def look(key, call, y):
+            layer,read = by[key]
+            if key in wanted: found[key] = layer.look(read, call, y, wanted[key])
+        for i,b in enumerate(self.data):
+            wanted.clear()
+            found.clear()
+            xs = _given(b, self.model)
+            same = self.again.same(i, xs)
+            self.theirs.follow(i, _given(b, self.teacher), same, theirs, target, theirs_later)
+            self.mine.follow(i, xs, same, by, look, mine_later)
+            for k,columns in found.items(): by[k][0].count(*columns)
 
 class _Undo:
     "Tensors that were noted before they were changed are as they were, if an error comes out"
@@ -251,9 +270,9 @@ class _Undo:
 
 def _all_levels(levels, model, teacher, data, ridge, undo):
     "In stages: fit each level; rows of what was found"
-    rows = []
-    for layers in levels:
-        _look(layers, model, teacher, data)
+    rows,looks = [],_Looks(model, teacher, data, levels)
+    for i,layers in enumerate(levels):
+        looks.look(i)
         with torch.no_grad(): rows += [row for o in layers if o.weights is not None for row in o.repaired(model, teacher, ridge, undo.note)]
         yield
     return rows
