@@ -122,10 +122,10 @@ class _Resumed(_Gather):
 
     def kept_or_blank(self, i, j, blank):
         key = self.course,i,j
-        if (t := self.left_behind.kept.get(key)) is not None:
+        if (kept := self.left_behind.kept.get(key)) is None: t = blank.tensor()
+        else:
+            t = torch.ops.aten.alias(kept)  # PyTorch notes on a view once what it is a view of
             if self.course.last[key]<self.until: del self.left_behind.kept[key]  # it is read before the next run begins
-            return t
-        t = blank.tensor()
         t._source = key
         return t
 
