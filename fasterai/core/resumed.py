@@ -52,10 +52,10 @@ class _Otherwise(Exception): "A run takes another way than the one before, or ne
 
 class _Blank:
     "Shape of a tensor"
-    def __init__(self, t): self.made = dict(size=t.shape, stride=t.stride(), dtype=t.dtype, device=t.device)
+    def __init__(self, t): self.size,self.stride,self.dtype,self.device = t.shape,t.stride(),t.dtype,t.device
     def tensor(self):
         "One without numbers"
-        t = torch.empty_strided(**self.made)
+        t = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
         t._is_blank = True
         return t
 

@@ -37,6 +37,17 @@ def _plan_of(model):
         res |= {f'{n}.{o}' if n else o: dims for o,dims in getattr(m, '_pruned', {}).get('kept', {}).items()}
     return res
 
+def _since(plan, before, teacher):
+    "`plan`, counted from what was left `before`, in the teacher: this one may be a copy that had been cut already"
+    res = {}
+    for name,dims in plan.items():
+        theirs = before.get(name, {})
+        at = {d:{o:i for i,o in enumerate(theirs[d])} for d in dims if d in theirs}
+        if lacks := [o for d in at for o in dims[d] if o not in at[d]]:
+            raise ValueError(f'{name} has channel {lacks[0]} of the original network, which this {type(teacher).__name__} as a teacher has lost: a teacher is a copy from before')
+        res[name] = {d:[at[d][o] for o in kept] if d in at else kept for d,kept in dims.items()}
+    return res
+
 def _kept(plan, read, teacher, n):
     "Which outputs of the teacher's operation are those of `read`, of which there are `n`; `None` if all are"
     kept = plan.get(teacher.name, {}).get(teacher.dim)
@@ -207,9 +218,9 @@ def _given(batch, model):
     "What `model` runs with"
     return inputs_for(model, inputs_of(batch, next(model.parameters()).device))
 
-def _layers(model, reads, others, partners, inner):
+def _layers(model, teacher, reads, others, partners, inner):
     "What is fitted, by level, and rows of what stays"
-    stays,plan,found = _stays(model, reads, others, partners, inner),_plan_of(model),{}
+    stays,plan,found = _stays(model, reads, others, partners, inner),_since(_plan_of(model), _plan_of(teacher), teacher),{}
     for o in reads:
         if o.name not in stays: found.setdefault((o.name,o.row), []).append(o)
     layers = {k:_Layer(rs, partners, plan) for k,rs in found.items()}
@@ -300,7 +311,7 @@ def repair(
         for o,xs in ((model,mine),(teacher,theirs)): check_runs(o, xs)
         reads,others = reads_of(model, mine)
         partners,inner = _partners(reads, reads_of(teacher, theirs)[0])
-        levels,stays = _layers(model, reads, others, partners, inner)
+        levels,stays = _layers(model, teacher, reads, others, partners, inner)
         if not levels: raise ValueError(f'no weight of this {type(model).__name__} can be fitted to the teacher: {_in_words(stays)}')
         with _Undo() as undo: rows = staged(_all_levels(levels, model, teacher, data, ridge, undo), len(levels), progress)
     read = {o.name for o in reads}
