@@ -131,22 +131,24 @@ class _Layer:
         self.norm = None  # the teacher's `Read` of the normalization that follows, if it reads nothing else
 
     def target(self, teacher, key, call, y, n_batches):
-        "Which columns are looked at, of how many, and what the teacher gives there"
+        "Which columns are looked at, how many of these fit the weight, how many there are, and what the teacher gives there"
         at = some_columns(call, y, n_batches)
-        return at, n_columns(call, y), columns_out(call, _answer(teacher, self.partners[key], call, y), at)
+        out = held_out(len(at), y.device, self.fit.n+self.held.n)
+        fit = at[~out]
+        at = torch.cat([fit,at[out]])  # in this order, both are slices
+        return at, len(fit), n_columns(call, y), columns_out(call, _answer(teacher, self.partners[key], call, y), at)
 
     def look(self, read, call, y, found):
-        "The columns of one operation, and what it should give for them"
-        at,n,wanted = found
+        "The columns of one operation, what it should give for them, and how many fit the weight"
+        at,n_fit,n,wanted = found
         if (mine := n_columns(call, y))!=n: raise ValueError(f'{self.name} gives {mine} columns for these inputs, and {n} in the teacher')
         self.weights = Weights(call)
-        return columns_in(call, at.to(y.device)), self.rows(read, wanted.to(y.device), y)
+        return columns_in(call, at.to(y.device)), self.rows(read, wanted.to(y.device), y), n_fit
 
-    def count(self, x, wanted):
-        "Add columns `x` and what is `wanted` for them"
-        out = held_out(x.shape[-1], x.device, self.fit.n+self.held.n)
-        self.fit.add(x[...,~out], wanted[...,~out])
-        self.held.add(x[...,out], wanted[...,out])
+    def count(self, x, wanted, n_fit):
+        "Add columns `x` and what is `wanted` for them: the first `n_fit` fit the weight, the others are held out"
+        self.fit.add(x[...,:n_fit], wanted[...,:n_fit])
+        self.held.add(x[...,n_fit:], wanted[...,n_fit:])
 
     def rows(self, read, wanted, y):
         "Those outputs of the teacher that are left, in groups"
