@@ -15,7 +15,7 @@ from ..core.graph import layer_of
 from ..core.reads import Weights, columns_in, columns_out, n_columns, read_by, reads_of, some_columns
 from ..core.resumed import Again, Room, Runs
 from ..core.surgery import copy_of
-from ..core.running import Bystanders, at_home, check_runs, followable, inputs_for, inputs_of, staged
+from ..core.running import Bystanders, at_home, check_runs, followable, inputs_for, inputs_of, map_parts, staged, tensors_of
 from .least_squares import Moments, held_out, refit
 
 # %% ../../nbs/repair/02_repair.ipynb #f94c2a3b
@@ -240,11 +240,34 @@ def _layers(model, teacher, reads, others, partners, inner):
         if p.dim()>1 and n not in seen: stays[n] = f'read by {others[n][1]}' if n in others else 'not read with these inputs'
     return [levels[k] for k in sorted(levels)],stays
 
+def _are_images(inputs):
+    "Are all tensors of `inputs` images, or volumes?"
+    found = list(tensors_of(inputs))
+    return bool(found) and all(o.is_floating_point() and o.dim()>3 for o in found)
+
+def _mixed(x, other):
+    "Half of `x`, half of `other`, as large as both are"
+    common = tuple(slice(min(a, b)) for a,b in zip(x.shape, other.shape))
+    return (x[common]+other[common])/2
+
+def _ways(inputs, before, widen):
+    "What is looked at for `inputs`: themselves, and with `widen` what they are upside down, and mixed with those `before`"
+    yield inputs
+    if not widen or not _are_images(inputs): return
+    yield map_parts(lambda o: o.flip(-2) if isinstance(o, Tensor) else o, inputs)
+    others = iter(tensors_of(before))
+    yield map_parts(lambda o: _mixed(o, next(others)) if isinstance(o, Tensor) else o, inputs)
+
+_WAYS = 3 # in which images are looked at
+
+def _rolled(inputs): return map_parts(lambda o: o.roll(1, 0) if isinstance(o, Tensor) else o, inputs)
+
 class _Looks:
     "What layers read and should give, level by level. The runs of both networks go on from one level to the next"
-    def __init__(self, model, teacher, data, levels):
-        self.model,self.teacher,self.data,self.levels = model,teacher,data,levels
+    def __init__(self, model, teacher, data, levels, widen):
+        self.model,self.teacher,self.data,self.levels,self.widen = model,teacher,data,levels,widen
         room,first = Room(),next(iter(data))
+        self.n = len(data)*(_WAYS if widen and _are_images(_given(first, model)) else 1)
         self.mine,self.theirs = (Runs(o, _given(first, o), room) for o in (model,teacher))
         self.again = Again()
 
@@ -258,18 +281,26 @@ class _Looks:
         wanted,found = {},{}
         def target(key, call, y):
             k = theirs[key]
-            wanted[k] = by[k][0].target(self.teacher, k, call, y, len(self.data))
+            wanted[k] = by[k][0].target(self.teacher, k, call, y, self.n)
         def look(key, call, y):
             layer,read = by[key]
             if key in wanted: found[key] = layer.look(read, call, y, wanted[key])
-        for i,b in enumerate(self.data):
+        for i,(mine,given,same) in enumerate(self.inputs()):
             wanted.clear()
             found.clear()
-            xs = _given(b, self.model)
-            same = self.again.same(i, xs)
-            self.theirs.follow(i, _given(b, self.teacher), same, theirs, target, theirs_later)
-            self.mine.follow(i, xs, same, by, look, mine_later)
+            self.theirs.follow(i, given, same, theirs, target, theirs_later)
+            self.mine.follow(i, mine, same, by, look, mine_later)
             for k,columns in found.items(): by[k][0].count(*columns)
+
+    def inputs(self):
+        "What is looked at: inputs of the model, of the teacher, and whether they are those of the last time"
+        before,same_before = None,True
+        for i,b in enumerate(self.data):
+            now = [_given(b, o) for o in (self.model,self.teacher)]
+            same = self.again.same(i, now[0])
+            ways = [_ways(o, _rolled(o) if before is None else was, self.widen) for o,was in zip(now, before or now)]
+            for mine,theirs in zip(*ways): yield mine, theirs, same and same_before
+            before,same_before = now,same
 
 class _Undo:
     "Tensors that were noted before they were changed are as they were, if an error comes out"
@@ -281,9 +312,9 @@ class _Undo:
         if error is None: return
         for t,old in reversed(self.was): t.copy_(old)
 
-def _all_levels(levels, model, teacher, data, ridge, undo):
+def _all_levels(levels, model, teacher, data, ridge, widen, undo):
     "In stages: fit each level; rows of what was found"
-    rows,looks = [],_Looks(model, teacher, data, levels)
+    rows,looks = [],_Looks(model, teacher, data, levels, widen)
     for i,layers in enumerate(levels):
         looks.look(i)
         with torch.no_grad(): rows += [row for o in layers if o.weights is not None for row in o.repaired(model, teacher, ridge, undo.note)]
@@ -297,6 +328,7 @@ def repair(
     data, # Inputs: a tensor, a list of tensors or of dicts of arguments by name, or a loader; of tuples the last part is a target, and is not looked at
     ridge:float|None=None, # How much to hold on to the weights, as a share of the mean second moment of a feature; by default chosen for each layer
     progress:bool=True, # Show a bar for what takes longer than two seconds
+    widen:bool|None=None, # Look at images upside down, and mixed two by two, as well: for what is not among the inputs; by default, where `ridge` is chosen
 ):
     """Have `model` give what `teacher` gives: each weight, in the order of data flow, becomes the least-squares fit to the teacher's layer, on what `model` feeds it.
     Zeros stay zero, and shared values shared. A `DataFrame` with, for each weight, the error before and after, as a share of the variance of the teacher's outputs.
@@ -315,7 +347,7 @@ def repair(
         partners,inner = _partners(reads, reads_of(teacher, theirs)[0])
         levels,stays = _layers(model, teacher, reads, others, partners, inner)
         if not levels: raise ValueError(f'no weight of this {type(model).__name__} can be fitted to the teacher: {_in_words(stays)}')
-        with _Undo() as undo: rows = staged(_all_levels(levels, model, teacher, data, ridge, undo), len(levels), progress)
+        with _Undo() as undo: rows = staged(_all_levels(levels, model, teacher, data, ridge, ridge is None if widen is None else widen, undo), len(levels), progress)
     read = {o.name for o in reads}
     lost = {n:why for n,why in stays.items() if n not in inner and (n in read or others.get(n, ('',))[0] in _PRODUCTS)}
     if lost: warn(f'not repaired: {_in_words(lost)}')
