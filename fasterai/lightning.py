@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['network_of', 'TechniqueCallback', 'cut_like', 'SparsifyCallback', 'KeepSparsity', 'PruneCallback', 'KMeansCallback',
-           'RegularizeCallback', 'RegularizationCallback', 'KnowledgeDistillationCallback']
+           'RegularizeCallback', 'RegularizationCallback', 'RepairCallback', 'KnowledgeDistillationCallback']
 
 # %% ../nbs/96_lightning.ipynb #9737c0ae
 import hashlib, math
@@ -19,6 +19,7 @@ from .distill.training import Distill
 from .prune.training import Prune
 from .quantize.training import Share
 from .regularize.training import GroupRegularize, Regularize
+from .repair.training import Repair
 from .sparse.training import Keep, Sparsify
 try: import lightning.pytorch as pl
 except ImportError:
@@ -161,6 +162,7 @@ class PruneCallback(TechniqueCallback, technique=Prune): pass
 class KMeansCallback(TechniqueCallback, technique=Share): pass
 class RegularizeCallback(TechniqueCallback, technique=Regularize): pass
 class RegularizationCallback(TechniqueCallback, technique=GroupRegularize): pass
+class RepairCallback(TechniqueCallback, technique=Repair): pass
 
 class KnowledgeDistillationCallback(TechniqueCallback, technique=Distill):
     "Add to the loss of `training_step` how far the network is from a `teacher`"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TechniqueCallback', 'SparsifyCallback', 'KeepSparsity', 'PruneCallback', 'KMeansCallback', 'RegularizeCallback',
-           'RegularizationCallback', 'DistillationTrainer', 'cut_like']
+           'RegularizationCallback', 'RepairCallback', 'DistillationTrainer', 'cut_like']
 
 # %% ../nbs/97_transformers.ipynb #bae1bdd7
 import hashlib
@@ -20,6 +20,7 @@ from .distill.training import Distill
 from .prune.training import Prune
 from .quantize.training import Share
 from .regularize.training import GroupRegularize, Regularize
+from .repair.training import Repair
 from .sparse.training import Keep, Sparsify
 try: from transformers import Trainer, TrainerCallback, TrainerState
 except ImportError as e: raise ImportError('fasterai.transformers needs transformers: pip install "fasterai[transformers]"') from e
@@ -99,6 +100,7 @@ class PruneCallback(TechniqueCallback, technique=Prune): pass
 class KMeansCallback(TechniqueCallback, technique=Share): pass
 class RegularizeCallback(TechniqueCallback, technique=Regularize): pass
 class RegularizationCallback(TechniqueCallback, technique=GroupRegularize): pass
+class RepairCallback(TechniqueCallback, technique=Repair): pass
 
 # %% ../nbs/97_transformers.ipynb #ddbe37fb
 class _Teach(TechniqueCallback):

@@ -294,6 +294,30 @@ def test_products_that_are_no_layers_are_told():
     with pytest.warns(UserWarning, match='not repaired: w: read by bmm'): table = repair(mine, teacher, x)
     assert differs(mine, teacher, x)<1e-4 and table.why.str.contains('bmm').sum()==1
 
+@pytest.mark.parametrize('kind', ['images','tokens'])
+def test_widen(kind):
+    "Images are looked at in three ways, unless a ridge is given or it is declined; what is no image, as it is"
+    if kind=='images': make,change,x = Net,pruned,images()
+    else: make,x,change = Attention,torch.randn(48, 5, 6, generator=torch.Generator().manual_seed(0)),lambda net, x: sparse(net, x)
+    teacher,found = seeded(make),{}
+    for ridge in (None,1e-3):
+        for widen in (None,True,False):
+            mine = change(deepcopy(teacher), x)
+            repair(mine, teacher, list(x.split(16)), ridge, widen=widen)
+            found[ridge,widen] = torch.cat([p.flatten() for p in mine.parameters()])
+    same = lambda a, b: torch.equal(found[a], found[b])
+    assert same((None,None), (None,True)) and same((1e-3,None), (1e-3,False))
+    assert all(same((o,True), (o,False))==(kind=='tokens') for o in (None,1e-3))
+
+def test_widen_by_hand():
+    "Upside down, and mixed with the batch before; the first with itself, rolled"
+    teacher,x = seeded(Net),images(24)
+    mine,other = pruned(deepcopy(teacher), x),pruned(deepcopy(teacher), x)
+    a,b = x[:12],x[12:,:,:7]
+    repair(mine, teacher, [a,b], 1e-3, widen=True)
+    repair(other, teacher, [a, a.flip(2), (a+a.roll(1, 0))/2, b, b.flip(2), (b+a[:,:,:7])/2], 1e-3)
+    assert all(torch.equal(v, w) for v,w in zip(mine.state_dict().values(), other.state_dict().values()))
+
 # --- in one argument
 
 def test_in_one_argument():

@@ -66,12 +66,18 @@ class Pace:
         n:int, # Number of steps
     ):
         whole_number('the number of steps', n, 1)
-        if not due(k, n, n_due(n, self.n_epoch, self.n_updates or n), self.last): return
+        if not self._due(k, n): return
         self.last = k
         level = self.at(k/n)
         if level==self.level: return
         self.level = level
         return level
+
+    def _due(self, k, n): return due(k, n, n_due(n, self.n_epoch, self.n_updates or n), self.last)
+
+    def acts(self, k, n):
+        "Would there be a level to be reached after step `k` of `n`?"
+        return self._due(k, n) and self.at(k/n)!=self.level
 
     def short(self, n): # Number of steps
         "Did training end before the schedule did?"
@@ -141,8 +147,9 @@ class Technique:
     column = None # What `reached` is called in a table
     holds = None # What it keeps of weights, in the plural, which fits their shapes
     resizes,remembers,is_loss = False,False,False # Does it change shapes of weights? Does it go on otherwise without its state? Has it a share in the loss?
+    takes = False # Does it take something away at each level of its `pace`, which a `Repair` makes up for?
     parts = () # What names in its state begin with; none, if there is nothing to go on from
-    order = 2 # Among those at work in a step: what adds gradients comes first (0), then what shares values (1), then what holds zeros
+    order = 2 # Among those at work in a step: what adds gradients comes first (0), then what shares values (1), then what holds zeros, and last what makes up for them (3)
     next = state = None # What `check` has made ready; what to go on from
     @property
     def title(self): "What the user calls it"; return self.__dict__.get('called', type(self).__name__)

@@ -153,6 +153,8 @@ class _Owner:
 def _memory(t): return t.untyped_storage().data_ptr()
 def _itself(t): return t
 
+_READING = 'convolution','product','recurrent','batch_norm'
+
 class _Following(Watch):
     "Runs along with a model; `reads` gets each operation that reads a weight"
     def __init__(self, model):
@@ -168,6 +170,12 @@ class _Following(Watch):
     def next(self, name):
         self.count[name] += 1
         return self.count[name]-1
+    def key_of(self, func, spec, args, kwargs):
+        "The key of a `Read`, and the `Call`, or `None` for both if an operation reads no weight"
+        if spec.meaning not in _READING: return None,None
+        call = Call(func, spec, args, kwargs, _itself, '')
+        name = self.name_read(call)
+        return (None,None) if name is None else ((name,self.next(name)),call)
 
 _NORM = 'weight','bias','running_mean','running_var'
 _ALIASES = frozenset(('view','permute','slice','split','expand','strided','diagonal'))  # the same memory
@@ -257,25 +265,28 @@ class _Gather(_Following):
         super().__init__(model)
         self.left,self.take,self.summed,self.waiting = set(wanted),take,summed,{}
     def see(self, func, spec, args, kwargs):
-        if spec.name=='add' and self.waiting: self.see_sum(Call(func, spec, args, kwargs, _itself, ''))
-        if spec.meaning not in ('convolution','product','recurrent','batch_norm'): return func(*args, **kwargs)
-        call = Call(func, spec, args, kwargs, _itself, '')
-        name = self.name_read(call)
-        key = None if name is None else (name,self.next(name))
+        key,call = self.key_of(func, spec, args, kwargs)
+        self.meet(func, spec, args, kwargs)
         out = func(*args, **kwargs)
-        if key not in self.left: return out
-        y = out if isinstance(out, Tensor) else out[0]
-        if key in self.summed: self.waiting[_memory(y)] = key,call,y
-        else: self.hand_over(key, call, y)
+        self.hand_over(key, call, out)
         return out
-    def see_sum(self, call):
-        "What waits for what is added to it"
+    def meet(self, func, spec, args, kwargs):
+        "Hand over what waits for what is added to it"
+        if spec.name!='add' or not self.waiting: return
+        call = Call(func, spec, args, kwargs, _itself, '')
         for t in call.shadows:
             if not t.numel() or _memory(t) not in self.waiting: continue
             key,made,y = self.waiting.pop(_memory(t))
             beside = next(o for o in call.shadows if o is not t)
-            self.hand_over(key, made, y, beside.reshape(y.shape))
-    def hand_over(self, key, *found):
+            self.tell(key, made, y, beside.reshape(y.shape))
+    def hand_over(self, key, call, out):
+        "Tell of what is wanted, or let it wait for what is added"
+        if key not in self.left: return
+        y = out if isinstance(out, Tensor) else out[0]
+        if key in self.summed: self.waiting[_memory(y)] = key,call,y
+        else: self.tell(key, call, y)
+    def tell(self, key, *found):
+        "With the last of what is wanted, the run is at its end"
         self.take(key, *found)
         self.left.discard(key)
         if not self.left: raise _Enough

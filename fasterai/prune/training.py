@@ -21,7 +21,7 @@ class Prune(Technique):
     """Remove channels while training: `schedule` says how many, a `Pruner` says which. What cannot go is told once, and is in
     `left`: a row for each `layer`, with its number of `channels`, how many are asked for (`dead`), how many were `removed`, and `why`
     not all"""
-    name,column,resizes,remembers = 'prune','pruned',True,True
+    name,column,resizes,remembers,takes = 'prune','pruned',True,True,True
     parts = 'pruner.','pace.'
     pruner = next = pace = None
     def __init__(self,

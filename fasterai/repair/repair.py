@@ -12,9 +12,10 @@ from torch import nn, Tensor
 from ..core.brought import check_values, warn
 from ..core.factorization import _wide
 from ..core.graph import layer_of
-from ..core.reads import Weights, columns_in, columns_out, follow, n_columns, read_by, reads_of, some_columns
+from ..core.reads import Weights, columns_in, columns_out, n_columns, read_by, reads_of, some_columns
+from ..core.resumed import Again, Room, Runs
 from ..core.surgery import copy_of
-from ..core.running import Bystanders, at_home, check_runs, followable, inputs_for, inputs_of, staged
+from ..core.running import Bystanders, at_home, check_runs, followable, inputs_for, inputs_of, map_parts, staged, tensors_of
 from .least_squares import Moments, held_out, refit
 
 # %% ../../nbs/repair/02_repair.ipynb #f94c2a3b
@@ -34,6 +35,17 @@ def _plan_of(model):
     res = {}
     for n,m in model.named_modules():
         res |= {f'{n}.{o}' if n else o: dims for o,dims in getattr(m, '_pruned', {}).get('kept', {}).items()}
+    return res
+
+def _since(plan, before, teacher):
+    "`plan`, counted from what was left `before`, in the teacher: this one may be a copy that had been cut already"
+    res = {}
+    for name,dims in plan.items():
+        theirs = before.get(name, {})
+        at = {d:{o:i for i,o in enumerate(theirs[d])} for d in dims if d in theirs}
+        if lacks := [o for d in at for o in dims[d] if o not in at[d]]:
+            raise ValueError(f'{name} has channel {lacks[0]} of the original network, which this {type(teacher).__name__} as a teacher has lost: a teacher is a copy from before')
+        res[name] = {d:[at[d][o] for o in kept] if d in at else kept for d,kept in dims.items()}
     return res
 
 def _kept(plan, read, teacher, n):
@@ -119,20 +131,26 @@ class _Layer:
         self.norm = None  # the teacher's `Read` of the normalization that follows, if it reads nothing else
 
     def target(self, teacher, key, call, y, n_batches):
-        "Which columns are looked at, of how many, and what the teacher gives there"
+        "Which columns are looked at, how many of these fit the weight, how many there are, and what the teacher gives there"
         at = some_columns(call, y, n_batches)
-        return at, n_columns(call, y), columns_out(call, _answer(teacher, self.partners[key], call, y), at)
+        out = held_out(len(at), y.device, self.fit.n+self.held.n)
+        fit = at[~out]
+        at = torch.cat([fit,at[out]])  # in this order, both are slices
+        return at, len(fit), n_columns(call, y), columns_out(call, _answer(teacher, self.partners[key], call, y), at)
 
     def look(self, read, call, y, found, beside=None):
-        "Count the columns of one operation; what lies `beside` it in a sum is there already"
-        at,n,wanted = found
+        "The columns of one operation, what it should give for them, and how many fit the weight. What lies `beside` it in a sum is there already"
+        at,n_fit,n,wanted = found
         if (mine := n_columns(call, y))!=n: raise ValueError(f'{self.name} gives {mine} columns for these inputs, and {n} in the teacher')
         self.weights = Weights(call)
-        x,wanted = columns_in(call, at.to(y.device)),self.rows(read, wanted.to(y.device), y)
-        if beside is not None: wanted = wanted-columns_out(call, beside, at.to(y.device))
-        out = held_out(len(at), y.device, self.fit.n+self.held.n)
-        self.fit.add(x[...,~out], wanted[...,~out])
-        self.held.add(x[...,out], wanted[...,out])
+        at = at.to(y.device)
+        x,wanted = columns_in(call, at),self.rows(read, wanted.to(y.device), y)
+        return x, wanted if beside is None else wanted-columns_out(call, beside, at), n_fit
+
+    def count(self, x, wanted, n_fit):
+        "Add columns `x` and what is `wanted` for them: the first `n_fit` fit the weight, the others are held out"
+        self.fit.add(x[...,:n_fit], wanted[...,:n_fit])
+        self.held.add(x[...,n_fit:], wanted[...,n_fit:])
 
     def rows(self, read, wanted, y):
         "Those outputs of the teacher that are left, in groups"
@@ -204,9 +222,9 @@ def _given(batch, model):
     "What `model` runs with"
     return inputs_for(model, inputs_of(batch, next(model.parameters()).device))
 
-def _layers(model, reads, others, partners, inner):
+def _layers(model, teacher, reads, others, partners, inner):
     "What is fitted, by level, and rows of what stays"
-    stays,plan,found = _stays(model, reads, others, partners, inner),_plan_of(model),{}
+    stays,plan,found = _stays(model, reads, others, partners, inner),_since(_plan_of(model), _plan_of(teacher), teacher),{}
     for o in reads:
         if o.name not in stays: found.setdefault((o.name,o.row), []).append(o)
     layers = {k:_Layer(rs, partners, plan) for k,rs in found.items()}
@@ -224,23 +242,70 @@ def _layers(model, reads, others, partners, inner):
         if p.dim()>1 and n not in seen: stays[n] = f'read by {others[n][1]}' if n in others else 'not read with these inputs'
     return [levels[k] for k in sorted(levels)],stays
 
-def _look(layers, model, teacher, data):
-    "Run both networks with all batches, and count what `layers` read and should give"
-    by = {o.key:(layer,o) for layer in layers for o in layer.reads}
-    theirs = {layer.partners[k].key:k for k,(layer,_) in by.items()}
-    summed = {k for k,(layer,o) in by.items() if o.summed and layer.partners[k].summed and layer.norm is None}
-    wanted = {}
-    def target(key, call, y, beside=None):
-        k = theirs[key]
-        at,n,columns = by[k][0].target(teacher, k, call, y, len(data))
-        wanted[k] = at,n,columns if beside is None else columns+columns_out(call, beside, at)
-    def look(key, call, y, beside=None):
-        layer,read = by[key]
-        if key in wanted: layer.look(read, call, y, wanted[key], beside)
-    for b in data:
-        wanted.clear()
-        follow(teacher, _given(b, teacher), theirs, target, {k for k,mine in theirs.items() if mine in summed})
-        follow(model, _given(b, model), by, look, summed)
+def _are_images(inputs):
+    "Are all tensors of `inputs` images, or volumes?"
+    found = list(tensors_of(inputs))
+    return bool(found) and all(o.is_floating_point() and o.dim()>3 for o in found)
+
+def _mixed(x, other):
+    "Half of `x`, half of `other`, as large as the smaller one; of itself, the next image in place of each, where none is the smaller one"
+    common = tuple(map(min, x.shape, other.shape))
+    if len(x.shape)!=len(other.shape) or common not in (x.shape,other.shape): return (x+x.roll(1, 0))/2
+    common = tuple(map(slice, common))
+    return (x[common]+other[common])/2
+
+def _ways(inputs, before, widen):
+    "What is looked at for `inputs`: themselves, and with `widen` what they are upside down, and mixed with those `before`"
+    yield inputs
+    if not widen or not _are_images(inputs): return
+    yield map_parts(lambda o: o.flip(-2) if isinstance(o, Tensor) else o, inputs)
+    others = list(tensors_of(before)) if before is not None and _are_images(before) else []
+    yield map_parts(lambda o: _mixed(o, others.pop(0) if others else o.roll(1, 0)) if isinstance(o, Tensor) else o, inputs)
+
+_WAYS = 3 # in which images are looked at
+
+class _Looks:
+    "What layers read and should give, level by level. The runs of both networks go on from one level to the next"
+    def __init__(self, model, teacher, data, levels, widen):
+        self.model,self.teacher,self.data,self.levels,self.widen = model,teacher,data,levels,widen
+        room,first = Room(),next(iter(data))
+        self.n = len(data)*(_WAYS if widen and _are_images(_given(first, model)) else 1)
+        self.mine,self.theirs = (Runs(o, _given(first, o), room) for o in (model,teacher))
+        self.again = Again()
+
+    def look(self, nth):
+        "Run both networks with all batches, and count what the layers of level `nth` read and should give"
+        by = {o.key:(layer,o) for layer in self.levels[nth] for o in layer.reads}
+        later = [(layer,o) for layers in self.levels[nth+1:] for layer in layers for o in layer.reads]
+        theirs = {layer.partners[k].key:k for k,(layer,_) in by.items()}
+        summed = {k for k,(layer,o) in by.items() if o.summed and layer.partners[k].summed and layer.norm is None}
+        theirs_summed = {k for k,mine in theirs.items() if mine in summed}
+        theirs_later = {layer.partners[o.key].key for layer,o in later}
+        mine_later = {*by, *(o.key for _,o in later)}  # and those of this level, which will have been fitted
+        wanted,found = {},{}
+        def target(key, call, y, beside=None):
+            k = theirs[key]
+            at,n_fit,n,columns = by[k][0].target(self.teacher, k, call, y, self.n)
+            wanted[k] = at,n_fit,n,columns if beside is None else columns+columns_out(call, beside, at)
+        def look(key, call, y, beside=None):
+            layer,read = by[key]
+            if key in wanted: found[key] = layer.look(read, call, y, wanted[key], beside)
+        for i,(mine,given,same) in enumerate(self.inputs()):
+            wanted.clear()
+            found.clear()
+            self.theirs.follow(i, given, same, theirs, target, theirs_later, theirs_summed)
+            self.mine.follow(i, mine, same, by, look, mine_later, summed)
+            for k,columns in found.items(): by[k][0].count(*columns)
+
+    def inputs(self):
+        "What is looked at: inputs of the model, of the teacher, and whether they are those of the last time"
+        before,same_before = None,True
+        for i,b in enumerate(self.data):
+            now = [_given(b, o) for o in (self.model,self.teacher)]
+            same = self.again.same(i, now[0])
+            ways = [_ways(o, was, self.widen) for o,was in zip(now, before or (None,None))]
+            for mine,theirs in zip(*ways): yield mine, theirs, same and same_before
+            before,same_before = now,same
 
 class _Undo:
     "Tensors that were noted before they were changed are as they were, if an error comes out"
@@ -252,11 +317,11 @@ class _Undo:
         if error is None: return
         for t,old in reversed(self.was): t.copy_(old)
 
-def _all_levels(levels, model, teacher, data, ridge, undo):
+def _all_levels(levels, model, teacher, data, ridge, widen, undo):
     "In stages: fit each level; rows of what was found"
-    rows = []
-    for layers in levels:
-        _look(layers, model, teacher, data)
+    rows,looks = [],_Looks(model, teacher, data, levels, widen)
+    for i,layers in enumerate(levels):
+        looks.look(i)
         with torch.no_grad(): rows += [row for o in layers if o.weights is not None for row in o.repaired(model, teacher, ridge, undo.note)]
         yield
     return rows
@@ -268,6 +333,7 @@ def repair(
     data, # Inputs: a tensor, a list of tensors or of dicts of arguments by name, or a loader; of tuples the last part is a target, and is not looked at
     ridge:float|None=None, # How much to hold on to the weights, as a share of the mean second moment of a feature; by default chosen for each layer
     progress:bool=True, # Show a bar for what takes longer than two seconds
+    widen:bool|None=None, # Look at images upside down, and mixed two by two, as well: for what is not among the inputs; by default, where `ridge` is chosen
 ):
     """Have `model` give what `teacher` gives: each weight, in the order of data flow, becomes the least-squares fit to the teacher's layer, on what `model` feeds it.
     Zeros stay zero, and shared values shared. A `DataFrame` with, for each weight, the error before and after, as a share of the variance of the teacher's outputs.
@@ -284,9 +350,9 @@ def repair(
         for o,xs in ((model,mine),(teacher,theirs)): check_runs(o, xs)
         reads,others = reads_of(model, mine)
         partners,inner = _partners(reads, reads_of(teacher, theirs)[0])
-        levels,stays = _layers(model, reads, others, partners, inner)
+        levels,stays = _layers(model, teacher, reads, others, partners, inner)
         if not levels: raise ValueError(f'no weight of this {type(model).__name__} can be fitted to the teacher: {_in_words(stays)}')
-        with _Undo() as undo: rows = staged(_all_levels(levels, model, teacher, data, ridge, undo), len(levels), progress)
+        with _Undo() as undo: rows = staged(_all_levels(levels, model, teacher, data, ridge, ridge is None if widen is None else widen, undo), len(levels), progress)
     read = {o.name for o in reads}
     lost = {n:why for n,why in stays.items() if n not in inner and (n in read or others.get(n, ('',))[0] in _PRODUCTS)}
     if lost: warn(f'not repaired: {_in_words(lost)}')

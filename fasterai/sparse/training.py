@@ -98,7 +98,7 @@ class Tickets:
 # %% ../../nbs/sparse/02_training.ipynb #ec129a67
 class Sparsify(Technique):
     "Zero weights while training: `schedule` says how many, a `Sparsifier` says which"
-    name,column,holds,remembers = 'sparsify','sparsity','masks of weights',True
+    name,column,holds,remembers,takes = 'sparsify','sparsity','masks of weights',True,True
     parts = 'sparsifier.','pace.','ticket.','found.'
     sparsifier = next = pace = None
     @old_arguments
