@@ -14,7 +14,7 @@ from .counts import _call, _draws, _on_own_numbers, place_of, running
 from ..core.running import call_with, calls_of
 from ..core.surgery import _mend, _told_by_weight, copy_of
 
-# %% ../../nbs/analyze/04_times.ipynb #62d743ff
+# %% ../../nbs/analyze/04_times.ipynb #81fd8590
 _WHOLE = nn.MultiheadAttention,nn.TransformerEncoderLayer # Hooks inside of these would have them take another path
 
 def pieces(
@@ -65,7 +65,7 @@ class Stopwatch:
         for n,t in zip(self.names, self.least): res[n] = res.get(n, 0.)+float(t)
         return res
 
-_TURNS,_STILL,_LEAST_GAIN,_SECONDS = 12,8,.004,20. # calls at least; of these the last gained less than so much; and no more than so long
+_TURNS,_STILL,_LEAST_GAIN,_SECONDS = 15,10,.004,15. # calls at least; of these the last gained less than so much; and no more than so long
 
 def in_turn(
     *watches:Stopwatch, # Of models that are compared
@@ -83,7 +83,7 @@ def in_turn(
             before,now = np.array(history[-1-_STILL]),np.array(history[-1])
             if (before-now<_LEAST_GAIN*now).all(): return
 
-# %% ../../nbs/analyze/04_times.ipynb #2a9cd8c0
+# %% ../../nbs/analyze/04_times.ipynb #91dc5d7e
 timed = nn.modules.conv._ConvNd,nn.Linear # Layers that are run at other widths
 
 def seen_inputs(model, inputs):
@@ -107,7 +107,7 @@ def resized(m, shape, x): # Layer, shape of its weight, shape of its input
     x[-1 if linear else 1-m.weight.dim()] = o.in_features if linear else o.in_channels
     return o,normal(*x)
 
-_SHARES = 1,.75,.5,.25,.125 # of the width of a layer
+_SHARES = 1,.75,.4,.125 # of the width of a layer
 
 def grid(
     full:int, # Width of a layer
@@ -116,35 +116,51 @@ def grid(
     "Widths that a layer is run at"
     return sorted({full, *(max(step*round(full*o/step), min(step, full)) for o in _SHARES[1:])})
 
-_LARGE = 2**23 # weights
-_MOST_TURNS,_SETTLED,_LITTLE = 25,4,.02 # turns at most; of these the last gained less than so much
+_LARGE = 2**23 # weights of a layer: those at other widths are not all held in memory at once
+_MOST_TURNS,_SETTLED,_LITTLE = 15,4,.02 # turns of a pass at most; of these the last gained less than so much
+_CALM,_PASSES,_ALL_SECONDS = 1.5,6,45. # a layer takes no more alone than so many times what it takes in the network; passes, and how long they go on
 
 class Tables:
     "Seconds of layers at other widths: those that are alike are run once"
-    def __init__(self, clock=perf_counter): self.clock,self.known = clock,{}
+    def __init__(self, clock=perf_counter): self.clock,self.least = clock,{}
 
-    def table(self,
-        m:nn.Module, # A convolution or a linear layer
-        x, # Shape of its input
-        widths, # Lengths of the first axis of its weight, and of the second
-    )->np.ndarray: # Seconds, [first, second]
-        "Least time of `m` at `widths`"
-        key = repr(m),tuple(m.weight.shape),tuple(x),m.weight.dtype,m.weight.device,tuple(map(tuple, widths))
-        if key not in self.known: self.known[key] = self._run(m, x, widths)
-        return self.known[key]
+    def key(self, m, x, widths): return repr(m),tuple(m.weight.shape),tuple(x),m.weight.dtype,m.weight.device,tuple(map(tuple, widths))
 
-    def _run(self, m, x, widths):
-        ways = [(a,b) for a in widths[0] for b in widths[1]]
-        if m.weight.numel()>_LARGE: least = np.concatenate([self._least(m, x, [o]) for o in ways])  # not all of them in memory at once
-        else: least = self._least(m, x, ways)
-        table = least.reshape(len(widths[0]), len(widths[1]))
-        for axis in (0,1): table = np.flip(np.minimum.accumulate(np.flip(table, axis), axis), axis)  # less takes no longer: that was a disturbance
+    def stages(self, layers): # Of each: a convolution or a linear layer, the shape of its input, lengths of the two axes of its weight, seconds that it takes in the network
+        "In stages: run each of `layers`, and those that were disturbed again"
+        todo,start = {self.key(*o[:3]):o[:4] for o in layers},perf_counter()
+        for turn in range(_PASSES):
+            for k,o in todo.items():
+                self._run(k, *o)
+                yield
+                if turn and perf_counter()-start>_ALL_SECONDS: return
+            todo = {k:o for k,o in todo.items() if not self._calm(k, o[3])}
+
+    def _calm(self, key, near):
+        "Is what was measured no more than disturbed a little?"
+        least = self.least[key]
+        return least[-1]<=_CALM*near and (least<=_CALM*least[-1]).all()
+
+    def table(self, m, x, widths, near)->np.ndarray: # As for `stages`; seconds, [first, second]
+        "What was measured of one layer, without what disturbed it"
+        size = [len(o) for o in widths]
+        key = self.key(m, x, widths)
+        table = self.least[key].reshape(size)
+        if table[-1,-1]>_CALM*near:  # it never ran alone: as its multiply-accumulates
+            return near*np.outer(*[np.array(o)/o[-1] for o in widths])
+        table = np.minimum(table, table[-1,-1])
+        for axis in (0,1): table = np.flip(np.minimum.accumulate(np.flip(table, axis), axis), axis)  # less takes no longer
         return table
 
-    def _least(self, m, x, ways):
-        "Least seconds of each of `ways`, which run in turn until that makes them no faster"
-        made = [resized(m, (a,b,*m.weight.shape[2:]), x) for a,b in ways]
-        calls = [_call(*o) for o in made]
+    def _run(self, key, m, x, widths, near):
+        ways = [(a,b) for a in widths[0] for b in widths[1]]
+        if m.weight.numel()>_LARGE: found = np.concatenate([self._least(m, x, [o], near) for o in ways])
+        else: found = self._least(m, x, ways, near)
+        self.least[key] = np.minimum(found, self.least.get(key, np.inf))
+
+    def _least(self, m, x, ways, near):
+        "Least seconds of each of `ways`, which run in turn until that makes them no faster, or if they are disturbed all the time"
+        calls = [_call(*resized(m, (a,b,*m.weight.shape[2:]), x)) for a,b in ways]
         least,history = np.full(len(ways), np.inf),[]
         with torch.no_grad():
             for call,wait in calls:
@@ -157,5 +173,6 @@ class Tables:
                     wait()
                     least[i] = min(least[i], self.clock()-start)
                 history.append(least.sum())
+                if len(history)>2 and least.mean()>2*_CALM*near: break
                 if len(history)>_SETTLED+1 and history[-1-_SETTLED]-history[-1]<_LITTLE*history[-1]: break
         return least

@@ -310,7 +310,7 @@ def check_optimizer(
     if {id(p) for g in groups for p in g['params']}.isdisjoint(map(id, model.parameters())):
         raise ValueError(f'this {type(optimizer).__name__} holds no parameter of the {type(model).__name__}: it was made for another model')
 
-# %% ../../nbs/prune/01_pruner.ipynb #4c0dad39
+# %% ../../nbs/prune/01_pruner.ipynb #2ebaf276
 _WITHIN = .05 # of what was asked for, as a share of it
 _NEAR = .02 # no other widths are tried where a measurement is so near: times vary
 _CORRECTIONS = 6 # widths that are tried at most
@@ -355,7 +355,7 @@ class _Aim:
     def is_met(self, found): return abs(self.off(found.left))<=_WITHIN
     def uniform_is_better(self, best):
         widths = self.widths()
-        same = widths.uniform(self.budget*self.scale)
+        same = widths.uniform(self.goal)
         return same is not None and widths.loss(same)<best.loss
 
     def widths(self):
@@ -366,20 +366,21 @@ class _Aim:
 
     def nearest(self, choose, name):
         "In stages: of the widths that `choose` gives, for budgets that are corrected, those that are nearest to the target"
-        self.scale,best,seen = 1.,None,set()
+        self.goal,best,seen = self.budget,None,set()  # what the estimate is to be
         for _ in range(_CORRECTIONS):
             widths = self.widths()
-            if widths.reachable>self.budget*max(1+_WITHIN, self.scale): raise ValueError(self.too_much(widths.reachable))
-            gone = choose(widths, max(self.budget*self.scale, widths.reachable))
+            if widths.reachable>self.budget*(1+_WITHIN): raise ValueError(self.too_much(widths.reachable))
+            gone = choose(widths, max(self.goal, widths.reachable))
             if gone is None or tuple(gone) in seen: break
             seen.add(tuple(gone))
             found = self.tried(gone, name, widths.loss(gone))
             yield
             if found is None: continue
             if best is None or self.rank(found)<self.rank(best): best = found
-            if self.meter.exact and abs(found.left-widths.estimate(np.array([gone]))[0])<.5 and found.left<=self.budget: break
+            estimate = float(widths.estimate(np.array([gone]))[0])
+            if self.meter.exact and abs(found.left-estimate)<.5 and found.left<=self.budget: break
             if not self.meter.exact and abs(self.off(found.left))<_NEAR: break
-            self.scale *= self.budget/found.left
+            self.goal = estimate+self.budget-found.left
         return best
 
     def rank(self, found):
@@ -425,7 +426,7 @@ class _Aim:
         why = 'times vary on this machine' if t.what=='latency' else 'one step more would be too many'
         return f'{t} asks for {t.shown(self.budget)}, and {t.shown(found.left)} are left, which is {abs(self.off(found.left)):.0%} off: {why}; {self.stays()}'
 
-# %% ../../nbs/prune/01_pruner.ipynb #a40447cc
+# %% ../../nbs/prune/01_pruner.ipynb #3ba6adcf
 _ALIKE = str.maketrans('oOlI', '0011')  # letters that are taken for numbers
 
 class Pruner:

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Target', 'losses', 'Axes', 'Product', 'stored', 'Counted', 'Timed', 'Widths']
 
-# %% ../../nbs/prune/00_targets.ipynb #f1c5a54d
+# %% ../../nbs/prune/00_targets.ipynb #5e11c143
 import math, re
+from collections import Counter
 import numpy as np
 import torch
 from torch import nn
@@ -146,7 +147,7 @@ class Counted:
         return sum(self._of_tensors(model).values())
     def step(self, n): "Widths of a group of `n` channels are multiples of it"; return 1
 
-# %% ../../nbs/prune/00_targets.ipynb #9ccee5be
+# %% ../../nbs/prune/00_targets.ipynb #3905b35d
 _ALIGNED = 8 # channels: the vectors of processors, and the tiles of tensor cores
 _NARROW = 2*_ALIGNED # groups of fewer channels may have any width
 
@@ -163,52 +164,51 @@ class Timed:
         self.compare(self.dense)
         yield
         self._share_out()
-        for n in self._run: yield self._measure_layer(n)
+        yield from self.tables.stages(self._run.values())
         self._stack()
 
     def _share_out(self):
         "What each piece of time follows"
-        inputs = dict(seen_inputs(self.model, self.inputs))
-        shapes = {n:t for n,t in self.dense.by_layer().items()}
-        self._run,self._params,self._fixed,last = {},[],0.,None
-        own = {n:[k for k in self.axes_by_layer().get(n, ())] for n in shapes}
-        for n,t in shapes.items():
-            m = self.model.get_submodule(n) if n else None
-            w = f'{n}.weight' if n else 'weight'
-            if isinstance(m, timed) and n in inputs and self.axes.of(w): self._run[n] = (t,inputs[n])
-            elif own[n]: self._params.append((t,own[n]))
-            elif last is not None and m is not None and not any(True for _ in m.parameters()): self._params.append((t,last))
+        inputs,own,last = dict(seen_inputs(self.model, self.inputs)),self._axes_by_layer(),[]
+        calls = Counter(self.dense.names)
+        self._run,self._params,self._fixed = {},[],0.
+        self._call = float(self.dense.least.min())  # what any call takes, however little it does
+        for n,t in self.dense.by_layer().items():
+            m,w = self.model.get_submodule(n),f'{n}.weight' if n else 'weight'
+            plain = isinstance(m, timed) and n in inputs
+            if plain and self.axes.of(w): self._run[n] = m,inputs[n],self._widths(m, w),t/calls[n],t
+            elif n in own: self._follow(t, calls[n], own[n])
+            elif last and n and not any(True for _ in m.parameters()): self._follow(t, calls[n], last)
             else: self._fixed += t
-            made = self.axes.at.get((w,0 if not getattr(m, 'transposed', False) else 1))
-            if made is not None: last = [made]
-            elif m is not None and any(p.dim()>1 for p in m.parameters()): last = None
-            elif own[n]: last = own[n][:1]
+            made = self.axes.at.get((w,int(getattr(m, 'transposed', False))))
+            if plain: last = [] if made is None else [made]
+            elif n in own: last = own[n][:1]
 
-    def axes_by_layer(self):
-        "Numbers of axes by layer, of its largest tensor"
-        res,size = {},{}
-        for (name,_),i in self.axes.at.items():
-            if name.endswith(('bias','running_mean','running_var')): continue
-            res.setdefault(layer_of(name), []).append(i)
+    def _follow(self, t, calls, axes):
+        "Of `t` seconds, what is more than the calls themselves follows the mean length of `axes`"
+        self._fixed += calls*self._call
+        self._params.append((t-calls*self._call,axes))
+
+    def _axes_by_layer(self):
+        "Numbers of axes that widths change, by layer"
+        res = {}
+        for (name,_),i in self.axes.at.items(): res.setdefault(layer_of(name), []).append(i)
         return res
 
-    def _measure_layer(self, n):
-        m,shape = self.model.get_submodule(n),self._run[n][1]
-        w = f'{n}.weight' if n else 'weight'
-        widths = []
-        for d in (0,1):
-            full = m.weight.shape[d]
-            widths.append(grid(full, min(max(self.step(full), 1), full)) if (w,d) in self.axes.at else [full])
-        self._run[n] = (*self._run[n], widths, self.tables.table(m, shape, widths))
+    def _widths(self, m, w):
+        "Lengths of the two axes of weight `w` of layer `m` that it is run with"
+        return [grid(n, min(self.step(n), n)) if (w,d) in self.axes.at else [n] for d,n in enumerate(m.weight.shape[:2])]
 
     def _stack(self):
         "All tables as one, of a common size"
-        most = max((len(o) for *_,ws,_ in self._run.values() for o in ws), default=1)
+        most = max((len(o) for _,_,ws,*_ in self._run.values() for o in ws), default=1)
         most = max(most, 2)
         self._at,self._grid,self._table = [[],[]],[[],[]],[]
-        for n,(t,_,widths,table) in self._run.items():
-            w = f'{n}.weight' if n else 'weight'
-            table = t*table/table[-1,-1]
+        for n,(m,x,widths,near,t) in self._run.items():
+            w,table = f'{n}.weight' if n else 'weight',self.tables.table(m, x, widths, near)
+            calls = t/near
+            more = min(max(near-table[-1,-1], 0.), self._call)  # alone, its call takes less
+            table = calls*(more+(near-more)*table/table[-1,-1])
             for d in (0,1):
                 self._at[d].append(self.axes.at.get((w,d), len(self.axes.full)))
                 lower = [widths[d][0]-k for k in range(most-len(widths[d]), 0, -1)]
@@ -245,9 +245,9 @@ class Timed:
     def fixed(self): "Share of the time that no width changes"; return self._fixed/self.now
     def measure(self, model):
         "Seconds of `model`, which runs in turn with the network as it is"
-        other = self.watch(model, self.inputs)
-        self.compare(self.dense, other)
-        return other.seconds
+        dense,other = self.watch(self.model, self.inputs),self.watch(model, self.inputs)
+        self.compare(dense, other)
+        return self.now*other.seconds/dense.seconds
     def step(self, n):
         if n<_NARROW: return 1
         return math.lcm(_ALIGNED, self.round_to)
