@@ -2568,6 +2568,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fasterai/prune/targets.py'),
                                         'fasterai.prune.targets.Counted.measure': ( 'prune/targets.html#counted.measure',
                                                                                     'fasterai/prune/targets.py'),
+                                        'fasterai.prune.targets.Counted.stages': ( 'prune/targets.html#counted.stages',
+                                                                                   'fasterai/prune/targets.py'),
                                         'fasterai.prune.targets.Counted.step': ( 'prune/targets.html#counted.step',
                                                                                  'fasterai/prune/targets.py'),
                                         'fasterai.prune.targets.Product': ('prune/targets.html#product', 'fasterai/prune/targets.py'),

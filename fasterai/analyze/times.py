@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['timed', 'pieces', 'Stopwatch', 'in_turn', 'seen_inputs', 'resized', 'grid', 'Tables']
 
-# %% ../../nbs/analyze/04_times.ipynb #8c4da492
+# %% ../../nbs/analyze/04_times.ipynb #1d912910
 from time import perf_counter
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from .counts import _call, _draws, _on_own_numbers, place_of, running
 from ..core.running import call_with, calls_of
 from ..core.surgery import _mend, _told_by_weight, copy_of
 
-# %% ../../nbs/analyze/04_times.ipynb #81fd8590
+# %% ../../nbs/analyze/04_times.ipynb #102c8376
 _WHOLE = nn.MultiheadAttention,nn.TransformerEncoderLayer # Hooks inside of these would have them take another path
 
 def pieces(
@@ -65,11 +65,11 @@ class Stopwatch:
         for n,t in zip(self.names, self.least): res[n] = res.get(n, 0.)+float(t)
         return res
 
-_TURNS,_STILL,_LEAST_GAIN,_SECONDS = 15,10,.004,15. # calls at least; of these the last gained less than so much; and no more than so long
+_FEWEST,_TURNS,_STILL,_LITTLE_GAIN,_SECONDS = 4,15,10,.004,15. # calls at least, and if there is time; the last of these gained less than so much; about so long
 
 def in_turn(
     *watches:Stopwatch, # Of models that are compared
-    seconds:float=_SECONDS, # At most
+    seconds:float=_SECONDS, # About how long at most
 ):
     "Let each `Stopwatch` run in turn, until more turns make none of them faster"
     start,history = perf_counter(),[]
@@ -78,12 +78,12 @@ def in_turn(
         while True:
             for o in watches: o.run()
             history.append([o.seconds for o in watches])
+            if len(history)>=_FEWEST and perf_counter()-start>seconds: return
             if len(history)<_TURNS: continue
-            if perf_counter()-start>seconds: return
             before,now = np.array(history[-1-_STILL]),np.array(history[-1])
-            if (before-now<_LEAST_GAIN*now).all(): return
+            if (before-now<_LITTLE_GAIN*now).all(): return
 
-# %% ../../nbs/analyze/04_times.ipynb #91dc5d7e
+# %% ../../nbs/analyze/04_times.ipynb #ac389143
 timed = nn.modules.conv._ConvNd,nn.Linear # Layers that are run at other widths
 
 def seen_inputs(model, inputs):

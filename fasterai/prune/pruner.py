@@ -310,7 +310,7 @@ def check_optimizer(
     if {id(p) for g in groups for p in g['params']}.isdisjoint(map(id, model.parameters())):
         raise ValueError(f'this {type(optimizer).__name__} holds no parameter of the {type(model).__name__}: it was made for another model')
 
-# %% ../../nbs/prune/01_pruner.ipynb #2ebaf276
+# %% ../../nbs/prune/01_pruner.ipynb #41009143
 _WITHIN = .05 # of what was asked for, as a share of it
 _NEAR = .02 # no other widths are tried where a measurement is so near: times vary
 _CORRECTIONS = 6 # widths that are tried at most
@@ -337,7 +337,7 @@ class _Aim:
 
     def stages(self):
         "In stages: the `_Found` that is nearest to the target, at little loss; `None` if nothing has to go"
-        if isinstance(self.meter, Timed): yield from self.meter.stages()
+        yield from self.meter.stages()
         now = self.meter.now
         self.budget = self.target.of(now)
         if self.budget>=now:
@@ -404,7 +404,8 @@ class _Aim:
         "What `found` gives otherwise than the model did, as a share of its variance; without data, the loss that was counted"
         p = self.pruner
         if p.data is None: return found.loss
-        if p.repair: Teacher.repair(p._teacher, found.new)
+        remember_plan(found.new, found.plan)
+        if p.repair: p._teacher.repair(found.new)
         wrong = size = 0.
         with untouched(p.model), untouched(found.new):
             for b in p.data:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Target', 'losses', 'Axes', 'Product', 'stored', 'Counted', 'Timed', 'Widths']
 
-# %% ../../nbs/prune/00_targets.ipynb #5e11c143
+# %% ../../nbs/prune/00_targets.ipynb #8aecb9bf
 import math, re
 from collections import Counter
 import numpy as np
@@ -16,7 +16,7 @@ from ..analyze.times import Stopwatch, Tables, grid, in_turn, seen_inputs, timed
 from ..core.graph import ChannelGraph, layer_of
 from ..core.registry import did_you_mean
 
-# %% ../../nbs/prune/00_targets.ipynb #0194460e
+# %% ../../nbs/prune/00_targets.ipynb #0625f7ea
 class Target:
     "How much of a quantity is to be left"
     units = dict(latency=dict(s=1, ms=1e-3, us=1e-6, µs=1e-6), macs=dict(K=1e3, M=1e6, G=1e9), params=dict(K=1e3, M=1e6, G=1e9),
@@ -53,7 +53,7 @@ class Target:
         if self.what=='latency': return f'{1000*n:.3g} ms'
         return f'{n:,.0f} {self.called[self.what]}'
 
-# %% ../../nbs/prune/00_targets.ipynb #638b0e0f
+# %% ../../nbs/prune/00_targets.ipynb #e2f534b0
 _MOST = 1-1e-6 # share that is lost: beyond, all is
 
 def losses(
@@ -68,7 +68,7 @@ def losses(
     share = (s.cumsum(0)/max(total, 1e-300)).clamp(max=_MOST).numpy()
     return np.maximum.accumulate(np.r_[0., -max(readers, 1)*np.log1p(-share)])
 
-# %% ../../nbs/prune/00_targets.ipynb #986822c9
+# %% ../../nbs/prune/00_targets.ipynb #e484fd94
 class Axes:
     "Lengths of the axes of tensors, as shares of now, for numbers of channels that groups have lost"
     def __init__(self,
@@ -112,7 +112,7 @@ class Product:
         for o in self.factors: res *= share[:,o]
         return res.sum(1)+self.rest
 
-# %% ../../nbs/prune/00_targets.ipynb #8d78ac98
+# %% ../../nbs/prune/00_targets.ipynb #66604420
 def stored(model):
     "Parameters and buffers that are stored, by name, once each"
     kept = set(model.state_dict())
@@ -139,6 +139,7 @@ class Counted:
             own = sizes.get(layer, {})
             res |= {k:n*size/sum(own.values()) for k,size in own.items()} if own else {layer:n}
         return res
+    def stages(self): "Nothing has to be measured before"; return ()
     @property
     def fixed(self): "Share that no width changes"; return self.estimate.rest/self.now
     def measure(self, model):
@@ -147,7 +148,7 @@ class Counted:
         return sum(self._of_tensors(model).values())
     def step(self, n): "Widths of a group of `n` channels are multiples of it"; return 1
 
-# %% ../../nbs/prune/00_targets.ipynb #3905b35d
+# %% ../../nbs/prune/00_targets.ipynb #182a94e0
 _ALIGNED = 8 # channels: the vectors of processors, and the tiles of tensor cores
 _NARROW = 2*_ALIGNED # groups of fewer channels may have any width
 
@@ -252,7 +253,7 @@ class Timed:
         if n<_NARROW: return 1
         return math.lcm(_ALIGNED, self.round_to)
 
-# %% ../../nbs/prune/00_targets.ipynb #ad69e44f
+# %% ../../nbs/prune/00_targets.ipynb #8925227c
 _LEVELS = 16 # widths of a group that are looked at in one go
 
 def _between(low, high, step): # Numbers of channels that are left
