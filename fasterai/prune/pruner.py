@@ -310,7 +310,7 @@ def check_optimizer(
     if {id(p) for g in groups for p in g['params']}.isdisjoint(map(id, model.parameters())):
         raise ValueError(f'this {type(optimizer).__name__} holds no parameter of the {type(model).__name__}: it was made for another model')
 
-# %% ../../nbs/prune/01_pruner.ipynb #41009143
+# %% ../../nbs/prune/01_pruner.ipynb #0e89e231
 _WITHIN = .05 # of what was asked for, as a share of it
 _NEAR = .02 # no other widths are tried where a measurement is so near: times vary
 _CORRECTIONS = 6 # widths that are tried at most
@@ -427,7 +427,7 @@ class _Aim:
         why = 'times vary on this machine' if t.what=='latency' else 'one step more would be too many'
         return f'{t} asks for {t.shown(self.budget)}, and {t.shown(found.left)} are left, which is {abs(self.off(found.left)):.0%} off: {why}; {self.stays()}'
 
-# %% ../../nbs/prune/01_pruner.ipynb #3ba6adcf
+# %% ../../nbs/prune/01_pruner.ipynb #a40447cc
 _ALIKE = str.maketrans('oOlI', '0011')  # letters that are taken for numbers
 
 class Pruner:
