@@ -310,7 +310,7 @@ def check_optimizer(
     if {id(p) for g in groups for p in g['params']}.isdisjoint(map(id, model.parameters())):
         raise ValueError(f'this {type(optimizer).__name__} holds no parameter of the {type(model).__name__}: it was made for another model')
 
-# %% ../../nbs/prune/01_pruner.ipynb #0e89e231
+# %% ../../nbs/prune/01_pruner.ipynb #41009143
 _WITHIN = .05 # of what was asked for, as a share of it
 _NEAR = .02 # no other widths are tried where a measurement is so near: times vary
 _CORRECTIONS = 6 # widths that are tried at most
@@ -427,7 +427,7 @@ class _Aim:
         why = 'times vary on this machine' if t.what=='latency' else 'one step more would be too many'
         return f'{t} asks for {t.shown(self.budget)}, and {t.shown(found.left)} are left, which is {abs(self.off(found.left)):.0%} off: {why}; {self.stays()}'
 
-# %% ../../nbs/prune/01_pruner.ipynb #a40447cc
+# %% ../../nbs/prune/01_pruner.ipynb #85c1ce49
 _ALIKE = str.maketrans('oOlI', '0011')  # letters that are taken for numbers
 
 class Pruner:
@@ -836,7 +836,7 @@ class Pruner:
         if g.values is None:
             if self.of_readers:
                 readers = losers(g, self.graph, self._known)
-                s,g.readers = self.criteria.normalize(reader_scores(g, readers)),len(readers)
+                s,g.readers = self.criteria.normalize(reader_scores(g, readers)),len(readers) if self.criteria.normalizer is None else 0
             else: s = group_scores(g, self.graph, self.criteria, self._known)
             g.values = s.new_full((g.n,), float(s.min().clamp(max=0))).masked_scatter_(g.keep!=0, s)
         return g.values if g.held is None else g.values.masked_fill(g.held, math.inf)

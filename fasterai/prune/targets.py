@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['Target', 'losses', 'Axes', 'Product', 'stored', 'Counted', 'Timed', 'Widths']
 
-# %% ../../nbs/prune/00_targets.ipynb #8aecb9bf
+# %% ../../nbs/prune/00_targets.ipynb #69a06a6a
 import math, re
 from collections import Counter
 import numpy as np
 import torch
-from torch import nn
 from ..analyze.budget import balance
 from ..analyze.times import Stopwatch, Tables, grid, in_turn, seen_inputs, timed
 from ..core.graph import ChannelGraph, layer_of
 from ..core.registry import did_you_mean
 
-# %% ../../nbs/prune/00_targets.ipynb #0625f7ea
+# %% ../../nbs/prune/00_targets.ipynb #0194460e
 class Target:
     "How much of a quantity is to be left"
     units = dict(latency=dict(s=1, ms=1e-3, us=1e-6, µs=1e-6), macs=dict(K=1e3, M=1e6, G=1e9), params=dict(K=1e3, M=1e6, G=1e9),
@@ -53,7 +52,7 @@ class Target:
         if self.what=='latency': return f'{1000*n:.3g} ms'
         return f'{n:,.0f} {self.called[self.what]}'
 
-# %% ../../nbs/prune/00_targets.ipynb #e2f534b0
+# %% ../../nbs/prune/00_targets.ipynb #6cd214b9
 _MOST = 1-1e-6 # share that is lost: beyond, all is
 
 def losses(
@@ -61,14 +60,15 @@ def losses(
     readers:int=0, # How many read them, if scores are shares of what these give, each relative to its own
 )->np.ndarray: # [channels that can go + 1], from 0
     "What is lost without the first 0, 1, 2, … channels, in the order in which they go"
-    s = scores[scores.isfinite()].double().sort().values
-    if not readers: s = (s-min(0., float(s.min()) if len(s) else 0.)).square()
-    total = float(s.sum()) if not readers else readers
-    if not readers and not torch.isfinite(scores).all(): total += float((scores[scores.isfinite()].max() if len(s) else torch.tensor(1.)).square())*int((~scores.isfinite()).sum())
-    share = (s.cumsum(0)/max(total, 1e-300)).clamp(max=_MOST).numpy()
+    able = scores.isfinite()
+    s = scores[able].double().sort().values
+    if not len(s): return np.zeros(1)
+    if not readers: s = (s-s[0].clamp(max=0)).square()
+    total = readers or float(s.sum()+s.max()*(~able).sum())  # one that cannot go counts as much as the best
+    share = (s.cumsum(0)/max(total, 1e-300)).clamp(max=_MOST).cpu().numpy()
     return np.maximum.accumulate(np.r_[0., -max(readers, 1)*np.log1p(-share)])
 
-# %% ../../nbs/prune/00_targets.ipynb #e484fd94
+# %% ../../nbs/prune/00_targets.ipynb #986822c9
 class Axes:
     "Lengths of the axes of tensors, as shares of now, for numbers of channels that groups have lost"
     def __init__(self,
@@ -112,7 +112,7 @@ class Product:
         for o in self.factors: res *= share[:,o]
         return res.sum(1)+self.rest
 
-# %% ../../nbs/prune/00_targets.ipynb #66604420
+# %% ../../nbs/prune/00_targets.ipynb #bab0d5df
 def stored(model):
     "Parameters and buffers that are stored, by name, once each"
     kept = set(model.state_dict())
@@ -148,7 +148,7 @@ class Counted:
         return sum(self._of_tensors(model).values())
     def step(self, n): "Widths of a group of `n` channels are multiples of it"; return 1
 
-# %% ../../nbs/prune/00_targets.ipynb #182a94e0
+# %% ../../nbs/prune/00_targets.ipynb #3905b35d
 _ALIGNED = 8 # channels: the vectors of processors, and the tiles of tensor cores
 _NARROW = 2*_ALIGNED # groups of fewer channels may have any width
 
@@ -253,7 +253,7 @@ class Timed:
         if n<_NARROW: return 1
         return math.lcm(_ALIGNED, self.round_to)
 
-# %% ../../nbs/prune/00_targets.ipynb #8925227c
+# %% ../../nbs/prune/00_targets.ipynb #ad69e44f
 _LEVELS = 16 # widths of a group that are looked at in one go
 
 def _between(low, high, step): # Numbers of channels that are left
