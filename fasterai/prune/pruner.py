@@ -310,7 +310,7 @@ def check_optimizer(
     if {id(p) for g in groups for p in g['params']}.isdisjoint(map(id, model.parameters())):
         raise ValueError(f'this {type(optimizer).__name__} holds no parameter of the {type(model).__name__}: it was made for another model')
 
-# %% ../../nbs/prune/01_pruner.ipynb #41009143
+# %% ../../nbs/prune/01_pruner.ipynb #77be13e7
 _WITHIN = .05 # of what was asked for, as a share of it
 _NEAR = .02 # no other widths are tried where a measurement is so near: times vary
 _CORRECTIONS = 6 # widths that are tried at most
@@ -345,7 +345,7 @@ class _Aim:
             return
         best = yield from self.nearest(Widths.chosen, 'least loss')
         if self.pruner.data is not None or self.uniform_is_better(best):
-            other = yield from self.nearest(Widths.uniform, 'the same share of each group')
+            other = yield from self.nearest(Widths.uniform, 'the same share of each group', self.goal, _CORRECTIONS//2)
             if other and self.is_met(other) and (not self.is_met(best) or self.loses(other)<self.loses(best)): best = other
         best.met = dict(target=str(self.target), asked=self.budget, was=now, left=best.left, loss=best.loss, widths=best.by)
         best.note = self.told(best)
@@ -364,10 +364,10 @@ class _Aim:
         units = [math.lcm(self.meter.step(g.n), p.round_to) if p.round_to else self.meter.step(g.n) for g in groups]
         return Widths(curves, [g.n for g in groups], [min(u, g.n) for u,g in zip(units, groups)], self.meter.estimate)
 
-    def nearest(self, choose, name):
+    def nearest(self, choose, name, goal=None, tries=_CORRECTIONS):
         "In stages: of the widths that `choose` gives, for budgets that are corrected, those that are nearest to the target"
-        self.goal,best,seen = self.budget,None,set()  # what the estimate is to be
-        for _ in range(_CORRECTIONS):
+        self.goal,best,seen = goal or self.budget,None,set()  # what the estimate is to be
+        for _ in range(tries):
             widths = self.widths()
             if widths.reachable>self.budget*(1+_WITHIN): raise ValueError(self.too_much(widths.reachable))
             gone = choose(widths, max(self.goal, widths.reachable))
@@ -401,7 +401,7 @@ class _Aim:
         return _Found(new, plan, removed, self.meter.measure(new), loss, name)
 
     def loses(self, found):
-        "What `found` gives otherwise than the model did, as a share of its variance; without data, the loss that was counted"
+        "How far what `found` gives is from what the model gave, as a share of that; without data, the loss that was counted"
         p = self.pruner
         if p.data is None: return found.loss
         remember_plan(found.new, found.plan)
@@ -411,7 +411,7 @@ class _Aim:
             for b in p.data:
                 for y,z in zip(*(tensors_of(call_with(m, _given(b, m))) for m in (p.model,found.new))):
                     y,z = y.double(),z.double()
-                    wrong,size = wrong+float((y-z).square().sum()),size+float((y-y.mean(0)).square().sum())
+                    wrong,size = wrong+float((y-z).square().sum()),size+float(y.square().sum())
         return wrong/size if size else wrong
 
     def too_much(self, least):
