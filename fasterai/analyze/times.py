@@ -14,7 +14,7 @@ from .counts import _call, _draws, _on_own_numbers, place_of, running
 from ..core.running import call_with, calls_of
 from ..core.surgery import _mend, _told_by_weight, copy_of
 
-# %% ../../nbs/analyze/04_times.ipynb #102c8376
+# %% ../../nbs/analyze/04_times.ipynb #589c7bd5
 _WHOLE = nn.MultiheadAttention,nn.TransformerEncoderLayer # Hooks inside of these would have them take another path
 
 def pieces(
@@ -40,8 +40,9 @@ class Stopwatch:
     def run(self):
         "One call; the least time of each piece so far, in seconds"
         marks,hooks = [],[]
-        def mark(name):
-            if place_of(self.model)[0].type!='cpu': self.wait()
+        goes_ahead = place_of(self.model)[0].type!='cpu'
+        def mark(name):  # as little as possible: it takes a part of the time
+            if goes_ahead: self.wait()
             marks.append((name,self.clock()))
         for n,m in self.layers.items(): hooks.append(m.register_forward_pre_hook(lambda m, args, n=n: mark(n)))
         try:
@@ -83,7 +84,7 @@ def in_turn(
             before,now = np.array(history[-1-_STILL]),np.array(history[-1])
             if (before-now<_LITTLE_GAIN*now).all(): return
 
-# %% ../../nbs/analyze/04_times.ipynb #ac389143
+# %% ../../nbs/analyze/04_times.ipynb #43e72acd
 timed = nn.modules.conv._ConvNd,nn.Linear # Layers that are run at other widths
 
 def seen_inputs(model, inputs):
@@ -107,14 +108,14 @@ def resized(m, shape, x): # Layer, shape of its weight, shape of its input
     x[-1 if linear else 1-m.weight.dim()] = o.in_features if linear else o.in_channels
     return o,normal(*x)
 
-_SHARES = 1,.75,.4,.125 # of the width of a layer
+_SHARES = .75,.4,.125 # of the width of a layer, beside all and the least of it
 
 def grid(
     full:int, # Width of a layer
     step:int, # Widths are multiples of it
 )->list: # Widths, increasing, the last one `full`
     "Widths that a layer is run at"
-    return sorted({full, *(max(step*round(full*o/step), min(step, full)) for o in _SHARES[1:])})
+    return sorted({full, min(step, full), *(max(step*round(full*o/step), min(step, full)) for o in _SHARES)})
 
 _LARGE = 2**23 # weights of a layer: those at other widths are not all held in memory at once
 _MOST_TURNS,_SETTLED,_LITTLE = 15,4,.02 # turns of a pass at most; of these the last gained less than so much

@@ -310,7 +310,7 @@ def check_optimizer(
     if {id(p) for g in groups for p in g['params']}.isdisjoint(map(id, model.parameters())):
         raise ValueError(f'this {type(optimizer).__name__} holds no parameter of the {type(model).__name__}: it was made for another model')
 
-# %% ../../nbs/prune/01_pruner.ipynb #77be13e7
+# %% ../../nbs/prune/01_pruner.ipynb #c4462b91
 _WITHIN = .05 # of what was asked for, as a share of it
 _NEAR = .02 # no other widths are tried where a measurement is so near: times vary
 _CORRECTIONS = 6 # widths that are tried at most
@@ -369,13 +369,13 @@ class _Aim:
         self.goal,best,seen = goal or self.budget,None,set()  # what the estimate is to be
         for _ in range(tries):
             widths = self.widths()
-            if widths.reachable>self.budget*(1+_WITHIN): raise ValueError(self.too_much(widths.reachable))
             gone = choose(widths, max(self.goal, widths.reachable))
             if gone is None or tuple(gone) in seen: break
             seen.add(tuple(gone))
             found = self.tried(gone, name, widths.loss(gone))
             yield
             if found is None: continue
+            if widths.reachable>=self.goal and self.off(found.left)>_WITHIN: raise ValueError(self.too_much(found.left))
             if best is None or self.rank(found)<self.rank(best): best = found
             estimate = float(widths.estimate(np.array([gone]))[0])
             if self.meter.exact and abs(found.left-estimate)<.5 and found.left<=self.budget: break
@@ -427,7 +427,7 @@ class _Aim:
         why = 'times vary on this machine' if t.what=='latency' else 'one step more would be too many'
         return f'{t} asks for {t.shown(self.budget)}, and {t.shown(found.left)} are left, which is {abs(self.off(found.left)):.0%} off: {why}; {self.stays()}'
 
-# %% ../../nbs/prune/01_pruner.ipynb #85c1ce49
+# %% ../../nbs/prune/01_pruner.ipynb #d457ec92
 _ALIKE = str.maketrans('oOlI', '0011')  # letters that are taken for numbers
 
 class Pruner:
