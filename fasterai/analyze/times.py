@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['timed', 'pieces', 'Stopwatch', 'in_turn', 'seen_inputs', 'resized', 'grid', 'Tables']
 
-# %% ../../nbs/analyze/04_times.ipynb #1d912910
+# %% ../../nbs/analyze/04_times.ipynb #8c4da492
 from time import perf_counter
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from .counts import _call, _draws, _on_own_numbers, place_of, running
 from ..core.running import call_with, calls_of
 from ..core.surgery import _mend, _told_by_weight, copy_of
 
-# %% ../../nbs/analyze/04_times.ipynb #589c7bd5
+# %% ../../nbs/analyze/04_times.ipynb #88617935
 _WHOLE = nn.MultiheadAttention,nn.TransformerEncoderLayer # Hooks inside of these would have them take another path
 
 def pieces(
@@ -66,11 +66,13 @@ class Stopwatch:
         for n,t in zip(self.names, self.least): res[n] = res.get(n, 0.)+float(t)
         return res
 
-_FEWEST,_TURNS,_STILL,_LITTLE_GAIN,_SECONDS = 4,15,10,.004,15. # calls at least, and if there is time; the last of these gained less than so much; about so long
+_TURNS,_STILL = 15,10 # calls at least; how many of them have to gain little
+_LITTLE_GAIN,_SOME_GAIN = .004,.04 # as a share: in time, and when time is up
+_SECONDS,_MORE = 15.,4 # until time is up; so many times that where calls still gain much, as on a busy machine
 
 def in_turn(
     *watches:Stopwatch, # Of models that are compared
-    seconds:float=_SECONDS, # About how long at most
+    seconds:float=_SECONDS, # About how long, where a call takes little of it
 ):
     "Let each `Stopwatch` run in turn, until more turns make none of them faster"
     start,history = perf_counter(),[]
@@ -79,12 +81,13 @@ def in_turn(
         while True:
             for o in watches: o.run()
             history.append([o.seconds for o in watches])
-            if len(history)>=_FEWEST and perf_counter()-start>seconds: return
-            if len(history)<_TURNS: continue
-            before,now = np.array(history[-1-_STILL]),np.array(history[-1])
-            if (before-now<_LITTLE_GAIN*now).all(): return
+            took = perf_counter()-start
+            if len(history)<_TURNS and took<_MORE*seconds: continue
+            before,now = np.array(history[-1-min(_STILL, len(history)-1)]),np.array(history[-1])
+            gain = ((before-now)/now).max()
+            if gain<_LITTLE_GAIN or took>seconds and gain<_SOME_GAIN or took>_MORE*seconds: return
 
-# %% ../../nbs/analyze/04_times.ipynb #43e72acd
+# %% ../../nbs/analyze/04_times.ipynb #ecf433ba
 timed = nn.modules.conv._ConvNd,nn.Linear # Layers that are run at other widths
 
 def seen_inputs(model, inputs):
