@@ -310,10 +310,10 @@ def check_optimizer(
     if {id(p) for g in groups for p in g['params']}.isdisjoint(map(id, model.parameters())):
         raise ValueError(f'this {type(optimizer).__name__} holds no parameter of the {type(model).__name__}: it was made for another model')
 
-# %% ../../nbs/prune/01_pruner.ipynb #c4462b91
+# %% ../../nbs/prune/01_pruner.ipynb #f824ec0c
 _WITHIN = .05 # of what was asked for, as a share of it
-_NEAR = .02 # no other widths are tried where a measurement is so near: times vary
-_CORRECTIONS = 6 # widths that are tried at most
+_NEAR = .025 # no other widths are tried where a measurement is so near: times vary
+_CORRECTIONS = 5 # widths that are tried at most
 
 @dataclass
 class _Found:
@@ -427,7 +427,7 @@ class _Aim:
         why = 'times vary on this machine' if t.what=='latency' else 'one step more would be too many'
         return f'{t} asks for {t.shown(self.budget)}, and {t.shown(found.left)} are left, which is {abs(self.off(found.left)):.0%} off: {why}; {self.stays()}'
 
-# %% ../../nbs/prune/01_pruner.ipynb #d457ec92
+# %% ../../nbs/prune/01_pruner.ipynb #85c1ce49
 _ALIKE = str.maketrans('oOlI', '0011')  # letters that are taken for numbers
 
 class Pruner:
