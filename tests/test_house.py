@@ -27,7 +27,8 @@ RULES = [  # module                  ours                              others
     ('misc/*',                      'core legacy repair',             'torch numpy tensorly'),
     ('quantize/*',                  'core legacy',                    'torch numpy pandas torchao safetensors constriction'),
     ('repair/*',                    'core',                           'torch pandas'),
-    *((f'{o}/*',                    'core legacy repair',             'torch numpy pandas safetensors') for o in ('sparse','prune')),
+    ('prune/*',                     'core legacy repair analyze',     'torch numpy pandas safetensors'),
+    ('sparse/*',                    'core legacy repair',             'torch numpy pandas safetensors'),
     *((f'{o}/*',                    'core legacy',                    'torch numpy pandas safetensors') for o in ('distill','regularize'))]
 
 def rule(path): return next(((ours.split(), others.split()) for pat,ours,others in RULES if fnmatch.fnmatch(path, pat)), None)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 from .budget import allocate,isotonic
+from .times import resized,seen_inputs
 from .counts import check_models,latency,n_nonzero,running,with_bar
 from ..core.brought import told,warn
 from ..core.criteria import criteria_of,large_final,needs
@@ -23,14 +24,14 @@ from ..core.granularity import granularity_name, has_axes
 from ..core.needs import Known
 from ..core.registry import did_you_mean,named
 from ..core.graph import ChannelGraph,layer_of
-from ..core.running import call_with,calls_of,inputs_that_run,plain_model
+from ..core.running import inputs_that_run,plain_model
 from ..core.liveness import spare_last
 from ..core.evidence import check_seen,evidence,first_inputs
 from ..core.selection import Scores,n_of,rounded_gone
 from ..core.pool import select
 from ..core.brought import check_held
 from ..core.ranks import is_sharded
-from ..core.surgery import _mend,_told_by_weight,copy_of,kept_by,legal
+from ..core.surgery import kept_by,legal
 from ..legacy import old_function
 from ..prune.pruner import Pruner,check_ratio,group_scores
 from ..quantize.weight_sharing import KMeansQuantizer,_bits_and_left,bits_by_name,check_bits
@@ -206,40 +207,17 @@ class _Sizes:
         return f
 
 # %% ../../nbs/analyze/02_sensitivity.ipynb #0534e373
-_layers = nn.modules.conv._ConvNd,nn.Linear
-
-def _seen_inputs(model, inputs):
-    "Shapes of what each convolution and linear layer is called with, in order"
-    seen = []
-    names = {m:n for n,m in model.named_modules() if isinstance(m, _layers) and 'weight' in m._parameters}
-    def see(m, args):
-        if m in names: seen.append((names[m],tuple(args[0].shape)))
-    with running(model), calls_of(model, see): call_with(model, inputs)
-    return seen
-
-def _resized(m, shape, x): # Layer, shape of its weight, shape of its input
-    "A layer like `m` whose weight is of `shape`, and an input"
-    o,gen = copy_of(m),torch.Generator(device='cpu').manual_seed(0)
-    normal = lambda *shape: torch.randn(shape, generator=gen, device='cpu').to(m.weight)
-    o.weight = nn.Parameter(normal(*shape))
-    _mend(o, _told_by_weight(o))
-    linear = isinstance(o, nn.Linear)
-    if o.bias is not None: o.bias = nn.Parameter(normal(o.out_features if linear else o.out_channels))
-    x = list(x)
-    x[-1 if linear else 1-m.weight.dim()] = o.in_features if linear else o.in_channels
-    return o,normal(*x)
-
 class _Clock:
     "Milliseconds of a network for allocations, from those of its layers at the widths in question"
     repeats = 5
     def __init__(self, model, inputs, size):
         self.model,self.size,self.known = model,size,{}
-        self.calls = [(n,x) for n,x in _seen_inputs(model, inputs) if f'{n}.weight' in size.names]
+        self.calls = [(n,x) for n,x in seen_inputs(model, inputs) if f'{n}.weight' in size.names]
         full = size.full[None]
         self.rest = float(np.median(latency(model, example_inputs=inputs, progress=False)))-self.layers(full)[0]
     def ms(self, name, x, shape):
         "Median of what the layer `name` takes for an input of shape `x`, its weight being of `shape`"
-        o,x = _resized(self.model.get_submodule(name), shape, x)
+        o,x = resized(self.model.get_submodule(name), shape, x)
         k = repr(o),tuple(x.shape)
         if k not in self.known: self.known[k] = float(np.median(latency(o, example_inputs=x, repeats=self.repeats, warmup=1, progress=False)))
         return self.known[k]

@@ -10,7 +10,9 @@ __all__ = ['save_pruned', 'load_pruned', 'tied_groups', 'group_scores', 'readers
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
+import numpy as np
 import torch
 from torch import nn,Tensor
 from safetensors import SafetensorError,safe_open
@@ -24,7 +26,7 @@ from ..core.graph import OUTPUT,ChannelGraph,layer_of
 from .blocks import dropped_as
 from .left import LAST,add_row,counted,fixed,left_of_zeros,made_by,missing,rows_of,some,in_words
 from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes
-from ..core.running import followable,inputs_for,plain_model,staged,untouched
+from ..core.running import followable,inputs_for,plain_model,staged,tensors_of,untouched
 from ..core.brought import check_held,check_scores,check_values,falls_short,listed,much_less,rounds_up,warn
 from ..core.liveness import Liveness,spare_last
 from ..core.evidence import _wide,arrived,check_loss,check_seen,check_trained,evidence,found_now,weight_of
@@ -32,7 +34,8 @@ from ..core.proof import TOLERANCE,check_same,random_like
 from ..core.selection import Scores,Source,check_percent,n_of
 from ..core.pool import Pool, select_each
 from ..core.plan import as_bytes,check_fits,plan_text,pruned_plan,read_plan,remember_plan
-from ..repair.repair import Teacher
+from ..repair.repair import Teacher,_batches,_given
+from .targets import Counted,Target,Timed,Widths,losses
 from ..core.surgery import _pick,_sub,apply_plan,check_copyable,check_plan,follow_cut,legal,reshaped,without
 
 # %% ../../nbs/prune/01_pruner.ipynb #29ec85b0
@@ -172,6 +175,7 @@ class _Group(Source):
         super().__init__(torch.full(classes.shape, -1, dtype=torch.int8, device='cpu'))
         self.classes,self.slices,self.layers = classes,slices,list(dict.fromkeys(s.layer for s in slices))
         self.name,self.barred,self.values = self.layers[0],False,None
+        self.readers = 0  # that a score is the sum of losses of
         self.share = 0  # how many would be gone if none were kept for the sake of `round_to`
         self.held = None  # which of them the code of the model insists on, if some can go
         self.each,self.missed = {},0  # by layer: channels in a class; classes that have gone before
@@ -308,11 +312,130 @@ def check_optimizer(
     if {id(p) for g in groups for p in g['params']}.isdisjoint(map(id, model.parameters())):
         raise ValueError(f'this {type(optimizer).__name__} holds no parameter of the {type(model).__name__}: it was made for another model')
 
+# %% ../../nbs/prune/01_pruner.ipynb #f824ec0c
+_WITHIN = .05 # of what was asked for, as a share of it
+_NEAR = .025 # no other widths are tried where a measurement is so near: times vary
+_CORRECTIONS = 5 # widths that are tried at most
+
+@dataclass
+class _Found:
+    "A cut copy, and how near it is to the target"
+    new:nn.Module
+    plan:dict
+    removed:Tensor # Classes
+    left:float # Of the quantity
+    loss:float # As it was counted
+    by:str # How its widths were found
+    met:dict=None
+    note:str=''
+
+class _Aim:
+    "Finds what a `Pruner` removes for its target"
+    def __init__(self, pruner, **how): # With other tables and watches, in tests
+        self.pruner,self.target,self.groups = pruner,pruner.target,pruner.groups
+        kind = Timed if self.target.what=='latency' else Counted
+        self.meter,self.held = kind(self.target.what, pruner.model, pruner.graph, pruner.groups, pruner.round_to, **how),0
+        for g in self.groups: g.values = g.held = None
+
+    def stages(self):
+        "In stages: the `_Found` that is nearest to the target, at little loss; `None` if nothing has to go"
+        yield from self.meter.stages()
+        now = self.meter.now
+        self.budget = self.target.of(now)
+        if self.budget>=now:
+            warn(f'nothing went: {self.target} asks for {self.target.shown(self.budget)}, and there are {self.target.shown(now)}')
+            return
+        best = yield from self.nearest(Widths.chosen, 'least loss')
+        if self.pruner.data is not None or self.uniform_is_better(best):
+            other = yield from self.nearest(Widths.uniform, 'the same share of each group', self.goal, _CORRECTIONS//2)
+            if other and self.is_met(other) and (not self.is_met(best) or self.loses(other)<self.loses(best)): best = other
+        best.met = dict(target=str(self.target), asked=self.budget, was=now, left=best.left, loss=best.loss, widths=best.by)
+        best.note = self.told(best)
+        return best
+
+    def off(self, left): return left/self.budget-1
+    def is_met(self, found): return abs(self.off(found.left))<=_WITHIN
+    def uniform_is_better(self, best):
+        widths = self.widths()
+        same = widths.uniform(self.goal)
+        return same is not None and widths.loss(same)<best.loss
+
+    def widths(self):
+        p,groups = self.pruner,self.groups
+        curves = [np.zeros(1) if g.barred else losses(p._score(g), g.readers) for g in groups]
+        units = [math.lcm(self.meter.step(g.n), p.round_to) if p.round_to else self.meter.step(g.n) for g in groups]
+        return Widths(curves, [g.n for g in groups], [min(u, g.n) for u,g in zip(units, groups)], self.meter.estimate)
+
+    def nearest(self, choose, name, goal=None, tries=_CORRECTIONS):
+        "In stages: of the widths that `choose` gives, for budgets that are corrected, those that are nearest to the target"
+        self.goal,best,seen = goal or self.budget,None,set()  # what the estimate is to be
+        for _ in range(tries):
+            widths = self.widths()
+            gone = choose(widths, max(self.goal, widths.reachable))
+            if gone is None or tuple(gone) in seen: break
+            seen.add(tuple(gone))
+            found = self.tried(gone, name, widths.loss(gone))
+            yield
+            if found is None: continue
+            if widths.reachable>=self.goal and self.off(found.left)>_WITHIN: raise ValueError(self.too_much(found.left))
+            if best is None or self.rank(found)<self.rank(best): best = found
+            estimate = float(widths.estimate(np.array([gone]))[0])
+            if self.meter.exact and abs(found.left-estimate)<.5 and found.left<=self.budget: break
+            if not self.meter.exact and abs(self.off(found.left))<_NEAR: break
+            self.goal = estimate+self.budget-found.left
+        return best
+
+    def rank(self, found):
+        "What is near comes first; of counts, what is no more than was asked for"
+        off = self.off(found.left)
+        return (abs(off)>_WITHIN, self.meter.exact and off>0, abs(off))
+
+    def tried(self, gone, name, loss):
+        "The `_Found` without so many channels of each group; `None` if the code of the model insists on some, which are held then"
+        p = self.pruner
+        by,ks = {g.name:g for g in self.groups},{(g.name,):int(k) for g,k in zip(self.groups, gone) if k}
+        chosen = spare_last(p.graph, p._lowest(by, ks))
+        new,plan,removed = legal(p.model, p.graph, chosen, why=p.counts_on)
+        if len(removed)<len(chosen) and self.held<_TRIES:
+            self.held += 1
+            for g in self.groups: g.hold(removed, chosen, p.round_to is not None)
+            return
+        return _Found(new, plan, removed, self.meter.measure(new), loss, name)
+
+    def loses(self, found):
+        "How far what `found` gives is from what the model gave, as a share of that; without data, the loss that was counted"
+        p = self.pruner
+        if p.data is None: return found.loss
+        remember_plan(found.new, found.plan)
+        if p.repair: p._teacher.repair(found.new)
+        wrong = size = 0.
+        with untouched(p.model), untouched(found.new):
+            for b in p.data:
+                for y,z in zip(*(tensors_of(call_with(m, _given(b, m))) for m in (p.model,found.new))):
+                    y,z = y.double(),z.double()
+                    wrong,size = wrong+float((y-z).square().sum()),size+float(y.square().sum())
+        return wrong/size if size else wrong
+
+    def too_much(self, least):
+        t = self.target
+        return f'{t} asks for {t.shown(self.budget)}, and at the least {t.shown(least)} of {t.shown(self.meter.now)} are left: {self.stays()}'
+    def stays(self):
+        what = 'time' if self.target.what=='latency' else self.target.called[self.target.what]
+        return f'layers that keep their channels have {self.meter.fixed:.0%} of the {what}, and of each other group one channel stays, or as many as `round_to` says'
+    def told(self, found):
+        "Why the target was not met, if it was not"
+        if self.is_met(found): return ''
+        t = self.target
+        why = 'times vary on this machine' if t.what=='latency' else 'one step more would be too many'
+        return f'{t} asks for {t.shown(self.budget)}, and {t.shown(found.left)} are left, which is {abs(self.off(found.left)):.0%} off: {why}; {self.stays()}'
+
+# %% ../../nbs/prune/01_pruner.ipynb #85c1ce49
 _ALIKE = str.maketrans('oOlI', '0011')  # letters that are taken for numbers
 
 class Pruner:
     """Without arguments, remove what cannot change the output of a model: `Pruner().prune_model(model)` gives a smaller copy. With a
-    model and a `pruning_ratio`, remove the least important channels, in place. What could not go is told in a warning, and is in
+    model and a `pruning_ratio`, or one of `latency`, `macs`, `params` and `bytes`, remove the least important channels, in place: what came
+    of the latter is in `met`. What could not go is told in a warning, and is in
     `left`: a row for each `layer`, with its number of `channels`, how many of them were `dead` (by ratio: asked for), how many were
     `removed`, and `why` not all"""
     def __init__(self,
@@ -327,18 +450,29 @@ class Pruner:
         verify:bool=True, # Compare the outputs before and after a lossless removal
         data=None, # Batches for a criteria that needs `grad`, `act` or `hess`, or to repair with: one (x, y), a list or a DataLoader; gradients that are there will do
         loss_func=None, # Loss for gradients from `data`; by default cross-entropy, or mean squared error for a float target
-        repair:bool=False, # With a ratio: fit what is left to what the model gave at the start, for the inputs in `data` (see `repair`)
+        repair:bool=False, # With a ratio or a target: fit what is left to what the model gave at the start, for the inputs in `data` (see `repair`)
         progress:bool=True, # Show a bar for what takes longer than two seconds
+        latency=None, # In place of a ratio, how long a call with `example_inputs` takes then: '2x' (times less), '50%' (of now), '5 ms', or seconds
+        macs=None, # The same for multiply-accumulates of a sample: '2x', '50%', '1.5G', or their number
+        params=None, # For parameters: '3x', '3M'
+        bytes=None, # For bytes of parameters and buffers: '3x', '12 MB'
     ):
+        sizes = {k:v for k,v in dict(latency=latency, macs=macs, params=params, bytes=bytes).items() if v is not None}
+        said = [f'{k}={v!r}' for k,v in {**({} if pruning_ratio is None else dict(pruning_ratio=pruning_ratio)), **sizes}.items()]
+        if len(said)>1: raise ValueError(f'one of pruning_ratio, latency, macs, params and bytes tells how much goes, not {" and ".join(said)}')
+        self.target = next((Target(*o) for o in sizes.items()), None)
+        if self.target and model is None: raise ValueError(f'{self.target} needs a model: Pruner(model, {self.target})')
+        if self.target and context_of(context) is not local: raise ValueError(f'{self.target} tells how many channels go in each layer, which leaves nothing to share: it goes with the context local')
         if isinstance(pruning_ratio, str): raise ValueError(f'pruning_ratio is a percentage or a dict by layer, not {pruning_ratio!r}')
         if round_to is not None and (not isinstance(round_to, int) or isinstance(round_to, bool) or round_to<1):
             raise ValueError(f'round_to is a whole number of channels, at least 1, not {round_to!r}')
-        if repair and pruning_ratio is None: raise ValueError('nothing is lost without a pruning_ratio, so there is nothing to repair')
+        self.lossy = pruning_ratio is not None or self.target is not None
+        if repair and not self.lossy: raise ValueError('nothing is lost without a pruning_ratio or a target, so there is nothing to repair')
         if isinstance(model, (int,float)):
             raise ValueError(f'the model comes first, then the ratio: Pruner(model, {model!r}), not Pruner({model!r})')
         if pruning_ratio is not None and model is None: raise ValueError('a pruning_ratio needs a model: Pruner(model, pruning_ratio)')
         self.context,self.criteria,self.layer_type = context_of(context),criteria_of(criteria),check_layer_type(layer_type)
-        self.model = None if model is None else followable(model, resizes=pruning_ratio is not None)
+        self.model = None if model is None else followable(model, resizes=self.lossy)
         self.example_inputs,self.round_to,self.verify,self.data = example_inputs,round_to,verify,data
         self.loss_func = check_loss(loss_func)
         self.progress,self.repair,self.repaired,self._teacher = progress,repair,None,None  # `repaired` is the table of `repair`
@@ -348,7 +482,8 @@ class Pruner:
         if self.of_readers and self.criteria.reducer is not reducers['mean']: raise ValueError(f'{self.criteria.__name__} asks what is lost without a whole channel: there is nothing for a reducer')
         self.about = Known(self.criteria.needs)
         self.graph,self.left,self.known,self.counts_on = None,[],set(),{}
-        if self.model is not None and pruning_ratio is not None: self.remember()
+        self.met = None  # with a target: what was asked for, what there was, and what is left
+        if self.model is not None and self.lossy: self.remember()
 
     def remember(self):
         "Take the weights as they are now for `w0`, what the criteria calls the start of training"
@@ -379,8 +514,8 @@ class Pruner:
         "A smaller copy of `model` with the same outputs; or, with a ratio, the pruned model itself"
         inputs = self.example_inputs if example_inputs is None else example_inputs
         if model is None and self.model is None: raise ValueError('prune_model takes a model: Pruner().prune_model(model)')
-        model = self.model if model is None else followable(model, resizes=self.pruning_ratio is not None)
-        if self.pruning_ratio is None:
+        model = self.model if model is None else followable(model, resizes=self.lossy)
+        if not self.lossy:
             if optimizer is not None: raise ValueError('an optimizer is cut along with a model that is pruned by ratio: the smaller copy needs one of its own')
             return self.shrunk(model, inputs)
         if model is not self.model: raise ValueError('this Pruner was made for another model: pass the model and its ratio together')
@@ -407,15 +542,37 @@ class Pruner:
     @at_home()
     def prune_by_ratio(self, inputs=None, optimizer=None):
         "Remove the least important channels, in place, and return the model"
-        if staged(self._by_ratio(inputs, optimizer), 2, self.progress): self._repair()
+        work,n = (self._by_target,sum(1 for _ in self.model.modules())) if self.target else (self._by_ratio,2)
+        if staged(work(inputs, optimizer), n, self.progress): self._repair()
         return self.model
+
+    def _learn(self):
+        "Give the criteria what it asks for of `data`"
+        if not (asked := self.about.from_data) or self.data is None: return
+        if self.about.of('grad'): check_trained(self.criteria, self.weights)
+        with self.bystanders.aside(): self.about.give(evidence(asked, self.data, self.model, self.weights, self.loss_func, self.of_readers))
+
+    def _by_target(self, inputs, optimizer):
+        "In stages: remove what brings the model to its target; how many channels went"
+        if optimizer is not None: check_optimizer(optimizer, self.model)
+        if self.data is not None: self.data = _batches(self.data)
+        self.start(inputs)
+        yield
+        self._learn()
+        yield
+        with self.bystanders.aside(): found = yield from _Aim(self).stages()
+        if found is None: return 0
+        if len(found.removed): self._cut(found.plan, found.removed, optimizer)
+        self.about.update(self.model.named_parameters())
+        self.about.forget_data()
+        self.seen,self.met = self._shapes(),found.met
+        if notes := [o for o in (found.note,self._idle()) if o]: warn('. '.join(notes))
+        return len(found.removed)
 
     def _by_ratio(self, inputs, optimizer):
         self.start(inputs)
         yield
-        if (asked := self.about.from_data) and self.data is not None:
-            if self.about.of('grad'): check_trained(self.criteria, self.weights)
-            with self.bystanders.aside(): self.about.give(evidence(asked, self.data, self.model, self.weights, self.loss_func, self.of_readers))
+        self._learn()
         n = self._remove(self.pruning_ratio, optimizer)
         if not n and not self.left and self._asks_for_some():
             warn(f'nothing went: pruning_ratio {self.pruning_ratio} is less than one channel of any layer')
@@ -431,7 +588,7 @@ class Pruner:
         widths={}, # By name of a group how many channels it has had, if more than now
     ):
         "Follow the channels of the model: what `update` removes is counted from the widths of now, or from `widths`, and repaired by what the model gives now"
-        self._check_ratio()
+        if not self.target: self._check_ratio()
         check_shapes(self.model)
         check_values(self.model)
         check_copyable(self.model)
@@ -483,11 +640,12 @@ class Pruner:
 
     def _check_ratio(self):
         if self.pruning_ratio is not None: return
+        if self.target: raise ValueError(f'{self.target} is met at once, by prune_model: only a pruning_ratio goes in steps')
         raise ValueError('only a Pruner with a model and a ratio removes by ratio: Pruner(model, pruning_ratio)')
 
     def reached(self):
         "Percent of the channels that are gone"
-        self._check_ratio()
+        if not self.target: self._check_ratio()
         if self.graph is None: return 0.  # it has not started
         return 100*sum(g.gone for g in self.groups)/sum(g.n for g in self.groups)
 
@@ -678,7 +836,9 @@ class Pruner:
     def _score(self, g):
         "Scores of all channels of group `g`, of those that are gone the lowest, of those that cannot go the highest"
         if g.values is None:
-            if self.of_readers: s = self.criteria.normalize(reader_scores(g, losers(g, self.graph, self._known)))
+            if self.of_readers:
+                readers = losers(g, self.graph, self._known)
+                s,g.readers = self.criteria.normalize(reader_scores(g, readers)),len(readers) if self.criteria.normalizer is None else 0
             else: s = group_scores(g, self.graph, self.criteria, self._known)
             g.values = s.new_full((g.n,), float(s.min().clamp(max=0))).masked_scatter_(g.keep!=0, s)
         return g.values if g.held is None else g.values.masked_fill(g.held, math.inf)
@@ -686,12 +846,19 @@ class Pruner:
     def _choose(self, groups, ratio, targets):
         "Classes to remove"
         by,pool = {g.name:g for g in groups},Pool(self.context, self.round_to)
-        def sources(names): return [Scores(self._score(by[o]), by[o].keep.clone()) for o in names]
+        sources = partial(self._sources, by)
         gone = {o:g.gone for o,g in by.items()}
         ks = pool.counts({o:g.n for o,g in by.items()}, ratio if targets is None else targets, gone=gone,
             shapes=lambda: {o:self.shapes[o] for o in by}, scores=lambda: {o:self._score(g) for o,g in by.items()})
         ks = pool.rounded({names:k for names,k in ks.items() if k>sum(gone[o] for o in names)}, sources)
         for name,share in pool.shares.items(): by[name].share = share
+        return self._lowest(by, ks)
+
+    def _sources(self, by, names): return [Scores(self._score(by[o]), by[o].keep.clone()) for o in names]
+
+    def _lowest(self, by, ks): # Groups by name, and how many are to be gone by the names of those that compete
+        "Classes to remove: the lowest"
+        gone,sources = {o:g.gone for o,g in by.items()},partial(self._sources, by)
         competing = {names:(sources(names), sum(gone[o] for o in names), k) for names,k in ks.items()}
         competing = {names:o for names,o in competing.items() if o[2]>o[1]}  # what is gone does not return
         select_each(list(competing.values()), True)
