@@ -1422,6 +1422,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.core.resumed.Runs.__init__': ( 'core/resumed.html#runs.__init__',
                                                                                 'fasterai/core/resumed.py'),
                                        'fasterai.core.resumed.Runs.follow': ('core/resumed.html#runs.follow', 'fasterai/core/resumed.py'),
+                                       'fasterai.core.resumed.Runs.forget': ('core/resumed.html#runs.forget', 'fasterai/core/resumed.py'),
                                        'fasterai.core.resumed.Runs.run': ('core/resumed.html#runs.run', 'fasterai/core/resumed.py'),
                                        'fasterai.core.resumed._Argument': ('core/resumed.html#_argument', 'fasterai/core/resumed.py'),
                                        'fasterai.core.resumed._Blank': ('core/resumed.html#_blank', 'fasterai/core/resumed.py'),

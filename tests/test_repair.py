@@ -310,13 +310,21 @@ def test_widen(kind):
     assert all(same((o,True), (o,False))==(kind=='tokens') for o in (None,1e-3))
 
 def test_widen_by_hand():
-    "Upside down, and mixed with the batch before; the first with itself, rolled"
-    teacher,x = seeded(Net),images(24)
-    mine,other = pruned(deepcopy(teacher), x),pruned(deepcopy(teacher), x)
+    "Upside down, and mixed with the batch before; the first with itself, rolled. Layers without windows do not look at these"
+    class Windows(nn.Sequential):
+        def __init__(self): super().__init__(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, (1,3)))
+    teacher,x = seeded(Windows),images(24)
     a,b = x[:12],x[12:,:,:7]
-    repair(mine, teacher, [a,b], 1e-3, widen=True)
-    repair(other, teacher, [a, a.flip(2), (a+a.roll(1, 0))/2, b, b.flip(2), (b+a[:,:,:7])/2], 1e-3)
-    assert all(torch.equal(v, w) for v,w in zip(mine.state_dict().values(), other.state_dict().values()))
+    every = [a, a.flip(2), (a+a.roll(1, 0))/2, b, b.flip(2), (b+a[:,:,:7])/2]
+    def repaired(changed, data, widen):
+        mine = deepcopy(teacher)
+        with torch.no_grad(): mine[changed].weight.mul_(torch.rand(mine[changed].weight.shape, generator=torch.Generator().manual_seed(0)))
+        repair(mine, teacher, data, 1e-3, widen=widen)
+        return mine[changed].weight
+    for changed,looked_at in ((0,every),(2,[a,b]),(4,every)):
+        wide,plain = repaired(changed, [a,b], True),repaired(changed, looked_at, False)
+        torch.testing.assert_close(wide, plain, rtol=1e-3, atol=1e-4)
+        if changed!=2: assert not torch.allclose(wide, repaired(changed, [a,b], False), rtol=1e-3, atol=1e-4)
 
 # --- in one argument
 

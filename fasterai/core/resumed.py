@@ -229,6 +229,10 @@ class Runs:
         self.left[nth] = left
         self.room.n -= left.size
 
+    def forget(self, nth):
+        "Keep nothing of batch `nth`, which is another one now"
+        if (left := self.left.pop(nth, None)) is not None: self.room.n += left.size
+
     def run(self, run, inputs):
         with untouched(self.model), run:
             try:

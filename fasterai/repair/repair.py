@@ -123,11 +123,12 @@ def _ratio(a, b): return torch.where(b!=0, a/b.where(b!=0, 1), 0)
 
 class _Layer:
     "A weight that is fitted: where it is read, and the sums of what it reads and should give"
-    def __init__(self, reads, partners, plan):
+    def __init__(self, model, reads, partners, plan):
         self.reads,self.partners,self.plan = reads,partners,plan  # several, if a layer is used more than once
         self.name,self.kind,self.level = reads[0].name,reads[0].kind,max(o.level for o in reads)
         self.fit,self.held,self.weights = Moments(),Moments(),None
         self.has_bias = any(o.bias or o.norm for o in reads)
+        self.sees_windows = self.kind=='convolution' and model.get_parameter(self.name).shape[2:].numel()>1
         self.norm = None  # the teacher's `Read` of the normalization that follows, if it reads nothing else
 
     def target(self, teacher, key, call, y, n_batches):
@@ -227,7 +228,7 @@ def _layers(model, teacher, reads, others, partners, inner):
     stays,plan,found = _stays(model, reads, others, partners, inner),_since(_plan_of(model), _plan_of(teacher), teacher),{}
     for o in reads:
         if o.name not in stays: found.setdefault((o.name,o.row), []).append(o)
-    layers = {k:_Layer(rs, partners, plan) for k,rs in found.items()}
+    layers = {k:_Layer(model, rs, partners, plan) for k,rs in found.items()}
     for o in [*layers.values()]:
         norm = o.reads[0].norm
         alone = norm is not None and len(o.reads)==1 and len(found.get((norm.name,norm.row), ()))==1
@@ -269,7 +270,7 @@ class _Looks:
     def __init__(self, model, teacher, data, levels, widen):
         self.model,self.teacher,self.data,self.levels,self.widen = model,teacher,data,levels,widen
         room,first = Room(),next(iter(data))
-        self.n = len(data)*(_WAYS if widen and _are_images(_given(first, model)) else 1)
+        self.ways = _WAYS if widen and _are_images(_given(first, model)) else 1
         self.mine,self.theirs = (Runs(o, _given(first, o), room) for o in (model,teacher))
         self.again = Again()
 
@@ -282,29 +283,34 @@ class _Looks:
         theirs_summed = {k for k,mine in theirs.items() if mine in summed}
         theirs_later = {layer.partners[o.key].key for layer,o in later}
         mine_later = {*by, *(o.key for _,o in later)}  # and those of this level, which will have been fitted
-        wanted,found = {},{}
+        wanted,found,wide = {},{},{k for k,(layer,_) in by.items() if layer.sees_windows}
         def target(key, call, y, beside=None):
             k = theirs[key]
-            at,n_fit,n,columns = by[k][0].target(self.teacher, k, call, y, self.n)
+            if is_more and k not in wide: return
+            n_batches = len(self.data)*(self.ways if k in wide else 1)
+            at,n_fit,n,columns = by[k][0].target(self.teacher, k, call, y, n_batches)
             wanted[k] = at,n_fit,n,columns if beside is None else columns+columns_out(call, beside, at)
         def look(key, call, y, beside=None):
             layer,read = by[key]
             if key in wanted: found[key] = layer.look(read, call, y, wanted[key], beside)
-        for i,(mine,given,same) in enumerate(self.inputs()):
+        for i,(mine,given,same,is_more) in enumerate(self.inputs()):
             wanted.clear()
             found.clear()
+            if is_more and not wide:
+                if not same: self.theirs.forget(i), self.mine.forget(i)
+                continue
             self.theirs.follow(i, given, same, theirs, target, theirs_later, theirs_summed)
             self.mine.follow(i, mine, same, by, look, mine_later, summed)
             for k,columns in found.items(): by[k][0].count(*columns)
 
     def inputs(self):
-        "What is looked at: inputs of the model, of the teacher, and whether they are those of the last time"
+        "What is looked at: inputs of the model, of the teacher, whether they are those of the last time, and whether they are further ones"
         before,same_before = None,True
         for i,b in enumerate(self.data):
             now = [_given(b, o) for o in (self.model,self.teacher)]
             same = self.again.same(i, now[0])
             ways = [_ways(o, was, self.widen) for o,was in zip(now, before or (None,None))]
-            for mine,theirs in zip(*ways): yield mine, theirs, same and same_before
+            for way,(mine,theirs) in enumerate(zip(*ways)): yield mine, theirs, same and same_before, way>0
             before,same_before = now,same
 
 class _Undo:
@@ -333,7 +339,7 @@ def repair(
     data, # Inputs: a tensor, a list of tensors or of dicts of arguments by name, or a loader; of tuples the last part is a target, and is not looked at
     ridge:float|None=None, # How much to hold on to the weights, as a share of the mean second moment of a feature; by default chosen for each layer
     progress:bool=True, # Show a bar for what takes longer than two seconds
-    widen:bool|None=None, # Look at images upside down, and mixed two by two, as well: for what is not among the inputs; by default, where `ridge` is chosen
+    widen:bool|None=None, # Let convolutions with windows look at images upside down, and mixed two by two, as well: for what is not among the inputs; by default, where `ridge` is chosen
 ):
     """Have `model` give what `teacher` gives: each weight, in the order of data flow, becomes the least-squares fit to the teacher's layer, on what `model` feeds it.
     Zeros stay zero, and shared values shared. A `DataFrame` with, for each weight, the error before and after, as a share of the variance of the teacher's outputs.
