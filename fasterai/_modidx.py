@@ -3071,7 +3071,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fasterai.repair.repair._partners': ('repair/repair.html#_partners', 'fasterai/repair/repair.py'),
                                         'fasterai.repair.repair._plan_of': ('repair/repair.html#_plan_of', 'fasterai/repair/repair.py'),
                                         'fasterai.repair.repair._ratio': ('repair/repair.html#_ratio', 'fasterai/repair/repair.py'),
-                                        'fasterai.repair.repair._rolled': ('repair/repair.html#_rolled', 'fasterai/repair/repair.py'),
                                         'fasterai.repair.repair._row': ('repair/repair.html#_row', 'fasterai/repair/repair.py'),
                                         'fasterai.repair.repair._share': ('repair/repair.html#_share', 'fasterai/repair/repair.py'),
                                         'fasterai.repair.repair._since': ('repair/repair.html#_since', 'fasterai/repair/repair.py'),

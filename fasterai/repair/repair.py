@@ -252,16 +252,14 @@ def _mixed(x, other):
     return (x[common]+other[common])/2
 
 def _ways(inputs, before, widen):
-    "What is looked at for `inputs`: themselves, and with `widen` what they are upside down, and mixed with those `before`"
+    "What is looked at for `inputs`: themselves, and with `widen` what they are upside down, and mixed with those `before`; if there were none, with themselves, rolled"
     yield inputs
     if not widen or not _are_images(inputs): return
     yield map_parts(lambda o: o.flip(-2) if isinstance(o, Tensor) else o, inputs)
-    others = iter(tensors_of(before))
+    others = iter(tensors_of(before) if before is not None else [o.roll(1, 0) for o in tensors_of(inputs)])
     yield map_parts(lambda o: _mixed(o, next(others)) if isinstance(o, Tensor) else o, inputs)
 
 _WAYS = 3 # in which images are looked at
-
-def _rolled(inputs): return map_parts(lambda o: o.roll(1, 0) if isinstance(o, Tensor) else o, inputs)
 
 class _Looks:
     "What layers read and should give, level by level. The runs of both networks go on from one level to the next"
@@ -300,11 +298,11 @@ class _Looks:
 
     def inputs(self):
         "What is looked at: inputs of the model, of the teacher, whether they are those of the last time, and whether they are further ones"
-        before,same_before = None,True
+        before,same_before = (None,None),True
         for i,b in enumerate(self.data):
             now = [_given(b, o) for o in (self.model,self.teacher)]
             same = self.again.same(i, now[0])
-            ways = [_ways(o, _rolled(o) if before is None else was, self.widen) for o,was in zip(now, before or now)]
+            ways = [_ways(o, was, self.widen) for o,was in zip(now, before)]
             for way,(mine,theirs) in enumerate(zip(*ways)): yield mine, theirs, same and same_before, way>0
             before,same_before = now,same
 
