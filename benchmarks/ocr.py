@@ -73,11 +73,11 @@ def times(models, inputs, rounds=5):
 def road(n, picture):
     dense,seen = reader(),[x for _,x in words(40, 1, slice(0, None, 2))]
     unseen = words(n, 2, slice(1, None, 2), (str.lower,str.upper,str.title))
-    models = {'dense': dense, 'cut': cut(dense, seen[0])}
-    seconds,models['cut and repaired'] = clock(lambda: cut(dense, seen[0], criteria='obs', data=seen, repair=True))
+    models = {'as it was trained': dense, 'half of the channels gone': cut(dense, seen[0])}
+    seconds,models['gone, and repaired without training'] = clock(lambda: cut(dense, seen[0], criteria='obs', data=seen, repair=True))
     print(f'cut by half and repaired in {seconds:.0f} s, with {torch.get_num_threads()} threads')
     show_page(models, words(14, 5, slice(1, None, 2), (str.lower,str.title)), picture)
-    models['and folded'] = BN_Folder(example_inputs=seen[0]).fold(models['cut and repaired'])
+    models['and folded'] = BN_Folder(example_inputs=seen[0]).fold(models['gone, and repaired without training'])
     shared = models[f'and shared, {BITS} bits'] = KMeansQuantizer(BITS).quantize(deepcopy(models['and folded']))
     repair(shared, models['and folded'], seen)
     ms = times(models, seen[:10])
