@@ -7,6 +7,8 @@ __all__ = ['repair', 'Teacher']
 
 # %% ../../nbs/repair/02_repair.ipynb #b7e5ac02
 from collections.abc import Mapping
+from math import inf
+from numbers import Real
 import torch
 from torch import nn, Tensor
 from ..core.brought import check_values, warn
@@ -51,6 +53,10 @@ def _since(plan, before, teacher):
 def _kept(plan, read, teacher, n):
     "Which outputs of the teacher's operation are those of `read`, of which there are `n`; `None` if all are"
     kept = plan.get(teacher.name, {}).get(teacher.dim)
+    if read.name!=teacher.name:  # the last of several layers in place of one, that were cut since
+        since = plan.get(read.name, {}).get(read.dim)
+        if kept is None or since is None: kept = since if kept is None else kept
+        else: kept = [kept[o] for o in since]
     return None if kept is None else torch.tensor(kept[read.row:read.row+n], device='cpu')-teacher.row
 
 # %% ../../nbs/repair/02_repair.ipynb #9d264137
@@ -127,6 +133,7 @@ class _Layer:
         self.reads,self.partners,self.plan = reads,partners,plan  # several, if a layer is used more than once
         self.name,self.kind,self.level = reads[0].name,reads[0].kind,max(o.level for o in reads)
         self.fit,self.held,self.weights = Moments(),Moments(),None
+        self.more_fit,self.more_held = Moments(),Moments()  # of further inputs, that are none of the user's
         self.has_bias = any(o.bias or o.norm for o in reads)
         self.sees_windows = self.kind=='convolution' and model.get_parameter(self.name).shape[2:].numel()>1
         self.norm = None  # the teacher's `Read` of the normalization that follows, if it reads nothing else
@@ -148,16 +155,19 @@ class _Layer:
         x,wanted = columns_in(call, at),self.rows(read, wanted.to(y.device), y)
         return x, wanted if beside is None else wanted-columns_out(call, beside, at), n_fit
 
-    def count(self, x, wanted, n_fit):
-        "Add columns `x` and what is `wanted` for them: the first `n_fit` fit the weight, the others are held out"
-        self.fit.add(x[...,:n_fit], wanted[...,:n_fit])
-        self.held.add(x[...,n_fit:], wanted[...,n_fit:])
+    def count(self, is_more, x, wanted, n_fit):
+        "Add columns `x`, of further inputs if it `is_more`, and what is `wanted` for them: the first `n_fit` fit the weight, the others are held out"
+        fit,held = (self.more_fit,self.more_held) if is_more else (self.fit,self.held)
+        fit.add(x[...,:n_fit], wanted[...,:n_fit])
+        held.add(x[...,n_fit:], wanted[...,n_fit:])
 
     def rows(self, read, wanted, y):
         "Those outputs of the teacher that are left, in groups"
         groups,each = (y.shape[1],1) if self.kind=='batch_norm' else self.weights.matrix().shape[:2]
         wanted,kept = wanted.flatten(0, 1),_kept(self.plan, read, self.partners[read.key], groups*each)
-        if kept is not None: wanted = wanted[kept.to(wanted.device)]
+        if kept is not None:
+            if read.dim==1 and groups>1: kept = (torch.arange(groups, device='cpu')[:,None]*(len(wanted)//groups)+kept).flatten()  # of a transposed convolution, those of each group
+            wanted = wanted[kept.to(wanted.device)]
         if len(wanted)!=groups*each: raise ValueError(f'{self.name} has {groups*each} outputs, and {len(wanted)} in the teacher: a model is repaired that this library has pruned, or that has all its outputs')
         return wanted.unflatten(0, (groups,each))
 
@@ -177,12 +187,16 @@ class _Layer:
         w = _wide(self.weights.matrix())
         b = None if bias is None else _wide(bias).view(w.shape[:2])
         def error(w, b): return every.error(w, every.bias(w) if b is None and self.has_bias else b).sum()
-        new = refit(w, self.fit, self.held, self.has_bias, ridge)
-        to = self.weights.weight.dtype
-        new_w = new.w.to(to).double()  # as it will be kept
-        new_b = None if b is None else torch.where((w!=0).any(-1) | (b!=0), new.b, 0).to(to).double()  # what was zeroed as a whole stays so
-        before,after = error(w, b),error(new_w, new_b)
-        if after>=before or new.ridge is None and b is None: return w,b,before,before,None
+        to,before = self.weights.weight.dtype,error(w, b)
+        ways = [(self.fit,self.held)]
+        if self.more_fit.n: ways = [(self.fit+self.more_fit,self.held+self.more_held),*ways]
+        for fit,held in ways:  # what does not help with the inputs themselves is fitted to these alone
+            new = refit(w, fit, held, self.has_bias, ridge)
+            new_w = new.w.to(to).double()  # as it will be kept
+            new_b = None if b is None else torch.where((w!=0).any(-1) | (b!=0), new.b, 0).to(to).double()  # what was zeroed as a whole stays so
+            after = error(new_w, new_b)
+            if after<before and (new.ridge is not None or b is not None): break
+        else: return w,b,before,before,None
         for t,v in (self.weights.weight,self.weights.shaped(new_w)),(bias,None if b is None else new_b.view_as(bias)):
             if t is None: continue
             note(t)
@@ -215,6 +229,7 @@ def _row(name, before=None, after=None, ridge=None, why=''): return dict(layer=l
 def _batches(data):
     "`data` as something with a length that gives batches: a list of itself, if it is one"
     if isinstance(data, (Tensor,Mapping,tuple)): return [data]
+    if data is None: raise ValueError('to repair a model takes inputs for it: pass some as `data`, no labels are needed')
     if not hasattr(data, '__len__'): data = list(data)
     if not len(data): raise ValueError('data has no batch: give a list of tensors, of dicts of arguments by name, or a loader')
     return data
@@ -301,7 +316,7 @@ class _Looks:
                 continue
             self.theirs.follow(i, given, same, theirs, target, theirs_later, theirs_summed)
             self.mine.follow(i, mine, same, by, look, mine_later, summed)
-            for k,columns in found.items(): by[k][0].count(*columns)
+            for k,columns in found.items(): by[k][0].count(is_more, *columns)
 
     def inputs(self):
         "What is looked at: inputs of the model, of the teacher, whether they are those of the last time, and whether they are further ones"
@@ -347,7 +362,7 @@ def repair(
     import pandas as pd
     model,teacher = followable(model),followable(teacher)
     if model is teacher: raise ValueError('model and teacher are the same: keep a copy of the network before it is changed')
-    if ridge is not None and not ridge>=0: raise ValueError(f'ridge is a number, at least 0, or None, not {ridge!r}')
+    if ridge is not None and (isinstance(ridge, bool) or not isinstance(ridge, Real) or not 0<=ridge<inf): raise ValueError(f'ridge is a number, at least 0, or None, not {ridge!r}')
     for o in (model,teacher): check_values(o)
     data = _batches(data)
     first = next(iter(data))
@@ -371,7 +386,6 @@ class Teacher:
         data, # Inputs, as `repair` takes them
         progress:bool=True, # As in `repair`
     ):
-        if data is None: raise ValueError('to repair a model takes inputs for it: pass some as `data`, no labels are needed')
         self.data,self.progress = _batches(data),progress
         check_runs(model, _given(next(iter(self.data)), model))
         self.model = copy_of(model)
