@@ -9,6 +9,7 @@ __all__ = ['RIDGES', 'Moments', 'held_out', 'Free', 'Masked', 'Shared', 'kind_of
 import torch
 from torch import Tensor
 from dataclasses import dataclass
+from ..core.admm import conjugate_gradients
 from ..core.factorization import _wide
 
 # %% ../../nbs/repair/01_least_squares.ipynb #22eacec7
@@ -73,8 +74,11 @@ def _scale(m):
     "The mean second moment of a feature: [groups, 1, 1]"
     return m.xx.diagonal(dim1=-2, dim2=-1).mean(-1)[:,None,None]
 
+RIDGES = 1e-8,1e-6,1e-5,1e-4,1e-3,1e-2,1e-1,1.,10.
+
 class Free:
     "All numbers of a weight may change"
+    ridges = RIDGES
     def __init__(self, w): self.w = w
     def solved(self, m, ridge, rough=False):
         "The weight with the least error and `ridge` times the square of what has changed"
@@ -84,34 +88,32 @@ class Free:
         if info.any(): return self.w+r@torch.linalg.pinv(a, hermitian=True)
         return self.w+torch.cholesky_solve(r.mT, low).mT
 
-_STEPS = 500 # of conjugate gradients, at most
+_STEPS,_CLOSE = 500,1e-8 # of conjugate gradients, at most, and how close a row comes, as a share of its first error
+_WIDE = 1024 # features: of more, a step takes long, and what it still changes is below what a few inputs tell
+_WIDE_STEPS,_WIDE_CLOSE = 50,1e-4 # the same for these, in single precision
+_ROUGH,_NEAR = 15,1e-3 # the same to compare ridges: each begins with what the one before has found
 
 class Masked:
     "Zeros of a weight stay zeros"
-    def __init__(self, w): self.w,self.kept = w,(w!=0).to(w.dtype)
+    def __init__(self, w):
+        self.w,self.kept,self.change = w,(w!=0).to(w.dtype),torch.zeros_like(w)
+        self.is_wide = w.shape[-1]>_WIDE
+        self.ridges = RIDGES[1::2] if self.is_wide else RIDGES
     def solved(self, m, ridge, rough=False):
         "As `Free.solved`, each row with the inputs that it has: conjugate gradients, scaled by the diagonal"
-        steps,tol = (_STEPS//10,1e-3) if rough else (_STEPS,1e-10)
-        damping = ridge*_scale(m)
-        diagonal = (m.xx.diagonal(dim1=-2, dim2=-1)[:,None]+damping).clamp(min=torch.finfo(m.xx.dtype).tiny)
-        change,r = torch.zeros_like(self.w),_gradient(m, self.w)*self.kept
-        direction = z = r/diagonal
-        size = first = _dot(r, z)
-        for _ in range(steps):
-            if not (size>tol**2*first).any(): break
-            q = (direction@m.xx+damping*direction)*self.kept
-            step = _ratio(size, _dot(direction, q))
-            change,r = change+step*direction,r-step*q
-            z = r/diagonal
-            new = _dot(r, z)
-            direction,size = z+_ratio(new, size)*direction,new
-        return self.w+change
-
-def _dot(a, b): return (a*b).sum(-1, keepdim=True)
-def _ratio(a, b): return torch.where(b>0, a/b.where(b>0, 1), 0)
+        steps,close = (_ROUGH,_NEAR) if rough else (_WIDE_STEPS,_WIDE_CLOSE) if self.is_wide else (_STEPS,_CLOSE)
+        to,size = torch.float32 if self.is_wide else m.xx.dtype,_scale(m).clamp(min=torch.finfo(torch.float32).tiny)
+        xx = (m.xx/size).to(to)
+        def product(x): return (x@xx+ridge*x)*kept
+        kept,start = self.kept.to(to),self.change.to(to)
+        r = (_gradient(m, self.w)*self.kept/size).to(to)-product(start)
+        diagonal = (xx.diagonal(dim1=-2, dim2=-1)[:,None]+ridge).clamp(min=torch.finfo(to).tiny)
+        self.change = (start+conjugate_gradients(product, r, diagonal, steps, close)).to(self.w.dtype)
+        return self.w+self.change
 
 class Shared:
     "Values of a weight that are the same stay the same, and zeros stay zeros"
+    ridges = RIDGES
     def __init__(self, w):
         self.w = w
         self.values,self.at = w.unique(return_inverse=True)
@@ -137,8 +139,6 @@ def kind_of(
     return Masked(w) if (w==0).any() else Free(w)
 
 # %% ../../nbs/repair/01_least_squares.ipynb #af069d3f
-RIDGES = 1e-8,1e-6,1e-5,1e-4,1e-3,1e-2,1e-1,1.,10.
-
 @dataclass
 class Fit:
     "What a fit has found"
@@ -151,7 +151,7 @@ def _best_ridge(kind, fit, held, has_bias):
     m = fit.centered() if has_bias else fit
     def error(w): return held.error(w, fit.bias(w) if has_bias else None).sum().item()
     best,ridge = error(kind.w),None
-    for o in RIDGES:
+    for o in reversed(kind.ridges):
         e = error(kind.solved(m, o, rough=True))
         if e<best: best,ridge = e,o
     return ridge
