@@ -85,3 +85,17 @@ def test_bert():
         new = copy.deepcopy(model)
         Sparsifier(new, 'weight', 'local', 'wanda', layer_type=nn.Linear, data=[batch]*3).sparsify_model(50)
         assert all((m.weight==0).float().mean()==.5 for m in new.modules() if isinstance(m, nn.Linear))
+
+# --- batches that come once
+
+def test_a_generator_serves_criteria_and_repair():
+    data,res = by_name(),[]
+    for given in (data, (o for o in data)):
+        model = two()
+        sp = Sparsifier(model, 'weight', 'local', 'obs', layer_type=nn.Linear, data=given, repair=True)
+        sp.sparsify_model(40)
+        pruner = Pruner(model, 40, criteria='obs', data=(o for o in data), example_inputs=data[0], repair=True)
+        pruner.prune_model()
+        assert sp.repaired is not None and pruner.repaired is not None
+        res.append([*model.parameters()])
+    assert same(*res)

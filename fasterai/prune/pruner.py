@@ -29,7 +29,7 @@ from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes
 from ..core.running import followable,inputs_for,plain_model,staged,tensors_of,untouched
 from ..core.brought import check_held,check_scores,check_values,falls_short,listed,much_less,rounds_up,warn
 from ..core.liveness import Liveness,spare_last
-from ..core.evidence import _wide,arrived,check_loss,check_seen,check_trained,evidence,found_now,weight_of
+from ..core.evidence import _wide,arrived,check_loss,check_seen,check_trained,evidence,found_now,repeatable,weight_of
 from ..core.proof import TOLERANCE,check_same,random_like
 from ..core.selection import Scores,Source,check_percent,n_of
 from ..core.pool import Pool, select_each
@@ -473,7 +473,7 @@ class Pruner:
         if pruning_ratio is not None and model is None: raise ValueError('a pruning_ratio needs a model: Pruner(model, pruning_ratio)')
         self.context,self.criteria,self.layer_type = context_of(context),criteria_of(criteria),check_layer_type(layer_type)
         self.model = None if model is None else followable(model, resizes=self.lossy)
-        self.example_inputs,self.round_to,self.verify,self.data = example_inputs,round_to,verify,data
+        self.example_inputs,self.round_to,self.verify,self.data = example_inputs,round_to,verify,repeatable(data)
         self.loss_func = check_loss(loss_func)
         self.progress,self.repair,self.repaired,self._teacher = progress,repair,None,None  # `repaired` is the table of `repair`
         self.pruning_ratio = None if pruning_ratio is None else self._checked(pruning_ratio)
