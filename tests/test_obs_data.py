@@ -99,3 +99,18 @@ def test_a_generator_serves_criteria_and_repair():
         assert sp.repaired is not None and pruner.repaired is not None
         res.append([*model.parameters()])
     assert same(*res)
+
+# --- inputs from data
+
+@pytest.mark.parametrize('given', [lambda d: d, lambda d: (o for o in d), lambda d: d[0], lambda d: [(o,torch.zeros(32)) for o in d]])
+def test_example_inputs_come_from_data(given):
+    model,data = two(),by_name()
+    pruner = Pruner(model, 40, criteria='obs', data=given(data))
+    pruner.prune_model()
+    assert model.a.out_features==8 and all(torch.equal(pruner.graph.example_inputs[k], v) for k,v in data[0].items())
+
+def test_example_inputs_that_are_given_come_first():
+    model,data = two(),by_name()
+    pruner = Pruner(model, 40, data=data, example_inputs=data[1], repair=True)
+    pruner.prune_model()
+    assert torch.equal(pruner.graph.example_inputs['p'], data[1]['p'])

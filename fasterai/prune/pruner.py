@@ -29,7 +29,7 @@ from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes
 from ..core.running import followable,inputs_for,plain_model,staged,tensors_of,untouched
 from ..core.brought import check_held,check_scores,check_values,falls_short,listed,much_less,rounds_up,warn
 from ..core.liveness import Liveness,spare_last
-from ..core.evidence import _wide,arrived,check_loss,check_seen,check_trained,evidence,found_now,repeatable,weight_of
+from ..core.evidence import _wide,arrived,check_loss,check_seen,check_trained,evidence,first_inputs,found_now,repeatable,weight_of
 from ..core.proof import TOLERANCE,check_same,random_like
 from ..core.selection import Scores,Source,check_percent,n_of
 from ..core.pool import Pool, select_each
@@ -443,7 +443,7 @@ class Pruner:
         pruning_ratio=None, # Percentage of channels, or a dict of them by layer
         context='local', # How the ratio is shared: a name of `contexts` or a function
         criteria=large_final, # What matters: a function of what its parameters name, or a name of `criterias`
-        example_inputs=None, # Inputs that run the model (a tensor, a tuple or a dict); by default a size that runs is looked for
+        example_inputs=None, # Inputs that run the model (a tensor, a tuple or a dict); by default the first batch of `data` or, without any, a size that runs is looked for
         round_to:int|None=None, # Keep a multiple of so many channels
         ignored_layers=(), # Layers, or their names, whose outputs stay
         layer_type=None, # Type of layer, or a tuple of types, that all makers of a channel have to be of; by default any
@@ -592,7 +592,8 @@ class Pruner:
         check_shapes(self.model)
         check_values(self.model)
         check_copyable(self.model)
-        inputs = inputs_for(self.model, self.example_inputs if example_inputs is None else example_inputs)
+        given = self.example_inputs if example_inputs is None else example_inputs
+        inputs = first_inputs(self.data, self.model) if given is None and self.data is not None else inputs_for(self.model, given)
         self.bystanders = Bystanders(self.model, inputs)
         with self.bystanders.aside():
             check_runs(self.model, inputs)
