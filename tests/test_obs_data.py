@@ -114,3 +114,107 @@ def test_example_inputs_that_are_given_come_first():
     pruner = Pruner(model, 40, data=data, example_inputs=data[1], repair=True)
     pruner.prune_model()
     assert torch.equal(pruner.graph.example_inputs['p'], data[1]['p'])
+
+# --- a repair that fails
+
+class Branch(nn.Module):
+    "Which layer runs is decided by values, and only one of them is cut"
+    def __init__(self):
+        super().__init__()
+        self.a,self.norm,self.b,self.c,self.d = nn.Linear(10, 24),nn.BatchNorm1d(24),nn.Linear(24, 16),nn.Linear(24, 16),nn.Linear(16, 4)
+    def forward(self, x):
+        x = self.norm(self.a(x).relu()) if self.with_norm else self.a(x).relu()
+        return self.d((self.b(x) if x.mean()>.22 else self.c(x)).relu())
+    with_norm = False
+
+def branch():
+    torch.manual_seed(0)
+    return Branch(),[torch.randn(64, 10) for _ in range(8)]
+
+def all_of(model, opt):
+    "Everything that a cut changes, by place: objects, and copies of what is in them"
+    tensors = [*model.named_parameters(),*model.named_buffers()]
+    named = {n:(id(t),id(t.grad),t.detach().clone(),None if t.grad is None else t.grad.clone()) for n,t in tensors}
+    own = {n:{k:v for k,v in vars(m).items() if isinstance(v, (int,tuple))} for n,m in model.named_modules()}
+    state = {id(p):{k:v.clone() for k,v in s.items()} for p,s in opt.state.items()}
+    return dict(named=named, own=own, state=state, groups=[[id(p) for p in g['params']] for g in opt.param_groups], pruned=hasattr(model, '_pruned'))
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor): return torch.equal(a, b)
+    if isinstance(a, dict): return a.keys()==b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (tuple,list)): return len(a)==len(b) and all(map(equal, a, b))
+    return a==b
+
+def trained(model, data, make=torch.optim.Adam):
+    opt = make(model.parameters())
+    for _ in range(2):
+        opt.zero_grad()
+        model(data[0]).square().mean().backward()
+        opt.step()
+    return opt
+
+def fails(*_, **__): raise ValueError('no repair today')
+
+def test_a_repair_that_fails_by_itself_leaves_the_model():
+    model,data = branch()
+    before = {n:p.clone() for n,p in model.named_parameters()}
+    with pytest.raises((ValueError,RuntimeError)): Pruner(model, 40, data=data, repair=True, example_inputs=data[0]).prune_model()
+    assert equal(before, dict(model.named_parameters())) and model.a.out_features==24 and not hasattr(model, '_pruned')
+    for x in data: model(x)
+
+@pytest.mark.parametrize('how', [dict(pruning_ratio=40), dict(params='2x'), dict(pruning_ratio=40, criteria='obs')], ids=str)
+def test_a_failed_repair_leaves_all_as_it_was(how, monkeypatch):
+    model,data = branch()
+    model.with_norm = True
+    opt = trained(model, data)
+    model.eval()
+    before = all_of(model, opt)
+    pruner = Pruner(model, data=data, repair=True, **how)
+    monkeypatch.setattr('fasterai.prune.pruner.Teacher.repair', fails)
+    with pytest.raises(ValueError, match='no repair'): pruner.prune_model(optimizer=opt)
+    assert equal(before, all_of(model, opt)) and pruner.reached()==0
+    model.train()
+    opt.zero_grad()
+    model(data[0]).square().mean().backward()
+    opt.step()
+    monkeypatch.undo()
+    model.eval()
+    pruner.prune_model(optimizer=opt)
+    assert model.a.out_features<24 and pruner.repaired is not None
+    model(data[0]).sum().backward()
+    opt.step()
+
+def test_a_failed_step_leaves_all_as_it_was(monkeypatch):
+    model,data = branch()
+    model.with_norm = True
+    opt = trained(model, data)
+    model.eval()
+    pruner = Pruner(model, 50, data=data, repair=True, criteria='movmag')
+    pruner.start()
+    pruner.update(20, opt)
+    before,keep,kept,plan = all_of(model, opt),[g.keep.clone() for g in pruner.groups],{k:x.clone() for k,x in pruner.about.state_dict().items()},copy.deepcopy(model._pruned)
+    with monkeypatch.context() as m:
+        m.setattr('fasterai.prune.pruner.Teacher.repair', fails)
+        with pytest.raises(ValueError, match='no repair'): pruner.update(50, opt)
+    assert equal(before, all_of(model, opt)) and equal(keep, [g.keep for g in pruner.groups]) and equal(kept, pruner.about.state_dict()) and plan==model._pruned
+    reached = pruner.reached()
+    pruner.update(50, opt)
+    assert model.a.out_features==12 and pruner.reached()==50>reached
+    model(data[0]).sum().backward()
+    opt.step()
+
+def test_fastais_optimizer_is_as_it_was(monkeypatch):
+    from fastai.optimizer import Adam, Lookahead
+    model,data = branch()
+    opt = Lookahead(Adam([*model.parameters()], lr=.01))
+    for _ in range(7):
+        model(data[0]).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+    copied = lambda: dict(slow=[[t.clone() for t in o] for o in opt.slow_weights], state={id(p):{k:v.clone() if isinstance(v, torch.Tensor) else v for k,v in s.items()} for p,s in opt.state.items()})
+    before = copied()
+    monkeypatch.setattr('fasterai.prune.pruner.Teacher.repair', fails)
+    with pytest.raises(ValueError, match='no repair'): Pruner(model, 40, data=data, repair=True).prune_model(optimizer=opt)
+    assert equal(before, copied())
+    model(data[0]).square().mean().backward()
+    opt.step()

@@ -10,6 +10,8 @@ __all__ = ['save_pruned', 'load_pruned', 'tied_groups', 'group_scores', 'readers
 import math
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 import numpy as np
@@ -430,6 +432,45 @@ class _Aim:
         return f'{t} asks for {t.shown(self.budget)}, and {t.shown(found.left)} are left, which is {abs(self.off(found.left)):.0%} off: {why}; {self.stays()}'
 
 # %% ../../nbs/prune/01_pruner.ipynb #85c1ce49
+class _Undo:
+    "A pruner, its model and an optimizer are as they were, if an error comes out: the same parameters, with what was in them"
+    def __init__(self, pruner, optimizer):
+        model,about,opt = pruner.model,pruner.about,getattr(optimizer, 'opt', None) or optimizer
+        self.pruner,self.own = pruner,{k:copy(v) if isinstance(v, (list,dict,set)) else v for k,v in vars(pruner).items()}
+        self.groups = [(g,dict(vars(g)),g.keep.clone()) for g in self.own.get('groups', ())]
+        self.found,self.kept = dict(about.found),{o:{n:x.clone() for n,x in d.items()} for o,d in about.kept.items()}
+        tensors = [t for t in (*model.parameters(),*model.buffers()) if not nn.parameter.is_lazy(t)]
+        self.tensors = [(t,t.data,t.grad if t.is_leaf else None) for t in tensors]
+        self.dicts = [(d,dict(d)) for m in model.modules() for d in (vars(m),m._parameters,m._buffers)]
+        state = getattr(opt, 'state', None) or {}
+        self.dicts += [(state,dict(state)),*((d,dict(d)) for d in state.values())]
+        held = [g['params'] for g in getattr(optimizer, 'param_groups', None) or ()]
+        self.held,self.slow = [(ps,len(ps)) for ps in held],[(o,[*o]) for o in getattr(optimizer, 'slow_weights', None) or ()]
+    def __enter__(self): return self
+    def __exit__(self, error, *_):
+        if error is None: return
+        for t,data,grad in self.tensors:
+            if t.shape!=data.shape: self._fill(t, data, grad)
+        for d,was in self.dicts:
+            d.clear()
+            d.update(was)
+        for ps,n in self.held:
+            while len(ps)>n: ps.pop()
+        for o,was in self.slow: o[:] = was
+        for g,was,keep in self.groups:
+            vars(g).update(was)
+            g.keep.copy_(keep)
+        own = vars(self.pruner)
+        own.clear()
+        own.update(self.own)
+        self.pruner.about.found,self.pruner.about.kept = self.found,self.kept
+        self.pruner.seen = None  # channels are followed anew
+    def _fill(self, t, data, grad):
+        if t.is_leaf: t.grad = None
+        if t.requires_grad: t.data = data.new_empty(0, dtype=torch.float64 if t.dtype!=torch.float64 else torch.float32)  # as `apply_plan` has it
+        t.data = data
+        if grad is not None: t.grad = grad
+
 _ALIKE = str.maketrans('oOlI', '0011')  # letters that are taken for numbers
 
 class Pruner:
@@ -543,7 +584,8 @@ class Pruner:
     def prune_by_ratio(self, inputs=None, optimizer=None):
         "Remove the least important channels, in place, and return the model"
         work,n = (self._by_target,sum(1 for _ in self.model.modules())) if self.target else (self._by_ratio,2)
-        if staged(work(inputs, optimizer), n, self.progress): self._repair()
+        with self._whole(optimizer):
+            if staged(work(inputs, optimizer), n, self.progress): self._repair()
         return self.model
 
     def _learn(self):
@@ -654,9 +696,12 @@ class Pruner:
     def update(self, ratio, optimizer=None): # Percentage, or a dict of them by layer; whose state is cut as well
         """Have `ratio` percent of the channels gone that there were at the `start`, the least important of those that are left.
         What is gone stays so. How many went now"""
-        n = self._remove(ratio, optimizer)
-        if n: self._repair()
+        with self._whole(optimizer):
+            n = self._remove(ratio, optimizer)
+            if n: self._repair()
         return n
+
+    def _whole(self, optimizer): "Cut and repair, or neither"; return _Undo(self, optimizer) if self.repair else nullcontext()
 
     def _repair(self):
         if self.repair: self.repaired = self._teacher.repair(self.model)
