@@ -124,8 +124,8 @@ class Branch(nn.Module):
         self.a,self.norm,self.b,self.c,self.d = nn.Linear(10, 24),nn.BatchNorm1d(24),nn.Linear(24, 16),nn.Linear(24, 16),nn.Linear(16, 4)
     def forward(self, x):
         x = self.norm(self.a(x).relu()) if self.with_norm else self.a(x).relu()
-        return self.d((self.b(x) if x.mean()>.22 else self.c(x)).relu())
-    with_norm = False
+        return self.d((self.b(x) if x.mean()>self.limit else self.c(x)).relu())
+    with_norm,limit = False,.22
 
 def branch():
     torch.manual_seed(0)
@@ -165,7 +165,7 @@ def test_a_repair_that_fails_by_itself_leaves_the_model():
 @pytest.mark.parametrize('how', [dict(pruning_ratio=40), dict(params='2x'), dict(pruning_ratio=40, criteria='obs')], ids=str)
 def test_a_failed_repair_leaves_all_as_it_was(how, monkeypatch):
     model,data = branch()
-    model.with_norm = True
+    model.with_norm,model.limit = True,float("inf")  # one branch alone
     opt = trained(model, data)
     model.eval()
     before = all_of(model, opt)
@@ -186,7 +186,7 @@ def test_a_failed_repair_leaves_all_as_it_was(how, monkeypatch):
 
 def test_a_failed_step_leaves_all_as_it_was(monkeypatch):
     model,data = branch()
-    model.with_norm = True
+    model.with_norm,model.limit = True,float("inf")  # one branch alone
     opt = trained(model, data)
     model.eval()
     pruner = Pruner(model, 50, data=data, repair=True, criteria='movmag')
