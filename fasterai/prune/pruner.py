@@ -7,11 +7,10 @@ __all__ = ['save_pruned', 'load_pruned', 'tied_groups', 'group_scores', 'readers
            'check_layer_type', 'check_optimizer', 'Pruner']
 
 # %% ../../nbs/prune/01_pruner.ipynb #d3138369
-import math
+import copy,math
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 import numpy as np
@@ -436,7 +435,7 @@ class _Undo:
     "A pruner, its model and an optimizer are as they were, if an error comes out: the same parameters, with what was in them"
     def __init__(self, pruner, optimizer):
         model,about,opt = pruner.model,pruner.about,getattr(optimizer, 'opt', None) or optimizer
-        self.pruner,self.own = pruner,{k:copy(v) if isinstance(v, (list,dict,set)) else v for k,v in vars(pruner).items()}
+        self.pruner,self.own = pruner,{k:copy.copy(v) if isinstance(v, (list,dict,set)) else v for k,v in vars(pruner).items()}
         self.groups = [(g,dict(vars(g)),g.keep.clone()) for g in self.own.get('groups', ())]
         self.found,self.kept = dict(about.found),{o:{n:x.clone() for n,x in d.items()} for o,d in about.kept.items()}
         tensors = [t for t in (*model.parameters(),*model.buffers()) if not nn.parameter.is_lazy(t)]
