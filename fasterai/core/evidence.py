@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHOOSE', 'Weight', 'weight_of', 'Arrivals', 'arrived', 'Multiplied', 'multiplied', 'check_got', 'check_seen',
-           'nothing_of', 'found_now', 'first_inputs', 'check_trained', 'check_loss', 'evidence']
+           'nothing_of', 'found_now', 'first_inputs', 'repeatable', 'check_trained', 'check_loss', 'evidence']
 
 # %% ../../nbs/core/14_evidence.ipynb #5b6bd6c6
+import inspect
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -245,25 +247,39 @@ def found_now(
 
 # %% ../../nbs/core/14_evidence.ipynb #5f9a2556
 def first_inputs(
-    data, # Batches (x, y) or (x,): one, a list or a loader
+    data, # Batches (x, y), (x,) or a dict of arguments by name: one, a list or a loader
     model:nn.Module, # That they are for
-)->tuple:
+)->tuple|dict:
     "The inputs of the first batch of `data`"
     batch = next(iter(batches_of(data)), None)
     if batch is None: raise ValueError('data has no batch')
-    return inputs_for(model, _inputs(batch))
+    return _inputs(batch, model)
 
-def _inputs(batch):
-    "All of a batch but the target, if there is one"
-    batch = list(batch) if isinstance(batch, (tuple,list)) else [batch]
-    return tuple(batch[:-1] or batch)
+def _inputs(batch, model):
+    "What `model` runs with: all of a batch but the target, if there is one"
+    args = tuple(batch[:-1] or batch) if isinstance(batch, (tuple,list)) else (batch,)
+    return inputs_for(model, args[0] if len(args)==1 and isinstance(args[0], Mapping) and _by_name(model, args[0]) else args)
+
+def _by_name(model, inputs):
+    "Is the dict `inputs` of arguments by name? If not, `model` takes it whole"
+    takes = inspect.signature(model.forward).bind
+    try: takes(**inputs)
+    except TypeError:
+        try: takes(inputs)
+        except TypeError: pass
+        else: return False
+    return True
+
+def repeatable(data):
+    "`data` as something that gives its batches more than once: a list, if it has no length"
+    return data if data is None or hasattr(data, '__len__') else list(data)
 
 def _default_loss(pred, y): return nn.functional.mse_loss(pred, y) if y.is_floating_point() else nn.functional.cross_entropy(pred, y)
 
 def _gradients(model, batch, weights, loss_func):
-    if len(batch)<2: raise ValueError('gradients need batches with a target: (x, y)')
+    if not isinstance(batch, (tuple,list)) or len(batch)<2: raise ValueError('gradients need batches with a target: (x, y)')
     y, = inputs_of([batch[-1]], weights[0].w.device)
-    pred = call_with(model, inputs_for(model, tuple(batch[:-1])))
+    pred = call_with(model, _inputs(batch, model))
     return torch.autograd.grad(loss_func(pred, y), [p.w for p in weights], allow_unused=True)
 
 def check_trained(criteria, weights):
@@ -283,14 +299,14 @@ def check_loss(
 def _from_columns(asked, data, model, weights, transposed):
     seen = None
     for b in data if asked else ():
-        inputs = inputs_for(model, _inputs(b))
+        inputs = _inputs(b, model)
         if seen is None: seen = Multiplied(asked, model, inputs, weights, len(data), transposed)
         seen.look(model, inputs)
     return seen.found() if seen else {}
 
 def evidence(
     asked, # Needs that data tell
-    data, # Batches (x, y): one, a list or a loader; (x,) will do for activations
+    data, # Batches (x, y): one, a list or a loader; (x,) will do for activations. Inputs may be a dict of arguments by name
     model:nn.Module, # Left as it is
     weights:list[Weight], # Whose gradients and inputs count
     loss_func=None, # By default cross-entropy or, for a float target, mean squared error
@@ -298,18 +314,17 @@ def evidence(
 ):
     "By need and name of the weight: what is made of gradients, averaged over the batches of `data`, and of inputs, over all of them; in eval mode. `ValueError` for a weight that got none"
     known,data = Known(asked),batches_of(data)
-    if known.of('cols') and not hasattr(data, '__len__'): data = list(data)  # they are looked at twice
+    if known.of('cols'): data = repeatable(data)  # they are looked at twice
     of_grad,loss_func,sums,n = known.of('grad'),loss_func or _default_loss,{},0
     with untouched(model), Arrivals(known.of('x'), weights) as seen, torch.set_grad_enabled(bool(of_grad)):
         for n,b in enumerate(data, 1):
-            b = list(b) if isinstance(b, (tuple, list)) else [b]
             if of_grad:
                 got = {p.name:g for p,g in zip(weights, _gradients(model, b, weights, loss_func)) if g is not None}
                 for o in of_grad:
                     for name,g in got.items():
                         new = needed[o](g)
                         sums[o,name] = sums[o,name]+new if (o,name) in sums else new
-            elif known.of('x'): call_with(model, inputs_for(model, _inputs(b)))
+            elif known.of('x'): call_with(model, _inputs(b, model))
     if not n: raise ValueError('data has no batch')
     if of_grad: sums,n = ranks.summed_by_name(sums),int(ranks.summed(torch.tensor(n, device=weights[0].w.device)))
     res = seen.found() | _from_columns(known.of('cols'), data, model, weights, transposed) | {o: {p.name:sums[o,p.name]/n for p in weights if (o,p.name) in sums} for o in of_grad}

@@ -7,9 +7,10 @@ __all__ = ['save_pruned', 'load_pruned', 'tied_groups', 'group_scores', 'readers
            'check_layer_type', 'check_optimizer', 'Pruner']
 
 # %% ../../nbs/prune/01_pruner.ipynb #d3138369
-import math
+import copy,math
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 import numpy as np
@@ -29,7 +30,7 @@ from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes
 from ..core.running import followable,inputs_for,plain_model,staged,tensors_of,untouched
 from ..core.brought import check_held,check_scores,check_values,falls_short,listed,much_less,rounds_up,warn
 from ..core.liveness import Liveness,spare_last
-from ..core.evidence import _wide,arrived,check_loss,check_seen,check_trained,evidence,found_now,weight_of
+from ..core.evidence import _wide,arrived,check_loss,check_seen,check_trained,evidence,first_inputs,found_now,repeatable,weight_of
 from ..core.proof import TOLERANCE,check_same,random_like
 from ..core.selection import Scores,Source,check_percent,n_of
 from ..core.pool import Pool, select_each
@@ -430,6 +431,45 @@ class _Aim:
         return f'{t} asks for {t.shown(self.budget)}, and {t.shown(found.left)} are left, which is {abs(self.off(found.left)):.0%} off: {why}; {self.stays()}'
 
 # %% ../../nbs/prune/01_pruner.ipynb #85c1ce49
+class _Undo:
+    "A pruner, its model and an optimizer are as they were, if an error comes out: the same parameters, with what was in them"
+    def __init__(self, pruner, optimizer):
+        model,about,opt = pruner.model,pruner.about,getattr(optimizer, 'opt', None) or optimizer
+        self.pruner,self.own = pruner,{k:copy.copy(v) if isinstance(v, (list,dict,set)) else v for k,v in vars(pruner).items()}
+        self.groups = [(g,dict(vars(g)),g.keep.clone()) for g in self.own.get('groups', ())]
+        self.found,self.kept = dict(about.found),{o:{n:x.clone() for n,x in d.items()} for o,d in about.kept.items()}
+        tensors = [t for t in (*model.parameters(),*model.buffers()) if not nn.parameter.is_lazy(t)]
+        self.tensors = [(t,t.data,t.grad if t.is_leaf else None) for t in tensors]
+        self.dicts = [(d,dict(d)) for m in model.modules() for d in (vars(m),m._parameters,m._buffers)]
+        state = getattr(opt, 'state', None) or {}
+        self.dicts += [(state,dict(state)),*((d,dict(d)) for d in state.values())]
+        held = [g['params'] for g in getattr(optimizer, 'param_groups', None) or ()]
+        self.held,self.slow = [(ps,len(ps)) for ps in held],[(o,[*o]) for o in getattr(optimizer, 'slow_weights', None) or ()]
+    def __enter__(self): return self
+    def __exit__(self, error, *_):
+        if error is None: return
+        for t,data,grad in self.tensors:
+            if t.shape!=data.shape: self._fill(t, data, grad)
+        for d,was in self.dicts:
+            d.clear()
+            d.update(was)
+        for ps,n in self.held:
+            while len(ps)>n: ps.pop()
+        for o,was in self.slow: o[:] = was
+        for g,was,keep in self.groups:
+            vars(g).update(was)
+            g.keep.copy_(keep)
+        own = vars(self.pruner)
+        own.clear()
+        own.update(self.own)
+        self.pruner.about.found,self.pruner.about.kept = self.found,self.kept
+        self.pruner.seen = None  # channels are followed anew
+    def _fill(self, t, data, grad):
+        if t.is_leaf: t.grad = None
+        if t.requires_grad: t.data = data.new_empty(0, dtype=torch.float64 if t.dtype!=torch.float64 else torch.float32)  # as `apply_plan` has it
+        t.data = data
+        if grad is not None: t.grad = grad
+
 _ALIKE = str.maketrans('oOlI', '0011')  # letters that are taken for numbers
 
 class Pruner:
@@ -443,7 +483,7 @@ class Pruner:
         pruning_ratio=None, # Percentage of channels, or a dict of them by layer
         context='local', # How the ratio is shared: a name of `contexts` or a function
         criteria=large_final, # What matters: a function of what its parameters name, or a name of `criterias`
-        example_inputs=None, # Inputs that run the model (a tensor, a tuple or a dict); by default a size that runs is looked for
+        example_inputs=None, # Inputs that run the model (a tensor, a tuple or a dict); by default the first batch of `data` or, without any, a size that runs is looked for
         round_to:int|None=None, # Keep a multiple of so many channels
         ignored_layers=(), # Layers, or their names, whose outputs stay
         layer_type=None, # Type of layer, or a tuple of types, that all makers of a channel have to be of; by default any
@@ -473,7 +513,7 @@ class Pruner:
         if pruning_ratio is not None and model is None: raise ValueError('a pruning_ratio needs a model: Pruner(model, pruning_ratio)')
         self.context,self.criteria,self.layer_type = context_of(context),criteria_of(criteria),check_layer_type(layer_type)
         self.model = None if model is None else followable(model, resizes=self.lossy)
-        self.example_inputs,self.round_to,self.verify,self.data = example_inputs,round_to,verify,data
+        self.example_inputs,self.round_to,self.verify,self.data = example_inputs,round_to,verify,repeatable(data)
         self.loss_func = check_loss(loss_func)
         self.progress,self.repair,self.repaired,self._teacher = progress,repair,None,None  # `repaired` is the table of `repair`
         self.pruning_ratio = None if pruning_ratio is None else self._checked(pruning_ratio)
@@ -543,7 +583,8 @@ class Pruner:
     def prune_by_ratio(self, inputs=None, optimizer=None):
         "Remove the least important channels, in place, and return the model"
         work,n = (self._by_target,sum(1 for _ in self.model.modules())) if self.target else (self._by_ratio,2)
-        if staged(work(inputs, optimizer), n, self.progress): self._repair()
+        with self._whole(optimizer):
+            if staged(work(inputs, optimizer), n, self.progress): self._repair()
         return self.model
 
     def _learn(self):
@@ -592,7 +633,8 @@ class Pruner:
         check_shapes(self.model)
         check_values(self.model)
         check_copyable(self.model)
-        inputs = inputs_for(self.model, self.example_inputs if example_inputs is None else example_inputs)
+        given = self.example_inputs if example_inputs is None else example_inputs
+        inputs = first_inputs(self.data, self.model) if given is None and self.data is not None else inputs_for(self.model, given)
         self.bystanders = Bystanders(self.model, inputs)
         with self.bystanders.aside():
             check_runs(self.model, inputs)
@@ -653,9 +695,12 @@ class Pruner:
     def update(self, ratio, optimizer=None): # Percentage, or a dict of them by layer; whose state is cut as well
         """Have `ratio` percent of the channels gone that there were at the `start`, the least important of those that are left.
         What is gone stays so. How many went now"""
-        n = self._remove(ratio, optimizer)
-        if n: self._repair()
+        with self._whole(optimizer):
+            n = self._remove(ratio, optimizer)
+            if n: self._repair()
         return n
+
+    def _whole(self, optimizer): "Cut and repair, or neither"; return _Undo(self, optimizer) if self.repair else nullcontext()
 
     def _repair(self):
         if self.repair: self.repaired = self._teacher.repair(self.model)

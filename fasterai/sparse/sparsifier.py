@@ -28,7 +28,7 @@ from ..core import ranks
 from ..core.recorded import MOST, can_record, record
 from ..core.graph import OUTPUT, ChannelGraph, layer_of
 from ..core.admm import Alternating, alternate
-from ..core.evidence import Weight, _wide, check_loss, check_trained, evidence, nothing_of, weight_of
+from ..core.evidence import Weight, _wide, check_loss, check_trained, evidence, nothing_of, repeatable, weight_of
 from ..repair.repair import Teacher
 from ..legacy import OldLevelPruner, old_prune, old_sparsifier
 
@@ -805,7 +805,7 @@ class Sparsifier:
             raise ValueError(f'round_to is a whole number of blocks, at least 1, not {round_to!r}')
         self.model = plain_model(model)
         self.granularity,self.context,self.criteria = granularity_of(granularity),context_of(context),criteria_of(criteria)
-        self.round_to,self.example_inputs,self.data,self.loss_func = round_to,example_inputs,data,check_loss(loss_func)
+        self.round_to,self.example_inputs,self.data,self.loss_func = round_to,example_inputs,repeatable(data),check_loss(loss_func)
         with still(self.model):
             self.layers,out = find_layers(self.model, self.granularity, layer_type, self.criteria)
             self._stays = [self._computed(n, how) for n,(how,_) in out.items()]
@@ -832,7 +832,7 @@ class Sparsifier:
         for o in self.layers: o.about = self.about
         self.about.averages = not any(p for o in self.layers for p in o.spread_out) and not ranks.averages(model)
         self.remember()
-        self.repaired,self._teacher = None,Teacher(self.model, data) if repair else None  # the first is the table of `repair`
+        self.repaired,self._teacher = None,Teacher(self.model, self.data) if repair else None  # the first is the table of `repair`
         if out: self._tell_computed(out)
 
     def _check_ranks(self):

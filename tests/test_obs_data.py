@@ -1,0 +1,220 @@
+"Criteria and `repair` take the same data: inputs by name, batches that come once; and what fails leaves a model as it was"
+import copy
+from collections import OrderedDict
+import pytest, torch
+from torch import nn
+from torch.nn import functional as F
+from fasterai.prune.all import Pruner
+from fasterai.sparse.all import Sparsifier
+
+class Two(nn.Module):
+    "Takes two inputs, whose order matters"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.head = nn.Linear(6, 12),nn.Linear(5, 12),nn.Linear(12, 3)
+    def forward(self, p, q, scale=1.): return self.head(F.relu(self.a(p)+scale*self.b(q)))
+
+class Whole(nn.Module):
+    "Takes a dict"
+    def __init__(self):
+        super().__init__()
+        self.net = Two()
+    def forward(self, batch): return self.net(batch['p'], batch['q'])
+
+def two(cls=Two):
+    torch.manual_seed(0)
+    return cls().eval()
+
+def by_name(n=4):
+    torch.manual_seed(1)
+    return [dict(q=torch.randn(32, 5), p=torch.randn(32, 6)) for _ in range(n)]
+
+def zeros(model): return [p.detach()==0 for p in model.parameters()]
+def same(a, b): return all(torch.equal(x, y) for x,y in zip(a, b, strict=True))
+
+# --- inputs by name
+
+FORMS = dict(dicts=lambda d: d, one=lambda d: {k:torch.cat([o[k] for o in d]) for k in d[0]}, with_target=lambda d: [(o,torch.zeros(32)) for o in d],
+             alone=lambda d: [(o,) for o in d], lists=lambda d: [[o,torch.zeros(32)] for o in d], mapping=lambda d: [OrderedDict(o) for o in d])
+
+@pytest.mark.parametrize('criteria', ['obs','wanda'])
+@pytest.mark.parametrize('form', FORMS)
+def test_by_name_as_in_order(form, criteria):
+    data,res = by_name(),[]
+    for given in (FORMS[form](data), [(o['p'],o['q'],torch.zeros(32)) for o in data]):
+        model = two()
+        Sparsifier(model, 'weight', 'local', criteria, layer_type=nn.Linear, data=given).sparsify_model(40)
+        res.append(zeros(model))
+    assert same(*res)
+
+@pytest.mark.parametrize('criteria', ['obs','wanda'])
+def test_a_model_that_takes_a_dict(criteria):
+    data,res = by_name(),[]
+    for cls in (Two,Whole):
+        model = two(cls)
+        Sparsifier(model, 'weight', 'local', criteria, layer_type=nn.Linear, data=[(o,torch.zeros(32)) for o in data]).sparsify_model(40)
+        res.append(zeros(model))
+    assert same(*res)
+
+def test_gradients_by_name():
+    data,y,res = by_name(),torch.arange(32)%3,[]
+    for given in ([(o,y) for o in data], [(o['p'],o['q'],y) for o in data]):
+        model = two()
+        Sparsifier(model, 'weight', 'local', 'taylor', layer_type=nn.Linear, data=given).sparsify_model(40)
+        res.append(zeros(model))
+    assert same(*res)
+    with pytest.raises(ValueError, match='with a target'):
+        Sparsifier(two(), 'weight', 'local', 'taylor', layer_type=nn.Linear, data=data).sparsify_model(40)
+
+def test_by_name_and_repaired():
+    data,model = by_name(),two()
+    sp = Sparsifier(model, 'weight', 'local', 'obs', layer_type=nn.Linear, data=data, repair=True)
+    sp.sparsify_model(40)
+    assert sp.repaired is not None and all(.35<o.float().mean()<.45 for o in zeros(model) if o.dim()>1)
+    model = two()
+    pruner = Pruner(model, 40, criteria='obs', data=data, example_inputs=data[0], repair=True)
+    assert pruner.prune_model() is model and model.a.out_features==8 and pruner.repaired is not None
+    assert model(**data[0]).isfinite().all()
+
+def test_bert():
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24), add_pooling_layer=False).eval()
+    ids = torch.randint(0, 50, (2,7))
+    for batch in (dict(input_ids=ids, attention_mask=torch.ones_like(ids)), transformers.BatchEncoding(dict(input_ids=ids, attention_mask=torch.ones_like(ids)))):
+        new = copy.deepcopy(model)
+        Sparsifier(new, 'weight', 'local', 'wanda', layer_type=nn.Linear, data=[batch]*3).sparsify_model(50)
+        assert all((m.weight==0).float().mean()==.5 for m in new.modules() if isinstance(m, nn.Linear))
+
+# --- batches that come once
+
+def test_a_generator_serves_criteria_and_repair():
+    data,res = by_name(),[]
+    for given in (data, (o for o in data)):
+        model = two()
+        sp = Sparsifier(model, 'weight', 'local', 'obs', layer_type=nn.Linear, data=given, repair=True)
+        sp.sparsify_model(40)
+        pruner = Pruner(model, 40, criteria='obs', data=(o for o in data), example_inputs=data[0], repair=True)
+        pruner.prune_model()
+        assert sp.repaired is not None and pruner.repaired is not None
+        res.append([*model.parameters()])
+    assert same(*res)
+
+# --- inputs from data
+
+@pytest.mark.parametrize('given', [lambda d: d, lambda d: (o for o in d), lambda d: d[0], lambda d: [(o,torch.zeros(32)) for o in d]])
+def test_example_inputs_come_from_data(given):
+    model,data = two(),by_name()
+    pruner = Pruner(model, 40, criteria='obs', data=given(data))
+    pruner.prune_model()
+    assert model.a.out_features==8 and all(torch.equal(pruner.graph.example_inputs[k], v) for k,v in data[0].items())
+
+def test_example_inputs_that_are_given_come_first():
+    model,data = two(),by_name()
+    pruner = Pruner(model, 40, data=data, example_inputs=data[1], repair=True)
+    pruner.prune_model()
+    assert torch.equal(pruner.graph.example_inputs['p'], data[1]['p'])
+
+# --- a repair that fails
+
+class Branch(nn.Module):
+    "Which layer runs is decided by values, and only one of them is cut"
+    def __init__(self):
+        super().__init__()
+        self.a,self.norm,self.b,self.c,self.d = nn.Linear(10, 24),nn.BatchNorm1d(24),nn.Linear(24, 16),nn.Linear(24, 16),nn.Linear(16, 4)
+    def forward(self, x):
+        x = self.norm(self.a(x).relu()) if self.with_norm else self.a(x).relu()
+        return self.d((self.b(x) if x.mean()>self.limit else self.c(x)).relu())
+    with_norm,limit = False,.22
+
+def branch():
+    torch.manual_seed(0)
+    return Branch(),[torch.randn(64, 10) for _ in range(8)]
+
+def all_of(model, opt):
+    "Everything that a cut changes, by place: objects, and copies of what is in them"
+    tensors = [*model.named_parameters(),*model.named_buffers()]
+    named = {n:(id(t),id(t.grad),t.detach().clone(),None if t.grad is None else t.grad.clone()) for n,t in tensors}
+    own = {n:{k:v for k,v in vars(m).items() if isinstance(v, (int,tuple))} for n,m in model.named_modules()}
+    state = {id(p):{k:v.clone() for k,v in s.items()} for p,s in opt.state.items()}
+    return dict(named=named, own=own, state=state, groups=[[id(p) for p in g['params']] for g in opt.param_groups], pruned=hasattr(model, '_pruned'))
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor): return torch.equal(a, b)
+    if isinstance(a, dict): return a.keys()==b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (tuple,list)): return len(a)==len(b) and all(map(equal, a, b))
+    return a==b
+
+def trained(model, data, make=torch.optim.Adam):
+    opt = make(model.parameters())
+    for _ in range(2):
+        opt.zero_grad()
+        model(data[0]).square().mean().backward()
+        opt.step()
+    return opt
+
+def fails(*_, **__): raise ValueError('no repair today')
+
+def test_a_repair_that_fails_by_itself_leaves_the_model():
+    model,data = branch()
+    before = {n:p.clone() for n,p in model.named_parameters()}
+    with pytest.raises((ValueError,RuntimeError)): Pruner(model, 40, data=data, repair=True, example_inputs=data[0]).prune_model()
+    assert equal(before, dict(model.named_parameters())) and model.a.out_features==24 and not hasattr(model, '_pruned')
+    for x in data: model(x)
+
+@pytest.mark.parametrize('how', [dict(pruning_ratio=40), dict(params='2x'), dict(pruning_ratio=40, criteria='obs')], ids=str)
+def test_a_failed_repair_leaves_all_as_it_was(how, monkeypatch):
+    model,data = branch()
+    model.with_norm,model.limit = True,float("inf")  # one branch alone
+    opt = trained(model, data)
+    model.eval()
+    before = all_of(model, opt)
+    pruner = Pruner(model, data=data, repair=True, **how)
+    monkeypatch.setattr('fasterai.prune.pruner.Teacher.repair', fails)
+    with pytest.raises(ValueError, match='no repair'): pruner.prune_model(optimizer=opt)
+    assert equal(before, all_of(model, opt)) and pruner.reached()==0
+    model.train()
+    opt.zero_grad()
+    model(data[0]).square().mean().backward()
+    opt.step()
+    monkeypatch.undo()
+    model.eval()
+    pruner.prune_model(optimizer=opt)
+    assert model.a.out_features<24 and pruner.repaired is not None
+    model(data[0]).sum().backward()
+    opt.step()
+
+def test_a_failed_step_leaves_all_as_it_was(monkeypatch):
+    model,data = branch()
+    model.with_norm,model.limit = True,float("inf")  # one branch alone
+    opt = trained(model, data)
+    model.eval()
+    pruner = Pruner(model, 50, data=data, repair=True, criteria='movmag')
+    pruner.start()
+    pruner.update(20, opt)
+    before,keep,kept,plan = all_of(model, opt),[g.keep.clone() for g in pruner.groups],{k:x.clone() for k,x in pruner.about.state_dict().items()},copy.deepcopy(model._pruned)
+    with monkeypatch.context() as m:
+        m.setattr('fasterai.prune.pruner.Teacher.repair', fails)
+        with pytest.raises(ValueError, match='no repair'): pruner.update(50, opt)
+    assert equal(before, all_of(model, opt)) and equal(keep, [g.keep for g in pruner.groups]) and equal(kept, pruner.about.state_dict()) and plan==model._pruned
+    reached = pruner.reached()
+    pruner.update(50, opt)
+    assert model.a.out_features==12 and pruner.reached()==50>reached
+    model(data[0]).sum().backward()
+    opt.step()
+
+def test_fastais_optimizer_is_as_it_was(monkeypatch):
+    from fastai.optimizer import Adam, Lookahead
+    model,data = branch()
+    opt = Lookahead(Adam([*model.parameters()], lr=.01))
+    for _ in range(7):
+        model(data[0]).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+    copied = lambda: dict(slow=[[t.clone() for t in o] for o in opt.slow_weights], state={id(p):{k:v.clone() if isinstance(v, torch.Tensor) else v for k,v in s.items()} for p,s in opt.state.items()})
+    before = copied()
+    monkeypatch.setattr('fasterai.prune.pruner.Teacher.repair', fails)
+    with pytest.raises(ValueError, match='no repair'): Pruner(model, 40, data=data, repair=True).prune_model(optimizer=opt)
+    assert equal(before, copied())
+    model(data[0]).square().mean().backward()
+    opt.step()
