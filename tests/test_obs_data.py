@@ -218,3 +218,19 @@ def test_fastais_optimizer_is_as_it_was(monkeypatch):
     assert equal(before, copied())
     model(data[0]).square().mean().backward()
     opt.step()
+
+def test_repair_takes_arguments_by_name_with_a_target():
+    "As a criteria does: a dict, alone or in a tuple with what is not looked at"
+    torch.manual_seed(0)
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b,self.out = nn.Linear(8, 16),nn.Linear(7, 16),nn.Linear(32, 4)
+        def forward(self, p, q): return self.out(torch.cat([self.a(p),self.b(q)], 1).relu())
+    dense,batches = Two(),[dict(p=torch.randn(32, 8), q=torch.randn(32, 7)) for _ in range(3)]
+    found = []
+    for data in (batches, [(o,torch.zeros(32)) for o in batches]):
+        m = copy.deepcopy(dense)
+        Sparsifier(m, 'weight', 'local', 'obs', layer_type=nn.Linear, data=data, repair=True).sparsify_model(40)
+        found.append(m)
+    for a,b in zip(found[0].parameters(), found[1].parameters()): assert torch.equal(a, b)

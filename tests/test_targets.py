@@ -4,11 +4,12 @@ import numpy as np
 import pytest, torch, torchvision
 from torch import nn
 from fasterai.analyze.all import n_macs, n_params
+from fasterai.analyze.counts import stored
 from fasterai.analyze.budget import allocate, balance
 from fasterai.analyze.times import Stopwatch, Tables, grid, in_turn, pieces
 from fasterai.prune.all import PruneCallback, Pruner
 from fasterai.prune import pruner as at_pruner
-from fasterai.prune.targets import Axes, Counted, Target, Timed, Widths, losses, stored
+from fasterai.prune.targets import Axes, Counted, Target, Timed, Widths, losses
 from tiny import Net, net, state, same, warnings_are
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

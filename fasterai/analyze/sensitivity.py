@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from .budget import allocate,isotonic
 from .times import resized,seen_inputs
-from .counts import check_models,latency,n_nonzero,running,with_bar
+from .counts import check_models,latency,n_nonzero,running,stored,with_bar
 from ..core.brought import told,warn
 from ..core.criteria import criteria_of,large_final,needs
 from ..core.granularity import granularity_name, has_axes
@@ -172,21 +172,16 @@ class _Pruning:
             macs = (self.graph if inputs is None else ChannelGraph(self.model, inputs)).macs()
             each = {f'{k}.weight':v for k,v in macs.items() if f'{k}.weight' in size.names}
             return size.cost(each, sum(macs.values())-sum(each.values()))
-        own = dict(self.model.named_parameters()) if what=='params' else _tensors_of(self.model)
+        own = dict(self.model.named_parameters()) if what=='params' else stored(self.model)
         each = {k:t.numel()*(t.element_size() if what=='bytes' else 1) for k,t in own.items()}
         return size.cost({k:v for k,v in each.items() if k in size.names}, sum(v for k,v in each.items() if k not in size.names))
-
-def _tensors_of(model):
-    "Parameters and buffers that are stored, by name, once each"
-    kept = set(model.state_dict())
-    return {k:t for k,t in (*model.named_parameters(), *model.named_buffers()) if k in kept}
 
 # %% ../../nbs/analyze/02_sensitivity.ipynb #d5a65324
 class _Sizes:
     "Lengths of the axes of tensors for allocations of levels to sets of channels"
     def __init__(self, how, choices, round_to=None):
         plans = [[how.plan(o, l, round_to) for l in ls] for o,ls in choices.items()]
-        state = _tensors_of(how.model)
+        state = stored(how.model)
         axes = sorted({(t,d) for ps in plans for p in ps for t,dims in p.items() for d in dims if t in state})
         self.at = {o:i for i,o in enumerate(axes)}
         self.full = np.array([state[t].shape[d] for t,d in axes], dtype=np.int64)
@@ -256,7 +251,7 @@ class _Bits:
     def compress(self, name, level): KMeansQuantizer({self.layers[name]:level}).quantize(self.model)
     def asked(self, name, level): return {name:level or None}
     def cost(self, what, choices, inputs):
-        total = sum(t.numel()*t.element_size() for t in _tensors_of(self.model).values())
+        total = sum(t.numel()*t.element_size() for t in stored(self.model).values())
         tables = []
         for o,ls in choices.items():
             p = self.held(o)[0]
@@ -271,7 +266,7 @@ kinds = {'sparsity':_Sparsity, 'pruning':_Pruning, 'bits':_Bits}
 def _checksum(model):
     "CRC-32 of all that is stored of `model`"
     crc = 0
-    for k,t in _tensors_of(model).items(): crc = zlib.crc32(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), zlib.crc32(k.encode(), crc))
+    for k,t in stored(model).items(): crc = zlib.crc32(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), zlib.crc32(k.encode(), crc))
     return f'{crc:08x}'
 
 class Sensitivity:

@@ -374,7 +374,7 @@ class Influences:
         blocks:dict, # As from `residual_blocks`
     ):
         self.model,self.blocks = model,{model.get_submodule(n):b for n,b in blocks.items()}
-        self.sums = {n:(0.,0) for n in blocks}
+        self.sums = {n:(0.,0) for n in blocks}  # tensors: nothing waits for the device
         self.inputs,self.mask = [],None
 
     def look(self, inputs):
@@ -392,6 +392,6 @@ class Influences:
         cos = cosines(x, at_place(out, block.gives), block.dim)
         if self.mask is not None and self.mask.shape==cos.shape: cos = cos[self.mask.to(cos.device).bool()]
         total,n = self.sums[block.name]
-        self.sums[block.name] = total+(1-cos).sum().item(),n+cos.numel()
+        self.sums[block.name] = total+(1-cos).sum(),n+cos.numel()
 
-    def found(self)->dict[str,float]: "By name of the block"; return {k:total/n if n else math.nan for k,(total,n) in self.sums.items()}
+    def found(self)->dict[str,float]: "By name of the block"; return {k:float(total)/n if n else math.nan for k,(total,n) in self.sums.items()}

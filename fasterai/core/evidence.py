@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHOOSE', 'Weight', 'weight_of', 'Arrivals', 'arrived', 'Multiplied', 'multiplied', 'check_got', 'check_seen',
-           'nothing_of', 'found_now', 'first_inputs', 'repeatable', 'check_trained', 'check_loss', 'evidence']
+           'nothing_of', 'found_now', 'first_inputs', 'unwrapped', 'repeatable', 'check_trained', 'check_loss',
+           'evidence']
 
 # %% ../../nbs/core/14_evidence.ipynb #5b6bd6c6
 import inspect
@@ -258,7 +259,11 @@ def first_inputs(
 def _inputs(batch, model):
     "What `model` runs with: all of a batch but the target, if there is one"
     args = tuple(batch[:-1] or batch) if isinstance(batch, (tuple,list)) else (batch,)
-    return inputs_for(model, args[0] if len(args)==1 and isinstance(args[0], Mapping) and _by_name(model, args[0]) else args)
+    return inputs_for(model, unwrapped(args, model))
+
+def unwrapped(args, model): # Arguments, as a tuple
+    "Arguments by name, if they are one dict of these; else `args`"
+    return args[0] if len(args)==1 and isinstance(args[0], Mapping) and _by_name(model, args[0]) else args
 
 def _by_name(model, inputs):
     "Is the dict `inputs` of arguments by name? If not, `model` takes it whole"

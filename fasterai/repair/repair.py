@@ -12,6 +12,7 @@ from numbers import Real
 import torch
 from torch import nn, Tensor
 from ..core.brought import check_values, warn
+from ..core.evidence import unwrapped
 from ..core.factorization import _wide
 from ..core.graph import layer_of
 from ..core.reads import Weights, columns_in, columns_out, n_columns, read_by, reads_of, some_columns
@@ -236,7 +237,8 @@ def _batches(data):
 
 def _given(batch, model):
     "What `model` runs with"
-    return inputs_for(model, inputs_of(batch, next(model.parameters()).device))
+    found = inputs_of(batch, next(model.parameters()).device)
+    return inputs_for(model, unwrapped(found, model) if isinstance(found, tuple) else found)
 
 def _layers(model, teacher, reads, others, partners, inner):
     "What is fitted, by level, and rows of what stays"
