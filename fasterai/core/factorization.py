@@ -13,12 +13,11 @@ from numbers import Real
 from types import SimpleNamespace
 import torch
 from torch import nn,Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from .registry import did_you_mean
 from .graph import ChannelGraph
 from .brought import check_finite,listed
-from .running import held,tensors_of,call_with,inputs_that_run,plain_model,untouched
+from .running import Dispatch,held,tensors_of,call_with,inputs_that_run,plain_model,untouched
 from .surgery import _sub,copy_of
 
 # %% ../../nbs/core/11_factorization.ipynb #f5bf5a23
@@ -102,7 +101,7 @@ class _StandIn(nn.Module):
         self.seen.asked = k
         return v
 
-class _Watch(TorchDispatchMode):
+class _Watch(Dispatch):
     "Notes parameters that operations use while another layer runs"
     def __init__(self, owners, inside):
         super().__init__()
@@ -110,7 +109,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for t in tree_leaves((args, kwargs or {})):
             o = self.owners.get(id(t))
-            if o is not None and self.inside[-1:]!=[o]: self.strangers[o] = func.overloadpacket.__name__
+            if o is not None and self.inside[-1:]!=[o]: self.strangers[o] = getattr(func, 'overloadpacket', func).__name__
         return func(*args, **(kwargs or {}))
 
 def swap(

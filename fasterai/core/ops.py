@@ -16,10 +16,9 @@ from torch import Tensor
 from torch._C import DispatchKey
 from torch._decomp import decomposition_table
 from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from .registry import did_you_mean
-from .running import SLIPS,drawing,own_numbers,random_operation
+from .running import SLIPS,Dispatch,drawing,own_numbers,random_operation
 
 # %% ../../nbs/core/07_ops.ipynb #0p500007
 _MEANINGS = dict(
@@ -265,19 +264,13 @@ def _is_no_computation(func):
     "A question, such as where a tensor is, or weights that move to another place in memory, as cuDNN has those of recurrent layers"
     return func.namespace=='prim' or func is torch.ops.aten._cudnn_rnn_flatten_weight.default
 
-class Watch(TorchDispatchMode):
+class Watch(Dispatch):
     "Runs along with a model; `see` gets each operation that has a meaning, or that cannot be taken apart"
-    supports_higher_order_operators = draws = True # random operations are given a generator of ours, as `OwnNumbers` does
+    draws = True # random operations are given a generator of ours, as `OwnNumbers` does
     def __init__(self):
         super().__init__()
         self.apart,self.random = [],False  # what is being taken apart; is it a random operation?
         self.trusts = False  # is a function of `equals` taken for right without a look?
-
-    def __enter__(self):
-        if not hasattr(TorchDispatchMode, 'supports_higher_order_operators'):  # older releases look for a rule of each operation
-            for o in torch._ops._higher_order_ops.values():
-                o.python_key_table.setdefault(type(self), lambda mode, *args, op=o, **kwargs: mode.__torch_dispatch__(op, (), args, kwargs))
-        return super().__enter__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if _is_no_computation(func): return func(*args, **(kwargs or {}))

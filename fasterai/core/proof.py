@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 import torch
 from torch import nn,Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves,tree_map
-from .running import SLIPS,tensors_of,call_with,map_parts,untouched
+from .running import SLIPS,Dispatch,tensors_of,call_with,map_parts,untouched
 
 # %% ../../nbs/core/12_proof.ipynb #736fabea
 class _Under(nn.Module):
@@ -27,9 +26,8 @@ class _Under(nn.Module):
 
 def _memory(t): return t.untyped_storage()._cdata if t.layout==torch.strided else None
 
-class _Reads(TorchDispatchMode):
+class _Reads(Dispatch):
     "`ValueError` as soon as `after` reads a parameter or buffer of `before` that it does not share with it"
-    supports_higher_order_operators = True
     def __init__(self, before, after):
         super().__init__()
         inside = lambda m: m.model if isinstance(m, _Under) else m
@@ -93,9 +91,8 @@ def _draws(model, inputs):
 
 TOLERANCE = {torch.float64:1e-4, torch.float32:1e-3, torch.float16:2e-2, torch.bfloat16:1e-1}
 
-class _InBounds(TorchDispatchMode):
+class _InBounds(Dispatch):
     "`IndexError` where regions are of samples that are not there: torchvision reads beyond the end then"
-    supports_higher_order_operators = True
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         names = [o.name for o in func._schema.arguments] if getattr(func, 'namespace', '')=='torchvision' else []
         if 'rois' in names:
@@ -146,7 +143,7 @@ def check_same(before, after, inputs):
 # %% ../../nbs/core/12_proof.ipynb #f9fdc1aa
 def _is_choice(o): return isinstance(o, Tensor) and not (o.is_floating_point() or o.is_complex())
 
-class _Choices(TorchDispatchMode):
+class _Choices(Dispatch):
     "Writes down what a model chooses by its numbers: masks, orders, places. With the notes of another model, it chooses as that one where only rounding differs"
     def __init__(self, others=None):
         super().__init__()
@@ -156,7 +153,7 @@ class _Choices(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         numbers = [o.clone() for o in tree_leaves((args,kwargs)) if isinstance(o, Tensor) and o.is_floating_point()]
         chosen = [o.clone() for o in tree_leaves(out) if _is_choice(o)]
-        if not numbers or not chosen or func._schema.is_mutable: return out
+        if not numbers or not chosen or not hasattr(func, '_schema') or func._schema.is_mutable: return out
         self.made.append((func,numbers,chosen))
         return out if self.others is None else self.follow(out)
 
