@@ -30,7 +30,7 @@ def rounded_gone(n:int, gone:int, to:int): # Number of blocks, how many are to g
 # %% ../../nbs/core/04_selection.ipynb #bf0a8639
 def _kth(s, k): # Scores without nan, from 1 to their number
     "The `k`-th lowest of `s`, as a tensor with no axes"
-    return torch.from_numpy(np.partition(s.numpy(), k-1)[k-1:k])[0] if s.device.type=='cpu' else s.sort().values[k-1]
+    return torch.from_numpy(np.partition(s.numpy(), k-1)[k-1:k])[0] if s.device.type=='cpu' and type(s) is Tensor else s.sort().values[k-1]
 
 def lowest(scores:Tensor, k:int): # Scores [n], how many
     "Mask [n] of the `k` lowest `scores`; ties go by position, nan counts as highest"
