@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SLIPS', 'SOON', 'tensors_of', 'map_parts', 'plain', 'at_home', 'random_operation', 'Dispatch', 'OwnNumbers',
-           'drawing', 'own_numbers', 'held', 'restored', 'untouched', 'call_with', 'batches_of', 'inputs_of',
+           'drawing', 'own_numbers', 'held', 'undone', 'restored', 'untouched', 'call_with', 'batches_of', 'inputs_of',
            'readers_of', 'Bystanders', 'without_readers', 'check_module', 'check_scripts', 'is_fake', 'innermost',
            'plain_model', 'followable', 'check_shapes', 'example_inputs_for', 'check_inputs', 'inputs_for', 'explained',
            'check_runs', 'inputs_that_run', 'as_in_training', 'calls_of', 'Where', 'with_bar', 'staged']
@@ -452,6 +452,13 @@ def _gathers(m):
     "Does `m` gather parameters that are shared out over ranks (`fully_shard`), and holds none of them now?"
     ours = any(o.__name__=='FSDPModule' for o in type(m).__mro__)
     return ours and all(type(p).__name__=='DTensor' for p in m.parameters())
+
+@contextmanager
+def undone():
+    "A stack for calls that take changes back: made, last ones first, if an error comes out"
+    with ExitStack() as undo:
+        yield undo
+        undo.pop_all()
 
 @contextmanager
 def restored(

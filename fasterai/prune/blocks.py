@@ -6,7 +6,7 @@
 __all__ = ['PassedOn', 'dropped_as', 'influences', 'scanned', 'drop_blocks']
 
 # %% ../../nbs/prune/04_blocks.ipynb #8993cb23
-from contextlib import contextmanager
+from contextlib import ExitStack,contextmanager
 from copy import deepcopy
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from ..core.blocks import PASSED, Found, Influences, argument, residual_blocks
 from ..core.brought import check_held, listed, warn
 from ..core.plan import pruned_plan
 from ..core.registry import did_you_mean
-from ..core.running import SLIPS, Bystanders, at_home, call_with, check_runs, followable, inputs_for, tensors_of, untouched, with_bar
+from ..core.running import SLIPS, Bystanders, at_home, call_with, check_runs, followable, inputs_for, tensors_of, undone, untouched, with_bar
 from ..repair.repair import Teacher, _batches, _given
 
 # %% ../../nbs/prune/04_blocks.ipynb #6b7b4b69
@@ -53,25 +53,16 @@ def _stand_in(told, was):
     return new.train(was.training)
 
 # %% ../../nbs/prune/04_blocks.ipynb #c21bf260
-class _Undo:
-    "What was changed, and how to change it back, last things first: done if an error comes out"
-    def __init__(self): self.steps = []
-    def __enter__(self): return self
-    def __exit__(self, error, *_):
-        if error is not None: self.back()
-    def note(self, f, *args): self.steps.append((f,args))
-    def back(self):
-        for f,args in reversed(self.steps): f(*args)
-        self.steps.clear()
-    def set(self, o, k, v): # An object, the name of an attribute, its new value
-        self.note(setattr, o, k, getattr(o, k))
-        setattr(o, k, v)
-    def put(self, modules, new): # The `_modules` of a module, and what it is to have
-        def give(items):
-            modules.clear()
-            modules.update(items)
-        self.note(give, dict(modules))
-        give(new)
+def _set(undo, o, k, v): # An object, the name of an attribute, its new value
+    undo.callback(setattr, o, k, getattr(o, k))
+    setattr(o, k, v)
+
+def _put(undo, modules, new): # The `_modules` of a module, and what it is to have
+    def give(items):
+        modules.clear()
+        modules.update(items)
+    undo.callback(give, dict(modules))
+    give(new)
 
 def _replace(model, told, undo):
     "Put something in the place of each block of `told`, under all names that it has"
@@ -80,7 +71,7 @@ def _replace(model, told, undo):
         m = model.get_submodule(n)
         new[m] = _stand_in(o, m)
     for m in list(model.modules()):
-        if any(c in new for c in m._modules.values()): undo.put(m._modules, {k:new.get(c, c) for k,c in m._modules.items()})
+        if any(c in new for c in m._modules.values()): _put(undo, m._modules, {k:new.get(c, c) for k,c in m._modules.items()})
     return new
 
 # %% ../../nbs/prune/04_blocks.ipynb #bdf08bd2
@@ -157,14 +148,14 @@ def _shorten(model, names, undo):
             standing -= {f'{parent}.{i}' for i in gone}
             held = model.get_submodule(parent)
             n,kept = len(held),[m for i,m in enumerate(held) if i not in gone]
-            here = _Undo()
-            here.put(held._modules, {str(i):m for i,m in enumerate(kept)})
+            here = ExitStack()
+            _put(here, held._modules, {str(i):m for i,m in enumerate(kept)})
             found = _fitting(top, n, gone, {o.removeprefix(f'{at}.') for o in standing})
             if found is None:
-                here.back()
+                here.close()
                 standing |= {f'{parent}.{i}' for i in gone}
                 continue
-            undo.note(here.back)
+            undo.push(here)
             _count_anew(model, top, parent, found, n, gone, undo)
             res[parent] = gone
     return res
@@ -173,17 +164,17 @@ def _count_anew(model, top, parent, found, n, gone, undo):
     "Let configs and layers tell what is there now"
     numbers,lists,new = found
     configs = list(_configs(top.config))
-    for i,k in numbers: undo.set(configs[i], k, n-len(gone))
-    for i,k in lists: undo.set(configs[i], k, _shorter(getattr(configs[i], k), gone))
+    for i,k in numbers: _set(undo, configs[i], k, n-len(gone))
+    for i,k in lists: _set(undo, configs[i], k, _shorter(getattr(configs[i], k), gone))
     own = getattr(model.get_submodule(parent.rpartition('.')[0]), 'config', None)  # as the two halves of T5 have
     if own is not None and not any(own is o for o in configs):
-        for _,k in _numbers([own], n): undo.set(own, k, n-len(gone))
+        for _,k in _numbers([own], n): _set(undo, own, k, n-len(gone))
     here = dict(top.named_modules())
     for name,m in new.named_modules():
         mine = here.get(name)  # not what was in a stand-in
         for k,v in vars(m).items() if mine is not None else ():
             was = vars(mine).get(k)
-            if type(v) is int and type(was) is int and was!=v and ('layer' in k or 'idx' in k): undo.set(mine, k, v)
+            if type(v) is int and type(was) is int and was!=v and ('layer' in k or 'idx' in k): _set(undo, mine, k, v)
 
 # %% ../../nbs/prune/04_blocks.ipynb #b7733719
 def _renamed(lists):
@@ -205,7 +196,7 @@ def _remember(model, told, lists, undo):
     new = {**plan, **{k:of(plan[k]) for k in ('kept','sizes','attrs','widths')}, 'biases':[n for n in left(plan['biases']).values() if n]}
     new['dropped'] = [*plan.get('dropped', []), dict(blocks=told, lists=lists)]
     had = '_pruned' in vars(model)
-    undo.note(lambda: setattr(model, '_pruned', plan) if had else delattr(model, '_pruned'))
+    undo.callback(lambda: setattr(model, '_pruned', plan) if had else delattr(model, '_pruned'))
     model._pruned = new
 
 @contextmanager
@@ -214,7 +205,7 @@ def dropped_as(
     plan:dict, # As from `pruned_plan`
 ):
     "Inside, `model` is without the blocks that `plan` tells of; so it stays, unless an error comes out"
-    with _Undo() as undo:
+    with undone() as undo:
         for step in plan.get('dropped', ()):
             if lacks := [o for o in step['blocks'] if o not in dict(model.named_modules())]:
                 raise ValueError(f'the file is of another architecture: {lacks[0]} was dropped, and this {type(model).__name__} has none')
@@ -330,7 +321,7 @@ def drop_blocks(
         teacher = Teacher(model, data, progress) if repair else None
         with untouched(model): before = _shapes(call_with(model, first))
         told = {n:_told(found.blocks[n]) for n in names}
-        with _Undo() as undo:
+        with undone() as undo:
             gone = {model.get_submodule(n):n for n in names}
             _replace(model, told, undo)
             _check_without(model, first, before, gone)

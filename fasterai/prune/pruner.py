@@ -10,7 +10,7 @@ __all__ = ['save_pruned', 'load_pruned', 'tied_groups', 'group_scores', 'readers
 import copy,math
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager,nullcontext
 from dataclasses import dataclass
 from functools import partial
 import numpy as np
@@ -27,7 +27,7 @@ from ..core.graph import OUTPUT,ChannelGraph,layer_of
 from .blocks import dropped_as
 from .left import LAST,add_row,counted,fixed,left_of_zeros,made_by,missing,rows_of,some,in_words
 from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes
-from ..core.running import followable,inputs_for,plain_model,staged,tensors_of,untouched
+from ..core.running import followable,inputs_for,plain_model,staged,tensors_of,undone,untouched
 from ..core.brought import check_held,check_scores,check_values,falls_short,listed,much_less,rounds_up,warn
 from ..core.liveness import Liveness,spare_last
 from ..core.evidence import _wide,arrived,check_loss,check_seen,check_trained,evidence,first_inputs,found_now,repeatable,weight_of
@@ -431,44 +431,44 @@ class _Aim:
         return f'{t} asks for {t.shown(self.budget)}, and {t.shown(found.left)} are left, which is {abs(self.off(found.left)):.0%} off: {why}; {self.stays()}'
 
 # %% ../../nbs/prune/01_pruner.ipynb #85c1ce49
-class _Undo:
+def _fill(t, data, grad):
+    "Give `t` what it had, if it was cut"
+    if t.shape==data.shape: return
+    if t.is_leaf: t.grad = None
+    if t.requires_grad: t.data = data.new_empty(0, dtype=torch.float64 if t.dtype!=torch.float64 else torch.float32)  # as `apply_plan` has it
+    t.data = data
+    if grad is not None: t.grad = grad
+
+def _refill(d, was):
+    d.clear()
+    d.update(was)
+
+def _regroup(g, was, keep):
+    vars(g).update(was)
+    g.keep.copy_(keep)
+
+def _note_state(undo, optimizer):
+    "Note what `optimizer` holds"
+    opt = getattr(optimizer, 'opt', None) or optimizer
+    for o in getattr(optimizer, 'slow_weights', None) or (): undo.callback(o.__setitem__, slice(None), [*o])
+    for g in getattr(optimizer, 'param_groups', None) or (): undo.callback(lambda ps, n: ps.__delitem__(slice(n, None)), g['params'], len(g['params']))
+    state = getattr(opt, 'state', None) or {}
+    for d in (*state.values(),state): undo.callback(_refill, d, dict(d))
+
+@contextmanager
+def _whole(pruner, optimizer):
     "A pruner, its model and an optimizer are as they were, if an error comes out: the same parameters, with what was in them"
-    def __init__(self, pruner, optimizer):
-        model,about,opt = pruner.model,pruner.about,getattr(optimizer, 'opt', None) or optimizer
-        self.pruner,self.own = pruner,{k:copy.copy(v) if isinstance(v, (list,dict,set)) else v for k,v in vars(pruner).items()}
-        self.groups = [(g,dict(vars(g)),g.keep.clone()) for g in self.own.get('groups', ())]
-        self.found,self.kept = dict(about.found),{o:{n:x.clone() for n,x in d.items()} for o,d in about.kept.items()}
-        tensors = [t for t in (*model.parameters(),*model.buffers()) if not nn.parameter.is_lazy(t)]
-        self.tensors = [(t,t.data,t.grad if t.is_leaf else None) for t in tensors]
-        self.dicts = [(d,dict(d)) for m in model.modules() for d in (vars(m),m._parameters,m._buffers)]
-        state = getattr(opt, 'state', None) or {}
-        self.dicts += [(state,dict(state)),*((d,dict(d)) for d in state.values())]
-        held = [g['params'] for g in getattr(optimizer, 'param_groups', None) or ()]
-        self.held,self.slow = [(ps,len(ps)) for ps in held],[(o,[*o]) for o in getattr(optimizer, 'slow_weights', None) or ()]
-    def __enter__(self): return self
-    def __exit__(self, error, *_):
-        if error is None: return
-        for t,data,grad in self.tensors:
-            if t.shape!=data.shape: self._fill(t, data, grad)
-        for d,was in self.dicts:
-            d.clear()
-            d.update(was)
-        for ps,n in self.held:
-            while len(ps)>n: ps.pop()
-        for o,was in self.slow: o[:] = was
-        for g,was,keep in self.groups:
-            vars(g).update(was)
-            g.keep.copy_(keep)
-        own = vars(self.pruner)
-        own.clear()
-        own.update(self.own)
-        self.pruner.about.found,self.pruner.about.kept = self.found,self.kept
-        self.pruner.seen = None  # channels are followed anew
-    def _fill(self, t, data, grad):
-        if t.is_leaf: t.grad = None
-        if t.requires_grad: t.data = data.new_empty(0, dtype=torch.float64 if t.dtype!=torch.float64 else torch.float32)  # as `apply_plan` has it
-        t.data = data
-        if grad is not None: t.grad = grad
+    model,about = pruner.model,pruner.about
+    own = {k:copy.copy(v) if isinstance(v, (list,dict,set)) else v for k,v in vars(pruner).items()} | dict(seen=None)  # channels are followed anew
+    with undone() as undo:
+        undo.callback(vars(about).update, found=dict(about.found), kept={o:{n:x.clone() for n,x in d.items()} for o,d in about.kept.items()})
+        undo.callback(_refill, vars(pruner), own)
+        for g in own.get('groups', ()): undo.callback(_regroup, g, dict(vars(g)), g.keep.clone())
+        _note_state(undo, optimizer)
+        for d in [d for m in model.modules() for d in (vars(m),m._parameters,m._buffers)]: undo.callback(_refill, d, dict(d))
+        for t in (*model.parameters(),*model.buffers()):
+            if not nn.parameter.is_lazy(t): undo.callback(_fill, t, t.data, t.grad if t.is_leaf else None)
+        yield
 
 _ALIKE = str.maketrans('oOlI', '0011')  # letters that are taken for numbers
 
@@ -700,7 +700,7 @@ class Pruner:
             if n: self._repair()
         return n
 
-    def _whole(self, optimizer): "Cut and repair, or neither"; return _Undo(self, optimizer) if self.repair else nullcontext()
+    def _whole(self, optimizer): "Cut and repair, or neither"; return _whole(self, optimizer) if self.repair else nullcontext()
 
     def _repair(self):
         if self.repair: self.repaired = self._teacher.repair(self.model)

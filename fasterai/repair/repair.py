@@ -18,7 +18,7 @@ from ..core.graph import layer_of
 from ..core.reads import Weights, columns_in, columns_out, n_columns, read_by, reads_of, some_columns
 from ..core.resumed import Again, Room, Runs
 from ..core.surgery import copy_of
-from ..core.running import Bystanders, at_home, check_runs, followable, inputs_for, inputs_of, map_parts, staged, tensors_of
+from ..core.running import Bystanders, at_home, check_runs, followable, inputs_for, inputs_of, map_parts, staged, tensors_of, undone
 from .least_squares import Moments, held_out, refit
 
 # %% ../../nbs/repair/02_repair.ipynb #f94c2a3b
@@ -330,22 +330,13 @@ class _Looks:
             for way,(mine,theirs) in enumerate(zip(*ways)): yield mine, theirs, same and same_before, way>0
             before,same_before = now,same
 
-class _Undo:
-    "Tensors that were noted before they were changed are as they were, if an error comes out"
-    def __init__(self): self.was = []
-    def note(self, t): self.was.append((t,t.detach().clone()))
-    def __enter__(self): return self
-    @torch.no_grad()
-    def __exit__(self, error, *_):
-        if error is None: return
-        for t,old in reversed(self.was): t.copy_(old)
-
 def _all_levels(levels, model, teacher, data, ridge, widen, undo):
     "In stages: fit each level; rows of what was found"
+    def note(t): undo.callback(torch.no_grad()(t.copy_), t.detach().clone())
     rows,looks = [],_Looks(model, teacher, data, levels, widen)
     for i,layers in enumerate(levels):
         looks.look(i)
-        with torch.no_grad(): rows += [row for o in layers if o.weights is not None for row in o.repaired(model, teacher, ridge, undo.note)]
+        with torch.no_grad(): rows += [row for o in layers if o.weights is not None for row in o.repaired(model, teacher, ridge, note)]
         yield
     return rows
 
@@ -375,7 +366,7 @@ def repair(
         partners,inner = _partners(reads, reads_of(teacher, theirs)[0])
         levels,stays = _layers(model, teacher, reads, others, partners, inner)
         if not levels: raise ValueError(f'no weight of this {type(model).__name__} can be fitted to the teacher: {_in_words(stays)}')
-        with _Undo() as undo: rows = staged(_all_levels(levels, model, teacher, data, ridge, ridge is None if widen is None else widen, undo), len(levels), progress)
+        with undone() as undo: rows = staged(_all_levels(levels, model, teacher, data, ridge, ridge is None if widen is None else widen, undo), len(levels), progress)
     read = {o.name for o in reads}
     lost = {n:why for n,why in stays.items() if n not in inner and (n in read or others.get(n, ('',))[0] in _PRODUCTS)}
     if lost: warn(f'not repaired: {_in_words(lost)}')
