@@ -454,3 +454,29 @@ def test_obs_with_a_normalizer_or_a_reducer():
 def test_obs_needs_data():
     teacher,x = seeded(Net),images()
     with pytest.raises(ValueError, match='data'): Pruner(teacher, 40, criteria='obs', example_inputs=x[:1]).prune_model()
+
+# --- inputs that say little, and those that do not fit
+
+def test_nothing_to_learn():
+    "Where the teacher gives the same for all inputs, it is told, and nothing is made up"
+    teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    for x,layers in ((torch.ones(5, 3, 9, 9),['0','2','6']),(images(1),['6'])):
+        mine = pruned(deepcopy(teacher), x)
+        with pytest.warns(UserWarning, match=rf'nothing to learn: {", ".join(f"{o}.weight" for o in layers)}: for all inputs the teacher gives the same'): table = repair(mine, teacher, [x])
+        assert table.layer[table.after.isna()].tolist()==layers and (table.after.dropna()<table.before.dropna()).all()
+
+def test_a_path_that_does_not_fit():
+    "Some inputs run what others did not, and what was not cut: told with the inputs, and nothing is changed"
+    class Paths(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem,self.a,self.b,self.head = nn.Conv2d(3, 8, 3),nn.Conv2d(8, 4, 3),nn.Conv2d(8, 4, 3),nn.Linear(4, 2)
+        def forward(self, x):
+            h = self.stem(x).relu()
+            return self.head((self.a(h) if x.mean()>0 else self.b(h)).mean((2,3)))
+    teacher,x = seeded(Paths),torch.rand(6, 3, 9, 9)
+    mine = deepcopy(teacher)
+    with pytest.warns(UserWarning, match='b kept all channels'): Pruner(mine, 50, example_inputs=x).prune_model()
+    was = deepcopy(mine.state_dict())
+    with pytest.raises(ValueError, match=r'Paths does not run with data float32 \[6, 3, 9, 9\].*a path that others did not'): repair(mine, teacher, [x,x,-x])
+    assert all(torch.equal(v, was[k]) for k,v in mine.state_dict().items())

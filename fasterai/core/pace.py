@@ -10,6 +10,7 @@ __all__ = ['whole_number', 'check_updates', 'check_schedule', 'Pace', 'Untold', 
 import inspect, math, re, weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from numbers import Integral, Real
 from collections.abc import Callable, Mapping
 import torch
@@ -145,6 +146,7 @@ class Technique:
     order of training `epoch`, `batch`, `loss`, `before_step` and `after_step`; last `end`, or `leave` where training is broken off"""
     name = '' # That its state goes by
     column = None # What `reached` is called in a table
+    shown = {} # Attributes that a callback has as well, in any engine, with what they are
     holds = None # What it keeps of weights, in the plural, which fits their shapes
     resizes,remembers,is_loss = False,False,False # Does it change shapes of weights? Does it go on otherwise without its state? Has it a share in the loss?
     takes = False # Does it take something away at each level of its `pace`, which a `Repair` makes up for?
@@ -206,6 +208,7 @@ class Driver:
     def __init_subclass__(cls, technique=None):
         if technique is None: return
         cls.make,cls.__signature__,cls.__doc__ = technique,inspect.signature(technique),cls.__doc__ or technique.__doc__
+        for k,doc in technique.shown.items(): setattr(cls, k, property(attrgetter(f'technique.{k}'), doc=doc))
 
     def __init__(self, *args, **kwargs):
         try: self.technique = self.make(*args, **kwargs)

@@ -36,12 +36,6 @@ def _columns(losses, taken): # By name; columns that are there
 # %% ../../nbs/distill/04_distillation_callback.ipynb #9ddba258
 class KnowledgeDistillationCallback(TechniqueCallback, technique=Distill):
     searches,columns,answers = True,(),()
-    @property
-    def distiller(self): "What measures how far the model is from its teacher"; return self.technique.distiller
-
-    @property
-    def sums(self): "Sums of the losses of this epoch, by name"; return self.technique.sums
-
     def before_fit(self):
         super().before_fit()
         if self.distiller is None: return

@@ -58,6 +58,7 @@ class Distill(Technique):
     "Add to the training loss how far the model is from a `teacher`, which is not saved with it. Arguments are those of `Distiller`"
     name,is_loss,parts = 'distill',True,('adapter.','optimizer.','n_adapters')
     distiller,kd,ready,sums = None,None,False,None
+    shown = dict(distiller='What measures how far the model is from its teacher', sums='Sums of the losses of this epoch, by name')
     __signature__ = inspect.signature(Distiller)
     @old_distillation
     def __init__(self, *args, **kwargs): self.distiller = Distiller(*args, **kwargs)

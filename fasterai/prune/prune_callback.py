@@ -10,8 +10,4 @@ from ..callback import TechniqueCallback
 from .training import Prune
 
 # %% ../../nbs/prune/03_prune_callback.ipynb #15bdde2f
-class PruneCallback(TechniqueCallback, technique=Prune):
-    @property
-    def pruner(self): "What removes channels, in training and after it"; return self.technique.pruner
-    @property
-    def left(self): "What could not go: a row for each layer"; return self.technique.left
+class PruneCallback(TechniqueCallback, technique=Prune): pass

@@ -36,10 +36,12 @@ class Target:
         found = re.fullmatch(r'([0-9.]+(?:e[+-]?[0-9]+)?)\s*(.*)', text)
         try: n,unit = float(found[1]),found[2]
         except (TypeError,ValueError): raise ValueError(self._refused()) from None
-        if unit in ('x','X','×') and n>0: self.share = 1/n
+        if not n>0: raise ValueError(self._refused())
+        if unit in ('x','X','×'): self.share = 1/n
         elif unit=='%': self.share = n/100
         elif unit in self.units[self.what]: self.number = n*self.units[self.what][unit]
-        elif not unit: self.number = n
+        elif not unit and self.what!='latency': self.number = n
+        elif not unit: raise ValueError(f'{self._refused()}: say {" or ".join(repr(f"{text}{o}") for o in ("x"," ms"," s"))}')
         else: raise ValueError(f'{self._refused()}: {did_you_mean(unit, ["x","%",*self.units[self.what]])}')
 
     def _refused(self):

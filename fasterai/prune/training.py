@@ -23,6 +23,7 @@ class Prune(Technique):
     not all"""
     name,column,resizes,remembers,takes = 'prune','pruned',True,True,True
     parts = 'pruner.','pace.'
+    shown = dict(pruner='What removes channels, in training and after it', left='What could not go: a row for each layer')
     pruner = next = pace = None
     def __init__(self,
         pruning_ratio, # Percentage of the original channels at the end, or a dict of them by layer

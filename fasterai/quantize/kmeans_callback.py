@@ -10,9 +10,4 @@ from ..callback import TechniqueCallback
 from .training import Share
 
 # %% ../../nbs/quantize/04_callbacks.ipynb #d30427b9
-class KMeansCallback(TechniqueCallback, technique=Share):
-    order = 54  # before those that hold zeros
-    @property
-    def quantizer(self): "What shares the values, with a report of what it did"; return self.technique.quantizer
-    @property
-    def shared(self): "What shares values, while training goes on"; return self.technique.shared
+class KMeansCallback(TechniqueCallback, technique=Share): order = 54  # before those that hold zeros

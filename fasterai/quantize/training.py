@@ -15,6 +15,7 @@ from .weight_sharing import KMeansQuantizer, bits_by_name
 class Share(Technique):
     "Let the weights of each layer share `2**bits` values, and zero, and train the values"
     name,holds,remembers,parts,shared,order = 'share','clusters of weights',True,('shared.',),None,1
+    shown = dict(quantizer='What shares the values, with a report of what it did', shared='What shares values, while training goes on')
     def __init__(self,
         bits, # 1 to 8; a dict by layer or parameter; or a function of a parameter's name and the parameter: see `KMeansQuantizer`
         init='optimal', # Where k-means begins: a name of `inits`

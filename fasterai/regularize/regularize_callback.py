@@ -12,7 +12,5 @@ from .training import GroupRegularize, Regularize
 # %% ../../nbs/regularize/03_regularize_callback.ipynb #e7f6898f
 class RegularizeCallback(TechniqueCallback, technique=Regularize):
     order,searches = 56,True  # after distillation, which takes a share of the task's loss
-    @property
-    def penalty(self): "The `Penalty`, while training goes on"; return self.technique.penalty
 
 class RegularizationCallback(RegularizeCallback, technique=GroupRegularize): pass

@@ -18,6 +18,7 @@ from ..legacy import old_arguments
 class Regularize(Technique):
     "Add `weight` times a penalty on the weights to the training loss"
     name,column,penalty,order = 'regularize','penalty',None,0
+    shown = dict(penalty='The `Penalty`, while training goes on')
     @old_arguments
     def __init__(self,
         criteria='group_l1', # `group_l1`, `group_lasso`, `slimming`, or a criteria that needs `w` alone: see `Penalty`

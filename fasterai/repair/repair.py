@@ -7,7 +7,7 @@ __all__ = ['repair', 'Teacher']
 
 # %% ../../nbs/repair/02_repair.ipynb #b7e5ac02
 from collections.abc import Mapping
-from math import inf
+from math import inf, nan
 from numbers import Real
 import torch
 from torch import nn, Tensor
@@ -18,7 +18,7 @@ from ..core.graph import layer_of
 from ..core.reads import Weights, columns_in, columns_out, n_columns, read_by, reads_of, some_columns
 from ..core.resumed import Again, Room, Runs
 from ..core.surgery import copy_of
-from ..core.running import Bystanders, at_home, check_runs, followable, inputs_for, inputs_of, map_parts, staged, tensors_of, undone
+from ..core.running import Bystanders, at_home, check_runs, explained, followable, inputs_for, inputs_of, map_parts, staged, tensors_of, undone
 from .least_squares import Moments, held_out, refit
 
 # %% ../../nbs/repair/02_repair.ipynb #f94c2a3b
@@ -128,6 +128,8 @@ def _tensor(model, name):
     return getattr(model.get_submodule(layer), attr)
 def _ratio(a, b): return torch.where(b!=0, a/b.where(b!=0, 1), 0)
 
+_ALIKE,_SAME = 1e-12,'for all inputs the teacher gives the same' # A smaller share of the squares is no variance but rounding
+
 class _Layer:
     "A weight that is fitted: where it is read, and the sums of what it reads and should give"
     def __init__(self, model, reads, partners, plan):
@@ -220,11 +222,11 @@ class _Layer:
 
     def row(self, name, m, before, after, ridge=None):
         size = m.centered().yy.sum()
-        return _row(name, _share(before, size), _share(after, size), ridge)
+        if size<=_ALIKE*m.yy.sum(): return _row(name, why=_SAME)
+        return _row(name, (before.sum()/size).item(), (after.sum()/size).item(), ridge)
 
 def _each_channel(t, dims): return t.flatten().view(-1, *[1]*dims)
-def _share(error, size): return (error.sum()/size).item() if size>0 else 0.
-def _row(name, before=None, after=None, ridge=None, why=''): return dict(layer=layer_of(name), weight=name.rpartition('.')[2], before=before, after=after, ridge=ridge, why=why)
+def _row(name, before=nan, after=nan, ridge=None, why=''): return dict(layer=layer_of(name), weight=name.rpartition('.')[2], before=before, after=after, ridge=ridge, why=why)
 
 # %% ../../nbs/repair/02_repair.ipynb #8e50743d
 def _batches(data):
@@ -281,6 +283,7 @@ def _ways(inputs, before, widen):
     yield map_parts(lambda o: _mixed(o, others.pop(0) if others else o.roll(1, 0)) if isinstance(o, Tensor) else o, inputs)
 
 _WAYS = 3 # in which images are looked at
+def _runs(model, inputs): return explained(model, inputs, 'data', 'Some inputs may take a path that others did not')
 
 class _Looks:
     "What layers read and should give, level by level. The runs of both networks go on from one level to the next"
@@ -316,8 +319,8 @@ class _Looks:
             if is_more and not wide:
                 if not same: self.theirs.forget(i), self.mine.forget(i)
                 continue
-            self.theirs.follow(i, given, same, theirs, target, theirs_later, theirs_summed)
-            self.mine.follow(i, mine, same, by, look, mine_later, summed)
+            with _runs(self.teacher, given): self.theirs.follow(i, given, same, theirs, target, theirs_later, theirs_summed)
+            with _runs(self.model, mine): self.mine.follow(i, mine, same, by, look, mine_later, summed)
             for k,columns in found.items(): by[k][0].count(is_more, *columns)
 
     def inputs(self):
@@ -368,6 +371,7 @@ def repair(
         if not levels: raise ValueError(f'no weight of this {type(model).__name__} can be fitted to the teacher: {_in_words(stays)}')
         with undone() as undo: rows = staged(_all_levels(levels, model, teacher, data, ridge, ridge is None if widen is None else widen, undo), len(levels), progress)
     read = {o.name for o in reads}
+    if same := [f"{o['layer']}.{o['weight']}".lstrip('.') for o in rows if o['why']==_SAME]: warn(f'nothing to learn: {_in_words(dict.fromkeys(same, _SAME))}: give more inputs, and other ones')
     lost = {n:why for n,why in stays.items() if n not in inner and (n in read or others.get(n, ('',))[0] in _PRODUCTS)}
     if lost: warn(f'not repaired: {_in_words(lost)}')
     return pd.DataFrame(rows+[_row(n, why=why) for n,why in stays.items()])

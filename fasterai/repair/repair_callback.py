@@ -10,7 +10,4 @@ from ..callback import TechniqueCallback
 from .training import Repair
 
 # %% ../../nbs/repair/04_repair_callback.ipynb #3a83d92d
-class RepairCallback(TechniqueCallback, technique=Repair):
-    order = TechniqueCallback.order+1  # after what takes something away
-    @property
-    def repaired(self): "The table of the last repair"; return self.technique.repaired
+class RepairCallback(TechniqueCallback, technique=Repair): order = TechniqueCallback.order+1  # after what takes something away

@@ -18,7 +18,7 @@ from .repair import Teacher
 class Repair(Technique):
     """Whenever a technique beside it has removed channels or zeroed weights, fit what is left to what the network gave right before that step (see `repair`).
     `repaired` is the table of the last time"""
-    name,order = 'repair',3
+    name,order,shown = 'repair',3,dict(repaired='The table of the last repair')
     teacher = repaired = training = None
     def __init__(self,
         data=None, # Inputs, as `repair` takes them; by default the batches that were seen last in training

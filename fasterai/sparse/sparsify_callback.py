@@ -10,8 +10,5 @@ from ..callback import TechniqueCallback
 from .training import Keep, Sparsify
 
 # %% ../../nbs/sparse/03_sparsify_callback.ipynb #4c5d1023
-class SparsifyCallback(TechniqueCallback, technique=Sparsify):
-    @property
-    def sparsifier(self): "What masks the weights, in training and after it"; return self.technique.sparsifier
-
+class SparsifyCallback(TechniqueCallback, technique=Sparsify): pass
 class KeepSparsity(TechniqueCallback, technique=Keep): searches = True

@@ -99,7 +99,7 @@ class Tickets:
 class Sparsify(Technique):
     "Zero weights while training: `schedule` says how many, a `Sparsifier` says which"
     name,column,holds,remembers,takes = 'sparsify','sparsity','masks of weights',True,True
-    parts = 'sparsifier.','pace.','ticket.','found.'
+    parts,shown = ('sparsifier.','pace.','ticket.','found.'),dict(sparsifier='What masks the weights, in training and after it')
     sparsifier = next = pace = None
     @old_arguments
     def __init__(self,
