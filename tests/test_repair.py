@@ -4,7 +4,7 @@ import pytest, torch
 from copy import deepcopy
 from torch import nn
 from torch.nn import functional as F
-from fasterai.core.reads import Weights, columns_in, columns_out, follow, n_columns
+from fasterai.core.reads import Weights, columns_in, columns_out, follow, n_columns, reads_of
 from fasterai.core.running import call_with
 from fasterai.misc.all import FC_Decomposer
 from fasterai.prune.all import Pruner
@@ -480,3 +480,38 @@ def test_a_path_that_does_not_fit():
     was = deepcopy(mine.state_dict())
     with pytest.raises(ValueError, match=r'Paths does not run with data float32 \[6, 3, 9, 9\].*a path that others did not'): repair(mine, teacher, [x,x,-x])
     assert all(torch.equal(v, was[k]) for k,v in mine.state_dict().items())
+
+@pytest.mark.parametrize('norm', [nn.Identity,nn.BatchNorm2d])
+def test_a_sum_is_fitted_as_a_whole(norm):
+    "What is wrong beside the last layer of a block is made up for by it, also behind a normalization"
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide,self.back,self.norm,self.wrong = nn.Conv2d(3, 8, 1),nn.Conv2d(8, 3, 1, bias=norm is nn.Identity),norm(3),0.
+        def forward(self, x):
+            h = self.wide(x).relu()
+            return self.norm(self.back(h))+(x+self.wrong*h[:,:3])
+    teacher,x = seeded(Block),images()
+    if norm is nn.BatchNorm2d:
+        for t in (teacher.norm.weight.data,teacher.norm.running_var): t.uniform_(.5, 2)
+        for t in (teacher.norm.bias.data,teacher.norm.running_mean): t.normal_()
+    mine = deepcopy(teacher)
+    mine.wrong = .5
+    assert differs(mine, teacher, x)>.01
+    repair(mine, teacher, x, ridge=1e-12)
+    assert differs(mine, teacher, x)<1e-10
+
+@pytest.mark.parametrize('norm', [nn.Identity,nn.BatchNorm2d])
+@pytest.mark.parametrize('path_first', [True,False])
+def test_the_later_of_two_layers_takes_the_sum(norm, path_first):
+    "Which of the two runs first does not matter: the one of the higher level can make up for what the other could not"
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.path = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1), norm(4))
+            self.short = nn.Sequential(nn.Conv2d(3, 4, 1), norm(4))
+        def forward(self, x):
+            if path_first: return self.path(x)+self.short(x)
+            return self.short(x)+self.path(x)
+    reads,_ = reads_of(seeded(Block), images(2))
+    assert [o.name.rpartition('.')[0] for o in reads if o.summed]==['path.2' if norm is nn.Identity else 'path.3']

@@ -133,7 +133,7 @@ class Read:
     late:slice|None=None # Which part of it is added, by an operation of its own
     norm:object=None # Of a convolution or a product: the `Read` of the batch normalization that reads its output first
     parts:dict|None=None # Of a batch normalization: names of its weight, bias, running_mean and running_var, and eps
-    summed:bool=False # Is what it gives added to what another path gives, and else not read? Of two that are added, the one that runs last
+    summed:bool=False # Is what it gives added to what another path gives, and else not read? Of two that are added, the one of the higher level, or that runs last
     n_readers:int=0 # How many operations read what it gives
     @property
     def key(self): return self.name,self.nth
@@ -225,8 +225,8 @@ class _Map(_Following):
         sources = [o for _,o in made if o is not None]
         for o in sources: o.n_readers += 1
         if call.name!='add' or len(made)!=2 or made[0][0].shape!=made[1][0].shape or any(self.owner(t) for t,_ in made): return
-        fits = [o for o in sources if o.kind in ('convolution','product')]
-        if fits and call.a.get('alpha', 1)==1: max(fits, key=self.reads.index).summed = True
+        fits = [o for o in sources if o.kind!='recurrent']
+        if fits and call.a.get('alpha', 1)==1: max(fits, key=lambda o: (o.level,self.reads.index(o))).summed = True
     def place(self, call, name, weight):
         "Dimension of the parameter that outputs lie along, and the first of them"
         if call.meaning!='product': return int(call.a.get('transposed', False)), 0
@@ -280,9 +280,11 @@ class _Gather(_Following):
             beside = next(o for o in call.shadows if o is not t)
             self.tell(key, made, y, beside.reshape(y.shape))
     def hand_over(self, key, call, out):
-        "Tell of what is wanted, or let it wait for what is added"
-        if key not in self.left: return
+        "Tell of what is wanted, or let it wait for what is added, also behind a normalization"
+        if key is None: return
         y = out if isinstance(out, Tensor) else out[0]
+        if self.waiting and call.meaning=='batch_norm' and (found := self.waiting.pop(_memory(call.a['input']), None)): self.waiting[_memory(y)] = *found[:2],y
+        if key not in self.left: return
         if key in self.summed: self.waiting[_memory(y)] = key,call,y
         else: self.tell(key, call, y)
     def tell(self, key, *found):
@@ -295,7 +297,7 @@ def follow(
     model:nn.Module, # Left as it is
     inputs, # A tensor, a tuple of arguments or a dict of keyword arguments
     wanted, # Keys of `Read`s
-    take, # Function of a key, the `Call` and what it gave, and of what is added to that if the key is one of `summed`
+    take, # Function of a key, the `Call` and what it gave; if the key is one of `summed`, what the normalization behind it gave, if there is one, and what is added to that
     summed=(), # Keys of `Read`s whose sums are wanted
 ):
     "Run `model` in eval mode as far as needed, and hand over what is `wanted`"

@@ -133,13 +133,20 @@ _ALIKE,_SAME = 1e-12,'for all inputs the teacher gives the same' # A smaller sha
 class _Layer:
     "A weight that is fitted: where it is read, and the sums of what it reads and should give"
     def __init__(self, model, reads, partners, plan):
-        self.reads,self.partners,self.plan = reads,partners,plan  # several, if a layer is used more than once
+        self.model,self.reads,self.partners,self.plan = model,reads,partners,plan  # several, if a layer is used more than once
         self.name,self.kind,self.level = reads[0].name,reads[0].kind,max(o.level for o in reads)
         self.fit,self.held,self.weights = Moments(),Moments(),None
         self.more_fit,self.more_held = Moments(),Moments()  # of further inputs, that are none of the user's
         self.has_bias = any(o.bias or o.norm for o in reads)
         self.sees_windows = self.kind=='convolution' and model.get_parameter(self.name).shape[2:].numel()>1
         self.norm = None  # the teacher's `Read` of the normalization that follows, if it reads nothing else
+        self.summed = False  # is the whole sum fitted that the outputs are a part of?
+
+    def sums(self, read):
+        "Is what `read` gives added to another path, in the teacher as well?"
+        last = [(o.norm if self.norm else o) for o in (read,self.partners[read.key])]
+        self.summed = self.kind!='batch_norm' and all(o.summed for o in last)
+        return self.summed
 
     def target(self, teacher, key, call, y, n_batches):
         "Which columns are looked at, how many of these fit the weight, how many there are, and what the teacher gives there"
@@ -156,13 +163,19 @@ class _Layer:
         self.weights = Weights(call)
         at = at.to(y.device)
         x,wanted = columns_in(call, at),self.rows(read, wanted.to(y.device), y)
-        return x, wanted if beside is None else wanted-columns_out(call, beside, at), n_fit
+        if beside is not None: wanted = wanted-columns_out(call, beside, at)
+        return x, wanted if beside is None or not self.norm else self.before_norm(wanted), n_fit
 
     def count(self, is_more, x, wanted, n_fit):
         "Add columns `x`, of further inputs if it `is_more`, and what is `wanted` for them: the first `n_fit` fit the weight, the others are held out"
         fit,held = (self.more_fit,self.more_held) if is_more else (self.fit,self.held)
         fit.add(x[...,:n_fit], wanted[...,:n_fit])
         held.add(x[...,n_fit:], wanted[...,n_fit:])
+
+    def before_norm(self, wanted):
+        "What the normalization that follows should read, to give what is `wanted`"
+        scale,shift = (o.to(wanted).view(*wanted.shape[:2], 1) for o in _Norm(self.model, self.reads[0].norm).affine())
+        return _ratio(wanted-shift, scale)
 
     def rows(self, read, wanted, y):
         "Those outputs of the teacher that are left, in groups"
@@ -174,19 +187,19 @@ class _Layer:
         if len(wanted)!=groups*each: raise ValueError(f'{self.name} has {groups*each} outputs, and {len(wanted)} in the teacher: a model is repaired that this library has pruned, or that has all its outputs')
         return wanted.unflatten(0, (groups,each))
 
-    def repaired(self, model, teacher, ridge, note):
+    def repaired(self, teacher, ridge, note):
         "Fit the weight, and the normalization that follows: rows of what was found. `note` is told of each tensor before it is changed"
         every = self.fit+self.held
         if not all(o.isfinite().all() for o in (every.xx,every.yy)): raise ValueError(f'inputs or outputs of {self.name} are not all finite')
-        if self.kind=='batch_norm': return [self.row(self.name, every, *_Norm(model, self.reads[0]).refit(every, note))]
-        w,b,*found = self.refit(every, model, ridge, note)
+        if self.kind=='batch_norm': return [self.row(self.name, every, *_Norm(self.model, self.reads[0]).refit(every, note))]
+        w,b,*found = self.refit(every, ridge, note)
         rows = [self.row(self.name, every, *found)]
-        return rows+[self.refit_norm(model, teacher, w, b, note)] if self.norm else rows
+        return rows+[self.refit_norm(teacher, w, b, note)] if self.norm else rows
 
-    def refit(self, every, model, ridge, note):
+    def refit(self, every, ridge, note):
         "Fit the weight and its bias: both, the error before and after, and the ridge"
         late = next((o for o in self.reads if o.late), None)
-        bias = model.get_parameter(late.bias)[late.late] if late else self.weights.bias
+        bias = self.model.get_parameter(late.bias)[late.late] if late else self.weights.bias
         w = _wide(self.weights.matrix())
         b = None if bias is None else _wide(bias).view(w.shape[:2])
         def error(w, b): return every.error(w, every.bias(w) if b is None and self.has_bias else b).sum()
@@ -206,11 +219,11 @@ class _Layer:
             t.copy_(v)
         return new_w,new_b,before,after,new.ridge
 
-    def refit_norm(self, model, teacher, w, b, note):
+    def refit_norm(self, teacher, w, b, note):
         "The normalization that reads what weights `w` and biases `b` give: what it reads, and should give, follows from the sums"
         read,m = self.reads[0].norm,self.fit+self.held
-        scale,shift = _Norm(teacher, self.norm).affine()
-        if (kept := _kept(self.plan, read, self.norm, w.shape[0]*w.shape[1])) is not None: scale,shift = scale[kept.to(scale.device)],shift[kept.to(shift.device)]
+        scale,shift = _Norm(*(self.model,read) if self.summed else (teacher,self.norm)).affine()  # of a sum, `m` tells what is to be read
+        if not self.summed and (kept := _kept(self.plan, read, self.norm, w.shape[0]*w.shape[1])) is not None: scale,shift = scale[kept.to(scale.device)],shift[kept.to(shift.device)]
         scale,shift = scale.to(w.device).view(w.shape[:2]),shift.to(w.device).view(w.shape[:2])
         x,xx,yx = (w*m.x[...,None,:]).sum(-1),((w@m.xx)*w).sum(-1),(w*m.yx).sum(-1)
         if b is not None: x,xx,yx = x+m.n*b,xx+b*(2*x+m.n*b),yx+b*m.y
@@ -218,7 +231,7 @@ class _Layer:
         res.n,res.x,res.y = m.n,_each_channel(x, 1),_each_channel(scale*m.y+m.n*shift, 1)
         res.xx,res.yx = _each_channel(xx, 2),_each_channel(scale*yx+shift*x, 2)
         res.yy = _each_channel(scale**2*m.yy+2*scale*shift*m.y+m.n*shift**2, 1)
-        return self.row(read.name, res, *_Norm(model, read).refit(res, note))
+        return self.row(read.name, res, *_Norm(self.model, read).refit(res, note))
 
     def row(self, name, m, before, after, ridge=None):
         size = m.centered().yy.sum()
@@ -299,7 +312,7 @@ class _Looks:
         by = {o.key:(layer,o) for layer in self.levels[nth] for o in layer.reads}
         later = [(layer,o) for layers in self.levels[nth+1:] for layer in layers for o in layer.reads]
         theirs = {layer.partners[k].key:k for k,(layer,_) in by.items()}
-        summed = {k for k,(layer,o) in by.items() if o.summed and layer.partners[k].summed and layer.norm is None}
+        summed = {k for k,(layer,o) in by.items() if layer.sums(o)}
         theirs_summed = {k for k,mine in theirs.items() if mine in summed}
         theirs_later = {layer.partners[o.key].key for layer,o in later}
         mine_later = {*by, *(o.key for _,o in later)}  # and those of this level, which will have been fitted
@@ -339,7 +352,7 @@ def _all_levels(levels, model, teacher, data, ridge, widen, undo):
     rows,looks = [],_Looks(model, teacher, data, levels, widen)
     for i,layers in enumerate(levels):
         looks.look(i)
-        with torch.no_grad(): rows += [row for o in layers if o.weights is not None for row in o.repaired(model, teacher, ridge, note)]
+        with torch.no_grad(): rows += [row for o in layers if o.weights is not None for row in o.repaired(teacher, ridge, note)]
         yield
     return rows
 
