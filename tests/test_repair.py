@@ -515,3 +515,76 @@ def test_the_later_of_two_layers_takes_the_sum(norm, path_first):
             return self.short(x)+self.path(x)
     reads,_ = reads_of(seeded(Block), images(2))
     assert [o.name.rpartition('.')[0] for o in reads if o.summed]==['path.2' if norm is nn.Identity else 'path.3']
+
+# --- weights that are read in other ways than a layer does, and networks that do not belong together
+
+class Twice(nn.Module):
+    "A weight that is read twice, and a layer that can be fitted"
+    def __init__(self, how):
+        super().__init__()
+        self.w,self.b,self.b2 = (nn.Parameter(torch.randn(*s)*.3) for s in ((12,12),(12,),(12,)))
+        self.o,self.how = nn.Linear(12, 4),how
+    def forward(self, x): return self.o(self.how(self, x))
+
+TWICE = dict(
+    biases=lambda m, x: F.linear(torch.tanh(F.linear(x, m.w, m.b)), m.w, m.b2), one_bias=lambda m, x: F.linear(torch.tanh(F.linear(x, m.w, m.b)), m.w),
+    transposed=lambda m, x: F.linear(torch.tanh(F.linear(x, m.w)), m.w.t()), inputs=lambda m, x: torch.tanh(F.linear(x[:,:6], m.w[:,:6]))+F.linear(x[:,6:], m.w[:,6:]),
+    whole_and_part=lambda m, x: F.linear(x, m.w)[:,:6].repeat(1, 2)+F.linear(x, m.w[:6]).repeat(1, 2))
+MADE = dict(scaled=lambda m, x: F.linear(x, m.w*.5, m.b), turned=lambda m, x: F.linear(x, m.w.flip(1)), standardized=lambda m, x: F.linear(x, (m.w-m.w.mean())/m.w.std()),
+    alpha=lambda m, x: torch.addmm(m.b, x, m.w, alpha=2.), beta=lambda m, x: torch.addmm(m.b, x, m.w, beta=.5))
+
+@pytest.mark.parametrize('how', [*TWICE,*MADE])
+def test_what_no_layer_does_is_told(how):
+    "It stays as it is, and the layer behind it makes up for it"
+    teacher,x = seeded(lambda: Twice((TWICE|MADE)[how])),torch.randn(200, 12, generator=torch.Generator().manual_seed(1))
+    mine = deepcopy(teacher)
+    with torch.no_grad(): mine.w[mine.w.abs()<.1] = 0
+    was,before = mine.w.clone(),differs(mine, teacher, x)
+    with pytest.warns(UserWarning, match=r'not repaired: w: read '+('in several ways, or with several biases' if how in TWICE else 'by')): table = repair(mine, teacher, [x])
+    assert torch.equal(mine.w, was) and differs(mine, teacher, x)<before and table[table.layer=='o'].after.item()<table[table.layer=='o'].before.item()
+
+def test_one_weight_in_one_way():
+    "Read twice alike, or as parts with rows of their own, it is fitted"
+    parts = lambda m, x: torch.cat([F.linear(x, w, b) for w,b in zip(m.w.chunk(2), m.b.chunk(2))], 1)
+    again = lambda m, x: F.linear(torch.tanh(F.linear(x, m.w, m.b)), m.w, m.b)
+    for how in (parts,again):
+        teacher,x = seeded(lambda: Twice(how)),torch.randn(200, 12, generator=torch.Generator().manual_seed(1))
+        mine = deepcopy(teacher)
+        with torch.no_grad(): mine.w[mine.w.abs()<.1] = 0
+        table = repair(mine, teacher, [x])
+        assert (table[table.weight=='w'].after<table[table.weight=='w'].before).all() and not table.why.any()
+
+def test_read_in_another_way_later():
+    "An input that takes a path where a weight is turned is refused"
+    teacher = seeded(lambda: Twice(lambda m, x: F.linear(x, m.w if x.mean()>0 else m.w.t(), m.b)))
+    mine,x = deepcopy(teacher),torch.rand(20, 12)
+    with torch.no_grad(): mine.w[mine.w.abs()<.1] = 0
+    with pytest.raises(ValueError, match='w is read in another way for some inputs'): repair(mine, teacher, [x,-x])
+
+def test_rows_that_values_choose():
+    "Another network may choose others, and its rows are no answer to those of the teacher"
+    class Best(nn.Module):
+        def __init__(self, take):
+            super().__init__()
+            self.stem,self.head,self.all,self.take = nn.Linear(6, 8),nn.Linear(8, 3),nn.Linear(8, 2),take
+        def forward(self, x):
+            h = self.stem(x)
+            return self.head(self.take(h)), self.all(h)
+    takes = lambda h: h[h.sum(1).topk(5).indices], lambda h: h.gather(0, h.argsort(0)), lambda h: h[h.sum(1)>0], lambda h: h.sort(0).values
+    for take in takes:
+        teacher,x = seeded(lambda: Best(take)),torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+        mine = deepcopy(teacher)
+        with torch.no_grad(): mine.stem.weight[mine.stem.weight.abs()<.1] = 0
+        with pytest.warns(UserWarning, match=r'not repaired: head.weight: values choose what it reads'): table = repair(mine, teacher, [x])
+        assert torch.equal(mine.head.weight, teacher.head.weight) and table[table.layer=='all'].why.item()==''
+
+def test_networks_that_do_not_belong_together():
+    "Swapped, folded, or of the same numbers: in words, and nothing is changed"
+    from fasterai.misc.all import BN_Folder
+    teacher,x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval(),images(12)
+    cut,folded = pruned(deepcopy(teacher), x),BN_Folder().fold(deepcopy(teacher), x)
+    for pair,says in (((teacher,cut),'^0.weight has 8 outputs, and [0-9] in the teacher'), ((folded,teacher),'of the model were folded'), ((teacher,folded),'of the teacher were folded'),
+                      ((cut,nn.Sequential(*cut)),'are the same numbers.*deepcopy'), ((nn.ReLU(),nn.ReLU()),'has no parameters')):
+        was = [p.clone() for p in pair[0].parameters()]
+        with pytest.raises(ValueError, match=says): repair(*pair, [x])
+        assert all(map(torch.equal, was, pair[0].parameters()))

@@ -7,7 +7,8 @@ __all__ = ['repair', 'Teacher']
 
 # %% ../../nbs/repair/02_repair.ipynb #b7e5ac02
 from collections.abc import Mapping
-from math import inf, nan
+from contextlib import contextmanager
+from math import nan
 from numbers import Real
 import torch
 from torch import nn, Tensor
@@ -15,7 +16,7 @@ from ..core.brought import check_values, warn
 from ..core.evidence import unwrapped
 from ..core.factorization import _wide
 from ..core.graph import layer_of
-from ..core.reads import Weights, columns_in, columns_out, n_columns, read_by, reads_of, some_columns
+from ..core.reads import Weights, columns_in, columns_out, n_columns, part_of, read_by, reads_of, some_columns
 from ..core.resumed import Again, Room, Runs
 from ..core.surgery import copy_of
 from ..core.running import Bystanders, at_home, check_runs, explained, followable, inputs_for, inputs_of, map_parts, staged, tensors_of, undone
@@ -72,10 +73,16 @@ _INNER = 'one of several layers in place of one: the last of them is fitted'
 
 def _stays(model, reads, others, partners, inner):
     "By name of a parameter that is read, why it is not fitted"
-    readers,res = {},{}
-    for o in reads: readers.setdefault(o.bias, set()).add(o.name)
+    readers,of,res = {},{},{}
     for o in reads:
-        if o.key not in partners: res[o.name] = _INNER if o.name in inner else 'the teacher has no such layer'
+        readers.setdefault(o.bias, set()).add(o.name)
+        of.setdefault(o.name, []).append(o)
+    for o in reads:
+        theirs = partners.get(o.key)
+        if theirs is None: res[o.name] = _INNER if o.name in inner else 'the teacher has no such layer'
+        elif not all(map(o.goes_with, of[o.name])): res[o.name] = 'read in several ways, or with several biases'
+        elif o.chosen or theirs.chosen: res[o.name] = 'values choose what it reads, and may choose something else in the teacher'
+        elif (o.norm is None)!=(theirs.norm is None): res[o.name] = 'a normalization follows it in one of the two networks alone'
         elif _is_state(model, o.name): res[o.name] = 'it makes a state from the last one'
         elif o.kind!='batch_norm' and o.name in others: res[o.name] = f'read by {others[o.name][1]} as well'
         elif o.bias and (o.bias in others or len(readers[o.bias])>1): res[o.name] = f'{o.bias} is read elsewhere as well'
@@ -159,7 +166,8 @@ class _Layer:
     def look(self, read, call, y, found, beside=None):
         "The columns of one operation, what it should give for them, and how many fit the weight. What lies `beside` it in a sum is there already"
         at,n_fit,n,wanted = found
-        if (mine := n_columns(call, y))!=n: raise ValueError(f'{self.name} gives {mine} columns for these inputs, and {n} in the teacher')
+        if (mine := n_columns(call, y))!=n: raise _Unlike(f'{self.name} gives {mine} columns for these inputs, and {n} in the teacher')
+        if part_of(call)!=read.part: raise _Unlike(f'{self.name} is read in another way for some inputs: those cannot be repaired together')
         self.weights = Weights(call)
         at = at.to(y.device)
         x,wanted = columns_in(call, at),self.rows(read, wanted.to(y.device), y)
@@ -184,7 +192,7 @@ class _Layer:
         if kept is not None:
             if read.dim==1 and groups>1: kept = (torch.arange(groups, device='cpu')[:,None]*(len(wanted)//groups)+kept).flatten()  # of a transposed convolution, those of each group
             wanted = wanted[kept.to(wanted.device)]
-        if len(wanted)!=groups*each: raise ValueError(f'{self.name} has {groups*each} outputs, and {len(wanted)} in the teacher: a model is repaired that this library has pruned, or that has all its outputs')
+        if len(wanted)!=groups*each: raise _Unlike(f'{self.name} has {groups*each} outputs, and {len(wanted)} in the teacher: a model is repaired that this library has pruned, or that has all its outputs')
         return wanted.unflatten(0, (groups,each))
 
     def repaired(self, teacher, ridge, note):
@@ -252,7 +260,9 @@ def _batches(data):
 
 def _given(batch, model):
     "What `model` runs with"
-    found = inputs_of(batch, next(model.parameters()).device)
+    first = next(model.parameters(), None)
+    if first is None: raise ValueError(f'this {type(model).__name__} has no parameters, and nothing to repair')
+    found = inputs_of(batch, first.device)
     return inputs_for(model, unwrapped(found, model) if isinstance(found, tuple) else found)
 
 def _layers(model, teacher, reads, others, partners, inner):
@@ -296,7 +306,15 @@ def _ways(inputs, before, widen):
     yield map_parts(lambda o: _mixed(o, others.pop(0) if others else o.roll(1, 0)) if isinstance(o, Tensor) else o, inputs)
 
 _WAYS = 3 # in which images are looked at
-def _runs(model, inputs): return explained(model, inputs, 'data', 'Some inputs may take a path that others did not')
+class _Unlike(ValueError): "The two networks do not fit together"
+
+@contextmanager
+def _runs(model, inputs):
+    try:
+        with explained(model, inputs, 'data', 'Some inputs may take a path that others did not'): yield
+    except ValueError as e:
+        if isinstance(e.__cause__, _Unlike): raise ValueError(str(e.__cause__)) from None
+        raise
 
 class _Looks:
     "What layers read and should give, level by level. The runs of both networks go on from one level to the next"
@@ -356,6 +374,16 @@ def _all_levels(levels, model, teacher, data, ridge, widen, undo):
         yield
     return rows
 
+_LARGEST = torch.finfo(torch.float64).max
+
+def _check_apart(teacher, levels):
+    "`ValueError` if what would be fitted is the teacher's as well"
+    theirs = {p.untyped_storage().data_ptr():n for n,p in teacher.named_parameters()}
+    for o in (o for layers in levels for o in layers):
+        weight = _tensor(o.model, o.name)
+        if weight.numel() and (n := theirs.get(weight.untyped_storage().data_ptr())):
+            raise ValueError(f'{o.name} of the model and {n} of the teacher are the same numbers: a teacher is a copy (`copy.deepcopy`) from before the network was changed')
+
 @at_home()
 def repair(
     model:nn.Module, # Pruned, sparsified, decomposed or shared; its weights are fitted in place
@@ -371,8 +399,10 @@ def repair(
     import pandas as pd
     model,teacher = followable(model),followable(teacher)
     if model is teacher: raise ValueError('model and teacher are the same: keep a copy of the network before it is changed')
-    if ridge is not None and (isinstance(ridge, bool) or not isinstance(ridge, Real) or not 0<=ridge<inf): raise ValueError(f'ridge is a number, at least 0, or None, not {ridge!r}')
+    if ridge is not None and (isinstance(ridge, bool) or not isinstance(ridge, Real) or not 0<=ridge<=_LARGEST): raise ValueError(f'ridge is a number, at least 0, or None, not {ridge!r}')
     for o in (model,teacher): check_values(o)
+    for a,b,what in (model,teacher,'model'),(teacher,model,'teacher'):
+        if getattr(a, '_folded', False) and not getattr(b, '_folded', False): raise ValueError(f'normalizations of the {what} were folded into its layers, and those of the other were not: repair before that, or fold both')
     data = _batches(data)
     first = next(iter(data))
     mine,theirs = _given(first, model),_given(first, teacher)
@@ -381,10 +411,11 @@ def repair(
         reads,others = reads_of(model, mine)
         partners,inner = _partners(reads, reads_of(teacher, theirs)[0])
         levels,stays = _layers(model, teacher, reads, others, partners, inner)
+        _check_apart(teacher, levels)
         if not levels: raise ValueError(f'no weight of this {type(model).__name__} can be fitted to the teacher: {_in_words(stays)}')
         with undone() as undo: rows = staged(_all_levels(levels, model, teacher, data, ridge, ridge is None if widen is None else widen, undo), len(levels), progress)
     read = {o.name for o in reads}
-    if same := [f"{o['layer']}.{o['weight']}".lstrip('.') for o in rows if o['why']==_SAME]: warn(f'nothing to learn: {_in_words(dict.fromkeys(same, _SAME))}: give more inputs, and other ones')
+    if same := [f"{o['layer']}.{o['weight']}".lstrip('.') for o in rows if o['why']==_SAME and o['weight']!='running_mean']: warn(f'nothing to learn: {_in_words(dict.fromkeys(same, _SAME))}: give more inputs, and other ones')
     lost = {n:why for n,why in stays.items() if n not in inner and (n in read or others.get(n, ('',))[0] in _PRODUCTS)}
     if lost: warn(f'not repaired: {_in_words(lost)}')
     return pd.DataFrame(rows+[_row(n, why=why) for n,why in stays.items()])
