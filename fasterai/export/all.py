@@ -1,0 +1,4 @@
+from .program import to_exported
+from .onnx_model import ONNXModel
+from .verify import verify_onnx
+from .onnx_file import ONNXFile, export_onnx
