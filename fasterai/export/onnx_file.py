@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['output_names_of', 'quantized', 'ONNXFile', 'export_onnx']
 
-# %% ../../nbs/export/04_onnx_file.ipynb #02e0f6fb
-import ast,json,os,re,tempfile,warnings
+# %% ../../nbs/export/04_onnx_file.ipynb #ca3d4fe8
+import ast,json,logging,os,re,tempfile,warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass,field
 from pathlib import Path
 import torch
 from torch import nn
-from ..core.running import batches_of,inputs_that_run,tensors_of,untouched,call_with
-from .onnx_model import FIXED,LAYOUT,_fitted,needed,ONNXModel
+from torch.nn.attention import SDPBackend,sdpa_kernel
+from ..core.running import batches_of,inputs_that_run,tensors_of
+from .onnx_model import FIXED,LAYERS,LAYOUT,ONNXModel,_fitted,needed
 from .program import FAILS,SAMPLES,Arguments,checked_model,flat_program,layout_of,outputs_of,reason_of
-from .verify import SCOPES,compare,feeds,verify_onnx,_checked_tolerance
+from .verify import SCOPES,_checked_tolerance,compare,layers_told,verify_onnx
 
 # %% ../../nbs/export/04_onnx_file.ipynb #18f1a0ce
 _INSIDE = 'model' # under this name, the network is part of what is exported
@@ -123,7 +124,7 @@ def quantized(
         quantization.quantize_static(ready, os.fspath(new), reader, quant_format=quantization.QuantFormat.QDQ, activation_type=quantization.QuantType.QInt8, **signed)
         if not reader.n: raise ValueError('calibration_data has no batches')
 
-# %% ../../nbs/export/04_onnx_file.ipynb #73680cc1
+# %% ../../nbs/export/04_onnx_file.ipynb #1116c447
 @dataclass
 class ONNXFile(os.PathLike):
     "What `export_onnx` wrote; can be used as the path that it is"
@@ -155,14 +156,33 @@ def _whole(path):
 
 def _n_bytes(path): return sum(o.stat().st_size for o in (path,path.with_name(f'{path.name}.data')) if o.exists())
 
+_CHATTER = 'onnxscript.optimizer._constant_folding','onnxscript.version_converter','torch.onnx._internal.exporter._compat'
+
+@contextmanager
+def _quiet():
+    "Without what the exporter says of its own steps: what matters raises, or is compared"
+    loggers,nothing = [logging.getLogger(o) for o in _CHATTER],lambda record: False
+    for o in loggers: o.addFilter(nothing)
+    try:
+        with warnings.catch_warnings():
+            for o in (FutureWarning,DeprecationWarning): warnings.filterwarnings('ignore', category=o)
+            yield
+    finally:
+        for o in loggers: o.removeFilter(nothing)
+
+def _attempt(arguments, opset_version, optimize):
+    program = flat_program(arguments)
+    with _quiet(): return torch.onnx.export(program, dynamo=True, verbose=False, optimize=optimize, opset_version=opset_version)
+
 def _made(arguments, opset_version, optimize):
     "The exporter's program; `ValueError` with the reason if there is none"
-    program,kind = flat_program(arguments),type(arguments.model).__name__
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', category=FutureWarning)
-        warnings.filterwarnings('ignore', category=DeprecationWarning)
-        try: made = torch.onnx.export(program, dynamo=True, verbose=False, optimize=optimize, opset_version=opset_version)
-        except FAILS as e: raise ValueError(f'ONNX has no graph of this {kind}: {reason_of(e)}') from e
+    kind = type(arguments.model).__name__
+    try: made = _attempt(arguments, opset_version, optimize)
+    except FAILS as first:
+        # taken apart, fused attention may have another memory layout than the code after it counts on: plain attention has the same from the start
+        try:
+            with sdpa_kernel(SDPBackend.MATH): made = _attempt(arguments, opset_version, optimize)
+        except FAILS: raise (first if isinstance(first, ValueError) else ValueError(f'ONNX has no graph of this {kind}: {reason_of(first)}')) from first
     got = made.model.opset_imports['']
     if opset_version is not None and got!=opset_version:
         raise ValueError(f'opset_version={opset_version} has no graph of this {kind}: {got} has, and the exporter cannot translate it; leave opset_version out')
@@ -213,6 +233,9 @@ def export_onnx(
         made.save(new)
         arguments.names = inputs
         difference = compare(new, arguments, rtol, atol) if verify else None
+        if verify and not quantize:
+            made.model.metadata_props[LAYERS] = json.dumps(layers_told(new, arguments))
+            made.save(new)
         if quantize:
             floats = new.rename(folder/'floats.onnx')
             quantized(floats, new, arguments, quantize_mode, calibration_data)
