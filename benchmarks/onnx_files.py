@@ -110,7 +110,7 @@ def row(name):
         file = export_onnx(model, x, f'{folder}/model.onnx')
         took = time.perf_counter()-start
         try: verify_onnx(spoiled(model), file, x)
-        except ValueError as e: refused = re.search('(?:differs is|those of) (.*?, an? \w+)', str(e))[1]
+        except ValueError as e: refused = re.search(r'(?:differs is|those of) (.*?, an? \w+)', str(e))[1]
         else: refused = 'NOT REFUSED'
         runs = ONNXModel(file, 'cpu', threads=torch.get_num_threads())
         one = {k:v[:1] for k,v in x.items()} if isinstance(x, dict) else x[:1]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['output_names_of', 'quantized', 'ONNXFile', 'export_onnx']
 
-# %% ../../nbs/export/04_onnx_file.ipynb #ca3d4fe8
-import ast,json,logging,os,re,tempfile,warnings
+# %% ../../nbs/export/04_onnx_file.ipynb #2f25218d
+import ast,json,logging,os,re,tempfile
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass,field
@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend,sdpa_kernel
 from ..core.running import batches_of,inputs_that_run,tensors_of
 from .onnx_model import FIXED,LAYERS,LAYOUT,ONNXModel,_fitted,needed
-from .program import FAILS,SAMPLES,Arguments,checked_model,flat_program,layout_of,outputs_of,reason_of
+from .program import FAILS,SAMPLES,Arguments,checked_model,exporting,flat_program,layout_of,outputs_of,reason_of
 from .verify import SCOPES,_checked_tolerance,compare,layers_told,verify_onnx
 
-# %% ../../nbs/export/04_onnx_file.ipynb #18f1a0ce
+# %% ../../nbs/export/04_onnx_file.ipynb #aa51edb2
 _INSIDE = 'model' # under this name, the network is part of what is exported
 
 def _scopes(text):
@@ -77,7 +77,7 @@ def output_names_of(
     if isinstance(layout, list): return [n for i,v in enumerate(layout) for n in output_names_of(v, f'{name}_{i}')]
     return []
 
-# %% ../../nbs/export/04_onnx_file.ipynb #9a68afbc
+# %% ../../nbs/export/04_onnx_file.ipynb #5da7c064
 _MODES = 'dynamic','static'
 _DYNAMIC = 'MatMul','Gemm','LSTM','Attention','Gather' # what takes its ranges in each run, and gains by it
 
@@ -98,10 +98,19 @@ def _reader(path, arguments, data):
         def rewind(self): self.batches,self.n = _batches(arguments, data),0
         def get_next(self):
             found = next(self.batches, None)
+            if found is None and not self.n: raise ValueError('calibration_data has no batches')
             if found is None: return None
             self.n += 1
             return {k:_fitted(k, o, model.inputs[k].type) for k,o in zip(model.inputs, found)}
     return Reader()
+
+@contextmanager
+def _root_kept():
+    "What is said to the root of all loggers makes no handler there"
+    handler = logging.NullHandler()
+    logging.root.addHandler(handler)
+    try: yield
+    finally: logging.root.removeHandler(handler)
 
 def quantized(
     path, # Of a file of floats
@@ -112,7 +121,7 @@ def quantized(
 ):
     "Write `path` in int8; the batch stays open"
     quantization = needed('onnxruntime.quantization')
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _root_kept():
         ready = f'{folder}/ready.onnx'
         quantization.quant_pre_process(os.fspath(path), ready, skip_symbolic_shape=True)
         signed = dict(per_channel=True, weight_type=quantization.QuantType.QInt8)
@@ -120,11 +129,9 @@ def quantized(
             kinds = {o.op_type for o in needed('onnx').load(ready).graph.node}
             if not kinds & set(_DYNAMIC): raise ValueError(f"quantize_mode='dynamic' is for linear layers and LSTMs, and this network has none: 'static' takes convolutions too")
             return quantization.quantize_dynamic(ready, os.fspath(new), op_types_to_quantize=list(_DYNAMIC), **signed)
-        reader = _reader(ready, arguments, data)
-        quantization.quantize_static(ready, os.fspath(new), reader, quant_format=quantization.QuantFormat.QDQ, activation_type=quantization.QuantType.QInt8, **signed)
-        if not reader.n: raise ValueError('calibration_data has no batches')
+        quantization.quantize_static(ready, os.fspath(new), _reader(ready, arguments, data), quant_format=quantization.QuantFormat.QDQ, activation_type=quantization.QuantType.QInt8, **signed)
 
-# %% ../../nbs/export/04_onnx_file.ipynb #1116c447
+# %% ../../nbs/export/04_onnx_file.ipynb #435b327a
 @dataclass
 class ONNXFile(os.PathLike):
     "What `export_onnx` wrote; can be used as the path that it is"
@@ -156,33 +163,17 @@ def _whole(path):
 
 def _n_bytes(path): return sum(o.stat().st_size for o in (path,path.with_name(f'{path.name}.data')) if o.exists())
 
-_CHATTER = 'onnxscript.optimizer._constant_folding','onnxscript.version_converter','torch.onnx._internal.exporter._compat'
-
-@contextmanager
-def _quiet():
-    "Without what the exporter says of its own steps: what matters raises, or is compared"
-    loggers,nothing = [logging.getLogger(o) for o in _CHATTER],lambda record: False
-    for o in loggers: o.addFilter(nothing)
-    try:
-        with warnings.catch_warnings():
-            for o in (FutureWarning,DeprecationWarning): warnings.filterwarnings('ignore', category=o)
-            yield
-    finally:
-        for o in loggers: o.removeFilter(nothing)
-
-def _attempt(arguments, opset_version, optimize):
-    program = flat_program(arguments)
-    with _quiet(): return torch.onnx.export(program, dynamo=True, verbose=False, optimize=optimize, opset_version=opset_version)
+def _converted(program, arguments, **kwargs):
+    with exporting(arguments.model): return torch.onnx.export(program, dynamo=True, verbose=False, **kwargs)
 
 def _made(arguments, opset_version, optimize):
     "The exporter's program; `ValueError` with the reason if there is none"
-    kind = type(arguments.model).__name__
-    try: made = _attempt(arguments, opset_version, optimize)
+    kind,asked,program = type(arguments.model).__name__,dict(optimize=optimize, opset_version=opset_version),flat_program(arguments)
+    try: made = _converted(program, arguments, **asked)
     except FAILS as first:
-        # taken apart, fused attention may have another memory layout than the code after it counts on: plain attention has the same from the start
-        try:
-            with sdpa_kernel(SDPBackend.MATH): made = _attempt(arguments, opset_version, optimize)
-        except FAILS: raise (first if isinstance(first, ValueError) else ValueError(f'ONNX has no graph of this {kind}: {reason_of(first)}')) from first
+        try:  # taken apart, fused attention may have another memory layout than the code after it counts on: plain attention has that from the start
+            with sdpa_kernel(SDPBackend.MATH): made = _converted(flat_program(arguments), arguments, **asked)
+        except FAILS: raise ValueError(f'ONNX has no graph of this {kind}: {reason_of(first)}') from first
     got = made.model.opset_imports['']
     if opset_version is not None and got!=opset_version:
         raise ValueError(f'opset_version={opset_version} has no graph of this {kind}: {got} has, and the exporter cannot translate it; leave opset_version out')
@@ -203,6 +194,7 @@ def export_onnx(
     *,
     opset_version:int|None=None, # Of ONNX's operations; by default the exporter's own
     dynamic_batch:bool=True, # May the number of samples be another one?
+    batch_axis:int=0, # Along which axis of inputs these are
     optimize:bool=True, # Fold what is constant, and BatchNorms into convolutions
     quantize:bool=False, # In int8, by ONNX Runtime's quantizer
     quantize_mode:str='dynamic', # Or 'static', which takes `calibration_data`
@@ -219,12 +211,11 @@ def export_onnx(
     _check_asked(quantize, quantize_mode, calibration_data)
     _checked_tolerance(rtol=rtol, atol=atol)
     if isinstance(sample, (str,os.PathLike)): raise ValueError(f'sample is what the network runs with, not {sample!r}: export_onnx(model, sample, path)')
-    model,path = checked_model(model, dynamic_batch),Path(path)
-    arguments = Arguments(model, inputs_that_run(model, sample), dynamic_batch)
-    layout = layout_of(outputs_of(arguments)[1])
+    model,path = checked_model(model, dynamic_batch, batch_axis),Path(path)
+    arguments = Arguments(model, inputs_that_run(model, sample), dynamic_batch, batch_axis)
+    layout = _checked_layout(model, outputs_of(arguments)[1])
     inputs = _checked_names(input_names, arguments.names, 'input_names')
     outputs = _checked_names(output_names, _distinct(output_names_of(layout), inputs), 'output_names')
-    if not outputs: raise ValueError(f'this {type(model).__name__} returns no tensor')
     with _whole(path) as folder:
         made = _made(arguments, opset_version, optimize)
         _tidied(made.model, inputs, outputs)
@@ -241,6 +232,13 @@ def export_onnx(
             quantized(floats, new, arguments, quantize_mode, calibration_data)
             difference = compare(new, arguments, strict=False) if verify else None
         return _described(new, path, difference, arguments, quantize_mode if quantize else None)
+
+def _checked_layout(model, out):
+    "The layout of `out`, if ONNX has such tensors"
+    found = tensors_of(out)
+    if not found: raise ValueError(f'this {type(model).__name__} returns no tensor')
+    if any(o.is_complex() for o in found): raise ValueError(f'this {type(model).__name__} returns complex numbers, which ONNX has not: return `torch.view_as_real` of them')
+    return layout_of(out)
 
 def _distinct(names, taken):
     "`names`, of which none is another, or among `taken`"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYOUT', 'FIXED', 'LAYERS', 'needed', 'ONNXModel']
 
-# %% ../../nbs/export/02_onnx_model.ipynb #da4355ab
+# %% ../../nbs/export/02_onnx_model.ipynb #fc34cbe4
 import importlib,json,os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.running import plain,tensors_of
 from .program import _numbered,put_together
 
-# %% ../../nbs/export/02_onnx_model.ipynb #51b31fff
+# %% ../../nbs/export/02_onnx_model.ipynb #76a8cfea
 def needed(
     name:str, # Of a module of the extra
 ):
@@ -23,7 +23,7 @@ def needed(
     try: return importlib.import_module(name)
     except ImportError as e: raise ImportError(f'ONNX files need {name.partition(".")[0]}: pip install fasterai[onnx]') from e
 
-# %% ../../nbs/export/02_onnx_model.ipynb #d917b257
+# %% ../../nbs/export/02_onnx_model.ipynb #65d4cead
 _PROVIDERS = dict(cuda='CUDAExecutionProvider', rocm='ROCMExecutionProvider', cpu='CPUExecutionProvider') # devices of ONNX Runtime, the fastest first
 
 def _providers(device, providers, there):
@@ -75,7 +75,7 @@ class ONNXModel:
         errors = runtime.capi.onnxruntime_pybind11_state
         fails = errors.InvalidProtobuf,errors.InvalidGraph,errors.Fail,errors.NotImplemented,errors.InvalidArgument,errors.RuntimeException
         try: self.session = runtime.InferenceSession(os.fspath(self.path), options, providers=_providers(device, providers, runtime.get_available_providers()))
-        except fails as e: raise ValueError(f'ONNX Runtime does not run {self.path}: {_first_line(e)}') from e
+        except fails as e: raise ValueError(f'ONNX Runtime does not run {self.path.name}: {_first_line(e)}') from e
         self.fails,said = fails,self.session.get_modelmeta().custom_metadata_map
         self.layout,self.fixed,self.layers = (json.loads(said[k]) if k in said else None for k in (LAYOUT,FIXED,LAYERS))
         self.inputs = {o.name:o for o in self.session.get_inputs()}
@@ -101,7 +101,7 @@ class ONNXModel:
     ):
         "Arrays of the outputs; `ValueError` if the file does not run with `feeds`"
         try: return self.session.run(names, feeds)
-        except self.fails as e: raise ValueError(f'{self.path} does not run with {", ".join(f"{k} {list(v.shape)}" for k,v in feeds.items())}: {_first_line(e)}') from e
+        except self.fails as e: raise ValueError(f'{self.path.name} does not run with {", ".join(f"{k} {list(v.shape)}" for k,v in feeds.items())}: {_first_line(e)}') from e
 
     def named(self, *args, **kwargs):
         "The tensors among the arguments, by the name that they have in the file"

@@ -6,14 +6,15 @@
 __all__ = ['FAILS', 'SAMPLES', 'Named', 'layout_of', 'put_together', 'Arguments', 'exporting', 'line_of', 'reason_of',
            'flat_program', 'outputs_of', 'gap', 'allowed', 'checked_model', 'to_exported']
 
-# %% ../../nbs/export/01_program.ipynb #178c4b55
-import inspect,sys,traceback,warnings
+# %% ../../nbs/export/01_program.ipynb #e240d60e
+import inspect,logging,re,traceback,warnings
 from collections.abc import Mapping
 from contextlib import ExitStack,contextmanager
 import torch
 from torch import nn,Tensor
+from torch._dynamo.exc import UserError
 from torch._export.verifier import SpecViolationError
-from ..core.brought import warn
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 from ..core.proof import TOLERANCE
 from ..core.running import (SLIPS,_eager,_parts,_without_caches,at_home,call_with,check_scripts,check_shapes,inputs_that_run,map_parts,
     plain_model,restored,tensors_of,untouched)
@@ -48,7 +49,7 @@ def put_together(
         return Named({k:made(v) for k,v in o.items()}) if isinstance(o, dict) else None
     return made(layout)
 
-# %% ../../nbs/export/01_program.ipynb #c7cf3ae0
+# %% ../../nbs/export/01_program.ipynb #273f9866
 def _bound(model, inputs):
     "The arguments in `inputs` by name"
     if isinstance(inputs, Mapping): return {str(k):v for k,v in inputs.items()}
@@ -61,41 +62,42 @@ def _numbered(name, o):
     n = len(tensors_of(o))
     return [name] if n==1 else [f'{name}_{i}' for i in range(n)]
 
-def _drawn_like(x, n, gen):
-    "`n` samples with the mean and the spread of `x`"
+def _drawn_like(x, n, axis, gen):
+    "`n` samples along `axis` with the mean and the spread of `x`"
     std,mean = x.double().std(unbiased=False).nan_to_num().item(),x.double().mean().nan_to_num().item()
-    new = torch.randn((n,*x.shape[1:]), generator=gen, dtype=torch.float64, device='cpu')
+    new = torch.randn((*x.shape[:axis],n,*x.shape[axis+1:]), generator=gen, dtype=torch.float64, device='cpu')
     return (new*(std or 1.)+mean).to(x)
 
 _SEED = 0 # of samples that are drawn
 
 class Arguments:
-    "What `model` runs with, as a list of `tensors` with `names`; `n` samples along the first axis of those that are `batched`, none if the batch is fixed"
+    "What `model` runs with, as a list of `tensors` with `names`; `n` samples along `axis` of those that are `batched`, none if the batch is fixed"
     def __init__(self,
         model:nn.Module, # Left as it is
         inputs, # As from `inputs_for`
         dynamic:bool=True, # Is the number of samples to be open?
+        axis:int=0, # Along which samples are
     ):
-        self.model,self.inputs,self.tensors = model,inputs,tensors_of(inputs)
+        self.model,self.inputs,self.tensors,self.axis = model,inputs,tensors_of(inputs),axis
         if not self.tensors: raise ValueError(f'example_inputs hold no tensor: a graph of this {type(model).__name__} would be a constant')
         bound = _bound(model, inputs)
         self.names = [o for k,v in bound.items() for o in _numbered(k, v)]
         self.fixed = {k:repr(v) for k,v in bound.items() if v is not None and not tensors_of(v)}
-        self.n = next((len(o) for o in self.tensors if o.dim()), None)
+        self.n = next((o.shape[axis] for o in self.tensors if o.dim()>axis), None)
         self.batched = self._found() if dynamic else [False]*len(self.tensors)
 
     def _found(self):
         "Which tensors have a batch; `ValueError` if the model takes no other number of samples"
         fixes = '`dynamic_batch=False` fixes that number'
-        if self.n is None: raise ValueError(f'no input has an axis along which samples could be: {fixes}')
-        as_long = [o.dim()>0 and len(o)==self.n for o in self.tensors]
+        if self.n is None: raise ValueError(f'no input has an axis {self.axis}, along which samples could be: {fixes}')
+        as_long = [o.dim()>self.axis and o.shape[self.axis]==self.n for o in self.tensors]
         first = [any(as_long[:i+1]) and not any(as_long[:i]) for i in range(len(as_long))]
         for self.batched in (as_long,first):
             try: return self._runs_with(self.n+1)
             except SLIPS as e: error = e
         said = str(error).partition('\n')[0]
         raise ValueError(f'this {type(self.model).__name__} takes {self.n} sample{"s" if self.n!=1 else ""} and no other number, as it does not run with '
-                         f'{self.n+1} ({type(error).__name__}: {said}): {fixes}')
+                         f'{self.n+1} ({type(error).__name__}: {said}). If samples are along another axis than {self.axis}, `batch_axis` says so; {fixes}')
 
     def _runs_with(self, n):
         with untouched(self.model): call_with(self.model, self.with_samples(n, drawn=False))
@@ -114,20 +116,34 @@ class Arguments:
         gen = torch.Generator(device='cpu').manual_seed(_SEED)
         def taken(x):
             kept = min(self.n, n-1) if drawn and n>1 and x.is_floating_point() else n
-            some = x[torch.arange(kept, device=x.device)%self.n]
-            return torch.cat([some,_drawn_like(x, n-kept, gen)]) if kept<n else some
+            some = x.index_select(self.axis, torch.arange(kept, device=x.device)%self.n)
+            return torch.cat([some,_drawn_like(x, n-kept, self.axis, gen)], self.axis) if kept<n else some
         return self.filled([taken(o) if b else o for o,b in zip(self.tensors, self.batched)])
 
-# %% ../../nbs/export/01_program.ipynb #ee7fbfe8
+# %% ../../nbs/export/01_program.ipynb #af63c568
+_CHATTER = ('torch.fx.experimental.symbolic_shapes','torch.export','torch.onnx._internal.exporter._compat','onnxscript.optimizer._constant_folding','onnxscript.version_converter',
+    'onnx_ir.passes.common.initializer_deduplication')
+
+@contextmanager
+def _quiet():
+    "Without what exporters say of their own steps: what matters raises, or is compared"
+    loggers,nothing = [logging.getLogger(o) for o in _CHATTER],lambda record: False
+    for o in loggers: o.addFilter(nothing)
+    try:
+        with warnings.catch_warnings():
+            for o in (FutureWarning,DeprecationWarning): warnings.filterwarnings('ignore', category=o)
+            warnings.filterwarnings('ignore', '.*were assigned during export')  # they are put back
+            yield
+    finally:
+        for o in loggers: o.removeFilter(nothing)
+
 @contextmanager
 def exporting(
     model:nn.Module, # Left as it was, also after an error
 ):
     "Run an exporter on `model`: in eval mode, without what is set around, or kept for a next call"
     with ExitStack() as stack:
-        for o in (at_home(), restored(model, draws=False), _eager(model), _without_caches(model)): stack.enter_context(o)
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings('ignore', '.*were assigned during export')  # they are put back
+        for o in (at_home(), restored(model, draws=False), _eager(model), _without_caches(model), _quiet()): stack.enter_context(o)
         yield
 
 _TOOLS = 'torch','fasterai','onnxscript','onnx_ir','onnx','sympy' # code of these says nothing to a user
@@ -156,22 +172,27 @@ def reason_of(
 )->str:
     "Why a network has no graph, in a sentence"
     first = [*_chain(e)][-1]
-    said = next((o.strip() for o in str(first).splitlines() if o.strip()), '')[:300]
+    lines = [o.strip() for o in str(first).splitlines() if o.strip()] or ['']
+    said = next((o for o in lines if o.startswith('- ')), lines[0])  # a list says what is wrong
+    said = re.split(r'\. +(?:If you|See |For more|Please)', said.removeprefix('- '))[0].rstrip('.')[:300]
     where = line_of(e)
     return f'{type(first).__name__}: {said}' + (f' (at {where})' if where else '')
 
 FAILS = (*SLIPS,SpecViolationError) # what exporters raise
+_CONSTRAINTS = UserError,ConstraintViolationError # of these, what they raise if an axis cannot be open
 
 def _exported(model, args, kwargs, shapes):
     "The `ExportedProgram`; `ValueError` with the reason if there is none"
     try: return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except FAILS as e:
-        raise ValueError(f'torch.export makes no graph of this {type(getattr(model, "model", model)).__name__}: {reason_of(e)}') from e
+        kind = type(model.model if isinstance(model, _Flat) else model).__name__
+        advice = '. The batch cannot be open: `dynamic_batch=False` fixes the number of samples; if these are along another axis, `batch_axis` says so'
+        raise ValueError(f'torch.export makes no graph of this {kind}: {reason_of(e)}' + (advice if isinstance(e, _CONSTRAINTS) else '')) from e
 
 def _open(arguments):
     "For each tensor, which of its axes may have any length"
     batch = torch.export.Dim('batch')
-    return [{0:batch} if b else {} for b in arguments.batched]
+    return [{arguments.axis:batch} if b else {} for b in arguments.batched]
 
 class _Flat(nn.Module):
     "`model` as a function of a list of tensors to a tuple of tensors"
@@ -191,7 +212,7 @@ def flat_program(
     with exporting(arguments.model):
         return _exported(_Flat(arguments.model, arguments).eval(), tuple(tensors_of(many)), {}, (tuple(_open(arguments)),))
 
-# %% ../../nbs/export/01_program.ipynb #ac15db5f
+# %% ../../nbs/export/01_program.ipynb #59a75725
 SAMPLES = 1,5 # how many are tried beside as many as are there
 
 def outputs_of(
@@ -230,9 +251,10 @@ def allowed(
     size = (values.abs().max().item() if values.numel() else 0.) or 1.
     return (TOLERANCE.get(a.dtype, 1e-3) if rtol is None else rtol) + atol/size
 
-def checked_model(model, dynamic_batch=True):
+def checked_model(model, dynamic_batch=True, batch_axis=0):
     "What is inside of the wrappers of `model`, if it can be exported"
     if not isinstance(dynamic_batch, bool): raise ValueError(f'dynamic_batch is True or False, not {dynamic_batch!r}')
+    if not isinstance(batch_axis, int) or isinstance(batch_axis, bool) or batch_axis<0: raise ValueError(f'batch_axis is 0, 1, …, not {batch_axis!r}')
     model = plain_model(model)
     check_scripts(model)
     check_shapes(model)
@@ -256,17 +278,16 @@ def to_exported(
     sample=None, # Example inputs: a tensor, a tuple of arguments or a dict of keyword arguments; looked for if not given
     *,
     dynamic_batch:bool=True, # May the program be called with another number of samples?
+    batch_axis:int=0, # Along which axis of inputs these are
     rtol:float|None=None, # Largest difference of outputs, relative to the largest value; by default 1e-3 for float32
 ):
     """The `torch.export.ExportedProgram` of `model` in eval mode, called as the model is: `program.module()(x)`. `ValueError` with the reason if there is none,
     or if it gives something else than the model"""
-    model = checked_model(model, dynamic_batch)
-    arguments = Arguments(model, inputs_that_run(model, sample), dynamic_batch)
+    model = checked_model(model, dynamic_batch, batch_axis)
+    arguments = Arguments(model, inputs_that_run(model, sample), dynamic_batch, batch_axis)
     many = arguments.with_samples(max(arguments.n, 2)) if dynamic_batch else arguments.inputs
     args,kwargs,shapes = _as_called(many, _open(arguments))
-    with exporting(model):
-        if kwargs: shapes = shapes[1]
-        program = _exported(model, args, kwargs, shapes if kwargs else shapes[0])
+    with exporting(model): program = _exported(model, args, kwargs, shapes[1 if kwargs else 0])
     run = program.module()
     for n in (None,*SAMPLES) if dynamic_batch else (None,):
         inputs,out = outputs_of(arguments, n)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCOPES', 'Layer', 'scopes_of', 'layers_of', 'layers_told', 'first_difference', 'feeds', 'compare', 'verify_onnx']
 
-# %% ../../nbs/export/03_verify.ipynb #dbffa67d
+# %% ../../nbs/export/03_verify.ipynb #5e5d0138
 import ast,os,tempfile
 from collections import namedtuple
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..core.running import call_with,calls_of,inputs_that_run,tensors_of,untouch
 from .onnx_model import ONNXModel,_fitted,needed
 from .program import SAMPLES,Arguments,allowed,checked_model,gap,outputs_of
 
-# %% ../../nbs/export/03_verify.ipynb #61f7b1bf
+# %% ../../nbs/export/03_verify.ipynb #7f932107
 SCOPES = 'pkg.torch.onnx.name_scopes' # where the exporter writes the modules that an operation is of, the outermost first
 
 def scopes_of(
@@ -99,11 +99,11 @@ def feeds(
 )->dict:
     "Arrays by the name that they have in the file"
     tensors = tensors_of(inputs)
-    if len(tensors)!=len(model.inputs): raise ValueError(f'{model.path} takes {", ".join(model.inputs) or "nothing"}, and the network {", ".join(arguments.names)}')
+    if len(tensors)!=len(model.inputs): raise ValueError(f'{model.path.name} takes {", ".join(model.inputs) or "nothing"}, and the network {", ".join(arguments.names)}')
     names = arguments.names if set(arguments.names)==set(model.inputs) else model.inputs
     return {k:_fitted(k, o, model.inputs[k].type) for k,o in zip(names, tensors)}
 
-# %% ../../nbs/export/03_verify.ipynb #084ac4d6
+# %% ../../nbs/export/03_verify.ipynb #22d7474f
 def _checked_tolerance(**given):
     for k,v in given.items():
         if v is not None and not (isinstance(v, (int,float)) and not isinstance(v, bool) and v>=0): raise ValueError(f'{k} is a number, 0 or more, not {v!r}')
@@ -118,13 +118,12 @@ def compare(
     strict:bool=True, # Is a difference an error?
 )->float:
     "The largest `gap` of outputs, whatever the number of samples; a `ValueError` that says where"
-    path = os.fspath(path)
-    model,worst = ONNXModel(path, 'cpu'),0.
+    model,worst,path = ONNXModel(path, 'cpu'),0.,Path(path)
     for n in (None,*SAMPLES) if any(arguments.batched) else (None,):
         inputs,out = outputs_of(arguments, n)
         outs,new = tensors_of(out),[torch.from_numpy(o) for o in model.run(feeds(model, arguments, inputs))]
         kind,many = type(arguments.model).__name__,f'{n or arguments.n} sample{"s" if (n or arguments.n)!=1 else ""}'
-        if len(outs)!=len(new): raise ValueError(f'{path} is not this {kind}: it returns {len(new)} tensors in place of {len(outs)}')
+        if len(outs)!=len(new): raise ValueError(f'{path.name} is not this {kind}: it returns {len(new)} tensors in place of {len(outs)}')
         for name,a,b in zip(model.outputs, outs, new):
             differs = gap(a, b)
             if differs<=allowed(a, rtol, atol) or not strict:
@@ -133,7 +132,7 @@ def compare(
             how = f'has the shape {list(b.shape)} in place of {list(a.shape)}' if a.shape!=b.shape else f'differs by {differs:.1e} of its largest value, {allowed(a, rtol, atol):.1e} is allowed'
             first = first_difference(path, arguments, inputs, rtol, atol)
             where = f'the first layer that differs is {_named(first)}' if first else 'no layer differs by itself'
-            raise ValueError(f'{path} does not give what this {kind} gives with {many}: {name} {how}; {where}')
+            raise ValueError(f'{path.name} does not give what this {kind} gives with {many}: {name} {how}; {where}')
     return worst
 
 def verify_onnx(
@@ -144,14 +143,15 @@ def verify_onnx(
     atol:float=1e-5, # Beside that, as it is
     *,
     dynamic_batch:bool=True, # Is it compared with one and with five samples as well?
+    batch_axis:int=0, # Along which axis of inputs these are
 )->float: # Largest difference of outputs, relative to the largest value
     """`ValueError` unless the file gives what `model` gives, which says with how many samples, by how much, and in which layer it begins. A file of `export_onnx` knows which
     layers can be told in it: these are compared as well, as outputs alone may show little of a layer"""
     _checked_tolerance(rtol=rtol, atol=atol)
-    model = checked_model(model, dynamic_batch)
-    arguments = Arguments(model, inputs_that_run(model, sample), dynamic_batch)
+    model = checked_model(model, dynamic_batch, batch_axis)
+    arguments = Arguments(model, inputs_that_run(model, sample), dynamic_batch, batch_axis)
     worst = compare(path, arguments, rtol, atol)
     if ONNXModel(path, 'cpu').layers is None: return worst
     if first := first_difference(path, arguments, arguments.inputs, rtol, atol):
-        raise ValueError(f'{os.fspath(path)} is not this {type(model).__name__}: its outputs are the same here, but not those of {_named(first)}, {first.allowed:.1e} is allowed')
+        raise ValueError(f'{Path(path).name} is not this {type(model).__name__}: its outputs are the same here, but not those of {_named(first)}, {first.allowed:.1e} is allowed')
     return worst
