@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['output_names_of', 'quantized', 'ONNXFile', 'export_onnx']
 
-# %% ../../nbs/export/04_onnx_file.ipynb #2f25218d
+# %% ../../nbs/export/04_onnx_file.ipynb #0dd9c500
 import ast,json,logging,os,re,tempfile
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend,sdpa_kernel
 from ..core.running import batches_of,inputs_that_run,tensors_of
 from .onnx_model import FIXED,LAYERS,LAYOUT,ONNXModel,_fitted,needed
-from .program import FAILS,SAMPLES,Arguments,checked_model,exporting,flat_program,layout_of,outputs_of,reason_of
+from .program import SAMPLES,Arguments,checked_model,exporting,fails,flat_program,layout_of,outputs_of,reason_of
 from .verify import SCOPES,_checked_tolerance,compare,layers_told,verify_onnx
 
 # %% ../../nbs/export/04_onnx_file.ipynb #aa51edb2
@@ -131,7 +131,7 @@ def quantized(
             return quantization.quantize_dynamic(ready, os.fspath(new), op_types_to_quantize=list(_DYNAMIC), **signed)
         quantization.quantize_static(ready, os.fspath(new), _reader(ready, arguments, data), quant_format=quantization.QuantFormat.QDQ, activation_type=quantization.QuantType.QInt8, **signed)
 
-# %% ../../nbs/export/04_onnx_file.ipynb #435b327a
+# %% ../../nbs/export/04_onnx_file.ipynb #cf4ab473
 @dataclass
 class ONNXFile(os.PathLike):
     "What `export_onnx` wrote; can be used as the path that it is"
@@ -169,11 +169,12 @@ def _converted(program, arguments, **kwargs):
 def _made(arguments, opset_version, optimize):
     "The exporter's program; `ValueError` with the reason if there is none"
     kind,asked,program = type(arguments.model).__name__,dict(optimize=optimize, opset_version=opset_version),flat_program(arguments)
+    slips = fails()
     try: made = _converted(program, arguments, **asked)
-    except FAILS as first:
+    except slips as first:
         try:  # taken apart, fused attention may have another memory layout than the code after it counts on: plain attention has that from the start
             with sdpa_kernel(SDPBackend.MATH): made = _converted(flat_program(arguments), arguments, **asked)
-        except FAILS: raise ValueError(f'ONNX has no graph of this {kind}: {reason_of(first)}') from first
+        except slips: raise ValueError(f'ONNX has no graph of this {kind}: {reason_of(first)}') from first
     got = made.model.opset_imports['']
     if opset_version is not None and got!=opset_version:
         raise ValueError(f'opset_version={opset_version} has no graph of this {kind}: {got} has, and the exporter cannot translate it; leave opset_version out')
