@@ -75,8 +75,10 @@ def made(model, x, how):
     raise ValueError(how)
 
 def seeded(model):
-    "Norms that have seen something"
+    "Norms that have seen something, and no layer whose weights are all zero, or whose output is"
     gen = torch.Generator().manual_seed(SEED)
+    for p in model.parameters():
+        if not p.any(): p.data.normal_(0, .1, generator=gen)
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.running_mean.normal_(0, .1, generator=gen)
