@@ -2317,6 +2317,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fasterai.export.verify.layers_of': ('export/verify.html#layers_of', 'fasterai/export/verify.py'),
                                         'fasterai.export.verify.layers_told': ( 'export/verify.html#layers_told',
                                                                                 'fasterai/export/verify.py'),
+                                        'fasterai.export.verify.samples_of': ('export/verify.html#samples_of', 'fasterai/export/verify.py'),
                                         'fasterai.export.verify.scopes_of': ('export/verify.html#scopes_of', 'fasterai/export/verify.py'),
                                         'fasterai.export.verify.verify_onnx': ( 'export/verify.html#verify_onnx',
                                                                                 'fasterai/export/verify.py')},

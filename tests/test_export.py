@@ -58,7 +58,7 @@ def test_made(how, tmp_path):
     for n in (2,7):
         x = torch.randn(n, 3, 8, 8)
         torch.testing.assert_close(runs(x), outputs(model, x), rtol=1e-4, atol=1e-5)
-    assert verify_onnx(model, file, X)<1e-5
+    assert verify_onnx(model, file, X).difference<1e-5
 
 @dataclass
 class Found:
@@ -116,6 +116,11 @@ def test_left_as_it_is(tmp_path):
     assert all(torch.equal(v, state[k]) for k,v in model.state_dict().items()) and all(type(p) is nn.Parameter and p.requires_grad for p in model.parameters())
     assert model[7].weight.grad.eq(1).all() and torch.is_grad_enabled()
 
+def test_outside_of_the_batch(tmp_path):
+    "An array that is as long as the batch by chance stays as it is"
+    model = Net(lambda m, x, table: m.layer(x)@table, layer=nn.Linear(3, 3))
+    assert list(export_onnx(model, (torch.randn(3, 3),torch.eye(3)), tmp_path/'m.onnx').inputs.values())==[('batch',3),(3,3)]
+
 @pytest.mark.parametrize('how', WRAPPERS)
 def test_wrappers(how, tmp_path):
     model = net()
@@ -126,7 +131,7 @@ def test_surroundings(tmp_path):
     "Inference mode, autocast and a sample in an array change nothing"
     model = net()
     with torch.inference_mode(), torch.autocast('cpu'): file = export_onnx(model, X.numpy(), tmp_path/'m.onnx')
-    assert verify_onnx(model, file, X)<1e-5
+    assert verify_onnx(model, file, X).difference<1e-5
 
 LAYERS = {0:'1, a BatchNorm2d',3:'3.norm, a BatchNorm2d',7:'7, a Linear',9:'9, a Linear'}  # in a file, a norm is one with its convolution
 
@@ -170,6 +175,7 @@ REFUSED = dict(
     unknown=(lambda: Net(lambda m, x: torch.linalg.svd(x)[1]), torch.randn(2, 3, 3), 'ONNX has no graph of this Net: .*linalg_svd'),
     fixed=(lambda: Net(lambda m, x: x.view(2, 3)), torch.randn(2, 3), 'takes 2 samples and no other number.*dynamic_batch=False'),
     branches=(lambda: Net(lambda m, x: x+1 if len(x)<4 else x), torch.randn(2, 3), 'The batch cannot be open: `dynamic_batch=False`'),
+    draws=(lambda: Net(lambda m, x: x+torch.rand_like(x)), torch.randn(2, 3), 'It draws random numbers'),
     nothing=(lambda: Net(lambda m, x: None), torch.randn(2, 3), 'returns no tensor'),
     shape=(net, (3,3,8,8), 'is a shape, not an input'))
 

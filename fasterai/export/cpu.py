@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['optimize_for_cpu', 'accelerate_model_for_cpu']
 
-# %% ../../nbs/export/05_cpu.ipynb #46eeeda6
+# %% ../../nbs/export/05_cpu.ipynb #4d135c18
 import warnings
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from ..core.surgery import copy_of
 from .program import SAMPLES,Arguments,allowed,checked_model,gap,outputs_of,reason_of
 from ..legacy import old_function
 
-# %% ../../nbs/export/05_cpu.ipynb #9c7a62f5
+# %% ../../nbs/export/05_cpu.ipynb #5c7f43ec
 def _channels_last(model, inputs, mode): return model.to(memory_format=torch.channels_last)
 
 def _compiled(model, inputs, mode): return torch.compile(model, **({} if mode is None else dict(mode=mode)))
@@ -65,7 +65,7 @@ def optimize_for_cpu(
     inputs = inputs_that_run(inner, sample)
     try:
         with warnings.catch_warnings():
-            for o in (DeprecationWarning,FutureWarning): warnings.filterwarnings('ignore', category=o)  # TorchScript is told to go
+            for o in (DeprecationWarning,FutureWarning,torch.jit.TracerWarning): warnings.filterwarnings('ignore', category=o)  # TorchScript is told to go
             new = copy_of(inner).eval()
             with torch.no_grad(): new = _BACKENDS[backend](new, inputs, compile_mode)
             timed = _Timed(new, inner) if isinstance(new, torch.jit.ScriptModule) else new

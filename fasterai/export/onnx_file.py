@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['output_names_of', 'quantized', 'ONNXFile', 'export_onnx']
 
-# %% ../../nbs/export/04_onnx_file.ipynb #0dd9c500
+# %% ../../nbs/export/04_onnx_file.ipynb #c2b8dd46
 import ast,json,logging,os,re,tempfile
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend,sdpa_kernel
 from ..core.running import batches_of,inputs_that_run,tensors_of
 from .onnx_model import FIXED,LAYERS,LAYOUT,ONNXModel,_fitted,needed
-from .program import SAMPLES,Arguments,checked_model,exporting,fails,flat_program,layout_of,outputs_of,reason_of
-from .verify import SCOPES,_checked_tolerance,compare,layers_told,verify_onnx
+from .program import Arguments,checked_model,exporting,fails,flat_program,layout_of,outputs_of,reason_of
+from .verify import SCOPES,_checked_tolerance,compare,layers_told,samples_of,verify_onnx
 
 # %% ../../nbs/export/04_onnx_file.ipynb #aa51edb2
 _INSIDE = 'model' # under this name, the network is part of what is exported
@@ -131,7 +131,7 @@ def quantized(
             return quantization.quantize_dynamic(ready, os.fspath(new), op_types_to_quantize=list(_DYNAMIC), **signed)
         quantization.quantize_static(ready, os.fspath(new), _reader(ready, arguments, data), quant_format=quantization.QuantFormat.QDQ, activation_type=quantization.QuantType.QInt8, **signed)
 
-# %% ../../nbs/export/04_onnx_file.ipynb #cf4ab473
+# %% ../../nbs/export/04_onnx_file.ipynb #f71266da
 @dataclass
 class ONNXFile(os.PathLike):
     "What `export_onnx` wrote; can be used as the path that it is"
@@ -260,5 +260,5 @@ def _described(new, path, difference, arguments, mode):
     file = ONNXModel(new, 'cpu')
     shapes = [{o.name:tuple(o.shape) for o in os} for os in (file.session.get_inputs(),file.session.get_outputs())]
     opset = next(o.version for o in needed('onnx').load(os.fspath(new), load_external_data=False).opset_import if not o.domain)
-    samples = () if difference is None else tuple(dict.fromkeys((arguments.n,*SAMPLES))) if any(arguments.batched) else (arguments.n,)
+    samples = () if difference is None else samples_of(arguments)
     return ONNXFile(path, _n_bytes(new), opset, *shapes, difference, samples, mode)

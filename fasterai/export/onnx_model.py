@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYOUT', 'FIXED', 'LAYERS', 'needed', 'ONNXModel']
 
-# %% ../../nbs/export/02_onnx_model.ipynb #fc34cbe4
+# %% ../../nbs/export/02_onnx_model.ipynb #da4355ab
 import importlib,json,os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.running import plain,tensors_of
 from .program import _numbered,put_together
 
-# %% ../../nbs/export/02_onnx_model.ipynb #76a8cfea
+# %% ../../nbs/export/02_onnx_model.ipynb #51b31fff
 def needed(
     name:str, # Of a module of the extra
 ):
@@ -23,7 +23,7 @@ def needed(
     try: return importlib.import_module(name)
     except ImportError as e: raise ImportError(f'ONNX files need {name.partition(".")[0]}: pip install fasterai[onnx]') from e
 
-# %% ../../nbs/export/02_onnx_model.ipynb #65d4cead
+# %% ../../nbs/export/02_onnx_model.ipynb #b22e4437
 _PROVIDERS = dict(cuda='CUDAExecutionProvider', rocm='ROCMExecutionProvider', cpu='CPUExecutionProvider') # devices of ONNX Runtime, the fastest first
 
 def _providers(device, providers, there):

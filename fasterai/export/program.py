@@ -6,7 +6,7 @@
 __all__ = ['SAMPLES', 'Named', 'layout_of', 'put_together', 'Arguments', 'exporting', 'line_of', 'reason_of', 'fails',
            'flat_program', 'outputs_of', 'gap', 'allowed', 'checked_model', 'to_exported']
 
-# %% ../../nbs/export/01_program.ipynb #5b679cf3
+# %% ../../nbs/export/01_program.ipynb #f89da5d1
 import inspect,logging,re,traceback,warnings
 from collections.abc import Mapping
 from contextlib import ExitStack,contextmanager,redirect_stderr
@@ -17,7 +17,7 @@ from ..core.proof import TOLERANCE
 from ..core.running import (SLIPS,_eager,_parts,_without_caches,at_home,call_with,check_scripts,check_shapes,inputs_that_run,map_parts,
     plain_model,restored,tensors_of,untouched)
 
-# %% ../../nbs/export/01_program.ipynb #085db2a7
+# %% ../../nbs/export/01_program.ipynb #d71532b8
 class Named(dict):
     "A dict whose values are attributes as well"
     def __getattr__(self, name):
@@ -47,7 +47,7 @@ def put_together(
         return Named({k:made(v) for k,v in o.items()}) if isinstance(o, dict) else None
     return made(layout)
 
-# %% ../../nbs/export/01_program.ipynb #b8ffa98d
+# %% ../../nbs/export/01_program.ipynb #273f9866
 def _bound(model, inputs):
     "The arguments in `inputs` by name"
     if isinstance(inputs, Mapping): return {str(k):v for k,v in inputs.items()}
@@ -118,7 +118,7 @@ class Arguments:
             return torch.cat([some,_drawn_like(x, n-kept, self.axis, gen)], self.axis) if kept<n else some
         return self.filled([taken(o) if b else o for o,b in zip(self.tensors, self.batched)])
 
-# %% ../../nbs/export/01_program.ipynb #28537c7b
+# %% ../../nbs/export/01_program.ipynb #8c898395
 _CHATTER = ('torch.fx.experimental.symbolic_shapes','torch.export._trace','torch.onnx._internal.exporter._compat','onnxscript.optimizer._constant_folding','onnxscript.version_converter',
     'onnx_ir.passes.common.initializer_deduplication')
 
@@ -130,7 +130,7 @@ def _quiet():
     try:
         with warnings.catch_warnings():
             for o in (FutureWarning,DeprecationWarning): warnings.filterwarnings('ignore', category=o)
-            warnings.filterwarnings('ignore', '.*were assigned during export')  # they are put back
+            warnings.filterwarnings('ignore', '.*(were|was) assigned during export')  # they are put back
             yield
     finally:
         for o in loggers: o.removeFilter(nothing)
@@ -220,7 +220,7 @@ def flat_program(
     with exporting(arguments.model):
         return _exported(_Flat(arguments.model, arguments).eval(), tuple(tensors_of(many)), {}, (tuple(_open(arguments)),))
 
-# %% ../../nbs/export/01_program.ipynb #c52c25db
+# %% ../../nbs/export/01_program.ipynb #59a75725
 SAMPLES = 1,5 # how many are tried beside as many as are there
 
 def outputs_of(
