@@ -287,3 +287,12 @@ def test_optimize_for_cpu_is_right(monkeypatch):
     monkeypatch.setattr(cpu, 'latency', faster(9))
     model = Net(lambda m, x: m.layer(x)/len(x), layer=nn.Linear(3, 3))
     with pytest.warns(UserWarning, match="does not take this Net .*with 1 samples"): assert optimize_for_cpu(model, torch.ones(2, 3), 'script') is model
+
+def test_weights_beside_the_file(tmp_path, monkeypatch):
+    "A network of more than 2 GB has its weights in a second file: both are there at the end, and are found"
+    save = torch.onnx.ONNXProgram.save
+    monkeypatch.setattr(torch.onnx.ONNXProgram, 'save', lambda program, path: save(program, path, external_data=True))
+    model = net()
+    file = export_onnx(model, X, tmp_path/'m.onnx')
+    assert sorted(os.listdir(tmp_path))==['m.onnx','m.onnx.data'] and file.n_bytes==sum(os.path.getsize(tmp_path/o) for o in os.listdir(tmp_path))
+    assert verify_onnx(model, file, X).layers>5

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['output_names_of', 'quantized', 'ONNXFile', 'export_onnx']
 
-# %% ../../nbs/export/04_onnx_file.ipynb #c2b8dd46
+# %% ../../nbs/export/04_onnx_file.ipynb #437bc32e
 import ast,json,logging,os,re,tempfile
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -17,9 +17,9 @@ from torch.nn.attention import SDPBackend,sdpa_kernel
 from ..core.running import batches_of,inputs_that_run,tensors_of
 from .onnx_model import FIXED,LAYERS,LAYOUT,ONNXModel,_fitted,needed
 from .program import Arguments,checked_model,exporting,fails,flat_program,layout_of,outputs_of,reason_of
-from .verify import SCOPES,_checked_tolerance,compare,layers_told,samples_of,verify_onnx
+from .verify import SCOPES,_checked_tolerance,compare,layers_told,n_bytes_of,samples_of,verify_onnx
 
-# %% ../../nbs/export/04_onnx_file.ipynb #aa51edb2
+# %% ../../nbs/export/04_onnx_file.ipynb #18f1a0ce
 _INSIDE = 'model' # under this name, the network is part of what is exported
 
 def _scopes(text):
@@ -77,7 +77,7 @@ def output_names_of(
     if isinstance(layout, list): return [n for i,v in enumerate(layout) for n in output_names_of(v, f'{name}_{i}')]
     return []
 
-# %% ../../nbs/export/04_onnx_file.ipynb #5da7c064
+# %% ../../nbs/export/04_onnx_file.ipynb #ea96bd1e
 _MODES = 'dynamic','static'
 _DYNAMIC = 'MatMul','Gemm','LSTM','Attention','Gather' # what takes its ranges in each run, and gains by it
 
@@ -131,7 +131,7 @@ def quantized(
             return quantization.quantize_dynamic(ready, os.fspath(new), op_types_to_quantize=list(_DYNAMIC), **signed)
         quantization.quantize_static(ready, os.fspath(new), _reader(ready, arguments, data), quant_format=quantization.QuantFormat.QDQ, activation_type=quantization.QuantType.QInt8, **signed)
 
-# %% ../../nbs/export/04_onnx_file.ipynb #f71266da
+# %% ../../nbs/export/04_onnx_file.ipynb #54ef70a1
 @dataclass
 class ONNXFile(os.PathLike):
     "What `export_onnx` wrote; can be used as the path that it is"
@@ -160,8 +160,6 @@ def _whole(path):
     with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', suffix='.part', dir=path.parent) as folder:
         yield Path(folder)
         for o in sorted(Path(folder).glob(f'{path.name}*'), key=lambda o: o.name==path.name): os.replace(o, path.parent/o.name)  # weights first
-
-def _n_bytes(path): return sum(o.stat().st_size for o in (path,path.with_name(f'{path.name}.data')) if o.exists())
 
 def _converted(program, arguments, **kwargs):
     with exporting(arguments.model): return torch.onnx.export(program, dynamo=True, verbose=False, **kwargs)
@@ -261,4 +259,4 @@ def _described(new, path, difference, arguments, mode):
     shapes = [{o.name:tuple(o.shape) for o in os} for os in (file.session.get_inputs(),file.session.get_outputs())]
     opset = next(o.version for o in needed('onnx').load(os.fspath(new), load_external_data=False).opset_import if not o.domain)
     samples = () if difference is None else samples_of(arguments)
-    return ONNXFile(path, _n_bytes(new), opset, *shapes, difference, samples, mode)
+    return ONNXFile(path, n_bytes_of(new), opset, *shapes, difference, samples, mode)
