@@ -2258,6 +2258,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'fasterai/export/program.py'),
                                          'fasterai.export.program.Arguments.filled': ( 'export/program.html#arguments.filled',
                                                                                        'fasterai/export/program.py'),
+                                         'fasterai.export.program.Arguments.tries': ( 'export/program.html#arguments.tries',
+                                                                                      'fasterai/export/program.py'),
                                          'fasterai.export.program.Arguments.with_samples': ( 'export/program.html#arguments.with_samples',
                                                                                              'fasterai/export/program.py'),
                                          'fasterai.export.program.Named': ('export/program.html#named', 'fasterai/export/program.py'),

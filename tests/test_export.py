@@ -296,3 +296,11 @@ def test_weights_beside_the_file(tmp_path, monkeypatch):
     file = export_onnx(model, X, tmp_path/'m.onnx')
     assert sorted(os.listdir(tmp_path))==['m.onnx','m.onnx.data'] and file.n_bytes==sum(os.path.getsize(tmp_path/o) for o in os.listdir(tmp_path))
     assert verify_onnx(model, file, X).layers>5
+
+def test_batches_by_name(tmp_path):
+    "Batches of calibration have the names of the network's arguments, whatever the file calls them, and labels beside"
+    torch.manual_seed(0)
+    model,batch = Several(),dict(shift=torch.randn(4, 8), ids=torch.randint(0, 50, (4,6)), labels=torch.zeros(4))
+    sample = {k:batch[k] for k in ('ids','shift')}
+    file = export_onnx(model, sample, tmp_path/'m.onnx', quantize=True, quantize_mode='static', calibration_data=[batch,batch], input_names=['shift','ids'])
+    assert file.inputs=={'shift':('batch',6), 'ids':('batch',8)} and file.difference<.2

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['optimize_for_cpu', 'accelerate_model_for_cpu']
 
-# %% ../../nbs/export/05_cpu.ipynb #4d135c18
+# %% ../../nbs/export/05_cpu.ipynb #04c3bb6e
 import warnings
 import torch
 from torch import nn
@@ -13,10 +13,10 @@ from ..analyze.counts import _called,latency,placed,running,speedup
 from ..core.brought import warn
 from ..core.running import SLIPS,inputs_that_run,tensors_of
 from ..core.surgery import copy_of
-from .program import SAMPLES,Arguments,allowed,checked_model,gap,outputs_of,reason_of
+from .program import Arguments,allowed,checked_model,gap,outputs_of,reason_of
 from ..legacy import old_function
 
-# %% ../../nbs/export/05_cpu.ipynb #5c7f43ec
+# %% ../../nbs/export/05_cpu.ipynb #d8936863
 def _channels_last(model, inputs, mode): return model.to(memory_format=torch.channels_last)
 
 def _compiled(model, inputs, mode): return torch.compile(model, **({} if mode is None else dict(mode=mode)))
@@ -40,7 +40,7 @@ _BACKENDS = dict(compile=_compiled, script=_scripted, channels_last=_channels_la
 def _check(model, new, inputs, dynamic, axis):
     "`ValueError` unless `new` gives what `model` gives"
     arguments = Arguments(model, inputs, dynamic, axis)
-    for n in (None,*SAMPLES) if dynamic else (None,):
+    for n in arguments.tries():
         given,out = outputs_of(arguments, n)
         with running(new, own_numbers=False), torch.no_grad(): now = _called(new, placed(model, given))
         pairs = list(zip(tensors_of(out), tensors_of(now)))

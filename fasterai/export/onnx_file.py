@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['output_names_of', 'quantized', 'ONNXFile', 'export_onnx']
 
-# %% ../../nbs/export/04_onnx_file.ipynb #437bc32e
+# %% ../../nbs/export/04_onnx_file.ipynb #d7a9ec5d
 import ast,json,logging,os,re,tempfile
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass,field
+from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import nn
@@ -17,9 +17,9 @@ from torch.nn.attention import SDPBackend,sdpa_kernel
 from ..core.running import batches_of,inputs_that_run,tensors_of
 from .onnx_model import FIXED,LAYERS,LAYOUT,ONNXModel,_fitted,needed
 from .program import Arguments,checked_model,exporting,fails,flat_program,layout_of,outputs_of,reason_of
-from .verify import SCOPES,_checked_tolerance,compare,layers_told,n_bytes_of,samples_of,verify_onnx
+from .verify import SCOPES,_checked_tolerance,compare,layers_told,n_bytes_of,samples_of
 
-# %% ../../nbs/export/04_onnx_file.ipynb #18f1a0ce
+# %% ../../nbs/export/04_onnx_file.ipynb #aa51edb2
 _INSIDE = 'model' # under this name, the network is part of what is exported
 
 def _scopes(text):
@@ -77,7 +77,7 @@ def output_names_of(
     if isinstance(layout, list): return [n for i,v in enumerate(layout) for n in output_names_of(v, f'{name}_{i}')]
     return []
 
-# %% ../../nbs/export/04_onnx_file.ipynb #ea96bd1e
+# %% ../../nbs/export/04_onnx_file.ipynb #d95d8fa5
 _MODES = 'dynamic','static'
 _DYNAMIC = 'MatMul','Gemm','LSTM','Attention','Gather' # what takes its ranges in each run, and gains by it
 
@@ -85,7 +85,7 @@ def _batches(arguments, data):
     "Inputs of the model in each batch of `data`, without what comes after them, such as labels"
     n = len(arguments.tensors)
     for batch in batches_of(data):
-        if isinstance(batch, Mapping): batch = [batch[k] for k in arguments.names if k in batch]
+        if isinstance(batch, Mapping): batch = [batch[k] for k in arguments.keys if k in batch]
         found = tensors_of(batch)[:n]
         if len(found)<n: raise ValueError(f'a batch of calibration_data has {len(found)} tensors, and the network takes {", ".join(arguments.names)}')
         yield found
@@ -127,11 +127,13 @@ def quantized(
         signed = dict(per_channel=True, weight_type=quantization.QuantType.QInt8)
         if mode=='dynamic':
             kinds = {o.op_type for o in needed('onnx').load(ready).graph.node}
-            if not kinds & set(_DYNAMIC): raise ValueError(f"quantize_mode='dynamic' is for linear layers and LSTMs, and this network has none: 'static' takes convolutions too")
+            if not kinds & set(_DYNAMIC):
+                raise ValueError("quantize_mode='dynamic' is for linear layers and LSTMs, and this network has none: 'static' takes convolutions too")
             return quantization.quantize_dynamic(ready, os.fspath(new), op_types_to_quantize=list(_DYNAMIC), **signed)
-        quantization.quantize_static(ready, os.fspath(new), _reader(ready, arguments, data), quant_format=quantization.QuantFormat.QDQ, activation_type=quantization.QuantType.QInt8, **signed)
+        signed |= dict(quant_format=quantization.QuantFormat.QDQ, activation_type=quantization.QuantType.QInt8)
+        quantization.quantize_static(ready, os.fspath(new), _reader(ready, arguments, data), **signed)
 
-# %% ../../nbs/export/04_onnx_file.ipynb #54ef70a1
+# %% ../../nbs/export/04_onnx_file.ipynb #05f95e8e
 @dataclass
 class ONNXFile(os.PathLike):
     "What `export_onnx` wrote; can be used as the path that it is"
@@ -236,7 +238,8 @@ def _checked_layout(model, out):
     "The layout of `out`, if ONNX has such tensors"
     found = tensors_of(out)
     if not found: raise ValueError(f'this {type(model).__name__} returns no tensor')
-    if any(o.is_complex() for o in found): raise ValueError(f'this {type(model).__name__} returns complex numbers, which ONNX has not: return `torch.view_as_real` of them')
+    if any(o.is_complex() for o in found):
+        raise ValueError(f'this {type(model).__name__} returns complex numbers, which ONNX has not: return `torch.view_as_real` of them')
     return layout_of(out)
 
 def _distinct(names, taken):

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['LAYOUT', 'FIXED', 'LAYERS', 'needed', 'ONNXModel']
 
-# %% ../../nbs/export/02_onnx_model.ipynb #da4355ab
+# %% ../../nbs/export/02_onnx_model.ipynb #5ebd8040
 import importlib,json,os
 from collections.abc import Mapping
 from pathlib import Path
 import numpy as np
 import torch
-from torch import Tensor
 from ..core.running import plain,tensors_of
 from .program import _numbered,put_together
 
@@ -23,7 +22,7 @@ def needed(
     try: return importlib.import_module(name)
     except ImportError as e: raise ImportError(f'ONNX files need {name.partition(".")[0]}: pip install fasterai[onnx]') from e
 
-# %% ../../nbs/export/02_onnx_model.ipynb #b22e4437
+# %% ../../nbs/export/02_onnx_model.ipynb #4fc4c6cd
 _PROVIDERS = dict(cuda='CUDAExecutionProvider', rocm='ROCMExecutionProvider', cpu='CPUExecutionProvider') # devices of ONNX Runtime, the fastest first
 
 def _providers(device, providers, there):
@@ -101,7 +100,9 @@ class ONNXModel:
     ):
         "Arrays of the outputs; `ValueError` if the file does not run with `feeds`"
         try: return self.session.run(names, feeds)
-        except self.fails as e: raise ValueError(f'{self.path.name} does not run with {", ".join(f"{k} {list(v.shape)}" for k,v in feeds.items())}: {_first_line(e)}') from e
+        except self.fails as e:
+            given = ', '.join(f'{k} {list(v.shape)}' for k,v in feeds.items())
+            raise ValueError(f'{self.path.name} does not run with {given}: {_first_line(e)}') from e
 
     def named(self, *args, **kwargs):
         "The tensors among the arguments, by the name that they have in the file"
@@ -125,7 +126,9 @@ class ONNXModel:
         for _ in range(n): self(*args, **kwargs)
         return self
 
-    def __repr__(self): return f'ONNXModel({str(self.path)!r}): {", ".join(map(_told, self.inputs.values()))} → {", ".join(map(_told, self.session.get_outputs()))} on {self.device}'
+    def __repr__(self):
+        inputs,outputs = (', '.join(map(_told, o)) for o in (self.inputs.values(),self.session.get_outputs()))
+        return f'ONNXModel({str(self.path)!r}): {inputs} → {outputs} on {self.device}'
 
 def _first_line(e): return next((o.strip() for o in str(e).splitlines() if o.strip()), type(e).__name__)[:400]
 

@@ -6,7 +6,7 @@
 __all__ = ['SAMPLES', 'Named', 'layout_of', 'put_together', 'Arguments', 'exporting', 'line_of', 'reason_of', 'fails',
            'flat_program', 'outputs_of', 'gap', 'allowed', 'checked_model', 'to_exported']
 
-# %% ../../nbs/export/01_program.ipynb #f89da5d1
+# %% ../../nbs/export/01_program.ipynb #5b679cf3
 import inspect,logging,re,traceback,warnings
 from collections.abc import Mapping
 from contextlib import ExitStack,contextmanager,redirect_stderr
@@ -17,7 +17,7 @@ from ..core.proof import TOLERANCE
 from ..core.running import (SLIPS,_eager,_parts,_without_caches,at_home,call_with,check_scripts,check_shapes,inputs_that_run,map_parts,
     plain_model,restored,tensors_of,untouched)
 
-# %% ../../nbs/export/01_program.ipynb #d71532b8
+# %% ../../nbs/export/01_program.ipynb #085db2a7
 class Named(dict):
     "A dict whose values are attributes as well"
     def __getattr__(self, name):
@@ -47,7 +47,7 @@ def put_together(
         return Named({k:made(v) for k,v in o.items()}) if isinstance(o, dict) else None
     return made(layout)
 
-# %% ../../nbs/export/01_program.ipynb #273f9866
+# %% ../../nbs/export/01_program.ipynb #51cc848a
 def _bound(model, inputs):
     "The arguments in `inputs` by name"
     if isinstance(inputs, Mapping): return {str(k):v for k,v in inputs.items()}
@@ -67,6 +67,7 @@ def _drawn_like(x, n, axis, gen):
     return (new*(std or 1.)+mean).to(x)
 
 _SEED = 0 # of samples that are drawn
+SAMPLES = 1,5 # how many are tried beside as many as are there
 
 class Arguments:
     "What `model` runs with, as a list of `tensors` with `names`; `n` samples along `axis` of those that are `batched`, none if the batch is fixed"
@@ -80,6 +81,7 @@ class Arguments:
         if not self.tensors: raise ValueError(f'example_inputs hold no tensor: a graph of this {type(model).__name__} would be a constant')
         bound = _bound(model, inputs)
         self.names = [o for k,v in bound.items() for o in _numbered(k, v)]
+        self.keys = list(self.names)  # in batches, whatever the names in a file are
         self.fixed = {k:repr(v) for k,v in bound.items() if v is not None and not tensors_of(v)}
         self.n = next((o.shape[axis] for o in self.tensors if o.dim()>axis), None)
         self.batched = self._found() if dynamic else [False]*len(self.tensors)
@@ -101,6 +103,10 @@ class Arguments:
         with untouched(self.model): call_with(self.model, self.with_samples(n, drawn=False))
         return self.batched
 
+    def tries(self):
+        "Numbers of samples to compare with: `None` stands for those that are there"
+        return (None,*SAMPLES) if any(self.batched) else (None,)
+
     def filled(self, tensors):
         "The inputs with `tensors` in the place of those that are there"
         todo = iter(tensors)
@@ -118,7 +124,7 @@ class Arguments:
             return torch.cat([some,_drawn_like(x, n-kept, self.axis, gen)], self.axis) if kept<n else some
         return self.filled([taken(o) if b else o for o,b in zip(self.tensors, self.batched)])
 
-# %% ../../nbs/export/01_program.ipynb #8c898395
+# %% ../../nbs/export/01_program.ipynb #e8961e72
 _CHATTER = ('torch.fx.experimental.symbolic_shapes','torch.export._trace','torch.onnx._internal.exporter._compat','onnxscript.optimizer._constant_folding','onnxscript.version_converter',
     'onnx_ir.passes.common.initializer_deduplication')
 
@@ -191,7 +197,8 @@ def _exported(model, args, kwargs, shapes):
     "The `ExportedProgram`; `ValueError` with the reason if there is none"
     slips = fails()
     try:
-        with redirect_stderr(StringIO()): return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)  # on an error, it would print all operations so far
+        with redirect_stderr(StringIO()):  # on an error, it would print all operations so far
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except slips as e:
         kind = type(model.model if isinstance(model, _Flat) else model).__name__
         advice = '. The batch cannot be open: `dynamic_batch=False` fixes the number of samples; if these are along another axis, `batch_axis` says so'
@@ -220,9 +227,7 @@ def flat_program(
     with exporting(arguments.model):
         return _exported(_Flat(arguments.model, arguments).eval(), tuple(tensors_of(many)), {}, (tuple(_open(arguments)),))
 
-# %% ../../nbs/export/01_program.ipynb #59a75725
-SAMPLES = 1,5 # how many are tried beside as many as are there
-
+# %% ../../nbs/export/01_program.ipynb #4bb427b6
 def outputs_of(
     arguments:Arguments, # Of the model
     n:int|None=None, # So many samples; as many as are there if not given
@@ -297,7 +302,7 @@ def to_exported(
     args,kwargs,shapes = _as_called(many, _open(arguments))
     with exporting(model): program = _exported(model, args, kwargs, shapes[1 if kwargs else 0])
     run = program.module()
-    for n in (None,*SAMPLES) if dynamic_batch else (None,):
+    for n in arguments.tries():
         inputs,out = outputs_of(arguments, n)
         with at_home(): new = call_with(run, inputs)
         _compare(model, out, new, n or arguments.n, rtol)
@@ -308,5 +313,6 @@ def _compare(model, out, new, n, rtol):
     out,new = tensors_of(out),tensors_of(new)
     if len(out)!=len(new): raise ValueError(f'the program of this {type(model).__name__} returns {len(new)} tensors in place of {len(out)}')
     for i,(a,b) in enumerate(zip(out, new)):
-        if not gap(a, b)<=allowed(a, rtol):
-            raise ValueError(f'the program of this {type(model).__name__} gives something else with {n} samples: tensor {i} differs by {gap(a, b):.1e} of its largest value')
+        if gap(a, b)<=allowed(a, rtol): continue
+        what = f'tensor {i} differs by {gap(a, b):.1e} of its largest value'
+        raise ValueError(f'the program of this {type(model).__name__} gives something else with {n} samples: {what}')

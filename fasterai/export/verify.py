@@ -6,7 +6,7 @@
 __all__ = ['SCOPES', 'Layer', 'Verified', 'scopes_of', 'n_bytes_of', 'layers_of', 'layers_told', 'first_difference', 'feeds',
            'compare', 'samples_of', 'verify_onnx']
 
-# %% ../../nbs/export/03_verify.ipynb #e414dbb5
+# %% ../../nbs/export/03_verify.ipynb #0c7ab6a2
 import ast,os,tempfile
 from collections import namedtuple
 from pathlib import Path
@@ -15,9 +15,9 @@ from torch import nn
 from ..analyze.counts import _draws
 from ..core.running import call_with,calls_of,inputs_that_run,tensors_of,untouched
 from .onnx_model import ONNXModel,_fitted,needed
-from .program import SAMPLES,Arguments,allowed,checked_model,gap,outputs_of
+from .program import Arguments,allowed,checked_model,gap,outputs_of
 
-# %% ../../nbs/export/03_verify.ipynb #d42173b2
+# %% ../../nbs/export/03_verify.ipynb #516f5588
 SCOPES = 'pkg.torch.onnx.name_scopes' # where the exporter writes the modules that an operation is of, the outermost first
 
 def scopes_of(
@@ -112,7 +112,7 @@ def feeds(
     names = arguments.names if set(arguments.names)==set(model.inputs) else model.inputs
     return {k:_fitted(k, o, model.inputs[k].type) for k,o in zip(names, tensors)}
 
-# %% ../../nbs/export/03_verify.ipynb #48a43f7d
+# %% ../../nbs/export/03_verify.ipynb #c586fd92
 def _checked_tolerance(**given):
     for k,v in given.items():
         if v is not None and not (isinstance(v, (int,float)) and not isinstance(v, bool) and v>=0): raise ValueError(f'{k} is a number, 0 or more, not {v!r}')
@@ -128,7 +128,7 @@ def compare(
 )->float:
     "The largest `gap` of outputs, whatever the number of samples; a `ValueError` that says where"
     model,worst,path = ONNXModel(path, 'cpu'),0.,Path(path)
-    for n in (None,*SAMPLES) if any(arguments.batched) else (None,):
+    for n in arguments.tries():
         inputs,out = outputs_of(arguments, n)
         outs,new = tensors_of(out),[torch.from_numpy(o) for o in model.run(feeds(model, arguments, inputs))]
         kind,many = type(arguments.model).__name__,f'{n or arguments.n} sample{"s" if (n or arguments.n)!=1 else ""}'
@@ -138,7 +138,8 @@ def compare(
             if differs<=allowed(a, rtol, atol) or not strict:
                 worst = max(worst, differs)
                 continue
-            how = f'has the shape {list(b.shape)} in place of {list(a.shape)}' if a.shape!=b.shape else f'differs by {differs:.1e} of its largest value, {allowed(a, rtol, atol):.1e} is allowed'
+            how = f'differs by {differs:.1e} of its largest value, {allowed(a, rtol, atol):.1e} is allowed'
+            if a.shape!=b.shape: how = f'has the shape {list(b.shape)} in place of {list(a.shape)}'
             first = first_difference(path, arguments, inputs, rtol, atol)
             where = f'the first layer that differs is {_named(first)}' if first else 'no layer differs by itself'
             if _draws(arguments.model, inputs): where += '. It draws random numbers, and a file draws others'
@@ -150,7 +151,7 @@ Verified = namedtuple('Verified', 'difference samples layers')
 
 def samples_of(arguments):
     "The numbers of samples that are compared"
-    return tuple(dict.fromkeys((arguments.n,*SAMPLES))) if any(arguments.batched) else (arguments.n,)
+    return tuple(dict.fromkeys(n or arguments.n for n in arguments.tries()))
 
 def verify_onnx(
     model:nn.Module, # In eval mode or not: left as it is
@@ -169,5 +170,6 @@ def verify_onnx(
     arguments = Arguments(model, inputs_that_run(model, sample), dynamic_batch, batch_axis)
     worst,told = compare(path, arguments, rtol, atol),ONNXModel(path, 'cpu').layers or []
     if told and (first := first_difference(path, arguments, arguments.inputs, rtol, atol)):
-        raise ValueError(f'{Path(path).name} is not this {type(model).__name__}: its outputs are the same here, but not those of {_named(first)}, {first.allowed:.1e} is allowed')
+        said = f'its outputs are the same here, but not those of {_named(first)}, {first.allowed:.1e} is allowed'
+        raise ValueError(f'{Path(path).name} is not this {type(model).__name__}: {said}')
     return Verified(worst, samples_of(arguments), len(told))
