@@ -14,6 +14,7 @@ FILES = {p.relative_to(LIB).as_posix(): ast.parse(p.read_text(encoding='utf-8'))
 RULES = [  # module                  ours                              others
     ('_modidx.py',                  '',                               ''),
     ('*__init__.py',                '',                               ''),
+    ('misc/all.py',                 'core legacy export',             ''),
     ('*/all.py',                    'core legacy',                    ''),
     ('legacy.py',                   'core',                           'torch'),
     ('core/kernels.py',             '',                               'torch numpy triton'),
@@ -23,7 +24,7 @@ RULES = [  # module                  ours                              others
     ('analyze/*',                   'core sparse prune quantize report legacy', 'torch numpy pandas'),
     ('lightning.py',                'core sparse prune distill regularize quantize repair', 'torch lightning pytorch_lightning'),
     ('transformers.py',             'core sparse prune distill regularize quantize repair', 'torch transformers safetensors'),
-    ('export/*',                    'core',                           'torch numpy onnx onnxruntime onnxscript'),
+    ('export/*',                    'core analyze legacy',            'torch numpy onnx onnxruntime onnxscript'),
     ('misc/*',                      'core legacy repair',             'torch numpy tensorly'),
     ('quantize/*',                  'core legacy',                    'torch numpy pandas torchao safetensors constriction'),
     ('repair/*',                    'core',                           'torch pandas'),
