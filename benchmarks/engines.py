@@ -55,7 +55,7 @@ if __name__=='__main__':
         times = {k:[] for k in ways}
         for _ in range(ROUNDS):
             for k,how in ways.items(): times[k] += steps(**how)
-        for base in ways.keys()-{'ours'}:
+        for base in [o for o in ways if o!='ours']:
             mean,median = (f(times['ours'])/f(times[base]) for f in (statistics.mean, statistics.median))
             beside = 'the same by hand' if base=='hand' else 'nothing'
             print(f'{name}: {1e3*statistics.median(times["ours"]):.1f} beside {1e3*statistics.median(times[base]):.1f} with {beside}; ×{median:.3f} of the medians, ×{mean:.3f} of the means')
