@@ -4,6 +4,7 @@ from collections import OrderedDict
 import pytest, torch
 from torch import nn
 from torch.nn import functional as F
+from fasterai.core.obs import Reader,best_removed,removal_costs
 from fasterai.prune.all import Pruner
 from fasterai.sparse.all import Sparsifier
 
@@ -234,3 +235,21 @@ def test_repair_takes_arguments_by_name_with_a_target():
         Sparsifier(m, 'weight', 'local', 'obs', layer_type=nn.Linear, data=data, repair=True).sparsify_model(40)
         found.append(m)
     for a,b in zip(found[0].parameters(), found[1].parameters()): assert torch.equal(a, b)
+
+# --- few channels, of which most go
+
+@pytest.mark.parametrize('n,k', [(12,9), (12,11), (16,14), (18,15), (40,38), (300,299)])
+def test_few_ways_to_keep_some(n, k):
+    torch.manual_seed(0)
+    x,w = torch.randn(n, 2*n).double(),torch.randn(4, n)
+    def readers(): return [Reader(w, x@x.T, torch.arange(n), n)]
+    greedy = removal_costs(readers(), n).argsort()[:k]
+    best = best_removed(readers, greedy, n)
+    assert len(best.unique())==k and readers()[0].cost(best)<=readers()[0].cost(greedy)*(1+1e-9)
+
+@pytest.mark.parametrize('n,ratio', [(12,75), (12,90), (16,90), (16,95)])
+def test_obs_takes_most_of_few_channels(n, ratio):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, n, 3), nn.ReLU(), nn.Conv2d(n, 4, 3)).eval()
+    Pruner(model, ratio, criteria='obs', data=[torch.randn(4, 3, 8, 8)], progress=False).prune_model()
+    assert len(model[0].weight)==n-int(n*ratio/100)
