@@ -253,3 +253,47 @@ def test_obs_takes_most_of_few_channels(n, ratio):
     model = nn.Sequential(nn.Conv2d(3, n, 3), nn.ReLU(), nn.Conv2d(n, 4, 3)).eval()
     Pruner(model, ratio, criteria='obs', data=[torch.randn(4, 3, 8, 8)], progress=False).prune_model()
     assert len(model[0].weight)==n-int(n*ratio/100)
+
+# --- a Sparsifier zeroes and repairs, or neither
+
+def of_sparsifier(o):
+    return dict(params=[p.detach().clone() for p in o.model.parameters()], masks={n:m.clone() for n,m in o.masks.items()},
+                state={n:t.clone() for n,t in o.state_dict().items()}, reached=o.reached(), left=o.left, asked=o._asked)
+
+SPARSE = dict(weights=dict(granularity='weight'), global_=dict(granularity='weight', context='global'), filters=dict(granularity='filter'), pattern=dict(granularity='2:4'),
+              tied=dict(granularity='filter', coupled=True), moved=dict(granularity='weight', criteria='movement'), obs=dict(granularity='weight', criteria='obs'))
+
+@pytest.mark.parametrize('first', [None,20], ids=['fresh','again'])
+@pytest.mark.parametrize('way', ['sparsify_model','sparsify_layer','sparsify_below','update'])
+@pytest.mark.parametrize('kind', SPARSE)
+def test_a_sparsifier_whose_repair_fails(kind, way, first, monkeypatch):
+    def made():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+        o = Sparsifier(model, data=[torch.randn(4, 3, 8, 8) for _ in range(2)], repair=True, **SPARSE[kind])
+        for p in model.parameters(): p.detach().add_(.01*torch.randn(p.shape))
+        return o
+    def call(o, how, n):
+        if how=='sparsify_layer': return o.sparsify_layer('0', n)
+        if how=='sparsify_below': return o.sparsify_below(float(torch.cat([*o._scores(o.layers).values()]).double().quantile(n/100)))
+        getattr(o, how)(n)
+    if kind=='obs' and way in ('update','sparsify_below'): return  # data are looked at by a percentage
+    o,other = made(),made()
+    for x in (o,other) if first else (): call(x, 'sparsify_model' if way=='sparsify_layer' else way, first)
+    before = of_sparsifier(o)
+    with monkeypatch.context() as m:
+        m.setattr('fasterai.sparse.sparsifier.Teacher.repair', fails)
+        with pytest.raises(ValueError, match='no repair'): call(o, way, 50)
+    assert equal(before, of_sparsifier(o))
+    o.apply_masks()
+    assert equal(before['params'], of_sparsifier(o)['params'])
+    for x in (o,other): call(x, way, 50)
+    assert equal(of_sparsifier(o), of_sparsifier(other)) and o.reached()>before['reached']
+
+def test_data_that_cannot_repair_leave_no_zeros():
+    torch.manual_seed(0)
+    for bad in (torch.full((2, 6), torch.nan), torch.randn(2, 5)):
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+        before = [p.clone() for p in model.parameters()]
+        with pytest.raises(ValueError): Sparsifier(model, layer_type=nn.Linear, data=[torch.randn(2, 6),bad], repair=True).sparsify_model(50)
+        assert same(before, model.parameters())
