@@ -5,7 +5,10 @@ import pytest, torch
 from torch import nn
 from torch.nn import functional as F
 from fasterai.core.obs import Reader,best_removed,removal_costs
-from fasterai.prune.all import Pruner
+from fasterai.analyze.all import block_influence
+from fasterai.misc.all import FC_Decomposer
+from fasterai.prune.all import Pruner,drop_blocks
+from fasterai.repair.all import repair
 from fasterai.sparse.all import Sparsifier
 
 class Two(nn.Module):
@@ -297,3 +300,76 @@ def test_data_that_cannot_repair_leave_no_zeros():
         before = [p.clone() for p in model.parameters()]
         with pytest.raises(ValueError): Sparsifier(model, layer_type=nn.Linear, data=[torch.randn(2, 6),bad], repair=True).sparsify_model(50)
         assert same(before, model.parameters())
+
+# --- data that come once, as a stream, or are none
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), Added(nn.Conv2d(8, 8, 3, padding=1)), Added(nn.Conv2d(8, 8, 3, padding=1)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+class Added(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+    def forward(self, x): return x+self.inner(x).relu()
+
+def pictures():
+    torch.manual_seed(1)
+    return [torch.randn(4, 3, 8, 8) for _ in range(3)]
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, batches): self.batches = batches
+    def __iter__(self): return iter(self.batches)
+
+def cut(model, **how):
+    Pruner(model, 40, progress=False, **how).prune_model()
+    return model
+def sparse(model, **how):
+    Sparsifier(model, **how).sparsify_model(50)
+    return model
+def mended(model, data):
+    teacher = copy.deepcopy(model)
+    Pruner(model, 40, example_inputs=pictures()[0], progress=False).prune_model()
+    repair(model, teacher, data, progress=False)
+    return model
+def dropped(model, **how):
+    drop_blocks(model, 1, progress=False, **how)
+    return model
+
+DOORS = dict(repair=mended, obs=lambda m, d: cut(m, criteria='obs', data=d), prune=lambda m, d: cut(m, data=d, repair=True), target=lambda m, d: cut_to(m, d),
+    sparse=lambda m, d: sparse(m, data=d, repair=True), sparse_obs=lambda m, d: sparse(m, criteria='obs', data=d), wanda=lambda m, d: sparse(m, criteria='wanda', data=d),
+    drop=lambda m, d: dropped(m, data=d), drop_repair=lambda m, d: dropped(m, data=d, repair=True), fc=lambda m, d: FC_Decomposer().decompose(m, .5, data=d, repair=True))
+def cut_to(model, data):
+    Pruner(model, params='1.5x', data=data, repair=True, progress=False).prune_model()
+    return model
+
+@pytest.mark.parametrize('door', DOORS)
+def test_once_and_as_a_stream_is_as_a_list(door):
+    want = DOORS[door](small(), pictures())
+    kinds = dict(once=lambda: (o for o in pictures()), stream=lambda: torch.utils.data.DataLoader(Stream(pictures()), None))
+    for kind in kinds.values():
+        found = DOORS[door](small(), kind())
+        assert same([*want.state_dict().values()], [*found.state_dict().values()])
+
+def test_influence_of_a_stream():
+    stream = torch.utils.data.DataLoader(Stream(pictures()), None)
+    assert block_influence(small(), stream, progress=False).equals(block_influence(small(), pictures(), progress=False))
+
+NONE = dict(none=([None], 'batch 0 of data has no inputs'), some=([torch.randn(2, 3, 8, 8),None], 'batch 1 of data has no inputs'), targets=([(None,torch.zeros(2))], 'batch 0 of data has no inputs'),
+    number=(5, 'data are batches'), function=(pictures, 'data are batches'), type_=(list, 'data are batches'), word=('train', 'data are batches'),
+    meta=([torch.randn(2, 3, 8, 8, device='meta')], 'on the meta device'))
+REPAIRED = [k for k in DOORS if k not in ('obs','sparse_obs','wanda')]
+
+@pytest.mark.parametrize('kind', NONE)
+@pytest.mark.parametrize('door', REPAIRED)
+def test_no_batches(door, kind):
+    data,why = NONE[kind]
+    model = small()
+    with pytest.raises(ValueError) as e: DOORS[door](model, data)
+    assert door not in ('repair','drop','drop_repair') or why in str(e.value)
+    if door!='repair': assert same([*model.state_dict().values()], [*small().state_dict().values()])
+
+@pytest.mark.parametrize('door', REPAIRED)
+def test_a_later_batch_that_does_not_fit(door):
+    model = small()
+    with pytest.raises(ValueError, match='does not run with data'): DOORS[door](model, [*pictures(),torch.randn(4, 2, 8, 8)])
+    if door!='repair': assert same([*model.state_dict().values()], [*small().state_dict().values()])

@@ -14,7 +14,7 @@ from ..core.blocks import PASSED, Found, Influences, argument, residual_blocks
 from ..core.brought import check_held, listed, warn
 from ..core.plan import pruned_plan
 from ..core.registry import did_you_mean
-from ..core.running import SLIPS, Bystanders, at_home, call_with, check_runs, followable, inputs_for, tensors_of, undone, untouched, with_bar
+from ..core.running import SLIPS, Bystanders, at_home, call_with, check_runs, explained, followable, inputs_for, tensors_of, undone, untouched, with_bar
 from ..repair.repair import Teacher, _batches, _given
 
 # %% ../../nbs/prune/04_blocks.ipynb #6b7b4b69
@@ -223,7 +223,9 @@ def influences(
 )->dict[str,float]:
     "The influence of each of `blocks` over all `batches`"
     seen = Influences(model, blocks)
-    for b in with_bar(batches, progress): seen.look(_given(b, model))
+    for b in with_bar(batches, progress):
+        inputs = _given(b, model)
+        with explained(model, inputs, 'data', 'Pass batches that the model takes'): seen.look(inputs)
     return seen.found()
 
 _NONE = 'this {} has no residual block that could be dropped: a module whose output has the shape of its input, with its input added to it'
@@ -318,7 +320,7 @@ def drop_blocks(
     with Bystanders(model, first).aside():
         found = _found(model, first)
         names = _chosen(wanted, found, lambda units: influences(model, {n:found.blocks[n] for n in units}, batches, progress))
-        teacher = Teacher(model, data, progress) if repair else None
+        teacher = Teacher(model, batches, progress) if repair else None
         with untouched(model): before = _shapes(call_with(model, first))
         told = {n:_told(found.blocks[n]) for n in names}
         with undone() as undo:

@@ -513,7 +513,7 @@ class Pruner:
         if pruning_ratio is not None and model is None: raise ValueError('a pruning_ratio needs a model: Pruner(model, pruning_ratio)')
         self.context,self.criteria,self.layer_type = context_of(context),criteria_of(criteria),check_layer_type(layer_type)
         self.model = None if model is None else followable(model, resizes=self.lossy)
-        self.example_inputs,self.round_to,self.verify,self.data = example_inputs,round_to,verify,repeatable(data)
+        self.example_inputs,self.round_to,self.verify,self.data = example_inputs,round_to,verify,repeatable(data, counted=repair or self.target is not None)
         self.loss_func = check_loss(loss_func)
         self.progress,self.repair,self.repaired,self._teacher = progress,repair,None,None  # `repaired` is the table of `repair`
         self.pruning_ratio = None if pruning_ratio is None else self._checked(pruning_ratio)

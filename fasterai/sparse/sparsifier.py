@@ -825,7 +825,7 @@ class Sparsifier:
             raise ValueError(f'round_to is a whole number of blocks, at least 1, not {round_to!r}')
         self.model = plain_model(model)
         self.granularity,self.context,self.criteria = granularity_of(granularity),context_of(context),criteria_of(criteria)
-        self.round_to,self.example_inputs,self.data,self.loss_func = round_to,example_inputs,repeatable(data),check_loss(loss_func)
+        self.round_to,self.example_inputs,self.data,self.loss_func = round_to,example_inputs,repeatable(data, counted=repair),check_loss(loss_func)
         with still(self.model):
             self.layers,out = find_layers(self.model, self.granularity, layer_type, self.criteria)
             self._stays = [self._computed(n, how) for n,(how,_) in out.items()]
