@@ -346,7 +346,7 @@ class _Aim:
         if self.budget>=now:
             warn(f'nothing went: {self.target} asks for {self.target.shown(self.budget)}, and there are {self.target.shown(now)}')
             return
-        best = yield from self.nearest(Widths.chosen, 'least loss')
+        best = yield from self.nearest(partial(Widths.chosen, within=_WITHIN) if self.meter.exact else Widths.chosen, 'least loss')
         if self.pruner.data is not None or self.uniform_is_better(best):
             other = yield from self.nearest(Widths.uniform, 'the same share of each group', self.goal, _CORRECTIONS//2)
             if other and self.is_met(other) and (not self.is_met(best) or self.loses(other)<self.loses(best)): best = other
@@ -427,7 +427,7 @@ class _Aim:
         "Why the target was not met, if it was not"
         if self.is_met(found): return ''
         t = self.target
-        why = 'times vary on this machine' if t.what=='latency' else 'one step more would be too many'
+        why = 'times vary on this machine' if t.what=='latency' else 'no widths were found that come nearer and leave no more'
         return f'{t} asks for {t.shown(self.budget)}, and {t.shown(found.left)} are left, which is {abs(self.off(found.left)):.0%} off: {why}; {self.stays()}'
 
 # %% ../../nbs/prune/01_pruner.ipynb #85c1ce49
