@@ -8,6 +8,8 @@ __all__ = ['PassedOn', 'dropped_as', 'influences', 'scanned', 'drop_blocks']
 # %% ../../nbs/prune/04_blocks.ipynb #8993cb23
 from contextlib import ExitStack,contextmanager
 from copy import deepcopy
+from functools import partial
+import math, sys
 import torch
 from torch import nn
 from ..core.blocks import PASSED, Found, Influences, argument, residual_blocks
@@ -98,11 +100,13 @@ def _lists(configs, n):
 
 def _shorter(v, gone): return type(v)(o for i,o in enumerate(v) if i not in gone)
 
-def _made_from(top, config):
-    "A model like `top`, without memory, as `config` tells; `None` if there is none"
+def _made_from(top, changed): # Function that gives a config
+    "A model like `top`, without memory, as a config tells; `None` if there is none"
+    strict = getattr(sys.modules.get('huggingface_hub.errors'), 'StrictDataclassError', ValueError)  # which configs of transformers raise for numbers that do not go together
     try:
+        config = changed()
         with torch.device('meta'): return type(top)(type(config).from_dict(config.to_dict()))
-    except SLIPS: return
+    except (*SLIPS,strict): return
 
 def _is_in(name, names): return any(name==o or name.startswith(f'{o}.') for o in names)
 
@@ -126,7 +130,7 @@ def _fitting(top, n, gone, standing):
     configs = list(_configs(top.config))
     numbers,lists = _numbers(configs, n),_lists(configs, n)
     for some in (lists,[]):
-        def made(chosen): return _made_from(top, _changed(top.config, chosen, some, n, gone))
+        def made(chosen): return _made_from(top, partial(_changed, top.config, chosen, some, n, gone))
         for o in numbers:
             if not _as_made(top, made([o]), standing): continue
             chosen = [o]
@@ -226,7 +230,10 @@ def influences(
     for b in with_bar(batches, progress):
         inputs = _given(b, model)
         with explained(model, inputs, 'data', 'Pass batches that the model takes'): seen.look(inputs)
-    return seen.found()
+    found = seen.found()
+    for n,o in found.items():
+        if math.isnan(o) and seen.sums[n][1]: raise ValueError(f'inputs or outputs of {n} are not finite for these data, and do not tell what it does')
+    return found
 
 _NONE = 'this {} has no residual block that could be dropped: a module whose output has the shape of its input, with its input added to it'
 
