@@ -3389,6 +3389,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.report.plots._drawn': ('report/plots.html#_drawn', 'fasterai/report/plots.py'),
                                        'fasterai.report.plots._formula': ('report/plots.html#_formula', 'fasterai/report/plots.py'),
                                        'fasterai.report.plots._halves': ('report/plots.html#_halves', 'fasterai/report/plots.py'),
+                                       'fasterai.report.plots._in_short': ('report/plots.html#_in_short', 'fasterai/report/plots.py'),
                                        'fasterai.report.plots._layers': ('report/plots.html#_layers', 'fasterai/report/plots.py'),
                                        'fasterai.report.plots._measured': ('report/plots.html#_measured', 'fasterai/report/plots.py'),
                                        'fasterai.report.plots._name': ('report/plots.html#_name', 'fasterai/report/plots.py'),

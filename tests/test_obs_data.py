@@ -373,3 +373,47 @@ def test_a_later_batch_that_does_not_fit(door):
     model = small()
     with pytest.raises(ValueError, match='does not run with data'): DOORS[door](model, [*pictures(),torch.randn(4, 2, 8, 8)])
     if door!='repair': assert same([*model.state_dict().values()], [*small().state_dict().values()])
+
+# --- steps
+
+@pytest.mark.parametrize('criteria', ['obs','wanda','taylor'])
+@pytest.mark.parametrize('call', ['update','step'])
+def test_steps_learn_from_data(criteria, call):
+    "As `prune_model` does; each step from the network as it is then"
+    data = [(x,torch.zeros(4, dtype=torch.long)) for x in pictures()]
+    found = []
+    for n in (0,1):
+        model = small()
+        p = Pruner(model, 50, criteria=criteria, data=data, progress=False)
+        if n: assert getattr(p, call)(50)
+        else: p.prune_model()
+        found.append([*model.state_dict().values()])
+    assert same(*found)
+    model = small()
+    p = Pruner(model, 50, criteria=criteria, data=data, progress=False)
+    for o in (20,50): assert getattr(p, call)(o)>0
+    assert p.reached()==50 and [o.shape for o in model.parameters()]==[o.shape for o in found[0] if o.dim()]
+
+def test_a_batch_that_was_looked_at_comes_first():
+    "Data are for what nothing is known of"
+    model = small()
+    p = Pruner(model, 50, criteria='wanda', example_inputs=pictures()[0], progress=False)
+    p.start()
+    p.look(pictures()[0])
+    known = {k:v.clone() for k,v in p.about.found['act'].items()}
+    p.data = [torch.zeros(4, 3, 8, 8)]
+    seen = []
+    p._learn = lambda: seen.append(1)
+    p.update(50)
+    assert known and not seen
+
+def test_two_inputs_by_name_are_those_that_run_a_decomposition():
+    "No size is looked for, where data tell it"
+    data = by_name()
+    model = two()
+    decomposer = FC_Decomposer()
+    new = decomposer.decompose(model, .5, data=data, repair=True)
+    assert decomposer.ranks and decomposer.repaired is not None and new(**data[0]).shape==(32,3)
+    with_target = FC_Decomposer().decompose(model, .5, data=[(o,torch.zeros(32)) for o in data], repair=True)
+    assert same([*new.state_dict().values()], [*with_target.state_dict().values()])
+    with pytest.raises(ValueError, match='does not run with data'): FC_Decomposer().decompose(model, .5, data=[dict(p=torch.randn(3, 6), q=torch.randn(3, 4))], repair=True)

@@ -299,3 +299,30 @@ class Trunk(nn.Module):
         x = self.first(x)
         for o in self.blocks: x = x+o(x)
         return self.last(x.mean(1))
+
+@pytest.mark.parametrize('number', [np.int64(300), np.int32(300), np.float32(300), np.array(300), torch.tensor(300), torch.tensor(300.)])
+def test_numbers_of_other_kinds(number):
+    found = []
+    for n in (300,number):
+        m = seeded(MODELS['plain'][0])
+        p = Pruner(m, params=n, example_inputs=X)
+        p.prune_model()
+        found.append((state(m),p.met))
+    assert same(found[0][0], found[1][0]) and found[0][1]['left']==found[1][1]['left']
+    for wrong in (np.bool_(True),torch.tensor(True),torch.tensor([300]),np.array([300]),[300]):
+        with pytest.raises(ValueError, match='params is how much'): Pruner(seeded(MODELS['plain'][0]), params=wrong, example_inputs=X)
+
+def test_what_is_not_repaired_is_told_once():
+    "However many widths are tried"
+    m = seeded(Read)
+    x = torch.randn(16, 6)
+    with pytest.warns(UserWarning) as said: Pruner(m, params='1.5x', data=[x], repair=True).prune_model()
+    assert len([o for o in said if 'not repaired' in str(o.message)])==1
+
+class Read(nn.Module):
+    "A weight is multiplied in another way than a layer does"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = nn.Linear(6, 24),nn.Linear(24, 24)
+        self.w = nn.Parameter(torch.randn(24, 4))
+    def forward(self, x): return torch.einsum('bij,bjk->bik', self.b(self.a(x).relu()).relu()[:,None], self.w.expand(len(x), -1, -1))

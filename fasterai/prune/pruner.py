@@ -7,7 +7,7 @@ __all__ = ['save_pruned', 'load_pruned', 'tied_groups', 'group_scores', 'readers
            'check_layer_type', 'check_optimizer', 'Pruner']
 
 # %% ../../nbs/prune/01_pruner.ipynb #d3138369
-import copy,math
+import copy,math,warnings
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager,nullcontext
@@ -408,7 +408,10 @@ class _Aim:
         p = self.pruner
         if p.data is None: return found.loss
         remember_plan(found.new, found.plan)
-        if p.repair: p._teacher.repair(found.new)
+        if p.repair:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # the widths that are taken tell their own
+                p._teacher.repair(found.new)
         wrong = size = 0.
         with untouched(p.model), untouched(found.new):
             for b in p.data:
@@ -712,6 +715,7 @@ class Pruner:
         if self.graph is None: self.start()
         elif self._shapes()!=self.seen: self._start_again()
         check_values(self.model)
+        if not self.about.found: self._learn()
         with self.bystanders.aside(): n = self._update(ratio, self._targets(ratio), optimizer)
         self.about.forget_data()
         self.seen = self._shapes()

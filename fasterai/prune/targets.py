@@ -24,6 +24,7 @@ class Target:
     called = dict(latency='seconds', macs='multiply-accumulates', params='parameters', bytes='bytes')
     examples = dict(latency="'5 ms'", macs="'1.5G'", params="'3M'", bytes="'12 MB'")
     def __init__(self, what, given): # One of `units`, and what the user says of it
+        if getattr(given, 'ndim', None)==0: given = given.item()  # of NumPy, or a tensor
         self.what,self.given,self.share,self.number = what,given,None,None
         if isinstance(given, bool) or not isinstance(given, (str,int,float)): raise ValueError(self._refused())
         if not isinstance(given, str): self.number = float(given)
