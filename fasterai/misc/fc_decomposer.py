@@ -69,6 +69,7 @@ class FC_Decomposer(Decomposer):
     def _first(self, model):
         "The inputs of the first batch"
         inputs = first_inputs(self.data, model)
+        if isinstance(inputs, tuple) and len(inputs)==1: inputs, = inputs
         with explained(model, inputs, 'data', 'Pass batches that the model takes'), untouched(model): call_with(model, inputs)
         return inputs
 

@@ -9,7 +9,6 @@ __all__ = ['repair', 'Teacher']
 from collections.abc import Mapping
 from math import inf, nan
 from numbers import Real
-import numpy as np
 import torch
 from torch import nn, Tensor
 from ..core.brought import check_values, warn
@@ -246,7 +245,7 @@ def _row(name, before=nan, after=nan, ridge=None, why=''): return dict(layer=lay
 def _batches(data):
     "`data` as something with a length that gives batches: a list of itself, if it is one"
     if data is None: raise ValueError('to repair a model takes inputs for it: pass some as `data`, no labels are needed')
-    data = [data] if isinstance(data, (Tensor,np.ndarray,Mapping,tuple)) else repeatable(data, counted=True)
+    data = [data] if isinstance(data, (Mapping,tuple)) or hasattr(data, '__array__') else repeatable(data, counted=True)
     if not len(data): raise ValueError('data has no batch: give a list of tensors, of dicts of arguments by name, or a loader')
     for i,batch in enumerate(data if isinstance(data, list) else ()):
         if not _has_inputs(batch[:-1] or batch if isinstance(batch, (tuple,list)) else batch): raise ValueError(f'batch {i} of data has no inputs: {batch!r}')
