@@ -281,6 +281,8 @@ def transformer(kind):
     ids = torch.tensor([[3,4,5,6],[7,8,9,3]])
     torch.manual_seed(0)
     makes = dict(
+        wav2vec=lambda: (tr.Wav2Vec2Model(tr.Wav2Vec2Config(**small, conv_dim=(8,8,8), conv_stride=(5,2,2), conv_kernel=(10,3,3), num_feat_extract_layers=3, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)),
+            dict(input_values=torch.randn(2, 300)), ['encoder.layers.1']),
         bert=lambda: (tr.BertModel(tr.BertConfig(**small)), dict(input_ids=ids, attention_mask=torch.ones_like(ids)), ['encoder.layer.0','encoder.layer.2']),
         gpt2=lambda: (tr.GPT2LMHeadModel(tr.GPT2Config(n_embd=8, n_layer=3, n_head=2, vocab_size=20, **ends)), ids, ['transformer.h.0']),
         llama=lambda: (tr.LlamaForCausalLM(tr.LlamaConfig(**small, num_key_value_heads=1, **ends)), ids, ['model.layers.0','model.layers.1']),
@@ -290,7 +292,7 @@ def transformer(kind):
         bart=lambda: (tr.BartModel(tr.BartConfig(**halves, vocab_size=20, forced_eos_token_id=2, **ends)), dict(input_ids=ids, decoder_input_ids=ids), ['encoder.layers.0','decoder.layers.2']))
     return makes[kind]()
 
-@pytest.mark.parametrize('kind', ['bert','gpt2','llama','qwen3','t5','bart'])
+@pytest.mark.parametrize('kind', ['bert','gpt2','llama','qwen3','t5','bart','wav2vec'])
 def test_config_counts_the_rest(kind, tmp_path):
     model,x,names = transformer(kind)
     model.eval()
@@ -316,3 +318,13 @@ def test_config_that_cannot_tell_is_told():
     model = tr.AlbertModel(tr.AlbertConfig(hidden_size=8, embedding_size=4, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, vocab_size=20)).eval()
     n, = block_influence(model, ids:=torch.tensor([[3,4,5]])).block
     with pytest.warns(UserWarning, match='config tells nothing'): drop_blocks(model, [n], ids)
+
+def test_numbers_of_the_influence():
+    "Of batches that do not fit, or are not finite, no block is told"
+    model = net()
+    good,bad,nan = X[:3],X[:3,:4],X[:3]*torch.nan
+    for f in (lambda data: block_influence(model, data, progress=False), lambda data: drop_blocks(model, 1, data, progress=False), lambda data: drop_blocks(model, 1, data, repair=True, progress=False)):
+        was = state(model)
+        with pytest.raises(ValueError, match='does not run with data'): f([good,bad])
+        with pytest.raises(ValueError, match='not finite'): f([good,nan])
+        assert same(was, state(model))

@@ -320,7 +320,7 @@ def test_budget_prefers_what_is_redundant():
     (dict(params=.5), 'whole number'), (dict(macs=0), 'whole number'), (dict(params=3), 'params can be [\\d,]+ at least'), (dict(macs=3), 'macs can be [\\d,]+ at least'),
     (dict(layers='hed'), "did you mean 'head'"), (dict(exclude=['hed']), "did you mean 'head'"), (dict(percent_removed={'hed':.5}), "did you mean 'head'"),
     (dict(percent_removed={'head':.5}, layers='head'), 'not for it'), (dict(exclude=''), 'leaves no layer'), (dict(layers='tied'), 'tied cannot be decomposed: its weight or bias is tied'),
-    (dict(percent_removed=.5, data=[]), 'no input of'), (dict(percent_removed=.5, data=torch.full((2,32), float('nan'))), 'not all finite')])
+    (dict(percent_removed=.5, data=[]), 'data has no batch'), (dict(percent_removed=.5, data=torch.full((2,32), float('nan'))), 'not all finite')])
 def test_refused(args, says):
     net = nn.Sequential()
     for n in ('head','tied','other'): net.add_module(n, nn.Linear(32, 32))

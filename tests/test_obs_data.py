@@ -4,7 +4,11 @@ from collections import OrderedDict
 import pytest, torch
 from torch import nn
 from torch.nn import functional as F
-from fasterai.prune.all import Pruner
+from fasterai.core.obs import Reader,best_removed,removal_costs
+from fasterai.analyze.all import block_influence
+from fasterai.misc.all import FC_Decomposer
+from fasterai.prune.all import Pruner,drop_blocks
+from fasterai.repair.all import repair
 from fasterai.sparse.all import Sparsifier
 
 class Two(nn.Module):
@@ -234,3 +238,182 @@ def test_repair_takes_arguments_by_name_with_a_target():
         Sparsifier(m, 'weight', 'local', 'obs', layer_type=nn.Linear, data=data, repair=True).sparsify_model(40)
         found.append(m)
     for a,b in zip(found[0].parameters(), found[1].parameters()): assert torch.equal(a, b)
+
+# --- few channels, of which most go
+
+@pytest.mark.parametrize('n,k', [(12,9), (12,11), (16,14), (18,15), (40,38), (300,299)])
+def test_few_ways_to_keep_some(n, k):
+    torch.manual_seed(0)
+    x,w = torch.randn(n, 2*n).double(),torch.randn(4, n)
+    def readers(): return [Reader(w, x@x.T, torch.arange(n), n)]
+    greedy = removal_costs(readers(), n).argsort()[:k]
+    best = best_removed(readers, greedy, n)
+    assert len(best.unique())==k and readers()[0].cost(best)<=readers()[0].cost(greedy)*(1+1e-9)
+
+@pytest.mark.parametrize('n,ratio', [(12,75), (12,90), (16,90), (16,95)])
+def test_obs_takes_most_of_few_channels(n, ratio):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, n, 3), nn.ReLU(), nn.Conv2d(n, 4, 3)).eval()
+    Pruner(model, ratio, criteria='obs', data=[torch.randn(4, 3, 8, 8)], progress=False).prune_model()
+    assert len(model[0].weight)==n-int(n*ratio/100)
+
+# --- a Sparsifier zeroes and repairs, or neither
+
+def of_sparsifier(o):
+    return dict(params=[p.detach().clone() for p in o.model.parameters()], masks={n:m.clone() for n,m in o.masks.items()},
+                state={n:t.clone() for n,t in o.state_dict().items()}, reached=o.reached(), left=o.left, asked=o._asked)
+
+SPARSE = dict(weights=dict(granularity='weight'), global_=dict(granularity='weight', context='global'), filters=dict(granularity='filter'), pattern=dict(granularity='2:4'),
+              tied=dict(granularity='filter', coupled=True), moved=dict(granularity='weight', criteria='movement'), obs=dict(granularity='weight', criteria='obs'))
+
+@pytest.mark.parametrize('first', [None,20], ids=['fresh','again'])
+@pytest.mark.parametrize('way', ['sparsify_model','sparsify_layer','sparsify_below','update'])
+@pytest.mark.parametrize('kind', SPARSE)
+def test_a_sparsifier_whose_repair_fails(kind, way, first, monkeypatch):
+    def made():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+        o = Sparsifier(model, data=[torch.randn(4, 3, 8, 8) for _ in range(2)], repair=True, **SPARSE[kind])
+        for p in model.parameters(): p.detach().add_(.01*torch.randn(p.shape))
+        return o
+    def call(o, how, n):
+        if how=='sparsify_layer': return o.sparsify_layer('0', n)
+        if how=='sparsify_below': return o.sparsify_below(float(torch.cat([*o._scores(o.layers).values()]).double().quantile(n/100)))
+        getattr(o, how)(n)
+    if kind=='obs' and way in ('update','sparsify_below'): return  # data are looked at by a percentage
+    o,other = made(),made()
+    for x in (o,other) if first else (): call(x, 'sparsify_model' if way=='sparsify_layer' else way, first)
+    before = of_sparsifier(o)
+    with monkeypatch.context() as m:
+        m.setattr('fasterai.sparse.sparsifier.Teacher.repair', fails)
+        with pytest.raises(ValueError, match='no repair'): call(o, way, 50)
+    assert equal(before, of_sparsifier(o))
+    o.apply_masks()
+    assert equal(before['params'], of_sparsifier(o)['params'])
+    for x in (o,other): call(x, way, 50)
+    assert equal(of_sparsifier(o), of_sparsifier(other)) and o.reached()>before['reached']
+
+def test_data_that_cannot_repair_leave_no_zeros():
+    torch.manual_seed(0)
+    for bad in (torch.full((2, 6), torch.nan), torch.randn(2, 5)):
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+        before = [p.clone() for p in model.parameters()]
+        with pytest.raises(ValueError): Sparsifier(model, layer_type=nn.Linear, data=[torch.randn(2, 6),bad], repair=True).sparsify_model(50)
+        assert same(before, model.parameters())
+
+# --- data that come once, as a stream, or are none
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), Added(nn.Conv2d(8, 8, 3, padding=1)), Added(nn.Conv2d(8, 8, 3, padding=1)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+class Added(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+    def forward(self, x): return x+self.inner(x).relu()
+
+def pictures():
+    torch.manual_seed(1)
+    return [torch.randn(4, 3, 8, 8) for _ in range(3)]
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, batches): self.batches = batches
+    def __iter__(self): return iter(self.batches)
+
+def cut(model, **how):
+    Pruner(model, 40, progress=False, **how).prune_model()
+    return model
+def sparse(model, **how):
+    Sparsifier(model, **how).sparsify_model(50)
+    return model
+def mended(model, data):
+    teacher = copy.deepcopy(model)
+    Pruner(model, 40, example_inputs=pictures()[0], progress=False).prune_model()
+    repair(model, teacher, data, progress=False)
+    return model
+def dropped(model, **how):
+    drop_blocks(model, 1, progress=False, **how)
+    return model
+
+DOORS = dict(repair=mended, obs=lambda m, d: cut(m, criteria='obs', data=d), prune=lambda m, d: cut(m, data=d, repair=True), target=lambda m, d: cut_to(m, d),
+    sparse=lambda m, d: sparse(m, data=d, repair=True), sparse_obs=lambda m, d: sparse(m, criteria='obs', data=d), wanda=lambda m, d: sparse(m, criteria='wanda', data=d),
+    drop=lambda m, d: dropped(m, data=d), drop_repair=lambda m, d: dropped(m, data=d, repair=True), fc=lambda m, d: FC_Decomposer().decompose(m, .5, data=d, repair=True))
+def cut_to(model, data):
+    Pruner(model, params='1.5x', data=data, repair=True, progress=False).prune_model()
+    return model
+
+@pytest.mark.parametrize('door', DOORS)
+def test_once_and_as_a_stream_is_as_a_list(door):
+    want = DOORS[door](small(), pictures())
+    kinds = dict(once=lambda: (o for o in pictures()), stream=lambda: torch.utils.data.DataLoader(Stream(pictures()), None))
+    for kind in kinds.values():
+        found = DOORS[door](small(), kind())
+        assert same([*want.state_dict().values()], [*found.state_dict().values()])
+
+def test_influence_of_a_stream():
+    stream = torch.utils.data.DataLoader(Stream(pictures()), None)
+    assert block_influence(small(), stream, progress=False).equals(block_influence(small(), pictures(), progress=False))
+
+NONE = dict(none=([None], 'batch 0 of data has no inputs'), some=([torch.randn(2, 3, 8, 8),None], 'batch 1 of data has no inputs'), targets=([(None,torch.zeros(2))], 'batch 0 of data has no inputs'),
+    number=(5, 'data are batches'), function=(pictures, 'data are batches'), type_=(list, 'data are batches'), word=('train', 'data are batches'),
+    meta=([torch.randn(2, 3, 8, 8, device='meta')], 'on the meta device'))
+REPAIRED = [k for k in DOORS if k not in ('obs','sparse_obs','wanda')]
+
+@pytest.mark.parametrize('kind', NONE)
+@pytest.mark.parametrize('door', REPAIRED)
+def test_no_batches(door, kind):
+    data,why = NONE[kind]
+    model = small()
+    with pytest.raises(ValueError) as e: DOORS[door](model, data)
+    assert door not in ('repair','drop','drop_repair') or why in str(e.value)
+    if door!='repair': assert same([*model.state_dict().values()], [*small().state_dict().values()])
+
+@pytest.mark.parametrize('door', REPAIRED)
+def test_a_later_batch_that_does_not_fit(door):
+    model = small()
+    with pytest.raises(ValueError, match='does not run with data'): DOORS[door](model, [*pictures(),torch.randn(4, 2, 8, 8)])
+    if door!='repair': assert same([*model.state_dict().values()], [*small().state_dict().values()])
+
+# --- steps
+
+@pytest.mark.parametrize('criteria', ['obs','wanda','taylor'])
+@pytest.mark.parametrize('call', ['update','step'])
+def test_steps_learn_from_data(criteria, call):
+    "As `prune_model` does; each step from the network as it is then"
+    data = [(x,torch.zeros(4, dtype=torch.long)) for x in pictures()]
+    found = []
+    for n in (0,1):
+        model = small()
+        p = Pruner(model, 50, criteria=criteria, data=data, progress=False)
+        if n: assert getattr(p, call)(50)
+        else: p.prune_model()
+        found.append([*model.state_dict().values()])
+    assert same(*found)
+    model = small()
+    p = Pruner(model, 50, criteria=criteria, data=data, progress=False)
+    for o in (20,50): assert getattr(p, call)(o)>0
+    assert p.reached()==50 and [o.shape for o in model.parameters()]==[o.shape for o in found[0] if o.dim()]
+
+def test_a_batch_that_was_looked_at_comes_first():
+    "Data are for what nothing is known of"
+    model = small()
+    p = Pruner(model, 50, criteria='wanda', example_inputs=pictures()[0], progress=False)
+    p.start()
+    p.look(pictures()[0])
+    known = {k:v.clone() for k,v in p.about.found['act'].items()}
+    p.data = [torch.zeros(4, 3, 8, 8)]
+    seen = []
+    p._learn = lambda: seen.append(1)
+    p.update(50)
+    assert known and not seen
+
+def test_two_inputs_by_name_are_those_that_run_a_decomposition():
+    "No size is looked for, where data tell it"
+    data = by_name()
+    model = two()
+    decomposer = FC_Decomposer()
+    new = decomposer.decompose(model, .5, data=data, repair=True)
+    assert decomposer.ranks and decomposer.repaired is not None and new(**data[0]).shape==(32,3)
+    with_target = FC_Decomposer().decompose(model, .5, data=[(o,torch.zeros(32)) for o in data], repair=True)
+    assert same([*new.state_dict().values()], [*with_target.state_dict().values()])
+    with pytest.raises(ValueError, match='does not run with data'): FC_Decomposer().decompose(model, .5, data=[dict(p=torch.randn(3, 6), q=torch.randn(3, 4))], repair=True)

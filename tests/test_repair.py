@@ -10,6 +10,7 @@ from fasterai.misc.all import FC_Decomposer
 from fasterai.prune.all import Pruner
 from fasterai.quantize.all import KMeansQuantizer
 from fasterai.repair.all import Criteria, repair
+from fasterai.repair.least_squares import Free, Moments, Shared, SharedInParts, kind_of
 from fasterai.sparse.all import Sparsifier
 
 def seeded(make, seed=0):
@@ -588,3 +589,69 @@ def test_networks_that_do_not_belong_together():
         was = [p.clone() for p in pair[0].parameters()]
         with pytest.raises(ValueError, match=says): repair(*pair, [x])
         assert all(map(torch.equal, was, pair[0].parameters()))
+
+# --- shared values stay shared
+
+def separable():
+    torch.manual_seed(0)
+    def conv(i, o, **kw): return [nn.Conv2d(i, o, bias=False, **kw), nn.BatchNorm2d(o), nn.ReLU()]
+    return nn.Sequential(*conv(3, 16, kernel_size=3, padding=1), *conv(16, 16, kernel_size=3, padding=1, groups=16), *conv(16, 24, kernel_size=1), *conv(24, 24, kernel_size=3, groups=4),
+        nn.ConvTranspose2d(24, 16, 2, groups=2), nn.ReLU(), nn.ConvTranspose2d(16, 12, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10)).eval()
+
+def n_values(model, per_channel):
+    "Of each weight how many values it has, or of each of its channels"
+    res = {}
+    for n,m in model.named_modules():
+        if (w := getattr(m, 'weight', None)) is None or w.dim()<2: continue
+        rows = w.detach().transpose(0, int(isinstance(m, nn.ConvTranspose2d))).flatten(1) if per_channel else w.detach().flatten()[None]
+        res[n] = torch.tensor([len(o.unique()) for o in rows])
+    return res
+
+@pytest.mark.parametrize('dtype', [torch.float32,torch.float64])
+@pytest.mark.parametrize('per_channel', [False,True])
+@pytest.mark.parametrize('bits', [1,2,4,6,8])
+def test_shared_values_stay_shared(bits, per_channel, dtype):
+    "However few weights a layer has, and however many values"
+    teacher = separable().to(dtype)
+    data = [torch.randn(4, 3, 10, 10, dtype=dtype) for _ in range(3)]
+    model = deepcopy(teacher)
+    KMeansQuantizer(bits, per_channel=per_channel).quantize(model)
+    before = n_values(model, per_channel)
+    table = repair(model, teacher, data, progress=False)
+    after = n_values(model, per_channel)
+    assert all((after[n]<=before[n]).all() for n in before)
+    assert (table.after.dropna()<=table.before.dropna()*(1+1e-9)).all()
+    if bits<8: assert (table.after<.98*table.before).any()
+
+@pytest.mark.parametrize('bits', [1,2,3,4])
+def test_shared_values_of_two_bytes_stay_shared(bits):
+    teacher = separable().to(torch.bfloat16)
+    model = deepcopy(teacher)
+    KMeansQuantizer(bits).quantize(model)
+    before = n_values(model, False)
+    repair(model, teacher, [torch.randn(4, 3, 10, 10, dtype=torch.bfloat16) for _ in range(3)], progress=False)
+    assert all((n<=before[k]).all() for k,n in n_values(model, False).items())
+
+@pytest.mark.parametrize('dtype', [torch.float32,torch.bfloat16,torch.float16])
+@pytest.mark.parametrize('shape', [(1,4,9), (1,16,27), (16,1,9), (1,24,16), (4,6,54), (1,64,64), (2,8,300)])
+def test_what_is_not_shared_is_free(shape, dtype):
+    "Two bytes give few numbers, some of them twice, though nothing is shared"
+    for seed in range(5):
+        gen = torch.Generator().manual_seed(seed)
+        for w in (torch.randn(shape, generator=gen), torch.rand(shape, generator=gen)-.5): assert type(kind_of(w.to(dtype).double())) is Free
+
+def test_parts_are_solved_as_wholes():
+    "Outputs that share values of their own are solved for as each would be alone, and the others as if they were free"
+    torch.manual_seed(0)
+    x,w = torch.randn(2, 8, 200).double(),torch.randn(2, 200, 8).double()
+    w[:,3:] = w[:,3:].sign()*torch.rand(2, 197, 1)
+    y = torch.randn(2, 200, 200).double()
+    m = Moments()
+    m.add(x, y)
+    kind = kind_of(w)
+    found = kind.solved(m, ridge := 1e-10)  # a share of the mean over groups
+    assert isinstance(kind, SharedInParts) and torch.allclose(found[:,:3], Free(w).solved(m, ridge)[:,:3])
+    for i,j in ((0,5),(1,5),(1,77)):
+        alone = Moments()
+        alone.add(x[i:i+1], y[i:i+1,j:j+1])
+        assert torch.allclose(found[i,j], Shared(w[i:i+1,j:j+1]).solved(alone, ridge)[0,0])

@@ -152,3 +152,25 @@ def test_transformers(tmp_path):
         transformers.Trainer(model, args, train_dataset=data, callbacks=[SparsifyCallback(50, schedule='lin', layer_type=nn.Linear, n_updates=2),cb := RepairCallback()]).train()
     assert (cb.technique.repaired.after.dropna()<=cb.technique.repaired.before.dropna()).all()
     assert sum(int((m.weight==0).sum()) for m in model.modules() if isinstance(m, nn.Linear))==sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))//2
+
+BAD = dict(nan=[X[:8],X[8:16]*float('nan')], channels=[X[:8],torch.cat([X,X], 1)[:8]], none=[X[:8]*float('inf')])
+
+@pytest.mark.parametrize('bad', BAD)
+@pytest.mark.parametrize('kind', LOSSES)
+def test_data_that_cannot_repair_cost_nothing(kind, bad):
+    "They are refused before anything is taken away"
+    learn = learner()
+    before = copy.deepcopy(learn.model)
+    with pytest.raises(ValueError, match='not all finite|does not run with'): fit(learn, 1, [LOSSES[kind](),RepairCallback(data=BAD[bad])], lr=0.)
+    assert all(torch.equal(a, b) for a,b in zip(before.parameters(), learn.model.parameters()))
+
+def test_batches_that_come_once():
+    "A generator serves each repair"
+    found = []
+    for data in ([X[:16],X[16:32]],(o for o in (X[:16],X[16:32]))):
+        learn = learner()
+        fit(learn, 2, [LOSSES['prune'](),RepairCallback(data=data)], lr=0.)
+        found.append(learn.model.state_dict())
+    assert all(torch.equal(a, b) for a,b in zip(*(o.values() for o in found)))
+    for data in ([],5,[None]):
+        with pytest.raises(ValueError, match='data'): RepairCallback(data=data)

@@ -2,6 +2,7 @@
 import importlib.util,pickle,random
 from pathlib import Path
 import numpy as np
+import pandas as pd
 import pytest, torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -466,3 +467,7 @@ def test_walkthrough_runs(tmp_path, capsys, monkeypatch):
 def test_speed_benchmark_runs():
     rep = script(ROOT/'benchmarks/speed.py').measure('squeezenet1_1', torch.randn(1,3,64,64), threads=1, repeats=6)
     assert rep.macs_ratio['after']>2 and {'ms','cl_ms'}<={*rep}
+
+@pytest.mark.parametrize('wrong', [None, 5, 'table', [1,2], nn.Linear(3, 3), pd.DataFrame(), pd.DataFrame(dict(layer=['a'], before=[1.])), pd.DataFrame(dict(block=[], influence=[], macs_share=[]))], ids=str)
+def test_show_influence_of_something_else(wrong):
+    with pytest.raises(ValueError, match='the table that block_influence gives'): show_influence(wrong)

@@ -256,3 +256,73 @@ def test_tables_run_what_is_alike_once():
     layer = lambda: (nn.Conv2d(8, 8, 1), (1,8,4,4), [grid(8, 8),grid(8, 8)], 10.)
     for _ in t.stages([layer(), layer()]): pass
     assert len(n)==1 and t.table(*layer()).shape==(1,1)
+
+# --- near the target
+
+def test_small_groups_come_near():
+    "Where a channel of a large group is more than was asked for, channels of small ones go in its place"
+    large,small = losses(torch.linspace(.01, 1, 8)),losses(torch.linspace(.5, 1, 64))  # one of the large ones does least harm
+    cost = lambda gone: 50.*(8-gone[:,0])+3*(64-gone[:,1])+3*(64-gone[:,2])+8
+    w = Widths([large,small,small], [8,64,64], [1]*3, cost)
+    for share in (.97,.9,.8,.7,.5,.3):
+        budget = share*cost(np.zeros((1,3)))[0]
+        gone = w.chosen(budget, within=.01)
+        assert .99*budget<=cost(gone[None])[0]<=budget
+        every = np.array(list(itertools.product(range(8), range(0, 64, 3), range(0, 64, 3))))
+        there = cost(every)
+        best = min((w.loss(o) for o in every[(there<=budget) & (there>=.99*budget)]), default=math.inf)
+        assert w.loss(gone)<=1.1*best
+    assert cost(w.chosen(.97*792)[None])[0]<.95*792  # the least loss of all leaves less
+
+@pytest.mark.parametrize('criteria', ['large_final','random'])
+@pytest.mark.parametrize('share', [.97,.9,.7,.5,.3])
+@pytest.mark.parametrize('what', ['macs','params','bytes'])
+def test_a_wide_trunk_and_small_groups(what, share, criteria):
+    "As in a ViT, whose embedding all blocks share: what is left is within one channel of the smallest group, or of 5 percent"
+    def make(): return Trunk()
+    m = seeded(make)
+    x = torch.randn(2, 12, 8)
+    with warnings_are('error'):
+        p = Pruner(m, example_inputs=x, criteria=criteria, **{what:f'{100*share}%'})
+        p.prune_model()
+    assert .95*p.met['asked']<=p.met['left']<=p.met['asked']
+
+class Trunk(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 40), nn.GELU(), nn.Linear(40, 8)) for _ in range(3))
+        self.last = nn.Linear(8, 4)
+        for p in self.first.parameters(): nn.init.normal_(p, std=1.)
+        with torch.no_grad(): self.first.weight[0] = 1e-3
+    def forward(self, x):
+        x = self.first(x)
+        for o in self.blocks: x = x+o(x)
+        return self.last(x.mean(1))
+
+@pytest.mark.parametrize('number', [np.int64(300), np.int32(300), np.float32(300), np.array(300), torch.tensor(300), torch.tensor(300.)])
+def test_numbers_of_other_kinds(number):
+    found = []
+    for n in (300,number):
+        m = seeded(MODELS['plain'][0])
+        p = Pruner(m, params=n, example_inputs=X)
+        p.prune_model()
+        found.append((state(m),p.met))
+    assert same(found[0][0], found[1][0]) and found[0][1]['left']==found[1][1]['left']
+    for wrong in (np.bool_(True),torch.tensor(True),torch.tensor([300]),np.array([300]),[300]):
+        with pytest.raises(ValueError, match='params is how much'): Pruner(seeded(MODELS['plain'][0]), params=wrong, example_inputs=X)
+
+def test_what_is_not_repaired_is_told_once():
+    "However many widths are tried"
+    m = seeded(Read)
+    x = torch.randn(16, 6)
+    with pytest.warns(UserWarning) as said: Pruner(m, params='1.5x', data=[x], repair=True).prune_model()
+    assert len([o for o in said if 'not repaired' in str(o.message)])==1
+
+class Read(nn.Module):
+    "A weight is multiplied in another way than a layer does"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = nn.Linear(6, 24),nn.Linear(24, 24)
+        self.w = nn.Parameter(torch.randn(24, 4))
+    def forward(self, x): return torch.einsum('bij,bjk->bik', self.b(self.a(x).relu()).relu()[:,None], self.w.expand(len(x), -1, -1))

@@ -355,11 +355,11 @@ def cosines(
     y:Tensor, # Its output
     dim:int, # Dimension of features
 )->Tensor:
-    "The cosine of the vectors of `x` and `y` at each position; 1 where they are equal, also where both are 0"
+    "The cosine of the vectors of `x` and `y` at each position; 1 where they are equal, also where both are 0, and nan where one is not finite"
     x,y = (o.double().movedim(dim, -1) for o in (x,y))
     xy,xx,yy = (x*y).sum(-1),(x*x).sum(-1),(y*y).sum(-1)
     size = (xx*yy).sqrt()
-    return torch.where(size>0, xy/size, (xx==yy).double()).clamp(-1, 1)
+    return torch.where(size==0, (xx==yy).double(), xy/size).clamp(-1, 1)
 
 # %% ../../nbs/core/25_blocks.ipynb #e7901bb0
 def _mask_of(inputs):

@@ -275,9 +275,20 @@ def _by_name(model, inputs):
         else: return False
     return True
 
-def repeatable(data):
-    "`data` as something that gives its batches more than once: a list, if it has no length"
-    return data if data is None or hasattr(data, '__len__') else list(data)
+def _has_length(data):
+    try: len(data)
+    except TypeError: return False  # as a loader of a stream, which has a method for it
+    return True
+
+def repeatable(
+    data, # Batches, or `None`
+    counted:bool=False, # Is it to have a length as well?
+):
+    "`data` as something that gives its batches more than once: a list, if it comes once, or lacks a length that it is to have. `ValueError` for what gives no batches"
+    if data is None or isinstance(data, Tensor): return data
+    if isinstance(data, (type,str)) or not (hasattr(data, '__iter__') or hasattr(data, '__getitem__')):
+        raise ValueError(f'data are batches: a tensor, a list of tensors or of dicts of arguments by name, or a loader, not {data!r}')
+    return data if hasattr(data, '__len__') and (_has_length(data) or not counted) else list(data)
 
 def _default_loss(pred, y): return nn.functional.mse_loss(pred, y) if y.is_floating_point() else nn.functional.cross_entropy(pred, y)
 
@@ -319,7 +330,7 @@ def evidence(
 ):
     "By need and name of the weight: what is made of gradients, averaged over the batches of `data`, and of inputs, over all of them; in eval mode. `ValueError` for a weight that got none"
     known,data = Known(asked),batches_of(data)
-    if known.of('cols'): data = repeatable(data)  # they are looked at twice
+    if known.of('cols'): data = repeatable(data, counted=True)  # they are looked at twice
     of_grad,loss_func,sums,n = known.of('grad'),loss_func or _default_loss,{},0
     with untouched(model), Arrivals(known.of('x'), weights) as seen, torch.set_grad_enabled(bool(of_grad)):
         for n,b in enumerate(data, 1):

@@ -7,6 +7,7 @@ __all__ = ['RIDGE', 'damped', 'damped_inverse', 'Reader', 'removal_costs', 'best
 
 # %% ../../nbs/core/24_obs.ipynb #d4ab388d
 import math
+from itertools import combinations
 import torch
 from torch import Tensor
 
@@ -119,6 +120,7 @@ def removal_costs(
 
 # %% ../../nbs/core/24_obs.ipynb #258702a0
 _MOST_WAYS = 1000 # to choose, of which each is tried
+_MOST_TRIED = 10*_MOST_WAYS # channels in all of them: many at once are slow to try
 
 def best_removed(
     readers, # Function that gives all that read the channels, none of which is gone
@@ -126,10 +128,12 @@ def best_removed(
     n:int, # Number of channels
 )->Tensor:
     "As many channels as are `gone`, without which the least is lost, if there are few ways to choose them; else `gone`"
-    if not 0<len(gone)<n or math.comb(n, len(gone))>_MOST_WAYS: return gone
+    if not 0<len(gone)<n: return gone
+    n_ways = math.comb(n, len(gone))
+    if n_ways>_MOST_WAYS or n_ways*len(gone)>_MOST_TRIED: return gone
     readers = readers()
     if not readers: return gone
-    ways = torch.combinations(torch.arange(n, device=readers[0].places.device), len(gone))
+    ways = torch.tensor(list(combinations(range(n), len(gone))), device=readers[0].places.device)
     tiny = torch.finfo(torch.float64).tiny
     costs = torch.stack([sum(r.cost(o)/r.energy.clamp(min=tiny) for r in readers) for o in ways])
     return ways[costs.argmin()]

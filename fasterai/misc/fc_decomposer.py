@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from ..core.factorization import Choice,Decomposer,LowRank,with_weight
 from ..core.brought import check_held
-from ..core.running import batches_of,call_with,explained,inputs_of,inputs_that_run,plain_model,untouched
+from ..core.running import batches_of,call_with,explained,inputs_that_run,plain_model,untouched
 from ..core.selection import n_of
-from ..repair.repair import Teacher
+from ..core.evidence import first_inputs,repeatable
+from ..repair.repair import Teacher,_given
 from ..legacy import renamed
 
 # %% ../../nbs/misc/02_fc_decomposer.ipynb #a9297e21
@@ -55,27 +56,34 @@ class FC_Decomposer(Decomposer):
     )->nn.Module:
         """A copy of `model` with linear layers decomposed. A layer that would get no smaller stays, and so does one of which more is read than its output. `ValueError` for
         wrong names and fractions, for a model without linear layers, and for a budget out of reach"""
-        self.data,self.repaired,model = data,None,plain_model(model)
+        self.data,self.repaired,model = repeatable(data, counted=repair),None,plain_model(model)
         check_held((n,p) for n,p in model.named_parameters() if not p.is_meta)  # shapes need no values
         if example_inputs is not None: example_inputs = inputs_that_run(model, example_inputs)
-        teacher = Teacher(model, data) if repair else None
+        elif data is not None: example_inputs = self._first(model)
+        teacher = Teacher(model, self.data) if repair else None
         try: new = self._decompose(model, percent_removed, energy_threshold, params, macs, layers, exclude, example_inputs)
         finally: self.data = None
         if teacher is not None: self.repaired = teacher.repair(new)
         return new
+
+    def _first(self, model):
+        "The inputs of the first batch"
+        inputs = first_inputs(self.data, model)
+        if isinstance(inputs, tuple) and len(inputs)==1: inputs, = inputs
+        with explained(model, inputs, 'data', 'Pass batches that the model takes'), untouched(model): call_with(model, inputs)
+        return inputs
 
     def choice(self, layer, calls): return _Linear(layer, calls, self.data is not None)
 
     def learn(self, model, choices):
         "Show the inputs of each layer to its approximation"
         if self.data is None or not choices: return
-        dev = next(iter(choices.values())).layer.weight.device
         with untouched(model), ExitStack() as hooks:
             for c in choices.values():
                 learn = lambda m, args, kwargs, low=c.low: low.learn((args or tuple(kwargs.values()))[0])
                 hooks.callback(c.layer.register_forward_pre_hook(learn, with_kwargs=True).remove)
             for b in batches_of(self.data):
-                inputs = inputs_of(b, dev)
+                inputs = _given(b, model)
                 with explained(model, inputs, 'data', 'Pass batches that the model takes'): call_with(model, inputs)
         for n,c in choices.items():
             if not c.low.n: raise ValueError(f'no input of {n} came with the data')

@@ -8,13 +8,15 @@ __all__ = ['PassedOn', 'dropped_as', 'influences', 'scanned', 'drop_blocks']
 # %% ../../nbs/prune/04_blocks.ipynb #8993cb23
 from contextlib import ExitStack,contextmanager
 from copy import deepcopy
+from functools import partial
+import math, sys
 import torch
 from torch import nn
 from ..core.blocks import PASSED, Found, Influences, argument, residual_blocks
 from ..core.brought import check_held, listed, warn
 from ..core.plan import pruned_plan
 from ..core.registry import did_you_mean
-from ..core.running import SLIPS, Bystanders, at_home, call_with, check_runs, followable, inputs_for, tensors_of, undone, untouched, with_bar
+from ..core.running import SLIPS, Bystanders, at_home, call_with, check_runs, explained, followable, inputs_for, tensors_of, undone, untouched, with_bar
 from ..repair.repair import Teacher, _batches, _given
 
 # %% ../../nbs/prune/04_blocks.ipynb #6b7b4b69
@@ -98,11 +100,13 @@ def _lists(configs, n):
 
 def _shorter(v, gone): return type(v)(o for i,o in enumerate(v) if i not in gone)
 
-def _made_from(top, config):
-    "A model like `top`, without memory, as `config` tells; `None` if there is none"
+def _made_from(top, changed): # Function that gives a config
+    "A model like `top`, without memory, as a config tells; `None` if there is none"
+    strict = getattr(sys.modules.get('huggingface_hub.errors'), 'StrictDataclassError', ValueError)  # which configs of transformers raise for numbers that do not go together
     try:
+        config = changed()
         with torch.device('meta'): return type(top)(type(config).from_dict(config.to_dict()))
-    except SLIPS: return
+    except (*SLIPS,strict): return
 
 def _is_in(name, names): return any(name==o or name.startswith(f'{o}.') for o in names)
 
@@ -126,7 +130,7 @@ def _fitting(top, n, gone, standing):
     configs = list(_configs(top.config))
     numbers,lists = _numbers(configs, n),_lists(configs, n)
     for some in (lists,[]):
-        def made(chosen): return _made_from(top, _changed(top.config, chosen, some, n, gone))
+        def made(chosen): return _made_from(top, partial(_changed, top.config, chosen, some, n, gone))
         for o in numbers:
             if not _as_made(top, made([o]), standing): continue
             chosen = [o]
@@ -223,8 +227,13 @@ def influences(
 )->dict[str,float]:
     "The influence of each of `blocks` over all `batches`"
     seen = Influences(model, blocks)
-    for b in with_bar(batches, progress): seen.look(_given(b, model))
-    return seen.found()
+    for b in with_bar(batches, progress):
+        inputs = _given(b, model)
+        with explained(model, inputs, 'data', 'Pass batches that the model takes'): seen.look(inputs)
+    found = seen.found()
+    for n,o in found.items():
+        if math.isnan(o) and seen.sums[n][1]: raise ValueError(f'inputs or outputs of {n} are not finite for these data, and do not tell what it does')
+    return found
 
 _NONE = 'this {} has no residual block that could be dropped: a module whose output has the shape of its input, with its input added to it'
 
@@ -318,7 +327,7 @@ def drop_blocks(
     with Bystanders(model, first).aside():
         found = _found(model, first)
         names = _chosen(wanted, found, lambda units: influences(model, {n:found.blocks[n] for n in units}, batches, progress))
-        teacher = Teacher(model, data, progress) if repair else None
+        teacher = Teacher(model, batches, progress) if repair else None
         with untouched(model): before = _shapes(call_with(model, first))
         told = {n:_told(found.blocks[n]) for n in names}
         with undone() as undo:

@@ -7,7 +7,7 @@ __all__ = ['save_pruned', 'load_pruned', 'tied_groups', 'group_scores', 'readers
            'check_layer_type', 'check_optimizer', 'Pruner']
 
 # %% ../../nbs/prune/01_pruner.ipynb #d3138369
-import copy,math
+import copy,math,warnings
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager,nullcontext
@@ -346,7 +346,7 @@ class _Aim:
         if self.budget>=now:
             warn(f'nothing went: {self.target} asks for {self.target.shown(self.budget)}, and there are {self.target.shown(now)}')
             return
-        best = yield from self.nearest(Widths.chosen, 'least loss')
+        best = yield from self.nearest(partial(Widths.chosen, within=_WITHIN) if self.meter.exact else Widths.chosen, 'least loss')
         if self.pruner.data is not None or self.uniform_is_better(best):
             other = yield from self.nearest(Widths.uniform, 'the same share of each group', self.goal, _CORRECTIONS//2)
             if other and self.is_met(other) and (not self.is_met(best) or self.loses(other)<self.loses(best)): best = other
@@ -408,7 +408,10 @@ class _Aim:
         p = self.pruner
         if p.data is None: return found.loss
         remember_plan(found.new, found.plan)
-        if p.repair: p._teacher.repair(found.new)
+        if p.repair:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # the widths that are taken tell their own
+                p._teacher.repair(found.new)
         wrong = size = 0.
         with untouched(p.model), untouched(found.new):
             for b in p.data:
@@ -427,7 +430,7 @@ class _Aim:
         "Why the target was not met, if it was not"
         if self.is_met(found): return ''
         t = self.target
-        why = 'times vary on this machine' if t.what=='latency' else 'one step more would be too many'
+        why = 'times vary on this machine' if t.what=='latency' else 'no widths were found that come nearer and leave no more'
         return f'{t} asks for {t.shown(self.budget)}, and {t.shown(found.left)} are left, which is {abs(self.off(found.left)):.0%} off: {why}; {self.stays()}'
 
 # %% ../../nbs/prune/01_pruner.ipynb #85c1ce49
@@ -513,7 +516,7 @@ class Pruner:
         if pruning_ratio is not None and model is None: raise ValueError('a pruning_ratio needs a model: Pruner(model, pruning_ratio)')
         self.context,self.criteria,self.layer_type = context_of(context),criteria_of(criteria),check_layer_type(layer_type)
         self.model = None if model is None else followable(model, resizes=self.lossy)
-        self.example_inputs,self.round_to,self.verify,self.data = example_inputs,round_to,verify,repeatable(data)
+        self.example_inputs,self.round_to,self.verify,self.data = example_inputs,round_to,verify,repeatable(data, counted=repair or self.target is not None)
         self.loss_func = check_loss(loss_func)
         self.progress,self.repair,self.repaired,self._teacher = progress,repair,None,None  # `repaired` is the table of `repair`
         self.pruning_ratio = None if pruning_ratio is None else self._checked(pruning_ratio)
@@ -712,6 +715,7 @@ class Pruner:
         if self.graph is None: self.start()
         elif self._shapes()!=self.seen: self._start_again()
         check_values(self.model)
+        if not self.about.found: self._learn()
         with self.bystanders.aside(): n = self._update(ratio, self._targets(ratio), optimizer)
         self.about.forget_data()
         self.seen = self._shapes()

@@ -6,7 +6,7 @@
 __all__ = ['Target', 'losses', 'Axes', 'Product', 'Counted', 'Timed', 'Widths']
 
 # %% ../../nbs/prune/00_targets.ipynb #69a06a6a
-import math, re
+import copy, math, re
 from collections import Counter
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ class Target:
     called = dict(latency='seconds', macs='multiply-accumulates', params='parameters', bytes='bytes')
     examples = dict(latency="'5 ms'", macs="'1.5G'", params="'3M'", bytes="'12 MB'")
     def __init__(self, what, given): # One of `units`, and what the user says of it
+        if getattr(given, 'ndim', None)==0: given = given.item()  # of NumPy, or a tensor
         self.what,self.given,self.share,self.number = what,given,None,None
         if isinstance(given, bool) or not isinstance(given, (str,int,float)): raise ValueError(self._refused())
         if not isinstance(given, str): self.number = float(given)
@@ -253,6 +254,7 @@ class Timed:
 
 # %% ../../nbs/prune/00_targets.ipynb #ad69e44f
 _LEVELS = 16 # widths of a group that are looked at in one go
+_GIVEN_BACK = 3 # channels at most, one after the other, to come nearer to a budget
 
 def _between(low, high, step): # Numbers of channels that are left
     "Widths from `high` down to `low`: multiples of `step`, and the ends"
@@ -287,8 +289,28 @@ class Widths:
         at = balance([d[t] for d,t in zip(self.losses, tables)], cost, budget)
         return np.array([t[i] for t,i in zip(tables, at)])
 
-    def chosen(self, budget):
-        "What each group loses: little loss, and no more than `budget` left; `ValueError` if there is no such"
+    def _left(self, gone): return float(self.estimate(np.array([gone]))[0])
+
+    def chosen(self, budget, within=1.):
+        "What each group loses: little loss, and no more than `budget` left; `ValueError` if there is no such. It is no less either by a larger share than `within`, if such widths are found"
+        found,widths = self._least_loss(budget),self
+        for _ in range(_GIVEN_BACK):
+            if self._left(found)>=(1-within)*budget: break
+            others = [o for o in (widths._with_more(i, found) for i in np.flatnonzero(found)) if o.reachable<=budget]
+            if not others: break
+            each = [(o._least_loss(budget),o) for o in others]
+            near = [(gone,o) for gone,o in each if self._left(gone)>=(1-within)*budget]
+            found,widths = min(near, key=lambda o: self.loss(o[0])) if near else max(each, key=lambda o: self._left(o[0]))
+        return found
+
+    def _with_more(self, i, gone):
+        "The same widths, but of group `i` more are left than without `gone`, of which a single one is more than the budget has to spare: others go in its place"
+        res = copy.copy(self)
+        kept = min(self.sizes[i]-int(gone[i])+self.units[i], self.sizes[i])
+        res.least = [kept if k==i else o for k,o in enumerate(self.least)]
+        return res
+
+    def _least_loss(self, budget):
         steps = [_first_step(n, unit) for n,unit in zip(self.sizes, self.units)]
         levels = [_between(least, n, step) for n,least,step in zip(self.sizes, self.least, steps)]
         best = None

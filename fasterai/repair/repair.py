@@ -13,7 +13,7 @@ from numbers import Real
 import torch
 from torch import nn, Tensor
 from ..core.brought import check_values, warn
-from ..core.evidence import unwrapped
+from ..core.evidence import repeatable, unwrapped
 from ..core.factorization import _wide
 from ..core.graph import layer_of
 from ..core.reads import Weights, columns_in, columns_out, n_columns, part_of, read_by, reads_of, some_columns
@@ -252,11 +252,19 @@ def _row(name, before=nan, after=nan, ridge=None, why=''): return dict(layer=lay
 # %% ../../nbs/repair/02_repair.ipynb #8e50743d
 def _batches(data):
     "`data` as something with a length that gives batches: a list of itself, if it is one"
-    if isinstance(data, (Tensor,Mapping,tuple)): return [data]
     if data is None: raise ValueError('to repair a model takes inputs for it: pass some as `data`, no labels are needed')
-    if not hasattr(data, '__len__'): data = list(data)
+    data = [data] if isinstance(data, (Mapping,tuple)) or hasattr(data, '__array__') else repeatable(data, counted=True)
     if not len(data): raise ValueError('data has no batch: give a list of tensors, of dicts of arguments by name, or a loader')
+    for i,batch in enumerate(data if isinstance(data, list) else ()):
+        if not _has_inputs(batch[:-1] or batch if isinstance(batch, (tuple,list)) else batch): raise ValueError(f'batch {i} of data has no inputs: {batch!r}')
+        if any(o.is_meta for o in tensors_of(batch)): raise ValueError(f'batch {i} of data is on the meta device, where it has no values')
     return data
+
+def _has_inputs(batch):
+    "Is there something in `batch` that a model can take?"
+    if isinstance(batch, Mapping): return any(map(_has_inputs, batch.values()))
+    if isinstance(batch, (tuple,list)): return any(map(_has_inputs, batch))
+    return not (batch is None or isinstance(batch, Real) or callable(batch))
 
 def _given(batch, model):
     "What `model` runs with"

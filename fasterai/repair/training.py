@@ -8,13 +8,28 @@ __all__ = ['Repair']
 # %% ../../nbs/repair/03_training.ipynb #a8f7b8cd
 from collections import deque
 from collections.abc import Mapping
+from contextlib import ExitStack
 from ..core import ranks
 from ..core.brought import warn
 from ..core.pace import Technique, Untold, whole_number, without_labels
-from ..core.running import plain_model
-from .repair import Teacher
+from ..core.granularity import has_axes
+from ..core.running import call_with, explained, plain_model, tensors_of, untouched
+from .repair import Teacher, _batches, _given
 
 # %% ../../nbs/repair/03_training.ipynb #b8076e02
+def _check_data(model, batches):
+    "`ValueError` for what a repair would refuse, while nothing has been taken away yet"
+    infinite = []
+    def look(name, out):
+        if not all(o.isfinite().all() for o in tensors_of(out) if o.is_floating_point()): infinite.append(name)
+    with untouched(model), ExitStack() as hooks:
+        for n,m in model.named_modules():
+            if has_axes(m): hooks.callback(m.register_forward_hook(lambda m, args, out, n=n: look(n, (args,out))).remove)
+        for i,b in enumerate(batches):
+            inputs = _given(b, model)
+            with explained(model, inputs, 'data', 'Pass batches that the model takes'): call_with(model, inputs)
+            if infinite: raise ValueError(f'batch {i} of the data for a repair: inputs or outputs of {infinite[0] or "the model"} are not all finite')
+
 class Repair(Technique):
     """Whenever a technique beside it has removed channels or zeroed weights, fit what is left to what the network gave right before that step (see `repair`).
     `repaired` is the table of the last time"""
@@ -23,7 +38,9 @@ class Repair(Technique):
     def __init__(self,
         data=None, # Inputs, as `repair` takes them; by default the batches that were seen last in training
         n_batches:int=8, # How many of these
-    ): self.data,self.seen = data,deque(maxlen=whole_number('n_batches', n_batches, 1))
+    ):
+        self.data = None if data is None else _batches(data)
+        self.seen = deque(maxlen=whole_number('n_batches', n_batches, 1))
 
     def check(self, training):
         super().check(training)
@@ -50,8 +67,10 @@ class Repair(Technique):
     def before_step(self):
         if self.step is None: self._refuse_rewinding(self.training)  # others may have come since
         elif not any(o.pace.acts(*self.step) for o in self._taking): return
-        self.teacher = Teacher(plain_model(self.training.model), [*self.seen] if self.data is None else self.data, progress=False)
-        self.levels = self._levels()
+        model,data = plain_model(self.training.model),[*self.seen] if self.data is None else self.data
+        teacher = Teacher(model, data, progress=False)
+        _check_data(model, data)
+        self.teacher,self.levels = teacher,self._levels()
 
     def _levels(self): return [o.reached() for o in self._taking]
 

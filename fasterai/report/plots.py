@@ -319,11 +319,17 @@ def show_sensitivity_map(
     ax.set_title('damage: how much worse than untouched', fontsize=9, loc='left')
     return ax
 
+def _in_short(given):
+    columns = getattr(given, 'columns', None)
+    return f'a {type(given).__name__}' if columns is None else f'one of {len(given)} rows with the columns {", ".join(map(str, columns))}'
+
 def show_influence(
     df, # What `block_influence` gave
     ax=None, # Axes to draw on, new if none
 ):
     "How much each block does, and which share of the multiply-accumulates it costs"
+    lacks = {'block','influence','macs_share'}-set(getattr(df, 'columns', ()))
+    if lacks or not len(df): raise ValueError(f'show_influence takes the table that block_influence gives, with a row for each block, not {_in_short(df)}')
     ax = _panels(1, 1, (6,.6+.22*len(df)), ax)[0]
     at,most = np.arange(len(df)),df.influence.max() or 1
     ax.barh(at, df.influence, height=.7, color=KEPT)

@@ -6,7 +6,8 @@
 __all__ = ['LevelPruner', 'check_level', 'check_sparsity', 'Sparsifier', 'hold_zeros']
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #c67257fe
-import math
+import copy,math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from collections.abc import Iterable
 from functools import cached_property, partial
@@ -17,7 +18,7 @@ from ..core.granularity import Answers, axes_of, blocks, granularity_name, granu
 from ..core.granularity import head_parts, n_heads, no_class
 from ..core.needs import Known, needed
 from ..core.registry import did_you_mean
-from ..core.running import at_home, check_scripts, inputs_that_run, plain_model
+from ..core.running import at_home, check_scripts, inputs_that_run, plain_model, undone
 from ..core.brought import check_finite, check_scores, computed, falls_short, made_of, much_less, plain_name, rounds_up, still, told
 from ..core.brought import unfit, warn
 from ..core.criteria import criteria_of, criterias, large_final, reducers
@@ -759,6 +760,25 @@ class _Repeats:
         self.zeros.tell()
         return True
 
+# %% ../../nbs/sparse/01_sparsifier.ipynb #5e1c7b0b
+def _put_back(o, was, keep):
+    vars(o).update(was, _dense={}, version=o.version+1)
+    o.keep.copy_(keep)
+
+@contextmanager
+def _whole(sparsifier):
+    "A sparsifier and the parameters of its model are as they were, if an error comes out"
+    about,sides = sparsifier.about,(sparsifier._sides or {}).values()
+    own = {k:copy.copy(v) if isinstance(v, (list,dict)) else v for k,v in vars(sparsifier).items()} | dict(_last=None, _zeros=None, _repeats=None)
+    with undone() as undo:
+        undo.callback(vars(sparsifier).update, own)
+        undo.callback(vars(about).update, found=dict(about.found), kept={o:{n:x.clone() for n,x in d.items()} for o,d in about.kept.items()})
+        undo.callback(vars(sparsifier.pool).update, dict(vars(sparsifier.pool)))
+        for o in sparsifier.layers: undo.callback(_put_back, o, dict(vars(o)), o.keep.clone())
+        for o in sides: undo.callback(lambda o, was: vars(o).update(was, version=o.version+1), o, dict(vars(o)))
+        for p in sparsifier.model.parameters(): undo.callback(p.detach().copy_, p.detach().clone())
+        yield
+
 # %% ../../nbs/sparse/01_sparsifier.ipynb #b0451259
 def check_level(sparsity): # Percentage
     "`ValueError` if `sparsity` is no percentage"
@@ -805,7 +825,7 @@ class Sparsifier:
             raise ValueError(f'round_to is a whole number of blocks, at least 1, not {round_to!r}')
         self.model = plain_model(model)
         self.granularity,self.context,self.criteria = granularity_of(granularity),context_of(context),criteria_of(criteria)
-        self.round_to,self.example_inputs,self.data,self.loss_func = round_to,example_inputs,repeatable(data),check_loss(loss_func)
+        self.round_to,self.example_inputs,self.data,self.loss_func = round_to,example_inputs,repeatable(data, counted=repair),check_loss(loss_func)
         with still(self.model):
             self.layers,out = find_layers(self.model, self.granularity, layer_type, self.criteria)
             self._stays = [self._computed(n, how) for n,(how,_) in out.items()]
@@ -938,15 +958,21 @@ class Sparsifier:
         sparsity = self.targets(sparsity)
         self._check_finite()
         idle = [o for o in self.layers if isinstance(sparsity, dict) and not sparsity[o.name]]
-        self._learn([o for o in self.layers if o not in idle], idle)
-        self._renew(lambda: self._rounded(self._counts(sparsity)), self.layers, checked=True)
-        self.tell_left(sparsity)
-        self._repair()
+        with self._whole():
+            self._learn([o for o in self.layers if o not in idle], idle)
+            self._renew(lambda: self._rounded(self._counts(sparsity)), self.layers, checked=True)
+            self.tell_left(sparsity)
         return self.model
     prune_model = sparsify_model
 
-    def _repair(self):
-        if self._teacher is not None: self.repaired = self._teacher.repair(self.model)
+    @contextmanager
+    def _whole(self):
+        "Zero inside, then repair; or neither"
+        if self._teacher is None: yield
+        else:
+            with _whole(self):
+                yield
+                self.repaired = self._teacher.repair(self.model)
 
     @at_home()
     def sparsify_layer(self, m, sparsity): # Layer or its name, percentage
@@ -956,9 +982,9 @@ class Sparsifier:
         if not found: raise ValueError(self._no_layer(m))
         self._check_reach(check_sparsity(sparsity))
         self._check_finite()
-        self._learn(found)
-        self._renew(lambda: self._rounded({(o.name,): n_of(o.n, 100*sparsity/self.own) for o in found}), found, checked=True)
-        self._repair()
+        with self._whole():
+            self._learn(found)
+            self._renew(lambda: self._rounded({(o.name,): n_of(o.n, 100*sparsity/self.own) for o in found}), found, checked=True)
         return found[0].parts[0].mod
     prune_layer = sparsify_layer
 
@@ -968,10 +994,10 @@ class Sparsifier:
         if not isinstance(threshold, Real) or math.isnan(threshold): raise ValueError(f'a threshold is a number, not {threshold!r}')
         if any(o.shard for o in self.layers): raise ValueError('sparsify_below looks at all scores at once, and other processes hold parts of the weights: sparsify by a percentage, or before the model is sharded')
         self._check_finite()
-        self._learn(self.layers)
         def below(name, scores): return int(((scores<threshold) | (self._by_name[name].keep==0)).sum())
-        self._renew(lambda: self._rounded({(n,): below(n, s) for n,s in self._scores(self.layers).items()}), self.layers, alike=False, checked=True)
-        self._repair()
+        with self._whole():
+            self._learn(self.layers)
+            self._renew(lambda: self._rounded({(n,): below(n, s) for n,s in self._scores(self.layers).items()}), self.layers, alike=False, checked=True)
         return self.model
 
     def _learn(self, layers, idle=()): # Layers; others that are scored, and of which nothing goes
@@ -1027,8 +1053,7 @@ class Sparsifier:
     def update(self, sparsity): # Percentage, or a dict by layer, as from a schedule: any number from 0 to 100
         "Renew the masks for `sparsity`, and apply them"
         for s in sparsity.values() if isinstance(sparsity, dict) else [sparsity]: check_level(s)
-        self._renew(lambda: self._rounded(self._counts(sparsity)), self.layers)
-        self._repair()
+        with self._whole(): self._renew(lambda: self._rounded(self._counts(sparsity)), self.layers)
 
     def step(self, sparsity=None): # Level to be reached, as from a `Pace`, or `None`
         "After an optimizer's step: renew the masks for `sparsity`, or hold those that there are"
