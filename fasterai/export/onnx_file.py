@@ -130,7 +130,8 @@ def quantized(
             if not kinds & set(_DYNAMIC):
                 raise ValueError("quantize_mode='dynamic' is for linear layers and LSTMs, and this network has none: 'static' takes convolutions too")
             return quantization.quantize_dynamic(ready, os.fspath(new), op_types_to_quantize=list(_DYNAMIC), **signed)
-        signed |= dict(quant_format=quantization.QuantFormat.QDQ, activation_type=quantization.QuantType.QInt8)
+        # the same values with and without a sign, and x86 multiplies those without one by those with one
+        signed |= dict(quant_format=quantization.QuantFormat.QDQ, activation_type=quantization.QuantType.QUInt8)
         quantization.quantize_static(ready, os.fspath(new), _reader(ready, arguments, data), **signed)
 
 # %% ../../nbs/export/04_onnx_file.ipynb #05f95e8e
