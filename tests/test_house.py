@@ -26,6 +26,7 @@ RULES = [  # module                  ours                              others
     ('transformers.py',             'core sparse prune distill regularize quantize repair', 'torch transformers safetensors'),
     ('export/*',                    'core analyze legacy',            'torch numpy onnx onnxruntime onnxscript'),
     ('misc/*',                      'core legacy repair',             'torch numpy tensorly'),
+    ('quantize/int8.py',            'core legacy analyze',            'torch pandas'),
     ('quantize/*',                  'core legacy',                    'torch numpy pandas torchao safetensors constriction'),
     ('repair/*',                    'core',                           'torch pandas'),
     ('prune/*',                     'core legacy repair analyze',     'torch numpy pandas safetensors'),
