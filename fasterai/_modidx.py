@@ -3135,8 +3135,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'fasterai/quantize/int8.py'),
                                         'fasterai.quantize.int8.Int8._levels_of': ( 'quantize/int8.html#int8._levels_of',
                                                                                     'fasterai/quantize/int8.py'),
-                                        'fasterai.quantize.int8.Int8._load_from_state_dict': ( 'quantize/int8.html#int8._load_from_state_dict',
-                                                                                               'fasterai/quantize/int8.py'),
                                         'fasterai.quantize.int8.Int8._rounded': ( 'quantize/int8.html#int8._rounded',
                                                                                   'fasterai/quantize/int8.py'),
                                         'fasterai.quantize.int8.Int8._settle': ( 'quantize/int8.html#int8._settle',

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from fasterai.quantize import int8
-from fasterai.quantize.all import KMeansQuantizer, Quantizer
+from fasterai.quantize.all import KMeansQuantizer, Quantizer, load_compressed, save_compressed
 from fasterai.quantize.int8 import Int8, Int8Conv2d, Int8Linear
 from tiny import warnings_are
 
@@ -174,6 +174,13 @@ def test_copies_files_and_states(tmp_path):
         assert not torch.equal(other(X), wanted)
         other.load_state_dict(new.state_dict())
         assert torch.equal(other(X), wanted)
+        save_compressed(new, tmp_path/'m')
+        other,_ = all_int8(cnn(), 3*X)
+        assert not torch.equal(other(X), wanted)
+        load_compressed(tmp_path/'m', other)
+        assert torch.equal(other(X), wanted)
+        with torch.inference_mode(): again,_ = all_int8(cnn(), X)
+        assert torch.equal(again(X), wanted)
 
 def test_gradients_pass():
     new,_ = all_int8(cnn(), X)

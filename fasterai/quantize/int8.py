@@ -18,7 +18,7 @@ from ..core.surgery import copy_of
 from ..legacy import old_options
 from .weight_sharing import KMeansQuantizer
 
-# %% ../../nbs/quantize/06_int8.ipynb #44dd71ab
+# %% ../../nbs/quantize/06_int8.ipynb #ba69ca92
 _MOST,_LEVELS = 127,255 # of a weight, which has a sign; of what arrives, which has none
 
 _RUNS = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.onednn, o) for o in ('qlinear_pointwise','qconv_pointwise')) # are they here?
@@ -49,20 +49,19 @@ class Int8(nn.Module):
         self.register_buffer('steps', steps)
         self.register_buffer('bias', None if layer.bias is None else layer.bias.detach().clone())
         if self.fixed: self.register_buffer('ends', torch.tensor([lowest,highest], dtype=torch.float32, device='cpu'))
+        self.settled = None
         self._settle()
 
     def _by_output(self, x): return x.view(-1, *[1]*self.n_inner)
 
     def _settle(self):
-        "What follows from the buffers"
-        self.packed = None
+        "Make anew what follows from the buffers, if something was written to these"
+        now = [(o.data_ptr(),None if o.is_inference() else o._version) for o in self.buffers(recurse=False)]
+        if now==self.settled: return
+        self.settled,self.packed = now,None
         if self.fixed: self.levels = _levels(*self.ends)
 
-    def _load_from_state_dict(self, *args):
-        super()._load_from_state_dict(*args)
-        self._settle()
-
-    def __getstate__(self): return {**super().__getstate__(), 'packed':None} # it has no copy
+    def __getstate__(self): return {**super().__getstate__(), 'settled':None, 'packed':None} # packed weights have no copy
 
     @property
     def weight(self):
@@ -71,6 +70,7 @@ class Int8(nn.Module):
 
     def forward(self, x):
         if not self.rounds: return self.run(x, self.weight)
+        if not (torch.compiler.is_compiling() or is_fake(x)): self._settle()
         if torch.compiler.is_exporting() and self.fixed: return self._exported(x)
         if self._simulates(x): return self.run(self._rounded(x), self.weight)
         step,zero = self._levels_of(x)
