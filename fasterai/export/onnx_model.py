@@ -70,7 +70,6 @@ class ONNXModel:
         if not self.path.is_file(): raise FileNotFoundError(f'there is no file {self.path}')
         options = runtime.SessionOptions()
         options.log_severity_level = 3  # errors are raised
-        options.add_session_config_entry('session.x64quantprecision', '1')  # sums of int8 do not overflow on processors that lack VNNI
         if threads: options.intra_op_num_threads = threads
         errors = runtime.capi.onnxruntime_pybind11_state
         fails = errors.InvalidProtobuf,errors.InvalidGraph,errors.Fail,errors.NotImplemented,errors.InvalidArgument,errors.RuntimeException
