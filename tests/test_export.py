@@ -304,3 +304,16 @@ def test_batches_by_name(tmp_path):
     sample = {k:batch[k] for k in ('ids','shift')}
     file = export_onnx(model, sample, tmp_path/'m.onnx', quantize=True, quantize_mode='static', calibration_data=[batch,batch], input_names=['shift','ids'])
     assert file.inputs=={'shift':('batch',6), 'ids':('batch',8)} and file.difference<.2
+
+def test_others_are_heard():
+    "What an exporter prints of its error is left out, and what another thread writes meanwhile is not"
+    import sys, threading
+    from contextlib import redirect_stderr
+    from io import StringIO
+    from fasterai.export.program import _WithoutMine
+    heard = StringIO()
+    with redirect_stderr(heard), redirect_stderr(_WithoutMine(heard)):
+        print('mine', file=sys.stderr)
+        other = threading.Thread(target=lambda: print('theirs', file=sys.stderr, flush=True))
+        other.start(), other.join()
+    assert heard.getvalue()=='theirs\n'

@@ -367,3 +367,24 @@ def test_words_without_addresses(criteria):
     assert made[0]==made[2] and '0x' not in made[0]
     for o in ([eval(criteria)], {'a':eval(criteria)}, (eval(criteria),), {'b','a','c'}): assert ' at 0x' not in _told(o)
     assert _told({'b','a','c'})=='{a, b, c}' and _told([1,'a'])=="[1, 'a']"
+
+def test_callbacks_show_what_their_technique_has():
+    "The same attributes in each engine"
+    from fasterai import lightning, transformers
+    from fasterai.distill.all import KnowledgeDistillationCallback
+    from fasterai.prune.all import PruneCallback
+    from fasterai.quantize.all import KMeansCallback
+    from fasterai.regularize.all import RegularizeCallback
+    from fasterai.repair.all import RepairCallback
+    from fasterai.sparse.all import SparsifyCallback
+    n = 0
+    for cls in (SparsifyCallback,PruneCallback,KMeansCallback,RegularizeCallback,RepairCallback,KnowledgeDistillationCallback):
+        assert cls.make.shown
+        for engine in (cls,*(vars(o)[cls.__name__] for o in (lightning,transformers) if cls.__name__ in vars(o))):
+            for k,doc in cls.make.shown.items():
+                assert getattr(engine, k).__doc__==doc
+                n += 1
+    assert n==25  # a Trainer distills in its loss, without a callback
+    cb = lightning.PruneCallback(50)
+    cb.technique.left = 'a row'
+    assert cb.left=='a row'

@@ -571,7 +571,7 @@ def test_rows_that_values_choose():
         def forward(self, x):
             h = self.stem(x)
             return self.head(self.take(h)), self.all(h)
-    takes = lambda h: h[h.sum(1).topk(5).indices], lambda h: h.gather(0, h.argsort(0)), lambda h: h[h.sum(1)>0], lambda h: h.sort(0).values
+    takes = lambda h: h[h.sum(1).topk(5).indices], lambda h: h.gather(0, h.argsort(0)), lambda h: h[h.sum(1)>0], lambda h: torch.masked_select(h, h>0)[:16].view(2, 8), lambda h: torch.zeros(5, 8).index_put((torch.arange(5),), h[h.sum(1).topk(5).indices])
     for take in takes:
         teacher,x = seeded(lambda: Best(take)),torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
         mine = deepcopy(teacher)
@@ -655,3 +655,18 @@ def test_parts_are_solved_as_wholes():
         alone = Moments()
         alone.add(x[i:i+1], y[i:i+1,j:j+1])
         assert torch.allclose(found[i,j], Shared(w[i:i+1,j:j+1]).solved(alone, ridge)[0,0])
+
+def test_rows_that_keep_their_places():
+    "Places that inputs tell, codes that values choose, and ranks: what is read belongs to the same row in the teacher. Keys that are made of a parameter come from a layer like others"
+    class Kept(nn.Module):
+        def __init__(self, how):
+            super().__init__()
+            self.stem,self.key,self.head,self.codes,self.how = nn.Linear(6, 8),nn.Linear(8, 8),nn.Linear(8, 3),nn.Parameter(torch.randn(12, 8)),how
+        def forward(self, x): return self.head(self.how(self, self.stem(x), x))
+    for how in (lambda m, h, x: h[x.sum(1)>0], lambda m, h, x: h[x.argsort(0)[:,0]], lambda m, h, x: m.codes[(h@m.codes.mT).argmax(1)]+h, lambda m, h, x: h.sort(1).values, lambda m, h, x: h+h[:0][h[:0].sum(1)>0].sum(),
+                lambda m, h, x: (h@m.key(m.codes).mT).softmax(1)@m.codes):
+        teacher,x = seeded(lambda: Kept(how)),torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+        mine = deepcopy(teacher)
+        with torch.no_grad(): mine.stem.weight[mine.stem.weight.abs()<.1] = 0
+        table = repair(mine, teacher, [x])
+        assert table[table.layer.isin(['stem','head'])].why.tolist()==['','']

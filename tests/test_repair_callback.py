@@ -128,7 +128,7 @@ def test_lightning(tmp_path):
     quiet = dict(accelerator='cpu', logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path, max_epochs=2)
     m = Module()
     pl.Trainer(callbacks=[cb := RepairCallback(),PruneCallback(50, 'lin', n_updates=2)], **quiet).fit(m, loader())
-    assert cb.technique.repaired is not None and [o.out_channels for o in convs(m.net)]==[4,4]
+    assert cb.repaired is not None and [o.out_channels for o in convs(m.net)]==[4,4]
     plain = net()
     opt = torch.optim.AdamW(plain.parameters(), lr=1e-2)
     with attach(Prune(50, 'lin', n_updates=2), t := Training(plain, opt, 2, lambda: (X[:2],)), 12), attach(Repair(), t, 12):
@@ -150,7 +150,7 @@ def test_transformers(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='not repaired')
         transformers.Trainer(model, args, train_dataset=data, callbacks=[SparsifyCallback(50, schedule='lin', layer_type=nn.Linear, n_updates=2),cb := RepairCallback()]).train()
-    assert (cb.technique.repaired.after.dropna()<=cb.technique.repaired.before.dropna()).all()
+    assert (cb.repaired.after.dropna()<=cb.repaired.before.dropna()).all()
     assert sum(int((m.weight==0).sum()) for m in model.modules() if isinstance(m, nn.Linear))==sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))//2
 
 BAD = dict(nan=[X[:8],X[8:16]*float('nan')], channels=[X[:8],torch.cat([X,X], 1)[:8]], none=[X[:8]*float('inf')])

@@ -194,21 +194,19 @@ class _Following(Watch):
 
 _NORM = 'weight','bias','running_mean','running_var'
 _ALIASES = frozenset(('view','permute','slice','split','expand','strided','diagonal'))  # the same memory
-_TAKES = 'index','gather','order','count'  # what gives some of the rows, or all in an order
-_PUTS = 'add_at','put_at','scatter'  # what puts rows at places among others, which stay in order
+_TAKES = 'index','gather','count'  # what gives rows at places that another input tells
 
 class _Marks:
     "What is known of tensors, by memory: of which parameters alone they are made; whether the network has computed them; and whether what it has computed chose their rows, or their order"
     def __init__(self, owner): self.owner,self.made_of,self.computed,self.chosen = owner,{},set(),set()
     def of(self, t): "Names of the parameters that `t` is made of alone, or `None`"; return {name} if (name := self.owner(t)) else self.made_of.get(_memory(t))
-    def note(self, meaning, ins, outs): # What an operation means, tensors that it got, those that it gave
+    def note(self, meaning, ins, outs, reads): # What an operation means, tensors that it got, those that it gave; is it a `Read`?
         ins = [t for t in ins if t.numel()]
         names = [self.of(t) for t in ins]
-        derived = set().union(*names) if names and all(names) else None
+        derived = set().union(*names) if names and all(names) and not reads else None
         computed = not derived and (any(names) or any(_memory(t) in self.computed for t in ins))
-        by = [t for t in ins[meaning not in ('order','count'):] if _memory(t) in self.computed]
-        taken = meaning in _TAKES and by and not names[0]
-        chosen = taken or any(_memory(t) in self.chosen for t in (ins[:1] if meaning in _PUTS else ins))
+        taken = meaning in _TAKES and names[:1]==[None] and any(_memory(t) in self.computed for t in ins[1:])
+        chosen = taken or any(_memory(t) in self.chosen for t in ins)
         for t in outs:
             m = _memory(t)
             for marks,is_so in ((self.computed,computed),(self.chosen,chosen)): (marks.add if is_so else marks.discard)(m)
@@ -231,7 +229,7 @@ class _Map(_Following):
         if spec.meaning not in _ALIASES: self.note_readers(call)
         out = func(*args, **kwargs)
         outs = [t for t in (out if isinstance(out, (tuple,list)) else [out]) if isinstance(t, Tensor) and t.numel()]
-        self.marks.note(spec.meaning, call.shadows, outs)
+        self.marks.note(spec.meaning, call.shadows, outs, read is not None)
         for t in outs:
             memory = _memory(t)
             self.level[memory] = level+(read is not None)

@@ -7,10 +7,11 @@ __all__ = ['SAMPLES', 'Named', 'layout_of', 'put_together', 'Arguments', 'export
            'flat_program', 'outputs_of', 'gap', 'allowed', 'checked_model', 'to_exported']
 
 # %% ../../nbs/export/01_program.ipynb #5b679cf3
-import inspect,logging,re,traceback,warnings
+import inspect,logging,re,sys,traceback,warnings
 from collections.abc import Mapping
 from contextlib import ExitStack,contextmanager,redirect_stderr
-from io import StringIO
+from io import TextIOBase
+from threading import get_ident
 import torch
 from torch import nn,Tensor
 from ..core.proof import TOLERANCE
@@ -193,11 +194,17 @@ def fails():
     from torch._export.verifier import SpecViolationError
     return *SLIPS,SpecViolationError
 
+class _WithoutMine(TextIOBase):
+    "A `stream` without what this thread writes: others go on writing to it"
+    def __init__(self, stream): self.stream,self.mine = stream,get_ident()
+    def write(self, s): return len(s) if get_ident()==self.mine else self.stream.write(s)
+    def flush(self): self.stream.flush()
+
 def _exported(model, args, kwargs, shapes):
     "The `ExportedProgram`; `ValueError` with the reason if there is none"
     slips = fails()
     try:
-        with redirect_stderr(StringIO()):  # on an error, it would print all operations so far
+        with redirect_stderr(_WithoutMine(sys.stderr)):  # on an error, it would print all operations so far
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except slips as e:
         kind = type(model.model if isinstance(model, _Flat) else model).__name__
