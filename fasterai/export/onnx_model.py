@@ -63,6 +63,7 @@ class ONNXModel:
         device=None, # 'cuda', 'rocm' or 'cpu'; by default the first of them that is there
         providers=None, # Instead: names of execution providers of ONNX Runtime
         threads:int|None=None, # On a CPU; by default as ONNX Runtime has it
+        settings:dict|None=None, # Entries of ONNX Runtime's configuration of a session, by their keys
     ):
         runtime,self.path = needed('onnxruntime'),Path(path)
         if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads<1):
@@ -71,6 +72,7 @@ class ONNXModel:
         options = runtime.SessionOptions()
         options.log_severity_level = 3  # errors are raised
         if threads: options.intra_op_num_threads = threads
+        for k,v in (settings or {}).items(): options.add_session_config_entry(k, str(v))
         errors = runtime.capi.onnxruntime_pybind11_state
         fails = errors.InvalidProtobuf,errors.InvalidGraph,errors.Fail,errors.NotImplemented,errors.InvalidArgument,errors.RuntimeException
         try: self.session = runtime.InferenceSession(os.fspath(self.path), options, providers=_providers(device, providers, runtime.get_available_providers()))

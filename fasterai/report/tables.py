@@ -6,8 +6,10 @@
 __all__ = ['Table', 'summary', 'report']
 
 # %% ../../nbs/report/02_tables.ipynb #1ac2a4a1
-import html,itertools,re
+import html,itertools,re,tempfile
+from collections import namedtuple
 from collections.abc import Mapping
+from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
@@ -15,9 +17,11 @@ from torch import nn
 from ..analyze.counts import (BATCHES,accuracy_interval,answers,check_models,effective_parameters,inputs_and_labels,latency,loader_of,most_likely,
                                      n_bytes,n_params,place_of,placed,running,sign_test,speedup)
 from ..core.brought import check_held,not_finite,statistics_of,warn
+from ..core.evidence import repeatable
 from ..core.graph import ChannelGraph
 from ..core.running import call_with,calls_of,check_inputs,example_inputs_for,explained,inputs_that_run,tensors_of,untouched
 from ..core.liveness import Liveness
+from ..export.runtimes import calibration_inputs,checked_runtimes,in_runtimes,runtimes as _known
 
 # %% ../../nbs/report/02_tables.ipynb #020a2d17
 class Table(pd.DataFrame):
@@ -102,14 +106,16 @@ def _overheads(model, macs, batch, ms, layouts):
     if not layouts and any(p.dim()==4 for p in model.parameters()): res.append('another layout is not tried (`channels_last=True`)')
     return res
 
+def _wherever(o): return ', whatever the runtime' if o['runtime'] else ''
+
 def _zeros_note(o):
     "What became of the zeros of stage `o`"
     gone = o['params']-o['nonzero']
     if gone<.01*o['params']: return []
     life = Liveness(o['model'], o['graph'])
     dead = len(life.dead())
-    if dead: return [f'{o["stage"]}: {gone:,} zeros are still there, and take as much time and room as other numbers: {dead:,} channels can be removed with `Pruner().prune_model(model)`']
-    return [f'{o["stage"]}: {gone:,} zeros take as much time and room as other numbers, and no channel can go for them: they are scattered (a granularity below `filter`) '
+    if dead: return [f'{o["stage"]}: {gone:,} zeros are still there, and take as much time and room as other numbers{_wherever(o)}: {dead:,} channels can be removed with `Pruner().prune_model(model)`']
+    return [f'{o["stage"]}: {gone:,} zeros take as much time and room as other numbers{_wherever(o)}, and no channel can go for them: they are scattered (a granularity below `filter`) '
             'or tied to channels that are not zero (`coupled=True` zeroes these together)', *([f'{o["stage"]}: {life.unsure}'] if life.unsure else [])]
 
 def _sizes(model): return [(n,type(m),[tuple(p.shape) for p in m.parameters(recurse=False)]) for n,m in model.named_modules()]
@@ -173,6 +179,9 @@ class Report(Table):
             col = lambda o: self[f'{k}{o}']
             res[f'ms{title}'] = [f'{three(m)} ({three(lo)} – {three(hi)})' for m,lo,hi in zip(col('ms'), col('ms_low'), col('ms_high'))]
             if several: res[f'faster{title}'] = ['' if not i else f'×{m:.2f} (×{lo:.2f} – ×{hi:.2f})' for i,(m,lo,hi) in enumerate(zip(col('speedup'), col('speedup_low'), col('speedup_high')))]
+        if 'speedup_there' in self:
+            cols = zip(self.speedup_there, self.speedup_there_low, self.speedup_there_high)
+            res['faster there'] = ['' if np.isnan(m) else f'×{m:.2f} (×{lo:.2f} – ×{hi:.2f})' for m,lo,hi in cols]
         if 'accuracy' in self:
             res['accuracy'] = [f'{a:.2f} % ({lo:.1f} – {hi:.1f})' for a,lo,hi in zip(self.accuracy, self.accuracy_low, self.accuracy_high)]
         beside = lambda texts: ['',*texts][:len(self)]  # the first is what the others are compared with
@@ -248,42 +257,101 @@ def report(
     threads:int|None=None, # Of PyTorch, by default as many as now
     channels_last:bool=False, # Measure latency in both layouts
     correct=most_likely, # Function of a model's output and the labels that returns booleans: which answers are right
+    runtimes=None, # Names of `runtimes`, or 'all': each model in each of them. By default as the models are called here
     progress:bool=True, # Show a bar
 ):
     """A row for each model: parameters, those not zero, bytes of a saved file, multiply-accumulates, median latency with its quartiles, how many times faster than the first,
     accuracy in percent with its interval (of labels: in a segmentation, of pixels). Where accuracy cannot be measured: how far outputs agree with
-    those of the first. `notes` say why nothing became faster, what is within the noise, and what was not measured"""
+    those of the first. `notes` say why nothing became faster, what is within the noise, and what was not measured.
+    With `runtimes`, there is a row for each model in each of them, files and times are those that it has there, and it is compared with the first model in the same program, too"""
     stages,data = _stages(models, data)
+    names = None if runtimes is None else checked_runtimes(runtimes)
+    if names and channels_last: raise ValueError('channels_last is a layout of PyTorch, and runtimes have their own')
     if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats<6: raise ValueError(f'repeats is a whole number, at least 6, not {repeats!r}: fewer tell nothing')
     inputs,data = _sample(stages, data, example_inputs)
     _check_alike(stages, inputs, data is not None and example_inputs is None)
     for name,m in stages.items():
         if found := not_finite({**dict(m.named_parameters()), **statistics_of(m)}): warn(f'{name}: {found}')
-    ms = list(stages.values())
-    found = None if data is None else answers(*ms, data=data, correct=correct, progress=progress)
-    times = {k:latency(*ms, example_inputs=inputs, repeats=repeats, warmup=warmup, threads=threads, channels_last=bool(k), progress=progress) for k in ('','cl_')[:1+channels_last]}
+    if data is not None and names: data = repeatable(data)
+    with tempfile.TemporaryDirectory() as folder:
+        runs,missing = _runs(stages, names, inputs, data, folder, threads)
+        ms = [o.model for o in runs]
+        found = None if data is None else answers(*ms, data=data, correct=correct, progress=progress)
+        times = {k:latency(*ms, example_inputs=inputs, repeats=repeats, warmup=warmup, threads=threads, channels_last=bool(k), progress=progress) for k in ('','cl_')[:1+channels_last]}
     shapes = [tuple(o.shape) for o in tensors_of(inputs)]
-    batch = next((o[0] for o in shapes if o), 1)
-    rows,seen = [],[]
-    notes = [o for stage,m in stages.items() for o in _nan_note(stage, m)] + _data_notes(found)
-    for i,(stage,m) in enumerate(stages.items()):
-        graph = ChannelGraph(m, placed(m, inputs))
-        counts = dict(stage=stage, params=n_params(m), nonzero=sum(int(w.count_nonzero()) for _,_,w in effective_parameters(m)), bytes=n_bytes(m), macs=sum(graph.macs().values()))
-        seen.append(dict(counts, model=m, graph=graph, batch=batch, ms=times[''][i]))
+    counts = {o:_counted(m, placed(m, inputs)) for o,m in stages.items()}
+    first,rows,seen = next(iter(counts.values())),[],[]
+    for i,o in enumerate(runs):
+        own = dict(counts[o.stage], stage=o.stage)
+        if (size := getattr(o.model, 'n_bytes', None)) is not None: own['bytes'] = size
+        rows.append({k:v for k,v in own.items() if k not in ('model','graph')} | dict(macs_ratio=first['macs']/max(own['macs'], 1), **_timed(times, i), **_answered(found, i)))
+        if names: rows[-1] |= dict(runtime=o.runtime, **_beside(runs, times[''], i))
+        seen.append(own | dict(ms=times[''][i], batch=next((s[0] for s in shapes if s), 1), runtime=o.runtime))
         if hasattr(found, 'right'): seen[-1] |= dict(right=found.right[i], labels=found.labels)
-        rows.append({**counts, 'macs_ratio':seen[0]['macs']/max(counts['macs'], 1), **_timed(times, i), **_answered(found, i)})
-    notes += [o for b in seen for o in _zeros_note(b)]
-    for prev,b in zip(seen, seen[1:]): notes += _speed_note(seen[0], b, prev, channels_last) + _accuracy_note(seen[0], b, prev)
+    notes = [o for stage,m in stages.items() for o in _nan_note(stage, m)] + _data_notes(found) + missing
+    plain = [o for o in seen if o['runtime'] in (None,'eager')]  # what PyTorch spends time on, others may not
+    notes += [n for o in {o['stage']:o for o in seen}.values() for n in _zeros_note(o)]
+    for prev,b in zip(plain, plain[1:]): notes += _speed_note(plain[0], b, prev, channels_last or names) + _accuracy_note(plain[0], b, prev)
+    if names: notes += _runtime_notes(seen)
     unknown = {op for o in seen for op in o['graph'].unknown}
     if unknown: notes.append(f'operations whose MACs are not counted, if they have some: {", ".join(sorted(unknown))}')
-    res = Report(pd.DataFrame(rows).set_index('stage'))
+    res = Report(pd.DataFrame(rows).set_index(['runtime','stage'] if names else 'stage'))
     size = ' and '.join('×'.join(map(str, o)) for o in shapes)
-    about = [f'{size} on {place_of(ms[0])[0]}, threads: {threads or torch.get_num_threads()}', f'ms: median of {repeats} turns and quartiles']
+    about = [f'{size} on {place_of(next(iter(stages.values())))[0]}, threads: {threads or torch.get_num_threads()}', f'ms: median of {repeats} turns and quartiles']
     if len(ms)>1: about.append('faster: median over the turns and its 95 % interval')
+    if names: about.append('faster there: than the first model in the same program with floats')
     res.attrs = dict(notes=notes, about='; '.join(about+_about_answers(found)))
     return res
 
 # %% ../../nbs/report/02_tables.ipynb #84db8a1d
+_Run = namedtuple('_Run', 'runtime stage model') # A name, or `None`; a name; what is called
+
+def _runs(stages, names, inputs, data, folder, threads):
+    "A `_Run` for each stage in each runtime, and notes on those that there are not"
+    if names is None: return [_Run(None, *o) for o in stages.items()],[]
+    batches = None if data is None else calibration_inputs(data)
+    there,notes = {},[]
+    for i,(stage,m) in enumerate(stages.items()):
+        own = Path(folder)/str(i)
+        own.mkdir()
+        there[stage],missing = in_runtimes(m, placed(m, inputs), names, own, batches, threads)
+        for why in dict.fromkeys(missing.values()): notes.append(f'{stage} is not measured with {", ".join(k for k,o in missing.items() if o==why)}: {why}')
+    runs = [_Run(name, stage, there[stage][name]) for name in names for stage in stages if name in there[stage]]
+    if not runs: raise ValueError(f'nothing can be measured: {"; ".join(notes)}')
+    return runs,notes
+
+def _counted(m, inputs):
+    "What there is to count of a model"
+    graph = ChannelGraph(m, inputs)
+    return dict(model=m, graph=graph, params=n_params(m), nonzero=sum(int(w.count_nonzero()) for _,_,w in effective_parameters(m)), bytes=n_bytes(m), macs=sum(graph.macs().values()))
+
+def _float_run(runs, i):
+    "The number of the run of the first model in the program of run `i`, with floats; `None` if it is this one, or is not there"
+    there = next((j for j,o in enumerate(runs) if o.runtime==_known[runs[i].runtime].beside and o.stage==runs[0].stage), None)
+    return None if there==i else there
+
+def _beside(runs, ms, i):
+    "Columns of run `i` beside the first model in the same program with floats"
+    j = _float_run(runs, i)
+    s = (np.nan,)*3 if j is None else speedup(ms[j], ms[i])
+    return dict(zip(('speedup_there','speedup_there_low','speedup_there_high'), s))
+
+_PIECE,_FEW = 4096,256 # so many weights are looked at; so many values are few for them
+
+def _shared(m): return sum(w.numel()>=_PIECE and len(w.flatten()[:_PIECE].unique())<=_FEW for _,_,w in effective_parameters(m))
+
+def _runtime_notes(seen):
+    "What runtimes make nothing of; where int8 is no faster than floats of the same model, in the same program"
+    res,by = [],{(o['runtime'],o['stage']):o for o in seen}
+    for stage,m in {o['stage']:o['model'] for o in seen}.items():
+        if n := _shared(m): res.append(f'{stage}: the weights of {n} layer{"s"*(n>1)} have few values, and each of them is written in full, whatever the runtime; `save_compressed` writes them once')
+    for (runtime,stage),o in by.items():
+        a = by.get((_known[runtime].beside,stage), o)
+        if a is o: continue
+        s = speedup(a['ms'], o['ms'])
+        if s.low<=1: res.append(f'{stage}: {runtime} is {"slower" if s.high<1 else "no faster"} than {a["runtime"]} here, {_ratio(s)}')
+    return res
+
 def _timed(times, i):
     "Columns of latency of stage `i`"
     res = {}

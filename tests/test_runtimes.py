@@ -1,0 +1,114 @@
+"""Models in several runtimes: `report(…, runtimes=…)` and what is behind it, on what people bring"""
+import copy, sys
+import numpy as np, pytest, torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from fasterai.export.runtimes import calibration_inputs, in_runtimes, runtimes
+from fasterai.prune.all import Pruner
+from fasterai.quantize.all import KMeansQuantizer
+from fasterai.report.all import report
+from fasterai.sparse.all import Sparsifier
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3,16,3,padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16,32,3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32,5)).eval()
+
+def images(n=40): return torch.randn(n, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+def labels(n=40): return torch.arange(n)%5
+def pruned(m): return Pruner(new := copy.deepcopy(m), 50, example_inputs=images(1)).prune_model() or new
+
+class Pair(nn.Module):
+    "Takes and returns dicts, as transformers do"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = nn.Embedding(20, 8),nn.Linear(8, 3)
+    def forward(self, ids, mask=None):
+        x = self.a(ids)
+        return dict(logits=self.b(x if mask is None else x*mask[...,None]))
+
+class Stubborn(nn.Module):
+    "No exporter knows what it will do"
+    def __init__(self):
+        super().__init__()
+        self.l = nn.Linear(4, 4)
+    def forward(self, x): return self.l(x) if float(x.sum())>0 else self.l(-x)
+
+def told(rep, what): return [o for o in rep.notes if what in o]
+
+def test_rows():
+    "Each model in each runtime, the files that these read, and the first model in the same program beside it"
+    dense = net()
+    small = pruned(dense)
+    rep = report(dict(dense=dense, small=small), (images(),labels()), runtimes=['onnx','eager','onnx_static','onnx_dynamic'], repeats=6, threads=1)
+    assert list(rep.index)==[(o,s) for o in ('onnx','eager','onnx_static','onnx_dynamic') for s in ('dense','small')]
+    assert rep.right['onnx','dense']==rep.right['eager','dense'] and rep.of.nunique()==1
+    assert rep.bytes['onnx_static','dense']<rep.bytes['onnx','dense'] and rep.bytes['onnx','small']<rep.bytes['onnx','dense']
+    assert rep.speedup['onnx','dense']==1 and np.isnan(rep.speedup_there['onnx','dense']) and rep.speedup_there.notna().sum()==6
+    assert (rep.macs.xs('small', level='stage').nunique(),rep.params['onnx','small'])==(1,sum(p.numel() for p in small.parameters()))
+    assert 'onnx_static' in str(rep) and 'faster there' in rep._repr_html_()
+
+@pytest.mark.parametrize('data', ['loader','generator','inputs','batches'])
+def test_data(data):
+    "Calibration does not use up what comes once"
+    x,y = images(),labels()
+    data = dict(loader=DataLoader(TensorDataset(x, y), 8), generator=((a,b) for a,b in zip(x.split(8), y.split(8))), inputs=x, batches=[*x.split(8)])[data]
+    rep = report(net(), net(1), data, runtimes=['onnx','onnx_static'], repeats=6, threads=1)
+    assert len(rep)==4 and (rep.of==40).all()
+
+def test_without_data():
+    "Ranges cannot be found, which is said; a network that takes one number of samples only is measured with it"
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = nn.Linear(4, 4)
+        def forward(self, x): return self.l(x.reshape(2, 4))
+    rep = report(net(), example_inputs=images(1), runtimes=['onnx','onnx_static'], repeats=6)
+    assert len(rep)==1 and told(rep, 'onnx_static: ranges of int8 are found with data')
+    rep = report(Fixed(), example_inputs=torch.ones(2,4), runtimes=['eager','onnx','onnx_dynamic'], repeats=6)
+    assert len(rep)==3 and rep.bytes['onnx_dynamic'].item()>0
+
+def test_by_name():
+    "Keyword inputs, outputs in a dict"
+    batch = dict(ids=torch.arange(12).view(2,6)%20, mask=torch.ones(2,6))
+    rep = report(Pair(), Pair(), [batch]*3, runtimes=['eager','onnx','onnx_dynamic'], repeats=6)
+    assert len(rep)==6 and rep.difference['onnx','before']<1e-4 and rep.difference['onnx','after']>1e-2
+
+def test_what_is_not_there(monkeypatch):
+    "A network without a graph, a runtime that is not installed: said once each, and the rest is measured"
+    monkeypatch.setitem(sys.modules, 'openvino', None)
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    rep = report(Stubborn(), example_inputs=torch.ones(1,4), runtimes='all', repeats=6)
+    assert 'eager' in rep.index.get_level_values('runtime') and 'onnx' not in rep.index.get_level_values('runtime')
+    assert len(told(rep, 'is not measured with onnx, onnx_dynamic, onnx_static:'))==1 and told(rep, 'pip install openvino')
+    with pytest.raises(ValueError, match='nothing can be measured.*onnx'): report(Stubborn(), example_inputs=torch.ones(1,4), runtimes='onnx')
+
+def test_ignored():
+    "Zeros and shared values are worth nothing in a runtime, and it is said"
+    torch.manual_seed(0)
+    sparse,shared = (nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 4)) for _ in range(2))
+    Sparsifier(sparse, 'weight', 'global', 'large_final', layer_type=nn.Linear).sparsify_model(90)
+    KMeansQuantizer(3).quantize(shared)
+    rep = report(dict(sparse=sparse, shared=shared), example_inputs=torch.randn(2,64), runtimes=['onnx'], repeats=6)
+    assert [o.partition(':')[0] for o in told(rep, 'take as much time and room as other numbers, whatever the runtime')]==['sparse']
+    assert [o.partition(':')[0] for o in told(rep, 'have few values')]==['shared']
+
+@pytest.mark.parametrize('asked, said', [('onxx', "'onnx'"), ([], 'different names'), (['onnx','onnx'], 'different names'), (['eager','tensorrt'], 'tensorrt')])
+def test_names(asked, said):
+    with pytest.raises(ValueError, match=said): report(net(), runtimes=asked)
+
+def test_layout_is_refused():
+    with pytest.raises(ValueError, match='channels_last'): report(net(), runtimes='onnx', channels_last=True)
+
+def test_untouched(tmp_path):
+    "Models are left as they are: mode, weights, hooks"
+    m = net().train()
+    state = copy.deepcopy(m.state_dict())
+    found,missing = in_runtimes(m, images(2), 'all', tmp_path, [(images(),)])
+    assert m.training and all(torch.equal(v, state[k]) for k,v in m.state_dict().items()) and {*found,*missing}=={*runtimes} and found['eager'] is m
+    with torch.no_grad():
+        out = net()(images(7))
+        assert all((o(images(7))-out).abs().max()<.1*out.abs().max() for k,o in found.items() if k!='eager')
+
+def test_samples():
+    "As many as are asked for, in whole batches"
+    assert list(map(len, (o for o, in calibration_inputs(images(), 10))))==[40] and [len(o) for o, in calibration_inputs([*images().split(8)], 10)]==[8,8]
