@@ -31,6 +31,8 @@ def damped_inverse(
     if hess.dim()==2: return 1/(hess+ridge*hess.mean(-1, keepdim=True)).clamp(min=torch.finfo(hess.dtype).tiny)
     return torch.linalg.inv(damped(hess, ridge))
 
+_MOST_GONE = 1/8 # of the features that are kept in memory
+
 class Reader:
     "A layer that reads channels, and is fitted again whenever it loses some"
     def __init__(self,
@@ -40,13 +42,14 @@ class Reader:
         n:int, # Number of channels
         ridge:float=RIDGE, # That is added to H, as a share of its mean diagonal
     ):
-        self.w,hess = w.double().clone(),hess.double()
+        self.w,hess,self.at,self.n = w.double().clone(),hess.double(),at,n
         self.places,self.there = _places(at, n)
         self.diagonal = hess if hess.dim()==1 else None
         if self.diagonal is not None: self.energy = (self.w.square()*hess).sum()
         else:
             self.energy = ((self.w@hess)*self.w).sum()
             self.inverse = damped_inverse(hess[None], ridge)[0]
+            self.gone = torch.zeros_like(at, dtype=torch.bool)
 
     def _block(self, channels):
         "Blocks of the inverse, [channels, k, k], and weights, [channels, k, outputs]; the identity and zeros where a channel has fewer than k features"
@@ -79,10 +82,18 @@ class Reader:
             return
         rows = self.inverse[i]
         makes_up = torch.linalg.solve(rows[:,i], rows)  # [removed, features]
-        self.w -= self.w[:,i]@makes_up
-        self.inverse -= rows.T@makes_up
+        self.w.addmm_(self.w[:,i], makes_up, alpha=-1)
+        self.inverse.addmm_(rows.T, makes_up, alpha=-1)
         self.w[:,i] = self.inverse[i] = 0
         self.inverse[:,i] = 0
+        self.gone[i] = True
+        if self.gone.sum()>=_MOST_GONE*len(self.gone): self._shrink()
+
+    def _shrink(self):
+        "Keep nothing of the features that are gone"
+        left = (~self.gone).nonzero().flatten()
+        self.w,self.inverse,self.at,self.gone = self.w[:,left],self.inverse[left][:,left],self.at[left],self.gone[left]
+        self.places,self.there = _places(self.at, self.n)
 
 def _places(at, n):
     "The features of each of `n` channels, [n, k], and which of these are there"
