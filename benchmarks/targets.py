@@ -6,6 +6,7 @@ Times are medians of plain calls, in turn with the dense network; of equal share
     python benchmarks/targets.py [reader resnet18 resnet50]
 """
 import statistics, sys, time, warnings
+from collections import namedtuple
 from copy import deepcopy
 from pathlib import Path
 import torch, torchvision
@@ -18,19 +19,25 @@ from data import fashion_mnist
 
 ASKED,CALLS = ('1.5x','2x'),40
 
-def trained(make, n=20000, bs=64):
-    "A network for 10 classes after an epoch, and images of 32 pixels with labels that it has not seen"
-    torch.manual_seed(0)
+Images = namedtuple('Images', 'train seen held') # Images and labels; batches of 512 of these images; images and labels that are not among them
+
+def wide_images(n):
+    "`n` images of Fashion-MNIST, of 32 pixels and three colours"
     (x,y),(tx,ty) = ([torch.from_numpy(o) for o in part] for part in fashion_mnist()[:2])
-    wide = lambda x: F.pad(x.view(-1, 1, 28, 28), (2,2,2,2)).expand(-1, 3, -1, -1)
-    x,y,model = wide(x[:n]),y[:n],make(num_classes=10)
+    def wide(x): return F.pad(x.view(-1, 1, 28, 28), (2,2,2,2)).expand(-1, 3, -1, -1)
+    x,tx = wide(x[:n]),wide(tx[:2000])
+    return Images((x,y[:n]), [*x[:512].split(64)], (tx,ty[:2000]))
+
+def learn(model, x, y, bs=64):
+    "`model` after an epoch"
+    torch.manual_seed(0)
     opt = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9, nesterov=True, weight_decay=5e-4)
     batches = torch.randperm(len(x)).split(bs)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, .1, len(batches))
     for i in batches:
         F.cross_entropy(model(x[i]), y[i]).backward()
         opt.step(), opt.zero_grad(), schedule.step()
-    return model.eval(), list(x[:512].split(64)), (wide(tx[:2000]),ty[:2000])
+    return model.eval()
 
 @torch.no_grad()
 def accuracy(model, x, y): return f'{100*torch.cat([model(o).argmax(1) for o in x.split(200)]).eq(y).float().mean():.1f} %'
@@ -42,8 +49,10 @@ def the_reader():
     return reader(), seen, lambda m: right(m, pairs)
 
 def a_resnet(name):
-    model,seen,held = trained(getattr(torchvision.models, name))
-    return model, seen, lambda m: accuracy(m, *held)
+    torch.manual_seed(0)
+    images = wide_images(20000)
+    model = learn(getattr(torchvision.models, name)(num_classes=10), *images.train)
+    return model, images.seen, lambda m: accuracy(m, *images.held)
 
 @torch.no_grad()
 def faster(dense, model, x):

@@ -22,6 +22,7 @@ RULES = [  # module                  ours                              others
     ('*callback*.py',               'core legacy callback',           'torch numpy fastai fastcore safetensors'),
     ('report/*',                    'core analyze export',                 'torch numpy pandas matplotlib'),
     ('analyze/*',                   'core sparse prune quantize report legacy', 'torch numpy pandas'),
+    ('ship.py',                       'core analyze prune misc repair export report', 'torch numpy pandas'),
     ('lightning.py',                'core sparse prune distill regularize quantize repair', 'torch lightning pytorch_lightning'),
     ('transformers.py',             'core sparse prune distill regularize quantize repair', 'torch transformers safetensors'),
     ('export/*',                    'core analyze legacy',            'torch numpy onnx onnxruntime onnxscript openvino'),

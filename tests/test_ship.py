@@ -1,0 +1,105 @@
+"""`ship`, on what people bring: labels or none, loaders of fastai, keyword inputs, numbers as outputs; each step is kept only if it helps"""
+import copy, warnings
+import pytest, torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from sklearn.datasets import load_digits
+from fasterai.export.all import ONNXModel, verify_onnx
+from fasterai.prune.all import load_pruned, save_pruned
+from fasterai.ship import ship
+
+X = torch.tensor(load_digits().images/8-1, dtype=torch.float32)[:,None]
+Y = torch.tensor(load_digits().target)
+
+def make(): return nn.Sequential(nn.Conv2d(1,32,3,padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32,64,3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64,10))
+
+def train(m, n=3):
+    opt,gen = torch.optim.AdamW(m.parameters(), 3e-3),torch.Generator().manual_seed(0)
+    for i in torch.randperm(1200, generator=gen).repeat(n).split(64):
+        nn.functional.cross_entropy(m.train()(X[i]), Y[i]).backward()
+        opt.step(), opt.zero_grad()
+    return m.eval()
+
+@pytest.fixture(scope='module')
+def net():
+    torch.manual_seed(0)
+    return train(make())
+
+class Named(nn.Module):
+    "Keyword inputs, outputs in a dict, one number for a sample"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = nn.Linear(8, 64),nn.Linear(64, 1)
+    def forward(self, x, shift=None): return dict(y=self.b(torch.relu(self.a(x)+(0 if shift is None else shift))))
+
+class Stubborn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.l = nn.Linear(4, 4)
+    def forward(self, x): return self.l(x) if float(x.sum())>0 else self.l(-x)
+
+def right(file): return 100*(ONNXModel(file)(X[1200:]).argmax(1)==Y[1200:]).float().mean().item()
+quick = dict(progress=False, threads=1)
+
+def test_bytes(net, tmp_path):
+    "The file is what the table says, the network that comes back is in it, and the given one is as it was"
+    state = copy.deepcopy(net.state_dict())
+    res = ship(net, X[:256], tmp_path/'a.onnx', valid=(X[1200:],Y[1200:]), prune=50, may_lose=2, for_='bytes', **quick)
+    kept = res.steps[res.steps.kept]
+    assert res.file.n_bytes==(tmp_path/'a.onnx').stat().st_size and res.file.n_bytes<.3*res.steps.bytes['dense'] and res.file.quantized
+    assert abs(right(res.file)-kept.score.iloc[-1])<1e-3 and kept.score.min()>=res.steps.score['dense']-2
+    assert list(res.steps.index)==['dense','prune and repair','fold','decompose linear','decompose convolutions','int8, dynamic','int8, static']
+    assert all(torch.equal(v, state[k]) for k,v in net.state_dict().items()) and (kept.bytes.diff().dropna()<0).all() and 'accuracy' in str(res)
+    save_pruned(res.model, tmp_path/'a.safetensors')
+    assert torch.equal(load_pruned(tmp_path/'a.safetensors', make()).eval()(X[:5]), res.model(X[:5]))
+
+def test_latency(net, tmp_path):
+    "What is not faster for sure is not kept; the file gives what the network gives"
+    res = ship(net, X[:128], tmp_path/'a.onnx', prune=dict(pruning_ratio=60), **quick)
+    for step,o in res.steps.iterrows(): assert o.kept or o.why, step
+    if not res.file.quantized: verify_onnx(res.model, res.file, X[:2])
+    assert res.steps.attrs['judged']=='agreement' and 'has not seen' in res.steps.notes[0]
+
+def test_pruning_that_costs_too_much(net, tmp_path):
+    "It is left out and said so; what is allowed decides"
+    with pytest.warns(UserWarning, match='is not kept.*may_lose'): res = ship(net, X[:64], tmp_path/'a.onnx', valid=(X[1200:],Y[1200:]), prune=95, may_lose=0, for_='bytes', **quick)
+    assert not res.steps.kept['prune and repair'] and res.steps.score[res.steps.kept].min()>=res.steps.score['dense']
+    assert sum(p.numel() for p in res.model.parameters())>.5*sum(p.numel() for p in net.parameters())
+
+def test_finetune(net, tmp_path):
+    "Trained in place of repaired: in training mode or not, what comes back is in eval mode"
+    seen = []
+    def tune(m): seen.append(train(m, 1).train())
+    res = ship(net, DataLoader(TensorDataset(X[:256], Y[:256]), 32), tmp_path/'a.onnx', prune=50, finetune=tune, may_lose=5, for_='bytes', **quick)
+    assert len(seen)==1 and res.steps.index[1]=='prune and train' and not res.model.training
+
+def test_of_fastai(net, tmp_path):
+    "What trains is fitted to, what validates judges"
+    from fastai.data.core import DataLoaders
+    from fastai.data.load import DataLoader as FastLoader
+    dls = DataLoaders(*(FastLoader([(X[i],Y[i]) for i in o], bs=32) for o in (range(200),range(1200,1400))))
+    res = ship(net, dls, tmp_path/'a.onnx', for_='bytes', **quick)
+    assert not res.steps.notes and res.steps.score['dense']==100*(net(X[1200:1400]).argmax(1)==Y[1200:1400]).float().mean().item()
+
+def test_numbers(tmp_path):
+    "Without classes, what outputs have in common is judged"
+    torch.manual_seed(0)
+    batches = [dict(x=torch.randn(32,8), shift=torch.zeros(32,1)) for _ in range(8)]
+    res = ship(Named(), batches, tmp_path/'a.onnx', prune=25, may_lose=50, for_='bytes', **quick)
+    assert res.steps.score['dense']==pytest.approx(100) and 50<=res.steps.score[res.steps.kept].iloc[-1]<100 and set(ONNXModel(res.file).inputs)=={'x','shift'}
+
+def test_data_that_come_once(net, tmp_path):
+    res = ship(net, (X[i:i+16] for i in range(0, 160, 16)), tmp_path/'a.onnx', samples=64, for_='bytes', **quick)
+    assert res.file.quantized
+
+@pytest.mark.parametrize('how, said', [(dict(for_='speed'), 'for_ is one of'), (dict(finetune=print), 'prune='), (dict(may_lose=-1), 'percentage points'), (dict(may_lose=True), 'percentage points'),
+    (dict(prune='half'), 'prun'), (dict(prune=dict(pruning_ratios=50)), 'pruning_ratios'), (dict(data=[]), 'no batches'), (dict(samples=0), 'samples'), (dict(path='/nowhere/a.onnx'), 'no folder'),
+    (dict(prune=150), '150')])
+def test_refused(net, tmp_path, how, said):
+    "Before anything is done, and nothing is written"
+    args = dict(model=net, data=X[:32], path=tmp_path/'a.onnx')|how
+    with pytest.raises((ValueError,TypeError,FileNotFoundError), match=said): ship(**args, **quick)
+    assert not list(tmp_path.iterdir())
+
+def test_no_graph(tmp_path):
+    with pytest.raises(ValueError, match='no graph of this Stubborn'): ship(Stubborn(), torch.ones(4,4), tmp_path/'a.onnx', **quick)
