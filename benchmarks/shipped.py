@@ -42,10 +42,11 @@ def text(scores):
 def batch(pairs): return torch.cat([F.pad(x, (0,WIDE-x.shape[-1]), value=1.) for _,x in pairs])
 
 def of_reader():
-    dense,seen = reader(),batch(words(40, 1, slice(0, None, 2)))
+    dense,few = reader(),words(40, 1, slice(0, None, 2))
     pairs = words(500, 2, slice(1, None, 2), (str.lower,str.upper,str.title))
     small = deepcopy(dense)
-    Pruner(small, 50, example_inputs=seen[:1], criteria='obs', data=[*seen.split(8)], repair=True).prune_model()
+    Pruner(small, 50, example_inputs=few[0][1], criteria='obs', data=[x for _,x in few], repair=True).prune_model()
+    seen = batch(few)
     xs,rest = batch(pairs),{id(m.FeatureExtraction):m for m in (dense,small)}
     def score(m, of):
         "Words that the whole network reads if `m` are its convolutions"
@@ -73,7 +74,7 @@ def main():
         with torch.enable_grad(): case = MADE[name]() if name in MADE else of_torchvision(name)
         folded = BN_Folder().fold(case.small, case.seen[0])
         with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b, tempfile.TemporaryDirectory() as c, tempfile.TemporaryDirectory() as d:
-            def three(x, *folders): 
+            def three(x, *folders):
                 jobs = [Job(m, x, folder, case.seen if x.shape[-1]==case.seen[0].shape[-1] else [F.interpolate(case.seen[0], x.shape[2:])]) for m,folder in zip((case.dense,folded), folders)]
                 return jobs[0].run('onnx'),jobs[1].run('onnx'),jobs[1].run('onnx_static')
             runs,small = three(case.x, a, b),case.seen[0][:1]
