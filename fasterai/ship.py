@@ -92,10 +92,10 @@ _BYTES = 'B','kB','MB','GB'
 # %% ../nbs/94_ship.ipynb #94c0de08
 _ENERGY = .95 # of what layers compute is kept in low ranks, before repair
 
-def _pruned(prune, fit, inputs, finetune):
+def _pruned(prune, fit, inputs, finetune, progress):
     "A function that prunes a copy of a network, and trains or repairs it"
     how = dict(prune) if isinstance(prune, dict) else dict(pruning_ratio=prune)
-    how = dict(criteria='obs', data=fit, repair=finetune is None, example_inputs=inputs, progress=False) | how
+    how = dict(criteria='obs', data=fit, repair=finetune is None, example_inputs=inputs, progress=progress) | how
     def f(model):
         Pruner(new := copy_of(model), **how).prune_model()
         if finetune is not None: finetune(new)
@@ -111,9 +111,8 @@ def _decomposed(fit, inputs):
         return new
     return dict(linear=linear, convolutions=convolutions)
 
-def _steps(prune, finetune, fit, inputs):
-    "Name, function, kind of file of each step, and whether it was asked for"
-    if prune is not None: yield 'prune and train' if finetune else 'prune and repair',_pruned(prune, fit, inputs, finetune),'onnx',True
+def _steps(fit, inputs):
+    "Name, function, kind of file of each step after pruning"
     yield 'fold',lambda model: BN_Folder().fold(model, inputs),'onnx'
     for k,f in _decomposed(fit, inputs).items(): yield f'decompose {k}',f,'onnx'
     for o in ('dynamic','static'): yield f'int8, {o}',lambda model: model,f'onnx_{o}'
@@ -163,11 +162,11 @@ def ship(
     prune=None, # Percentage of channels, or arguments of `Pruner`: `dict(latency='2x')`. They go by what is lost after repair, if it says nothing else; none go if not given
     finetune=None, # Function that trains the pruned network in place; without one it is repaired, which needs no labels
     may_lose:float=1., # Percentage points of right answers that all steps together may cost
-    samples:int=256, # About so many of `data` are fitted to
+    samples:int=128, # About so many of `data` are fitted to
     example_inputs=None, # What is timed; by default one sample of `data`
     correct=most_likely, # Function of output and labels that returns booleans: which answers are right
     threads:int|None=None, # Of PyTorch and ONNX Runtime, by default as many as PyTorch has now
-    progress:bool=True, # Show a bar
+    progress:bool=True, # Show bars
 )->Shipped:
     """Prune, fold, decompose and quantize `model`, and write it for ONNX Runtime. A step is kept if the file becomes faster for sure (or smaller) and answers stay right; `steps` of what comes
     back says so of each. `ValueError` if `model` cannot be exported"""
@@ -180,7 +179,8 @@ def ship(
     inputs = inputs_that_run(first, _first_sample(fit) if example_inputs is None else example_inputs)
     with tempfile.TemporaryDirectory() as folder:
         road = _Road(first, inputs, fit, judge, for_, may_lose, correct, threads, folder)
-        for o in with_bar([*_steps(prune, finetune, fit, inputs)], progress): road.try_(*o)
+        if prune is not None: road.try_('prune and train' if finetune else 'prune and repair', _pruned(prune, fit, inputs, finetune, progress), 'onnx', asked=True)
+        for o in with_bar([*_steps(fit, inputs)], progress): road.try_(*o)
     mode = road.kind.partition('_')[2]
     whole = dict(quantize=True, quantize_mode=mode, calibration_data=fit if mode=='static' else None) if mode else {}
     file = export_onnx(road.job.model, inputs, path, **whole)
