@@ -18,6 +18,7 @@ from trained import CHARS, classifier, crops, reader, words
 from targets import learn, wide_images
 
 WIDE = 420 # pixels of a word in a file, whose width is fixed
+BLOCK = 16 # channels that ONNX Runtime takes at a time
 
 @torch.no_grad()
 def share(right): return f'{100*right.float().mean():.1f} %'
@@ -29,7 +30,7 @@ class Case:
 def of_torchvision(name):
     images = wide_images(10000 if name=='vgg16_bn' else 20000)
     dense = learn(torchvision.models.get_model(name, weights=None, num_classes=10), *images.train)
-    small = Pruner(deepcopy(dense), 50, example_inputs=images.seen[0][:1]).prune_model()
+    small = Pruner(deepcopy(dense), 50, example_inputs=images.seen[0][:1], round_to=BLOCK).prune_model()
     learn(small.train(), *images.train)
     x,y = images.held
     def score(m): return share(torch.cat([m(o).argmax(1) for o in x.split(200)])==y)
@@ -45,7 +46,7 @@ def of_reader():
     dense,few = reader(),words(40, 1, slice(0, None, 2))
     pairs = words(500, 2, slice(1, None, 2), (str.lower,str.upper,str.title))
     small = deepcopy(dense)
-    Pruner(small, 50, example_inputs=few[0][1], criteria='obs', data=[x for _,x in few], repair=True).prune_model()
+    Pruner(small, 50, example_inputs=few[0][1], round_to=BLOCK, criteria='obs', data=[x for _,x in few], repair=True).prune_model()
     seen = batch(few)
     xs,rest = batch(pairs),{id(m.FeatureExtraction):m for m in (dense,small)}
     def score(m, of):
@@ -58,7 +59,7 @@ def of_reader():
 def of_classifier():
     dense,(seen,_),(xs,_) = classifier(),crops(8, 1, slice(0, 10)),crops(25, 2)
     small = deepcopy(dense)
-    Pruner(small, macs='70%', example_inputs=seen[:1], data=[*seen.split(8)], repair=True).prune_model()
+    Pruner(small, macs='70%', example_inputs=seen[:1], round_to=BLOCK, data=[*seen.split(8)], repair=True).prune_model()
     with torch.no_grad(): best = torch.cat([dense(o).argmax(1) for o in xs.split(50)])
     def score(m): return f'{share(torch.cat([m(o).argmax(1) for o in xs.split(50)])==best)} as dense'
     return Case(dense, small, [*seen.split(8)], seen[:1], score)

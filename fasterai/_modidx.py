@@ -3722,6 +3722,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fasterai.report.tables._is_models': ('report/tables.html#_is_models', 'fasterai/report/tables.py'),
                                         'fasterai.report.tables._nan_note': ('report/tables.html#_nan_note', 'fasterai/report/tables.py'),
                                         'fasterai.report.tables._observed': ('report/tables.html#_observed', 'fasterai/report/tables.py'),
+                                        'fasterai.report.tables._odd': ('report/tables.html#_odd', 'fasterai/report/tables.py'),
                                         'fasterai.report.tables._one': ('report/tables.html#_one', 'fasterai/report/tables.py'),
                                         'fasterai.report.tables._overheads': ('report/tables.html#_overheads', 'fasterai/report/tables.py'),
                                         'fasterai.report.tables._ratio': ('report/tables.html#_ratio', 'fasterai/report/tables.py'),

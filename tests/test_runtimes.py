@@ -112,3 +112,10 @@ def test_untouched(tmp_path):
 def test_samples():
     "As many as are asked for, in whole batches"
     assert list(map(len, (o for o, in calibration_inputs(images(), 10))))==[40] and [len(o) for o, in calibration_inputs([*images().split(8)], 10)]==[8,8]
+
+def test_odd_widths():
+    "Widths that ONNX Runtime does not take at once are told, if pruning made them"
+    dense = net()
+    odd,even = (Pruner(copy.deepcopy(dense), 40, example_inputs=images(1), round_to=o).prune_model() for o in (None,16))
+    rep = report(dict(dense=dense, odd=odd, even=even), example_inputs=images(1), runtimes=['onnx'], repeats=6)
+    assert [o.partition(':')[0] for o in told(rep, 'no multiple of 16')]==['odd']

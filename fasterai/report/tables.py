@@ -340,10 +340,16 @@ _PIECE,_FEW = 4096,256 # so many weights are looked at; so many values are few f
 
 def _shared(m): return sum(w.numel()>=_PIECE and len(w.flatten()[:_PIECE].unique())<=_FEW for _,_,w in effective_parameters(m))
 
+def _odd(m, block=16):
+    "The share of convolutions whose width is no multiple of `block`"
+    widths = [o.out_channels for o in m.modules() if isinstance(o, _CONVS)]
+    return sum(o%block>0 for o in widths)/max(len(widths), 1)
+
 def _runtime_notes(seen):
     "What runtimes make nothing of; where int8 is no faster than floats of the same model, in the same program"
     res,by = [],{(o['runtime'],o['stage']):o for o in seen}
     for stage,m in {o['stage']:o['model'] for o in seen}.items():
+        if (odd := _odd(m))>_odd(seen[0]['model']) and any(r.startswith('onnx') for r,s in by if s==stage): res.append(f'{stage}: {odd:.0%} of its convolutions have a width that is no multiple of 16; ONNX Runtime computes these in a slower way (`round_to=16`)')
         if n := _shared(m): res.append(f'{stage}: the weights of {n} layer{"s"*(n>1)} have few values, and each of them is written in full, whatever the runtime; `save_compressed` writes them once')
     for (runtime,stage),o in by.items():
         a = by.get((_known[runtime].beside,stage), o)
