@@ -67,7 +67,7 @@ def remember_plan(
     "Let `model` know how it was cut, from the original on, or from where layers were last replaced"
     model._pruned = _joined_plans(pruned_plan(model), {**plan, 'widths':widths})
 
-# %% ../../nbs/core/19_plan.ipynb #2382e5af
+# %% ../../nbs/core/19_plan.ipynb #6ee95878
 _MOST = 2**31-1 # of a size
 _FAR = 2**16 # of a step, or of a border, which takes memory when a layer runs
 _ROOMS = 'prune.blocks','misc.bn_folding','quantize.int8' # modules of ours that know more kinds, and how blocks are dropped
@@ -176,7 +176,7 @@ def _made(told, parts={}):
 
 _DAMAGED = 'the plan is damaged, or of another version: '
 
-# %% ../../nbs/core/19_plan.ipynb #04f14e60
+# %% ../../nbs/core/19_plan.ipynb #68efbf91
 def parts_of(
     model:nn.Module, # Whose layers are going to be replaced
 )->dict:
@@ -239,7 +239,7 @@ def _replaced_in(model, before):
         if strange := [k for k in more if k not in takes_parameters(m)]: raise ValueError(f'{now} has got a parameter {strange[0]}')
     return dict(new=new, children=children, added=added)
 
-# %% ../../nbs/core/19_plan.ipynb #7d33528e
+# %% ../../nbs/core/19_plan.ipynb #df6f4703
 def was_folded(
     model:nn.Module, # Any
 )->bool:
@@ -380,7 +380,7 @@ def _is_alike(v, was, most):
     if type(was) is dict: return type(v) is dict and v.keys()==was.keys() and all(_is_alike(v[k], o, most) for k,o in was.items())
     return type(v) is type(was) and type(v) in (str,float,bool,type(None)) and v==was
 
-# %% ../../nbs/core/19_plan.ipynb #fe007cd1
+# %% ../../nbs/core/19_plan.ipynb #551f2bd6
 class _Like(NamedTuple):
     "What a new layer has of the one that it stands for"
     device: torch.device
@@ -439,7 +439,7 @@ def _replace(model, told, likes):
         for k in ks: give_parameter(m, k)
         if hasattr(m, 'affine'): m.affine = True
 
-# %% ../../nbs/core/19_plan.ipynb #beecbe74
+# %% ../../nbs/core/19_plan.ipynb #15c2b108
 _again = {} # functions of a model, what a step tells beside a cut, and a stack to undo it: blocks that are dropped
 
 def repeats(

@@ -576,7 +576,7 @@ class Pruner:
     @at_home()
     def prune_by_ratio(self, inputs=None, optimizer=None):
         "Remove the least important channels, in place, and return the model"
-        work,n = (self._by_target,sum(1 for _ in self.model.modules())) if self.target else (self._by_ratio,2)
+        work,n = (self._by_target,sum(1 for _ in self.model.modules())) if self.target else (self._by_ratio,3)
         with self._whole(optimizer):
             if staged(work(inputs, optimizer), n, self.progress): self._repair()
         return self.model
@@ -608,6 +608,7 @@ class Pruner:
         self.start(inputs)
         yield
         self._learn()
+        yield
         n = self._remove(self.pruning_ratio, optimizer)
         if not n and not self.left and self._asks_for_some():
             warn(f'nothing went: pruning_ratio {self.pruning_ratio} is less than one channel of any layer')
