@@ -420,11 +420,11 @@ class Pointwise(nn.Module):
 
     def extra_repr(self): return ', '.join(name.split('::')[1] for name,*_ in self.steps)
 
-_RESULT = re.compile(r'aten::[a-z][a-z0-9_]*')
+_OPERATION = re.compile(r'aten::[a-z][a-z0-9_]*')
 
 def _operation(name, overload):
     "The operation of PyTorch, if there is one of that name that works element by element"
-    if not _RESULT.fullmatch(name): return
+    if not _OPERATION.fullmatch(name): return
     op = name.removeprefix('aten::')
     packets = [getattr(torch.ops.aten, o, None) for o in (op,op.rstrip('_'))]
     packets = [o for o in packets if isinstance(o, torch._ops.OpOverloadPacket)]

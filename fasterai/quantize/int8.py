@@ -137,7 +137,7 @@ class Int8Conv2d(Int8):
 
 def _is_last(x): return x.dim()==4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
-# %% ../../nbs/quantize/06_int8.ipynb #63827f86
+# %% ../../nbs/quantize/06_int8.ipynb #7e596529
 def _ends(fixed): return (0.,1.) if fixed else ()
 
 @describes(Int8Linear, in_features=size, out_features=size, bias=flag, rounds=flag, fixed=flag)
