@@ -143,7 +143,7 @@ def cut_like(
 ):
     "Cut `module` as the one in the checkpoint was, and load its weights; return it"
     state = torch.load(checkpoint, map_location='cpu', weights_only=weights_only)['state_dict']
-    with receiving(network_of(module), {}): module.load_state_dict(state)
+    with receiving(network_of(module), {}, replaces=True): module.load_state_dict(state)
     return module
 
 # %% ../nbs/96_lightning.ipynb #d35af90f

@@ -656,7 +656,7 @@ def test_a_choice_between_equals():
 def stays(m, why, inputs=None):
     folder = BN_Folder()
     with pytest.warns(UserWarning, match='norms stay'): new = folder.fold(m, X if inputs is None else inputs)
-    assert len(norms(new))==len(norms(m)) and not hasattr(new, '_folded')
+    assert len(norms(new))==len(norms(m)) and not hasattr(new, '_pruned')
     assert all(why in o for o in folder.left.values()), folder.left
     assert difference(m, new, X if inputs is None else inputs)[0]==0 and n_params(new)==n_params(m)
 
@@ -839,12 +839,13 @@ def test_channels_last_and_no_grad_are_kept():
 # pruned models, wrong arguments
 
 def test_pruned_then_folded(tmp_path):
-    "A folded model says that its plan cannot be saved; the pruned one is saved, and what is loaded folds to the same"
+    "A folded model is saved with its plan; so is the pruned one, and what is loaded folds to the same"
     m = randomized(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(1), nn.Linear(256, 3)))
     with torch.no_grad(): [o.index_fill_(0, torch.tensor([1,4]), 0) for o in (m[0].weight,m[0].bias,m[1].weight,m[1].bias)]
     small = Pruner().prune_model(m, X)
     new = fold(small)
-    with pytest.raises(ValueError, match='fold'): save_pruned(new, tmp_path/'a')
+    save_pruned(new, tmp_path/'a')
+    assert all(torch.equal(a, b) for a,b in zip(load_pruned(tmp_path/'a', copy.deepcopy(m)).state_dict().values(), new.state_dict().values()))
     save_pruned(small, tmp_path/'b')
     again = fold(load_pruned(tmp_path/'b', copy.deepcopy(m)))
     assert all(torch.equal(a, b) for a,b in zip(again.state_dict().values(), new.state_dict().values()))

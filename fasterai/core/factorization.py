@@ -18,6 +18,7 @@ from .registry import did_you_mean
 from .graph import ChannelGraph
 from .brought import check_finite,listed
 from .running import Dispatch,held,tensors_of,call_with,inputs_that_run,plain_model,untouched
+from .plan import parts_of,remember_parts
 from .surgery import _sub,copy_of
 
 # %% ../../nbs/core/11_factorization.ipynb #f5bf5a23
@@ -289,6 +290,7 @@ class Decomposer:
         inputs = inputs_that_run(model, example_inputs)
         check_finite([(_sub(n, 'weight'),w) for n in wanted if not (w := model.get_submodule(n).weight).is_meta], 'nothing can be told of what matters')
         shell = nn.Sequential(copy_of(model))
+        before = parts_of(shell[0])
         at = {n:shell[0].get_submodule(n) for n in names}
         calls,left = replaceable(shell, {n:at[n] for n in wanted}, self.types, inputs)
         self._insist(left, layers, percent_removed)
@@ -308,6 +310,7 @@ class Decomposer:
             elif not c.smaller[k]: left[n] = _no_gain(c, k)
             else: new[at[n]],ranks[n] = finished(c.stages(k), c.layer),c.rank(k)
         swap(shell, new)
+        remember_parts(shell[0], before, 'decomposing')
         self.ranks,self.left = ranks,{n:left[n] for n in names if n in left}
         if not ranks and how[1] not in (0,1) and how[0] in ('percent_removed','energy_threshold'):
             warnings.warn(f'no layer was decomposed: {"; ".join(f"{n}: {why}" for n,why in list(self.left.items())[:3])[:400]}', stacklevel=3)

@@ -18,9 +18,10 @@ from ..core.brought import check_held
 from ..core.flow import Flow,Step,Value,Visit,_hooked
 from ..core.graph import _lift,_shrink,_varying,layer_of
 from ..core.ops import scales
-from ..core.running import SLIPS,call_with,check_scripts,inputs_that_run,plain_model,untouched
+from ..core.plan import describes,give_parameter,parts_of,remember_parts,takes_parameters
+from ..core.running import SLIPS,call_with,check_scripts,inputs_that_run,plain_model,staged,untouched
 from ..core.proof import check_choices,check_same
-from ..core.surgery import _add_bias,copy_of
+from ..core.surgery import copy_of
 from ..legacy import old_function
 
 # %% ../../nbs/misc/01_bn_folding.ipynb #13578513
@@ -419,6 +420,32 @@ class Pointwise(nn.Module):
 
     def extra_repr(self): return ', '.join(name.split('::')[1] for name,*_ in self.steps)
 
+_OPERATION = re.compile(r'aten::[a-z][a-z0-9_]*')
+
+def _operation(name, overload):
+    "The operation of PyTorch, if there is one of that name that works element by element"
+    if not _OPERATION.fullmatch(name): return
+    op = name.removeprefix('aten::')
+    packets = [getattr(torch.ops.aten, o, None) for o in (op,op.rstrip('_'))]
+    packets = [o for o in packets if isinstance(o, torch._ops.OpOverloadPacket)]
+    if not packets or (overload or 'default') not in packets[0].overloads(): return
+    if any(torch.Tag.pointwise in getattr(o, k).tags for o in packets for k in o.overloads()): return getattr(packets[0], overload or 'default')
+
+def _checked_steps(steps):
+    "Steps of a `Pointwise` as a file tells them, if each is known to work element by element"
+    if type(steps) is not list: raise ValueError('a list of steps was expected')
+    for i,o in enumerate(steps):
+        name,overload,reads,numbers = o if type(o) is list and len(o)==4 else [None]*4
+        op = _operation(name, overload) if type(name) is str and type(overload) is str else None
+        if op is None: raise ValueError(f'{str(name)[:80]!r} is no operation that is known to work element by element')
+        kinds = {a.name:str(a.type) for a in op._schema.arguments}
+        read = type(reads) is dict and all(type(v) is int and 0<=v<=i and 'Tensor' in kinds.get(k, '') for k,v in reads.items())
+        number = type(numbers) is dict and all(type(v) in (int,float,str,bool,type(None)) and k in kinds and 'Tensor' not in kinds[k] for k,v in numbers.items())
+        if not (read and number): raise ValueError(f'{name} does not take {str(reads)[:80]} and {str(numbers)[:80]}')
+    return [tuple(o) for o in steps]
+
+describes(Pointwise, steps=_checked_steps)(Pointwise)
+
 def _numbers(c):
     "Arguments of operation `c` that are no tensors, by name; `None` if one may be a dimension or a size"
     kinds = {o.name:str(o.type) for o in c.func._schema.arguments}
@@ -746,18 +773,11 @@ def _rounded(x, dtype):
 
 def _prepared(model):
     """A copy of `model` in which layers that could have a bias have one, and norms of torch a weight and a bias, so that they can take numbers;
-    the module and the name of each that is new"""
-    new,added = copy_of(model),[]
-    of_torch = nn.modules.batchnorm._BatchNorm.forward,nn.SyncBatchNorm.forward
-    for m in new.modules():
-        layer = isinstance(m, (nn.modules.conv._ConvNd,nn.Linear)) and m._parameters.get('weight') is not None
-        norm = type(m).forward in of_torch and m.running_mean is not None
-        for k in ('weight','bias') if norm else ('bias',) if layer else ():
-            if m._parameters.get(k, 0) is not None: continue
-            if norm: setattr(m, k, nn.Parameter(torch.full_like(m.running_mean, float(k=='weight'))))
-            else: _add_bias(m, None)
-            added.append((m,k))
-    return new,added
+    what it was made of before; the module and the name of each that is new"""
+    new = copy_of(model)
+    was,added = parts_of(new),[(m,k) for m in new.modules() for k in takes_parameters(m) if m._parameters[k] is None]
+    for m,k in added: give_parameter(m, k)
+    return new,was,added
 
 def _values(plan):
     "New parameters by name, and the norms that would make one overflow"
@@ -811,24 +831,26 @@ def _planned(model, found, left, added):
     return plan
 
 def _first(attempt, found):
-    "The first attempt that succeeds: all norms go, then all but those that code seems to count on, then as many as it can do without"
+    "In stages, the first attempt that succeeds: all norms go, then all but those that code seems to count on, then as many as it can do without"
     relaid = dict.fromkeys(found.relaid, 'the code after it needs the memory layout that it gives')
     for left,dissolve in [({},True),({},False),*([(relaid,True),(relaid,False)] if relaid else [])]:
-        try: return attempt(left, dissolve)
+        try: return (yield from attempt(left, dissolve))
         except SLIPS as e: error = e
     norms = [k for k in found.runs if k not in found.left]
     said = str(error).partition('\n')[0][:200]
     why = f'the model does not run without it, or computes something else ({said})'
-    def without(gone): return attempt({k:why for k in norms if k not in gone}, False)
+    def without(gone): return (yield from attempt({k:why for k in norms if k not in gone}, False))
     def grown(gone, done, more):
         "As many of `more` beside `gone`, which is `done`, as possible: halves of what fails are tried"
-        try: return [*gone,*more],without([*gone,*more])
+        try: return [*gone,*more],(yield from without([*gone,*more]))
         except SLIPS:
             if len(more)==1: return gone,done
-            return grown(*grown(gone, done, more[:len(more)//2]), more[len(more)//2:])
-    try: done = without([])
+        half = len(more)//2
+        first = yield from grown(gone, done, more[:half])
+        return (yield from grown(*first, more[half:]))
+    try: done = yield from without([])
     except SLIPS: raise error  # it is not the norms
-    return grown([], done, norms)[1] if norms else done
+    return (yield from grown([], done, norms))[1] if norms else done
 
 def _told(left, n):
     "Which of `n` norms stay and why, in one text"
@@ -856,14 +878,17 @@ def _plainly(model):
         yield
 
 # %% ../../nbs/misc/01_bn_folding.ipynb #52fc84ce
+_STAGES = 5 # of a fold that succeeds at once
+
 class BN_Folder:
     """`BN_Folder().fold(model)` gives a copy without the BatchNorms that a neighbouring layer can stand in for, with the same outputs in eval mode.
     Afterwards `into` has, by the norm's name in `model`, the names of the layers that took over, and `left` the reason why a norm stayed"""
     def __init__(self,
         example_inputs=None, # Inputs that run the model: a tensor, a tuple of arguments or a dict of keyword arguments; found if not given
         verify:bool=True, # Compare the outputs before and after
+        progress:bool=True, # Show a bar for what takes longer than two seconds
     ):
-        self.example_inputs,self.verify,self.into,self.left = example_inputs,verify,{},{}
+        self.example_inputs,self.verify,self.progress,self.into,self.left = example_inputs,verify,progress,{},{}
 
     def fold(self,
         model:nn.Module, # Left as it is; of a wrapper, such as a compiled model, what is inside is folded
@@ -873,27 +898,34 @@ class BN_Folder:
         model = plain_model(model)
         check_scripts(model)
         check_held(_tensors(model))
-        with _plainly(model): return self._fold(model, self.example_inputs if example_inputs is None else example_inputs)
+        inputs = self.example_inputs if example_inputs is None else example_inputs
+        with _plainly(model): new,plan,names = staged(self._fold(model, inputs), _STAGES, self.progress)
+        left = {k:plan.left[k] for k in names if k in plan.left}
+        self.into,self.left = plan.into,{k:why for k,(why,_) in left.items()}
+        if left: warnings.warn(_told(left, len(names)), stacklevel=2)
+        if not names: warnings.warn(_told_none(model), stacklevel=2)
+        return new
 
     def _fold(self, model, inputs):
+        "In stages: a folded copy, its plan, and the names of all norms"
         inputs = inputs_that_run(model, inputs)
         copies = [_prepared(model)]
+        yield
         flow = Flow(copies[0][0], inputs)
+        yield
         with torch.device('cpu'): found = _Found(copies[0][0], flow)
+        yield
         def attempt(left, dissolve):
             "A folded copy and its plan; an error if it does not run, or computes something else"
-            new,added = copies.pop() if copies else _prepared(model)
+            new,was,added = copies.pop() if copies else _prepared(model)
             with torch.device('cpu'): plan = _planned(new, found, left, added)
             _remove(plan, new, flow, dissolve)
+            yield
             self._check(model, new, flow.example_inputs)
+            if plan.into: remember_parts(new, was, 'folding')
+            yield
             return new,plan
-        new,plan = _first(attempt, found)
-        self.into,left = plan.into,{k:plan.left[k] for k in found.names if k in plan.left}
-        self.left = {k:why for k,(why,_) in left.items()}
-        if self.into: new._folded = True
-        if left: warnings.warn(_told(left, len(found.names)), stacklevel=3)
-        if not found.names: warnings.warn(_told_none(model), stacklevel=3)
-        return new
+        return *(yield from _first(attempt, found)),found.names
 
     def _check(self, before, after, inputs):
         if not self.verify:

@@ -24,7 +24,6 @@ from ..core.obs import Reader,best_removed,removal_costs
 from ..core.needs import Known,needed
 from ..core.registry import did_you_mean
 from ..core.graph import OUTPUT,ChannelGraph,layer_of
-from .blocks import dropped_as
 from .left import LAST,add_row,counted,fixed,left_of_zeros,made_by,missing,rows_of,some,in_words
 from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes
 from ..core.running import followable,inputs_for,plain_model,staged,tensors_of,undone,untouched
@@ -34,33 +33,34 @@ from ..core.evidence import _wide,arrived,check_loss,check_seen,check_trained,ev
 from ..core.proof import TOLERANCE,check_same,random_like
 from ..core.selection import Scores,Source,check_percent,n_of
 from ..core.pool import Pool, select_each
-from ..core.plan import as_bytes,check_fits,plan_text,pruned_plan,read_plan,remember_plan
+from ..core.plan import as_bytes,brought_to,note_parts,plan_text,pruned_plan,read_plan,refill,remember_plan,steps_of
 from ..repair.repair import Teacher,_batches,_given
 from .targets import Counted,Target,Timed,Widths,losses
-from ..core.surgery import _pick,_sub,apply_plan,check_copyable,check_plan,follow_cut,legal,reshaped,without
+from ..core.surgery import _channels_last,_pick,_sub,apply_plan,check_copyable,follow_cut,legal,reshaped,without
 
 # %% ../../nbs/prune/01_pruner.ipynb #29ec85b0
 _KEY = 'fasterai.pruned'
 
 def save_pruned(
-    model:nn.Module, # As a `Pruner` left it
+    model:nn.Module, # As `Pruner`, `drop_blocks`, `BN_Folder`, `FC_Decomposer`, `Conv_Decomposer` and `Quantizer` left it, in any order
     path, # File to write
 ):
-    "Write the parameters and buffers of `model` and how it was cut, as safetensors"
+    "Write the parameters and buffers of `model` and how it was made, as safetensors"
     model = plain_model(model)
     check_held((k,v) for k,v in model.state_dict().items() if isinstance(v, Tensor))
-    if getattr(model, '_folded', False):
-        raise ValueError('norms of this model were folded, and a fresh one has them: save it before, and fold what `load_pruned` gives')
+    if unsaved := [o['unsaved'] for o in steps_of(pruned_plan(model)) if 'unsaved' in o]: raise ValueError(unsaved[0])
     state,tensors,tied,seen = model.state_dict(),{},{},{}
     for k,v in state.items():
         if not isinstance(v, Tensor): raise ValueError(f'{k} of the state_dict is a {type(v).__name__}: only tensors can be saved')
         key = (v.data_ptr(),v.shape,v.stride(),v.dtype) if v.numel() else k
         if key in seen: tied[k] = seen[key]
         else: seen[key],tensors[k] = k,v.detach().contiguous().clone()
-    save_file(tensors, path, metadata={_KEY:plan_text(pruned_plan(model), tied=tied, version=1)})  # one key: the order of several is random
+    save_file(tensors, path, metadata={_KEY:plan_text(pruned_plan(model), tied=tied, last=[k for k,v in state.items() if _channels_last(v)], version=2)})  # one key: the order of several is random
+
+def _format(t, last): return {4:torch.channels_last, 5:torch.channels_last_3d}.get(t.dim(), torch.contiguous_format) if last else torch.contiguous_format
 
 def _read(path):
-    "Tensors and plan of file `path`"
+    "Tensors and plan of file `path`, and the names of tensors whose channels come last in memory"
     try:
         with safe_open(path, 'pt') as f:
             text = (f.metadata() or {}).get(_KEY)
@@ -68,30 +68,35 @@ def _read(path):
             state = {k:f.get_tensor(k) for k in f.keys()}
     except SafetensorError as e: raise ValueError(f'{path} is no safetensors file, or is damaged: {e}') from e
     plan = read_plan(text)
-    if plan.pop('version')!=1: raise ValueError(f'{path} was written by a later version')
-    state |= {k:state[o] for k,o in plan.pop('tied').items()}
-    return state,plan
+    version,tied,last = plan.pop('version', None),plan.pop('tied', None),plan.pop('last', None)
+    if version not in (1,2): raise ValueError(f'{path} was written by a later version, or is damaged: its version is {str(version)[:20]}')
+    if type(tied) is not dict or any(type(o) is not str or o not in state or k in state for k,o in tied.items()): raise ValueError(f'{path} is damaged: of what is tied, some is not there')
+    told = version==1 if last is None else type(last) is list and all(type(k) is str for k in last)
+    if not told: raise ValueError(f'{path} is damaged: where channels come last is not told')
+    return state | {k:state[o] for k,o in tied.items()},plan,last
 
 @at_home()
 def load_pruned(
     path, # File that `save_pruned` wrote
     model:nn.Module, # Fresh, of the original architecture; cut in place
 ):
-    "Cut `model` as the file says, and load its parameters and buffers; nothing is run from the file"
+    """Make `model` as the file says, and load its parameters and buffers. Nothing is run from the file. `ValueError` if it is of another architecture, or is damaged; after an error,
+    `model` is as it was"""
     given,model = model,followable(model, resizes=True)
     empty = [n for n,p in model.named_parameters() if p.is_meta]
     if empty: raise ValueError(f'{empty[0]} is on the meta device, where it has no values: `model.to_empty(device=…)` first')
     check_held(model.named_parameters())
-    state,plan = _read(path)
-    with dropped_as(model, plan):
-        check_fits(state, plan, model)
-        apply_plan(model, plan)
-    for k,v in model.state_dict(keep_vars=True).items():
-        if v.dtype!=state[k].dtype: v.data = v.data.to(state[k].dtype)
-    own = model.state_dict()
-    own.update(state)  # keeps what versions its modules have
-    model.load_state_dict(own)
-    model._pruned = plan
+    state,plan,last = _read(path)
+    was = {t.data_ptr() for t in (*model.parameters(),*model.buffers())}
+    with brought_to(model, plan, state), undone() as undo:
+        for k,v in model.state_dict(keep_vars=True).items():
+            if v.dtype!=state[k].dtype: v.data = v.data.to(state[k].dtype)
+            if last is not None and (k in last)!=(_channels_last(v) is not None): v.data = v.data.clone(memory_format=_format(v, k in last))  # layouts decide on the last bits of outputs
+            if v.data_ptr() in was: undo.callback(v.data.copy_, v.data.clone())
+        own = model.state_dict()
+        own.update(state)  # keeps what versions its modules have
+        try: model.load_state_dict(own)
+        except RuntimeError as e: raise ValueError(f'{path} is of another architecture: {e}') from e
     return given
 
 # %% ../../nbs/prune/01_pruner.ipynb #b93522ca
@@ -434,18 +439,6 @@ class _Aim:
         return f'{t} asks for {t.shown(self.budget)}, and {t.shown(found.left)} are left, which is {abs(self.off(found.left)):.0%} off: {why}; {self.stays()}'
 
 # %% ../../nbs/prune/01_pruner.ipynb #85c1ce49
-def _fill(t, data, grad):
-    "Give `t` what it had, if it was cut"
-    if t.shape==data.shape: return
-    if t.is_leaf: t.grad = None
-    if t.requires_grad: t.data = data.new_empty(0, dtype=torch.float64 if t.dtype!=torch.float64 else torch.float32)  # as `apply_plan` has it
-    t.data = data
-    if grad is not None: t.grad = grad
-
-def _refill(d, was):
-    d.clear()
-    d.update(was)
-
 def _regroup(g, was, keep):
     vars(g).update(was)
     g.keep.copy_(keep)
@@ -456,7 +449,7 @@ def _note_state(undo, optimizer):
     for o in getattr(optimizer, 'slow_weights', None) or (): undo.callback(o.__setitem__, slice(None), [*o])
     for g in getattr(optimizer, 'param_groups', None) or (): undo.callback(lambda ps, n: ps.__delitem__(slice(n, None)), g['params'], len(g['params']))
     state = getattr(opt, 'state', None) or {}
-    for d in (*state.values(),state): undo.callback(_refill, d, dict(d))
+    for d in (*state.values(),state): undo.callback(refill, d, dict(d))
 
 @contextmanager
 def _whole(pruner, optimizer):
@@ -465,12 +458,10 @@ def _whole(pruner, optimizer):
     own = {k:copy.copy(v) if isinstance(v, (list,dict,set)) else v for k,v in vars(pruner).items()} | dict(seen=None)  # channels are followed anew
     with undone() as undo:
         undo.callback(vars(about).update, found=dict(about.found), kept={o:{n:x.clone() for n,x in d.items()} for o,d in about.kept.items()})
-        undo.callback(_refill, vars(pruner), own)
+        undo.callback(refill, vars(pruner), own)
         for g in own.get('groups', ()): undo.callback(_regroup, g, dict(vars(g)), g.keep.clone())
         _note_state(undo, optimizer)
-        for d in [d for m in model.modules() for d in (vars(m),m._parameters,m._buffers)]: undo.callback(_refill, d, dict(d))
-        for t in (*model.parameters(),*model.buffers()):
-            if not nn.parameter.is_lazy(t): undo.callback(_fill, t, t.data, t.grad if t.is_leaf else None)
+        note_parts(undo, model)
         yield
 
 _ALIKE = str.maketrans('oOlI', '0011')  # letters that are taken for numbers
@@ -585,7 +576,7 @@ class Pruner:
     @at_home()
     def prune_by_ratio(self, inputs=None, optimizer=None):
         "Remove the least important channels, in place, and return the model"
-        work,n = (self._by_target,sum(1 for _ in self.model.modules())) if self.target else (self._by_ratio,2)
+        work,n = (self._by_target,sum(1 for _ in self.model.modules())) if self.target else (self._by_ratio,3)
         with self._whole(optimizer):
             if staged(work(inputs, optimizer), n, self.progress): self._repair()
         return self.model
@@ -617,6 +608,7 @@ class Pruner:
         self.start(inputs)
         yield
         self._learn()
+        yield
         n = self._remove(self.pruning_ratio, optimizer)
         if not n and not self.left and self._asks_for_some():
             warn(f'nothing went: pruning_ratio {self.pruning_ratio} is less than one channel of any layer')

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..analyze.counts import latency, speedup
 from ..core.brought import warn
 from ..core.evidence import first_inputs, repeatable
+from ..core.plan import conv_checks, describes, flag, parts_of, remember_parts, size
 from ..core.registry import named
 from ..core.running import batches_of, call_with, calls_of, check_runs, check_scripts, check_shapes, inputs_that_run, is_fake, plain_model, tensors_of
 from ..core.surgery import copy_of
@@ -135,6 +136,27 @@ class Int8Conv2d(Int8):
         return out if last else out.contiguous() # code after it may `view`
 
 def _is_last(x): return x.dim()==4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+# %% ../../nbs/quantize/06_int8.ipynb #7e596529
+def _ends(fixed): return (0.,1.) if fixed else ()
+
+@describes(Int8Linear, in_features=size, out_features=size, bias=flag, rounds=flag, fixed=flag)
+def _linear_of(rounds, fixed, **linear): return Int8Linear(nn.Linear(**linear, device='meta'), *_ends(fixed), rounds=rounds)
+
+def _conv_told(m):
+    n_out,n_in,*kernel = m.whole.shape
+    stride,padding,dilation,groups,*_ = m.how
+    return dict(in_channels=n_in*groups, out_channels=n_out, kernel_size=kernel, stride=stride, padding=getattr(m, 'padding', padding), dilation=dilation, groups=groups, bias=m.bias is not None,
+                padding_mode='zeros', rounds=m.rounds, fixed=m.fixed, last=m.last)
+
+def _describe_conv(n, cls, layer): # Axes, type of its int8, its type
+    def make(rounds, fixed, last, **conv):
+        new = cls(layer(**conv, device='meta'), *_ends(fixed), rounds=rounds)
+        new.last = last
+        return new
+    describes(cls, _conv_told, **conv_checks(n), rounds=flag, fixed=flag, last=flag)(make)
+
+_describe_conv(2, Int8Conv2d, nn.Conv2d)
 
 # %% ../../nbs/quantize/06_int8.ipynb #4494f701
 _KINDS = {nn.Linear:Int8Linear, nn.Conv2d:Int8Conv2d}
@@ -268,6 +290,7 @@ class Quantizer:
     def _converted(self, old, seen, reasons):
         "A copy with layers in int8, and a row for each layer"
         new,rows,twins = copy_of(old),[],{}
+        before = parts_of(new)
         for name,m in new.named_modules(remove_duplicate=False): twins.setdefault(m, []).append(name)
         for name,why in reasons.items():
             m = old.get_submodule(name)
@@ -281,6 +304,7 @@ class Quantizer:
             if self.measure: row.measure(m, int8, x, _REPEATS)
             if not row['int8']: continue
             for o in twins[new.get_submodule(name)]: new.set_submodule(o, int8)
+        remember_parts(new, before, 'int8')
         return new,rows
 
     def report(self):

@@ -17,6 +17,7 @@ from ..core.evidence import repeatable, unwrapped
 from ..core.factorization import _wide
 from ..core.graph import layer_of
 from ..core.reads import Weights, columns_in, columns_out, n_columns, part_of, read_by, reads_of, some_columns
+from ..core.plan import kept_of, was_folded
 from ..core.resumed import Again, Room, Runs
 from ..core.surgery import copy_of
 from ..core.running import Bystanders, at_home, check_runs, explained, followable, inputs_for, inputs_of, map_parts, staged, tensors_of, undone
@@ -38,7 +39,7 @@ def _plan_of(model):
     "How `model`, or parts of it, were cut: by name of a parameter, dimension and index"
     res = {}
     for n,m in model.named_modules():
-        res |= {f'{n}.{o}' if n else o: dims for o,dims in getattr(m, '_pruned', {}).get('kept', {}).items()}
+        res |= {f'{n}.{o}' if n else o: dims for o,dims in kept_of(m).items()}
     return res
 
 def _since(plan, before, teacher):
@@ -410,7 +411,7 @@ def repair(
     if ridge is not None and (isinstance(ridge, bool) or not isinstance(ridge, Real) or not 0<=ridge<=_LARGEST): raise ValueError(f'ridge is a number, at least 0, or None, not {ridge!r}')
     for o in (model,teacher): check_values(o)
     for a,b,what in (model,teacher,'model'),(teacher,model,'teacher'):
-        if getattr(a, '_folded', False) and not getattr(b, '_folded', False): raise ValueError(f'normalizations of the {what} were folded into its layers, and those of the other were not: repair before that, or fold both')
+        if was_folded(a) and not was_folded(b): raise ValueError(f'normalizations of the {what} were folded into its layers, and those of the other were not: repair before that, or fold both')
     data = _batches(data)
     first = next(iter(data))
     mine,theirs = _given(first, model),_given(first, teacher)
