@@ -147,6 +147,7 @@ _KINDS = {nn.Linear:Int8Linear, nn.Conv2d:Int8Conv2d}
 _METHODS = dict(static=tuple(_KINDS), dynamic=(nn.Linear,), weight_only=tuple(_KINDS))
 _COLUMNS = 'layer','kind','int8','why','error','bytes','bytes_int8','ms','ms_int8'
 _REPEATS = 9 # of a measurement: enough for an interval
+_SLOW = 'not faster'
 
 def _kind(m): return next((o for o in _KINDS if isinstance(m, o)), None)
 
@@ -205,7 +206,7 @@ class _Row(dict):
         ms = latency(old, new, example_inputs=inputs, repeats=repeats, progress=False)
         ratio = speedup(*ms)
         told = f'×{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})'
-        self.update(ms=float(ms[0].min()), ms_int8=float(ms[1].min()), int8=ratio.low>1, why=told if ratio.low>1 else f'not faster: {told}')
+        self.update(ms=float(ms[0].min()), ms_int8=float(ms[1].min()), int8=ratio.low>1, why=told if ratio.low>1 else f'{_SLOW}: {told}')
 
 def _checked(ranges):
     "`ranges`, if each is a pair of finite numbers in their order"
@@ -251,6 +252,7 @@ class Quantizer:
         self._check_ranges(old)
         first,seen,reasons = self._calibrated(old, repeatable(calibration_data), n)
         new,rows = self._converted(old, seen, reasons)
+        self._tell_slow(rows)
         if not any(o['int8'] for o in rows):
             self.rows = rows
             warn(f'no layer of this {type(inner).__name__} is in int8, and it is returned as it is: `report` says why')
@@ -270,6 +272,11 @@ class Quantizer:
         layers = [n for n,m in old.named_modules() if _kind(m) is not None]
         if strange := next((o for o in self.ranges or () if o not in layers), None):
             raise ValueError(f'there is a range for {strange!r}, which is no linear layer or convolution of this {type(old).__name__}: {did_you_mean(strange, layers)[:400]}')
+
+    def _tell_slow(self, rows):
+        "Warn of layers that were rounded in training, and are not in int8"
+        slow = [o['layer'] for o in rows if o['layer'] in (self.ranges or ()) and o['why'].startswith(_SLOW)]
+        if slow: warn(f'{len(slow)} of {len(self.ranges)} layers with a range stay in float, where they have not been trained, as int8 is not faster for them here: `report` says which, and measure=False takes them all')
 
     def _calibrated(self, old, data, n):
         "Inputs of the first batch, what layers have seen, and why layers stay in float"

@@ -6,13 +6,14 @@
 __all__ = ['Share', 'Quantize']
 
 # %% ../../nbs/quantize/03_training.ipynb #0f4c8cf6
+from collections import Counter
 from collections.abc import Mapping
 from ..core.brought import warn
 from ..core.pace import Technique, Untold, clear_state, put, two_of, within, without_labels
 from ..core.running import map_parts, plain_model
 from ..core.schedule import check_rises
 from .int8 import Quantizer
-from .rounding import Rounding, rounded_layers
+from .rounding import CHOSEN, Rounding, rounded_layers
 from .weight_sharing import KMeansQuantizer, bits_by_name
 
 # %% ../../nbs/quantize/03_training.ipynb #a8bd7454
@@ -76,7 +77,7 @@ class Quantize(Technique):
         model = plain_model(training.model)
         if any(isinstance(o, Quantize) and o.rounding is not None and o.rounding.model is model for o in training.others()):
             raise ValueError(f'two of {self.title} would round the same network: take one, which may be told what to ignore')
-        rounded_layers(model, **self.how)
+        self.left = rounded_layers(model, **self.how)[1]
 
     def begin(self, training):
         self.check(training)
@@ -86,7 +87,14 @@ class Quantize(Technique):
         except ValueError:
             rounding.remove()
             raise
-        self.rounding,self.inputs,self.left = rounding,(),rounding.left
+        self.rounding,self.inputs = rounding,()
+        self._tell_left()
+
+    def _tell_left(self):
+        whys = Counter(why for why in self.left.values() if why not in CHOSEN)
+        if not whys: return
+        told = ', '.join(f'{n}: {why}' for why,n in whys.most_common())
+        warn(f'{whys.total()} of {whys.total()+len(self.rounding.layers)} layers are not rounded to int8 ({told}): `left` says which')
 
     def state_dict(self): return (self.state or {}) if self.rounding is None else put('ranges.', self.rounding.state_dict())
     def batch(self, inputs, loss=None): self.inputs = inputs
