@@ -233,12 +233,13 @@ def _carries(save):
 def _ends(fit):
     @wraps(fit)
     def _do_fit(self, *args, **kwargs):
-        try: return fit(self, *args, **kwargs)
-        except CancelFitException: raise
-        except BaseException: # of which fastai tells no callback
+        def leave(error, *rest): # of which fastai tells no callback
+            if error is None or issubclass(error, CancelFitException): return
             for o in self.cbs:
                 if isinstance(o, TechniqueCallback) and o.busy: o._leave()
-            raise
+        with ExitStack() as stack:
+            stack.push(leave)
+            return fit(self, *args, **kwargs)
     return _do_fit
 
 def _receives(load):

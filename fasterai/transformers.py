@@ -8,6 +8,7 @@ __all__ = ['TechniqueCallback', 'SparsifyCallback', 'KeepSparsity', 'PruneCallba
 
 # %% ../nbs/97_transformers.ipynb #bae1bdd7
 import hashlib
+from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
 import torch
@@ -98,11 +99,12 @@ def _ending(train):
     "`train`, which tells callbacks of ours if it is broken off: nobody else does"
     @wraps(train)
     def _train(self, *args, **kwargs):
-        try: return train(self, *args, **kwargs)
-        except BaseException:
-            for o in self.callback_handler.callbacks:
+        def leave(error, *rest):
+            for o in self.callback_handler.callbacks if error else ():
                 if isinstance(o, TechniqueCallback): o._leave(False)
-            raise
+        with ExitStack() as stack:
+            stack.push(leave)
+            return train(self, *args, **kwargs)
     _train._ours = True
     return _train
 

@@ -252,11 +252,11 @@ class Quantizer:
         self._check_ranges(old)
         first,seen,reasons = self._calibrated(old, repeatable(calibration_data), n)
         new,rows = self._converted(old, seen, reasons)
-        self._tell_slow(rows)
         if not any(o['int8'] for o in rows):
             self.rows = rows
             warn(f'no layer of this {type(inner).__name__} is in int8, and it is returned as it is: `report` says why')
             return model
+        self._tell_slow(rows)
         whole = _Row(layer='', kind=type(inner).__name__, bytes=_n_bytes(old))
         whole.compare(old, new, first)
         if self.measure: whole.measure(old, new, first, _REPEATS)
