@@ -1,7 +1,7 @@
-"""A training step with SparsifyCallback, or with KMeansCallback, beside the same step without a callback, in turn.
+"""A training step with SparsifyCallback, with KMeansCallback, or with QuantizeCallback, beside the same step without a callback, in turn.
 
 Two learners take turns batch by batch, so that both see the machine in the same state.
-resnet18 with 10 classes, batches of 32 images of 3×64×64, weights zeroed to 50 % under one_cycle, or sharing 16 values a layer.
+resnet18 with 10 classes, batches of 32 images of 3×64×64, weights zeroed to 50 % under one_cycle, sharing 16 values a layer, or rounded as in int8.
 
     python benchmarks/training_step.py [steps …]      default: 40 500
 """
@@ -13,7 +13,7 @@ from torchvision.models import resnet18
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fasterai.quantize.all import KMeansCallback
+from fasterai.quantize.all import KMeansCallback, QuantizeCallback
 from fasterai.sparse.all import SparsifyCallback, large_final, movement, one_cycle
 
 def learner(n_steps, model=resnet18, n_images=32, px=64, device='cpu', layout=torch.contiguous_format):
@@ -68,3 +68,4 @@ if __name__=='__main__':
         for context,criteria in (('local',large_final),('global',large_final),('local',movement)):
             compare(f'weight/{context}/{criteria.__name__}', SparsifyCallback(50, 'weight', context, criteria, one_cycle), n)
         compare('KMeansCallback(4)', KMeansCallback(4), n)
+        compare('QuantizeCallback()', QuantizeCallback(), n)

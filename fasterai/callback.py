@@ -10,7 +10,7 @@ import math
 from contextlib import ExitStack
 from functools import wraps
 import numpy as np
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastai.torch_core import find_bs, get_model, params, rank_distrib
@@ -230,6 +230,18 @@ def _carries(save):
             return save(self, *args, **kwargs)
     return _save
 
+def _ends(fit):
+    @wraps(fit)
+    def _do_fit(self, *args, **kwargs):
+        def leave(error, *rest): # of which fastai tells no callback
+            if error is None or issubclass(error, CancelFitException): return
+            for o in self.cbs:
+                if isinstance(o, TechniqueCallback) and o.busy: o._leave()
+        with ExitStack() as stack:
+            stack.push(leave)
+            return fit(self, *args, **kwargs)
+    return _do_fit
+
 def _receives(load):
     @wraps(load)
     def _load(self, *args, **kwargs):
@@ -239,7 +251,7 @@ def _receives(load):
         return res
     return _load
 
-for _name,_wrap in dict(save=_carries, load=_receives).items():
+for _name,_wrap in dict(save=_carries, load=_receives, _do_fit=_ends).items():
     _f = getattr(Learner, _name)
     if not getattr(_f, '_ours', False):  # once, when this module is loaded again, too
         setattr(Learner, _name, _wrap(_f))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['network_of', 'TechniqueCallback', 'cut_like', 'SparsifyCallback', 'KeepSparsity', 'PruneCallback', 'KMeansCallback',
-           'RegularizeCallback', 'RegularizationCallback', 'RepairCallback', 'KnowledgeDistillationCallback']
+           'QuantizeCallback', 'RegularizeCallback', 'RegularizationCallback', 'RepairCallback',
+           'KnowledgeDistillationCallback']
 
 # %% ../nbs/96_lightning.ipynb #9737c0ae
 import hashlib, math
@@ -17,7 +18,7 @@ from .core.pace import Driver, Technique, Training, attach, first_two
 from .core.plan import note_plan, receiving
 from .distill.training import Distill
 from .prune.training import Prune
-from .quantize.training import Share
+from .quantize.training import Quantize, Share
 from .regularize.training import GroupRegularize, Regularize
 from .repair.training import Repair
 from .sparse.training import Keep, Sparsify
@@ -160,6 +161,7 @@ class SparsifyCallback(TechniqueCallback, technique=Sparsify): pass
 class KeepSparsity(TechniqueCallback, technique=Keep): pass
 class PruneCallback(TechniqueCallback, technique=Prune): pass
 class KMeansCallback(TechniqueCallback, technique=Share): pass
+class QuantizeCallback(TechniqueCallback, technique=Quantize): pass
 class RegularizeCallback(TechniqueCallback, technique=Regularize): pass
 class RegularizationCallback(TechniqueCallback, technique=GroupRegularize): pass
 class RepairCallback(TechniqueCallback, technique=Repair): pass

@@ -1,6 +1,8 @@
 from .kmeans import kmeans
 from .weight_sharing import KMeansQuantizer
 from .int8 import Quantizer
-from .training import Share
+from .rounding import Rounding
+from .training import Quantize, Share
 from .kmeans_callback import KMeansCallback
+from .quantize_callback import QuantizeCallback
 from .compressed_file import CompressedFileError, compression_report, load_compressed, save_compressed

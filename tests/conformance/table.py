@@ -13,7 +13,7 @@ from fasterai.core.plan import pruned_plan
 from fasterai.core.schedule import one_cycle
 from fasterai.distill.all import Distill, KnowledgeDistillationCallback
 from fasterai.prune.all import Prune, PruneCallback
-from fasterai.quantize.all import KMeansCallback, Share
+from fasterai.quantize.all import KMeansCallback, Quantize, QuantizeCallback, Share
 from fasterai.regularize.all import RegularizationCallback
 from fasterai.regularize.training import GroupRegularize
 from fasterai.sparse.all import KeepSparsity, SparsifyCallback
@@ -31,6 +31,7 @@ ARGS = dict( # the technique, what fastai calls its callback, and arguments
     distill=(Distill, KnowledgeDistillationCallback, lambda: ((teacher(), 'Logits'), dict(weight=.7))),
     regularize=(GroupRegularize, RegularizationCallback, lambda: (('filter',.1), dict(layer_types=BOTH))),
     share=(Share, KMeansCallback, lambda: ((2,), {})),
+    quantize=(Quantize, QuantizeCallback, lambda: ((), {})),
     keep=(Keep, KeepSparsity, lambda: ((), {})))
 
 def made(engine, name):
@@ -47,7 +48,8 @@ def gone(name, k=EPOCHS*STEPS, n=EPOCHS*STEPS):
     def prune(net): return [net.a.out_channels,net.c.out_channels]==[12-n_of(12, 50*k/n),8-n_of(8, 50*k/n)]
     def share(net): return all(len(w.unique())<=5 for w in weights(net).values())
     def keep(net): return not net.a.weight[:3].any() and bool(net.a.weight[3:].all())
-    return dict(sparsify=sparsify, prune=prune, share=share, keep=keep).get(name, lambda net: True)
+    def quantize(net): return {type(m) in (nn.Conv2d,nn.Linear) for m in (net.a,net.c,net.head)}=={k==n}  # another class while it is trained
+    return dict(sparsify=sparsify, prune=prune, share=share, quantize=quantize, keep=keep).get(name, lambda net: True)
 
 def bits(net): return {k:v.clone() for k,v in net.state_dict().items()}
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
@@ -109,7 +111,8 @@ def interrupt(engine, name, folder):
     except Stop: pass
     else: raise AssertionError('nothing was raised')
     left = [o for m in net.modules() for o in (*m._forward_hooks,*m._forward_pre_hooks,*m._backward_hooks,*m._state_dict_hooks,*m._load_state_dict_pre_hooks)]
-    if engine!='transformers': check(not left, f'hooks are left: {left}')  # whose callbacks are not told of errors
+    check(not left, f'hooks are left: {left}')
+    if name!='prune': check(all(type(m)==type(o) for m,o in zip(net.modules(), network().modules())), 'layers are of another class')
     net.zero_grad()
     again = copy.deepcopy(net)
     if engine=='transformers': again._pruned = inner_plan(net)
