@@ -28,12 +28,12 @@ def wide_images(n):
     x,tx = wide(x[:n]),wide(tx[:2000])
     return Images((x,y[:n]), [*x[:512].split(64)], (tx,ty[:2000]))
 
-def learn(model, x, y, bs=64):
+def learn(model, x, y, bs=64, lr=.1):
     "`model` after an epoch"
     torch.manual_seed(0)
-    opt = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9, nesterov=True, weight_decay=5e-4)
+    opt = torch.optim.SGD(model.parameters(), lr=lr, momentum=.9, nesterov=True, weight_decay=5e-4)
     batches = torch.randperm(len(x)).split(bs)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, .1, len(batches))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, len(batches))
     for i in batches:
         F.cross_entropy(model(x[i]), y[i]).backward()
         opt.step(), opt.zero_grad(), schedule.step()
