@@ -380,7 +380,7 @@ def _is_alike(v, was, most):
     if type(was) is dict: return type(v) is dict and v.keys()==was.keys() and all(_is_alike(v[k], o, most) for k,o in was.items())
     return type(v) is type(was) and type(v) in (str,float,bool,type(None)) and v==was
 
-# %% ../../nbs/core/19_plan.ipynb #fe007cd1
+# %% ../../nbs/core/19_plan.ipynb #2562795c
 class _Like(NamedTuple):
     "What a new layer has of the one that it stands for"
     device: torch.device
@@ -388,9 +388,9 @@ class _Like(NamedTuple):
     last: bool # Do channels come last in memory?
 
 def _like(m, rest): # Module, or `None`; model
-    tensors = [t for o in (m,rest) if o is not None for t in (*o.parameters(),*o.buffers()) if t.is_floating_point()]
-    if not tensors: return _Like(torch.device('cpu'), torch.get_default_dtype(), False)
-    return _Like(tensors[0].device, tensors[0].dtype, m is not None and any(_channels_last(t) for t in m.parameters()))
+    tensors = (t for o in (m,rest) if o is not None for f in (o.parameters,o.buffers) for t in f() if t.is_floating_point())
+    if (first := next(tensors, None)) is None: return _Like(torch.device('cpu'), torch.get_default_dtype(), False)
+    return _Like(first.device, first.dtype, m is not None and any(map(_channels_last, m.parameters())))
 
 def _places(model, told):
     "Checked: new layers; by module what its parts are going to be; by module the parameters that it gets"
@@ -439,7 +439,7 @@ def _replace(model, told, likes):
         for k in ks: give_parameter(m, k)
         if hasattr(m, 'affine'): m.affine = True
 
-# %% ../../nbs/core/19_plan.ipynb #beecbe74
+# %% ../../nbs/core/19_plan.ipynb #45bc3053
 _again = {} # functions of a model, what a step tells beside a cut, and a stack to undo it: blocks that are dropped
 
 def repeats(
@@ -482,9 +482,12 @@ def note_parts(
     model:nn.Module, # That is going to be changed: its parameters may get other memory, but what is in them stays
 ):
     "Let `undo` give `model` back its modules, attributes, parameters and buffers"
-    for d in [d for m in model.modules() for d in (vars(m),m._parameters,m._buffers,m._modules)]: undo.callback(refill, d, dict(d))
-    for t in (*model.parameters(),*model.buffers()):
-        if not nn.parameter.is_lazy(t): undo.callback(_put_back, t, t.data, t.grad if t.is_leaf else None)
+    dicts = [(d,dict(d)) for m in model.modules() for d in (vars(m),m._parameters,m._buffers,m._modules)]
+    tensors = [(t,t.data,t.grad if t.is_leaf else None) for t in (*model.parameters(),*model.buffers()) if not nn.parameter.is_lazy(t)]
+    def back():
+        for o in tensors: _put_back(*o)
+        for o in dicts: refill(*o)
+    undo.callback(back)
 
 def check_fits(
     state:dict, # Tensors by name
