@@ -2269,6 +2269,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fasterai/export/onnx_file.py'),
                                            'fasterai.export.onnx_file._whole': ( 'export/onnx_file.html#_whole',
                                                                                  'fasterai/export/onnx_file.py'),
+                                           'fasterai.export.onnx_file._with_float_outputs': ( 'export/onnx_file.html#_with_float_outputs',
+                                                                                              'fasterai/export/onnx_file.py'),
                                            'fasterai.export.onnx_file.export_onnx': ( 'export/onnx_file.html#export_onnx',
                                                                                       'fasterai/export/onnx_file.py'),
                                            'fasterai.export.onnx_file.output_names_of': ( 'export/onnx_file.html#output_names_of',

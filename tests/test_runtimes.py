@@ -119,3 +119,22 @@ def test_odd_widths():
     odd,even = (Pruner(copy.deepcopy(dense), 40, example_inputs=images(1), round_to=o).prune_model() for o in (None,16))
     rep = report(dict(dense=dense, odd=odd, even=even), example_inputs=images(1), runtimes=['onnx'], repeats=6)
     assert [o.partition(':')[0] for o in told(rep, 'no multiple of 16')]==['odd']
+
+def test_scores_are_not_rounded(tmp_path):
+    "Classes that 256 levels would make equal stay apart: scores of a static file are floats, also where something in the network reads them"
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b = nn.Linear(6, 16),nn.Linear(16, 2)
+        def forward(self, x):
+            y = self.b(torch.relu(self.a(x)))
+            return y,torch.relu(y)
+    torch.manual_seed(0)
+    x = torch.randn(3000, 6)
+    for i,m in enumerate((nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 2)),Two())):
+        (tmp_path/str(i)).mkdir()
+        out = in_runtimes(m.eval(), x[:2], ['onnx_static'], tmp_path/str(i), [(x,)])[0]['onnx_static'](x)
+        with torch.no_grad(): want = m(x)
+        first,wanted = (o if i==0 else o[0] for o in (out,want))
+        assert (first-wanted).abs().max()<.1*wanted.abs().max()
+        assert (len(first[:,0].unique())>256)==(i==0)

@@ -104,6 +104,27 @@ def _reader(path, arguments, data):
             return {k:_fitted(k, o, model.inputs[k].type) for k,o in zip(model.inputs, found)}
     return Reader()
 
+_FLOAT_OUT = 'Gemm','MatMul' # what ONNX Runtime runs in int8 and leaves as it is
+
+def _with_float_outputs(path):
+    "Outputs of the network need not be rounded to 256 levels, where several classes may come to be the same"
+    onnx = needed('onnx')
+    file = onnx.load(os.fspath(path))
+    graph = file.graph
+    made = {o:node for node in graph.node for o in node.output}
+    def maker(name, *kinds):
+        node = made.get(name)
+        return node if node is not None and node.op_type in kinds else None
+    for out in graph.output:
+        whole = maker(out.name, 'DequantizeLinear')
+        rounded = maker(whole.input[0], 'QuantizeLinear') if whole else None
+        layer = maker(rounded.input[0], *_FLOAT_OUT) if rounded else None
+        readers = {o for node in graph.node for o in node.input if node is not whole and node is not rounded}
+        if layer is None or {layer.output[0],rounded.output[0],out.name}&readers: continue
+        layer.output[0] = out.name
+        for o in (rounded,whole): graph.node.remove(o)
+    onnx.save(file, os.fspath(path))
+
 @contextmanager
 def _root_kept():
     "What is said to the root of all loggers makes no handler there"
@@ -133,6 +154,7 @@ def quantized(
         # the same values with and without a sign, and x86 multiplies those without one by those with one
         signed |= dict(quant_format=quantization.QuantFormat.QDQ, activation_type=quantization.QuantType.QUInt8)
         quantization.quantize_static(ready, os.fspath(new), _reader(ready, arguments, data), **signed)
+        _with_float_outputs(new)
 
 # %% ../../nbs/export/04_onnx_file.ipynb #05f95e8e
 @dataclass
