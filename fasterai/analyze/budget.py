@@ -138,6 +138,18 @@ def _tried(damages, cost, budget):
     ways = ways[left<=budget]
     return ways[np.argmin([_harm(damages, o) for o in ways])]
 
+def _searched(damages, cost, budget):
+    "The better one of what both searches find"
+    if math.prod(map(len, damages))<=_ALL: return _tried(damages, cost, budget)
+    found = [search(damages, cost, budget) for search in (allocate,balance)]
+    return min(found, key=lambda o: _harm(damages, o))
+
+def _placed(some, at, n):
+    "Allocations to the layers `some`, where all `n` are; the others keep what they have"
+    res = np.zeros((*at.shape[:-1],n), dtype=int)
+    res[...,some] = at
+    return res
+
 def least_damage(
     damages, # For each layer, damage by level, increasing; the first is that of the untouched layer
     cost, # Function of allocations [m, layers] that gives what is left: [m]
@@ -147,11 +159,9 @@ def least_damage(
     "As `allocate`: the best of all where they are few, else the best of several searches"
     damages = [np.asarray(d, dtype=float) for d in damages]
     if math.prod(map(len, damages))<=_ALL: return _tried(damages, cost, budget)
-    still = [[d[:1] if (i<parts)==first else d for i,d in enumerate(damages)] for first in (True,False)]
     found,errors = [],[]
-    for some in (damages,*(still if parts else ())):
-        for search in (allocate,balance):
-            try: found.append(search(some, cost, budget))
-            except ValueError as e: errors.append(e)
+    for some in ([*range(len(damages))],*([*range(parts)],[*range(parts, len(damages))])[:2*bool(parts)]):
+        try: found.append(_placed(some, _searched([damages[i] for i in some], lambda at: cost(_placed(some, at, len(damages))), budget), len(damages)))
+        except ValueError as e: errors.append(e)
     if not found: raise errors[0]
     return min((_backed_off(damages, cost, budget, o) for o in found), key=lambda o: _harm(damages, o))

@@ -187,7 +187,7 @@ class _Sizes:
         plans = [[how.plan(o, l, round_to) for l in ls] for o,ls in choices.items()]
         state = stored(how.model)
         axes = sorted({(t,d) for ps in plans for p in ps for t,dims in p.items() for d in dims if t in state})
-        self.at = {o:i for i,o in enumerate(axes)}
+        self.at,self.dims = {o:i for i,o in enumerate(axes)},[d for _,d in axes]
         self.full = np.array([state[t].shape[d] for t,d in axes], dtype=np.int64)
         self.gone = [np.zeros((1+len(ps),len(axes)), dtype=np.int64) for ps in plans]
         for table,ps in zip(self.gone, plans):
@@ -316,7 +316,7 @@ class _Int8:
     def table(self, what, name):
         "How much a layer takes, in float and in int8"
         like,int8,alone = self.found.made(self.layers[name])
-        if what=='bytes': return np.array([bytes_stored(like),bytes_stored(int8)], dtype=float)
+        if what=='bytes': return np.array([bytes_stored(like),bytes_stored(alone)], dtype=float)
         if name not in self._ms: self._ms[name] = np.median(latency(like, alone, example_inputs=self.layers[name].x, progress=False), 1)
         return self._ms[name]
     def cost(self, what, choices, inputs):
@@ -332,35 +332,44 @@ class _Both:
         self.bits,self.n,self.names = bits,len(choices),list(bits_choices)
         self.levels = [np.array([0,*ls]) for ls in bits_choices.values()]
         self.size = _Sizes(pruning, choices, 8 if what=='latency' else None)
-        self.state = stored(pruning.model)
         self.clock = _Clock(pruning.model, pruning.graph.example_inputs if inputs is None else inputs, self.size) if what=='latency' else None
         if self.clock:
             timed = {n for n,_ in self.clock.calls}
-            self.more = {o:np.subtract(*bits.table(what, o)[::-1]) for o in self.names if o not in timed} # milliseconds, of those that keep their width
+            self.more = [None if o in timed else np.subtract(*bits.table(what, o)[::-1]) for o in self.names] # milliseconds, of those that keep their width
+        else: self._weigh(stored(pruning.model))
+
+    def _weigh(self, state):
+        "Bytes: those that never change, of weights by the axes that do, of layers by their bits"
+        of = {self.bits.weights(o):i for i,o in enumerate(self.names)}
+        self.rest,self.alike,self.by_bits = 0.,{},[None]*len(self.names)
+        for t,v in state.items():
+            axes = tuple(self.size.names.get(t, ()))
+            dims = [self.size.dims[i] for i in axes]
+            still = v.numel()/math.prod(v.shape[d] for d in dims)
+            if t in of:
+                d = self.bits.outputs_axis(self.names[of[t]])
+                self.by_bits[of[t]] = axes,still,v.element_size(),(axes[dims.index(d)],None) if d in dims else (None,v.shape[d])
+            elif axes: self.alike[axes] = self.alike.get(axes, 0.)+still*v.element_size()
+            else: self.rest += v.numel()*v.element_size()
+        self.more = [None if k else np.subtract(*self.bits.table('bytes', o)[::-1]) for o,k in zip(self.names, self.by_bits)] # of weights that are computed
 
     def cost(self, at):
         kept = self.size.kept(at[:,:self.n])
-        bits = {o:ls[i] for o,ls,i in zip(self.names, self.levels, at[:,self.n:].T)}
-        if self.clock is None: return self._bytes(kept, bits, len(at))
-        res = self.clock.rest+self.clock.layers(kept, {o:(b>0).astype(np.int64) for o,b in bits.items()}, self.bits.like)
-        return res+sum((more*(bits[o]>0) for o,more in self.more.items()), np.zeros(len(at)))
+        bits = [ls[i] for ls,i in zip(self.levels, at[:,self.n:].T)]
+        if self.clock: res = self.clock.rest+self.clock.layers(kept, {o:(b>0).astype(np.int64) for o,b in zip(self.names, bits)}, self.bits.like)
+        else: res = self._bytes(kept, bits)
+        res = res+sum((more*(b>0) for b,more in zip(bits, self.more) if more is not None), np.zeros(len(at)))
+        return res if self.clock else np.rint(res)
 
-    def _bytes(self, kept, bits, m):
-        res,of,axes = np.zeros(m),{self.bits.weights(o):o for o in self.names},[d for _,d in self.size.at]
-        for t,v in self.state.items():
-            lengths = np.tile(np.array(v.shape, dtype=float), (m,1))
-            for i in self.size.names.get(t, ()): lengths[:,axes[i]] = kept[:,i]
-            n = lengths.prod(1)
-            full = n*v.element_size()
-            if t in of:
-                o = of[t]
-                few = bits[o]>0
-                outputs = lengths[:,self.bits.outputs_axis(o)]
-                full = np.where(few, self.bits.n_bytes(o, bits[o], n, outputs), full)
-            res += full
-        for t,o in of.items():
-            if t not in self.state: res += np.subtract(*self.bits.table('bytes', o)[::-1])*(bits[o]>0) # it is computed, and keeps its width
-        return np.rint(res)
+    def _bytes(self, kept, bits):
+        res = np.full(len(kept), self.rest)
+        for axes,v in self.alike.items(): res += v*kept[:,axes].prod(1)
+        for o,b,known in zip(self.names, bits, self.by_bits):
+            if known is None: continue
+            axes,still,size,(axis,outputs) = known
+            n = still*kept[:,axes].prod(1)
+            res += np.where(b>0, self.bits.n_bytes(o, b, n, outputs if axis is None else kept[:,axis]), n*size)
+        return res
 
 # %% ../../nbs/analyze/02_sensitivity.ipynb #cf8bcfca
 def _checksum(model):
