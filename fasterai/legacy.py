@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['annealing_cos', 'annealing_linear', 'annealing_gradual', 'annealing_no', 'warn_once', 'old_arguments',
            'old_sparsifier', 'old_prune', 'old_options', 'OldLevelPruner', 'old_function', 'old_distillation',
-           'renamed']
+           'renamed', 'old_names', 'gone', 'old_quantizer', 'old_calibration']
 
 # %% ../nbs/99_legacy.ipynb #c6d3b306
 import inspect, warnings
@@ -13,6 +13,7 @@ from functools import wraps
 from torch import nn
 from .core.running import plain_model
 from .core.granularity import granularity_of, layer_axes
+from .core.registry import did_you_mean
 from .core.schedule import sched_agp, sched_cos, sched_lin, sched_one_shot
 
 # %% ../nbs/99_legacy.ipynb #81bc9aff
@@ -145,3 +146,83 @@ def renamed(old, cls): # Published name, class
         warn_once(old, cls.__name__)
         cls.__init__(self, *args, **kwargs)
     return type(old, (cls,), dict(__init__=__init__, __doc__=f'Old spelling of `{cls.__name__}`', __module__=cls.__module__))
+
+# %% ../nbs/99_legacy.ipynb #4894d12c
+def old_names(**names): # What an argument was called, and is
+    "Let the decorated function take arguments by their old names"
+    def wrapped(f):
+        @wraps(f)
+        def _f(*args, **kwargs):
+            for old,new in names.items():
+                if old not in kwargs: continue
+                if new in kwargs: raise TypeError(f'{new} is given twice, as {old} as well')
+                warn_once(f'{old}=', f'{new}=')
+                kwargs[new] = kwargs.pop(old)
+            return f(*args, **kwargs)
+        return _f
+    return wrapped
+
+def gone(old, instead): # Name of a function or class, what to write
+    "A function that is an error, which says what to write"
+    def f(*args, **kwargs): raise ValueError(f'{old} is not here: write {instead}')
+    f.__name__ = f.__qualname__ = old
+    f.__doc__ = f'Is not here: write {instead}'
+    return f
+
+# %% ../nbs/99_legacy.ipynb #0b5d1340
+_backends = 'x86','qnnpack','fbgemm','onednn','torchao','pt2e'
+_recipes = dict(int8_weight_only='weight_only', int8_dynamic='dynamic')
+_quantizer_04 = 'backend','method','qconfig_mapping','custom_configs','use_per_tensor','verbose'  # by position
+_precision = 'weight_bits','act_bits','qscheme','group_size','symmetric','qdq_placement','skip_activations'
+_FEW_BITS = 'KMeansQuantizer(4).quantize(model): weights share 16 values, in a file or at rest'
+_CHANNELS = "weights have a step for each output channel, symmetric around zero, and inputs one for all of them: leave it out"
+_CHOOSE = "Quantizer(layers=[…]), names of the layers that are in int8; the others stay in float"
+
+def _refuse(what, instead): raise ValueError(f'{what} is not here: {instead}')
+
+def _check_04(given):
+    "`ValueError` for what was asked of a `Quantizer` of 0.4 and is not done here"
+    backend,bits = given.get('backend', 'x86'),given.get('weight_bits')
+    if backend not in _backends: raise ValueError(f'backend {backend!r} is not known: {did_you_mean(backend, _backends)}')
+    if str(given.get('method')).startswith('int4'): _refuse(f'method={given["method"]!r}', f'write {_FEW_BITS}')
+    if given.get('method')=='qat': _refuse("method='qat'", 'write QuantizeCallback() while training')
+    if isinstance(bits, dict): _refuse('weight_bits by layer', f'write {_CHOOSE}')
+    if bits==16: _refuse('weight_bits=16', f'write {_CHOOSE}')
+    if bits not in (None,8): _refuse(f'weight_bits={bits!r}', f'write {_FEW_BITS}')
+    if given.get('act_bits') not in (None,8,16): _refuse(f'act_bits={given["act_bits"]!r}', 'inputs have 8 bits, or stay floats with act_bits=16, which is Quantizer(\'weight_only\')')
+    if given.get('group_size') is not None or given.get('qscheme')=='per_group': _refuse('a step for each group', f'{_CHANNELS}, or write {_FEW_BITS}')
+    if given.get('qscheme') not in (None,'per_channel') or given.get('use_per_tensor'): _refuse('a step for a whole tensor', _CHANNELS)
+    if given.get('symmetric') is False: _refuse('symmetric=False', _CHANNELS)
+    for o in ('qconfig_mapping','custom_configs'):
+        if given.get(o) is not None: _refuse(o, f'{_CHANNELS}, or write {_CHOOSE}')
+    for o in ('qdq_placement','skip_activations'):
+        if given.get(o) is not None: _refuse(o, f'each layer rounds what arrives. Leave it out, or write {_CHOOSE}')
+
+def old_quantizer(f): # `Quantizer.__init__`
+    "Let `f` take the arguments of 0.4: a backend first, recipes of torchao, bits and schemes"
+    @wraps(f)
+    def _f(self, *args, **kwargs):
+        recipe = str(args[0] if args else kwargs.get('method'))
+        if not (recipe in _backends or recipe in _recipes or recipe=='qat' or recipe.startswith('int4') or len(args)>1 or {*_quantizer_04,*_precision}-{'method'} & {*kwargs}): return f(self, *args, **kwargs)
+        if len(args)>len(_quantizer_04): raise TypeError(f'takes {", ".join(_quantizer_04)}: {len(args)} arguments were given')
+        given = dict(zip(_quantizer_04 if recipe in _backends or len(args)>1 else ('method',), args))
+        if twice := set(given) & set(kwargs): raise TypeError(f'{min(twice)} is given twice')
+        given |= {k:kwargs.pop(k) for k in (*_quantizer_04,*_precision) if k in kwargs}
+        _check_04(given)
+        method = given.get('method', 'static')
+        method = _recipes.get(method, method)
+        if given.get('act_bits')==16 and method!='dynamic': method = 'weight_only'
+        shown = ', '.join(f'{k}={v!r}' for k,v in given.items())
+        also = '. symmetric=True holds for weights, not for inputs' if given.get('symmetric') else ''
+        warn_once(f'Quantizer({shown})', f'Quantizer({method!r})'+also)
+        f(self, method, **kwargs)
+    return _f
+
+def old_calibration(f): # `Quantizer.quantize`
+    "Let `f` take `calibration_dl`, and the `device` 'cpu'"
+    @wraps(f)
+    def _f(self, model, *args, **kwargs):
+        *args,device = args if len(args)>2 else (*args,kwargs.pop('device', 'cpu'))
+        if str(device)!='cpu': raise ValueError(f"device={str(device)!r} is not here: int8 is for a CPU, write Quantizer(…).quantize(model.cpu(), data)")
+        return old_names(calibration_dl='calibration_data')(f)(self, model, *args, **kwargs)
+    return _f

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from fasterai.quantize import int8
 from fasterai.quantize.all import KMeansQuantizer, Quantizer, load_compressed, save_compressed
-from fasterai.quantize.int8 import Int8, Int8Conv2d, Int8Linear
+from fasterai.quantize.int8 import Int8, Int8Conv2d, Int8Linear, Int8Within
 from tiny import warnings_are
 
 X = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -29,14 +29,16 @@ def by_hand(layer, x, lowest, highest):
     zero = round(-lowest/step)
     x = (((x.double()/step).round()+zero).clamp(0, 255)-zero)*step
     w,bias = (w/steps).round()*steps,None if layer.bias is None else layer.bias.double()
-    return F.linear(x, w, bias) if isinstance(layer, nn.Linear) else F.conv2d(x, w, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    f = {2:F.linear, 3:F.conv1d, 4:F.conv2d, 5:F.conv3d}[w.dim()]
+    return f(x, w, bias, *(() if isinstance(layer, nn.Linear) else (layer.stride,layer.padding,layer.dilation,layer.groups)))
 
 LAYERS = [(nn.Linear(12, 7), (4,12)), (nn.Linear(12, 7, bias=False), (2,3,12)), (nn.Conv2d(4, 8, 3, padding=1), (2,4,9,9)), (nn.Conv2d(4, 8, 3, 2, (1,2), bias=False), (1,4,9,8)),
-          (nn.Conv2d(8, 8, 3, groups=8), (3,8,7,7)), (nn.Conv2d(8, 12, 3, dilation=2, groups=4), (2,8,9,9)), (nn.Conv2d(6, 4, 1), (2,6,5,5))]
+          (nn.Conv2d(8, 8, 3, groups=8), (3,8,7,7)), (nn.Conv2d(8, 12, 3, dilation=2, groups=4), (2,8,9,9)), (nn.Conv2d(6, 4, 1), (2,6,5,5)),
+          (nn.Conv2d(4, 8, 3), (4,9,9)), (nn.Conv2d(4, 8, (4,3), padding='same'), (2,4,9,8)), (nn.Conv1d(6, 8, 5, 2, 2, groups=2), (3,6,20)), (nn.Conv1d(4, 8, 3, padding='same', dilation=2), (4,20)),
+          (nn.Conv3d(4, 6, 3, (1,2,2), 1), (2,4,5,8,8)), (nn.Conv3d(4, 6, (1,3,3), padding=(0,1,1), bias=False), (1,4,5,8,8))]
 
 @pytest.mark.parametrize('layer,shape', LAYERS, ids=lambda o: str(o)[:40])
 @pytest.mark.parametrize('low,high', [(-1.5,2.5), (0.,2.), (-3.,-.5)])
-@torch.no_grad()
 def test_layer(layer, shape, low, high):
     "Levels, steps and clamping are those of a layer that is written down plainly; also simulated, in another layout, and with another number of samples"
     x = 2*torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -45,8 +47,9 @@ def test_layer(layer, shape, low, high):
     assert new(x).dtype==torch.float32 and new(x).shape==wanted.shape and new(x).is_contiguous()
     close = lambda a, b: (a-b).abs().max()<1e-5*wanted.abs().max()
     near = lambda a: (a-wanted).abs().median()<1e-5*wanted.abs().max() # a level may be another, where it is halfway
-    assert near(new(x)) and close(new.run(new._rounded(x), new.weight), new(x)) and close(new(x[:1]), new(x)[:1])
-    if x.dim()==4:
+    assert near(new(x)) and close(copy.deepcopy(new)(x.clone().requires_grad_()), new(x)) # which is simulated
+    if layer.weight.dim()==2 or x.dim()==layer.weight.dim(): assert close(new(x[:1]), new(x)[:1])
+    if x.dim()==layer.weight.dim()==4:
         last = new(x.to(memory_format=torch.channels_last))
         assert close(last, new(x)) and last.is_contiguous(memory_format=torch.channels_last)
 
@@ -127,27 +130,177 @@ def test_a_network_that_is_slower_is_returned_as_it_is(monkeypatch, ratios, said
     with pytest.warns(UserWarning, match=said): assert quantizer.quantize(model, X) is model
     assert not quantizer.report().int8.any()
 
+class Padded(nn.Linear):
+    "Does something before and after"
+    def forward(self, x): return super().forward(x.relu()).sigmoid()
+
+class Same(nn.Conv2d):
+    "Pads by the size of what arrives"
+    def forward(self, x):
+        ends = [(s-1,k-1) for s,k in zip(self.stride, self.kernel_size)]
+        h,w = [k-(n-1)%(s+1)%2 for (s,k),n in zip(ends, x.shape[-2:])]
+        return self._conv_forward(F.pad(x, (w//2,w-w//2,h//2,h-h//2)), self.weight, self.bias)
+
+class Lora(nn.Linear):
+    "What is added is trained"
+    def __init__(self, n, m):
+        super().__init__(n, m)
+        self.a,self.b = nn.Parameter(torch.randn(2, n)/10),nn.Parameter(torch.randn(m, 2)/10)
+    def forward(self, x): return F.linear(x, self.weight, bias=self.bias)+x@self.a.T@self.b.T
+
+class Turned(nn.Module):
+    "Outputs are the last axis of its weights"
+    def __init__(self, n, m):
+        super().__init__()
+        self.weight,self.bias = nn.Parameter(torch.randn(n, m)),nn.Parameter(torch.randn(m))
+    def forward(self, x): return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+
+class Reader(nn.Module):
+    "Multiplies with weights of its parts"
+    def __init__(self, n, m):
+        super().__init__()
+        self.one,self.two = nn.Linear(n, 6),nn.Linear(6, m)
+    def forward(self, x): return F.linear(F.linear(x, self.one.weight, self.one.bias).relu(), self.two.weight, self.two.bias)
+
+class Attention(nn.Module):
+    def __init__(self, n, m):
+        super().__init__()
+        self.inside = nn.MultiheadAttention(n, 2, batch_first=True)
+    def forward(self, x): return self.inside(x, x, x, need_weights=False)[0]
+
+class Twice(nn.Module):
+    "A layer that is called by its `forward`"
+    def __init__(self, n, m):
+        super().__init__()
+        self.part = Padded(n, m)
+    def forward(self, x): return self.part.forward(x)
+
+torch.manual_seed(0)
+images,vectors = (2,4,9,9),(2,5,8)
+WITHIN = [(Same(4, 8, 3, 2), images, ['m']), (nn.Conv2d(4, 8, 3, padding=1, padding_mode='reflect'), images, ['m']), (Padded(8, 4), vectors, ['m']), (Lora(8, 4), vectors, ['m']), (Turned(8, 4), vectors, ['m']),
+          (Reader(8, 4), vectors, ['m.one','m.two']), (Attention(8, 8), vectors, ['m.inside.in_proj_weight','m.inside.out_proj']), (Twice(8, 4), vectors, ['m.part'])]
+
+class Around(nn.Module):
+    def __init__(self, m):
+        super().__init__()
+        self.m = m
+    def forward(self, x): return self.m(x).relu()
+
+@pytest.fixture(params=WITHIN, ids=lambda o: type(o[0]).__name__)
+def within(request):
+    "A model, inputs, its int8, the report, names of layers in int8"
+    layer,shape,names = request.param
+    model,x = Around(copy.deepcopy(layer)).eval(),torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    return model,x,*all_int8(model, [x,x/2]),names
+
+@torch.no_grad()
+def test_forward_of_its_own(within):
+    "Its multiplications run with whole numbers, and what is around them as before"
+    model,x,new,report,names = within
+    assert list(report.layer[report.int8])==[*names,''] and not any(isinstance(m, (Int8,Int8Within)) for m in model.modules())
+    cores = [m for m in new.modules() if isinstance(m, Int8)]
+    assert len(cores)==len(names) and all(o.packed is not None for o in cores)
+    for o in (x,x[:1],torch.cat([x,x])): assert int8._share(model(o), new(o))<5e-3
+    exact = copy.deepcopy(model)
+    for name,core in zip(names, cores):
+        owner = exact.get_submodule(name.removesuffix('.in_proj_weight'))
+        w = owner.in_proj_weight if name.endswith('in_proj_weight') else owner.weight
+        w.copy_(core.weight.t() if isinstance(owner, Turned) else core.weight)
+    assert int8._share(exact(x), new(x))<2e-3 and report.bytes_int8[report.int8].sum()<report.bytes[report.int8].sum()
+
+@torch.no_grad()
+def test_forward_of_its_own_in_copies_files_and_states(within, tmp_path):
+    model,x,new,report,_ = within
+    wanted = new(x)
+    torch.save(new, tmp_path/'m.pt')
+    for again in (copy.deepcopy(new),pickle.loads(pickle.dumps(new)),torch.load(tmp_path/'m.pt', weights_only=False)): assert torch.equal(again(x), wanted)
+    other,_ = all_int8(model, 3*x)
+    assert not torch.equal(other(x), wanted)
+    other.load_state_dict(new.state_dict())
+    assert torch.equal(other(x), wanted)
+
+def test_forward_of_its_own_compiled_and_exported(within, tmp_path):
+    model,x,new,_,_ = within
+    with torch.no_grad(): wanted = new(x)
+    with torch.no_grad(): compiled = torch.compile(new, backend='eager', fullgraph=True)(x)
+    assert int8._share(wanted, compiled)<1e-5
+    program = torch.export.export(new, (x,), strict=False)
+    assert int8._share(wanted, program.module()(x))<1e-5
+    pytest.importorskip('onnxruntime'), pytest.importorskip('onnxscript')
+    from fasterai.export.all import export_onnx
+    assert export_onnx(new, x, tmp_path/'m.onnx', rtol=2e-2).samples[0]==2
+
+def test_what_is_added_is_trained():
+    new,_ = all_int8(Around(Lora(8, 4)).eval(), torch.randn(5, 8))
+    x = torch.randn(5, 8, requires_grad=True)
+    new(x).sum().backward()
+    assert x.grad.abs().sum()>0 and new.m.layer.a.grad.abs().sum()>0 and new.m.a is new.m.layer.a
+
+def test_code_that_asks_a_layer():
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b,self.c = nn.Conv2d(3, 4, 1),Same(4, 4, 3, 2),Lora(16, 4)
+        def forward(self, x):
+            assert self.a.out_channels==self.b.in_channels==4 and self.b.weight.shape==(4,4,3,3) and self.b.weight.isfinite().all()
+            return self.c(self.b(self.a(x).to(self.b.weight.dtype)).flatten(1)[:,:self.c.in_features])
+    assert all_int8(Asks().eval(), torch.randn(2, 3, 8, 8))[1].error.iloc[-1]<.01
+
+@torch.no_grad()
+def test_encoder_layer():
+    "It would read the weights of its parts, all at once"
+    layer = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2, enable_nested_tensor=False).eval()
+    x = torch.randn(3, 5, 16)
+    new,report = all_int8(layer, x)
+    assert report.int8.sum()==1+2*4 and report.error.iloc[-1]<.01
+    assert all(o.packed is not None for o in new.modules() if isinstance(o, Int8))
+
+@torch.no_grad()
+def test_forwards_inside_of_forwards():
+    class Nest(Padded):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.deep = Lora(4, 4)
+        def forward(self, x): return super().forward(self.deep(x))
+    new,report = all_int8(nn.Sequential(Nest(), nn.ReLU()).eval(), torch.randn(6, 4))
+    assert list(report.layer[report.int8])==['0','0.deep',''] and isinstance(new[0], Int8Within) and isinstance(new[0].layer.deep, Int8Within) and report.error.iloc[-1]<.01
+
+def test_a_layer_is_a_network():
+    x = torch.randn(6, 4)
+    assert isinstance(all_int8(nn.Linear(4, 3), x)[0], Int8Linear)
+    with pytest.warns(UserWarning, match='no layer'): _,report = all_int8(Lora(4, 3), x)
+    assert report.why[0]=='code outside of it multiplies with its weights'
+
 class Own(nn.Linear):
-    def forward(self, x): return super().forward(x.relu())
+    def forward(self, x): return F.linear(x, self.weight*2, self.bias)
+
+class Silent(nn.Linear):
+    def forward(self, x): return (x[...,None,:]*self.bias[:,None]).sum(-1)
 
 def test_layers_that_stay_in_float_say_why():
     tied = nn.Linear(3, 3)
     tied.weight = nn.Parameter(torch.randn(3, 3))
     other = nn.Linear(3, 3)
     other.weight = tied.weight
-    hooked,broken = nn.Linear(3, 3),nn.Linear(3, 3)
+    hooked,patched = nn.Linear(3, 3),nn.Linear(3, 3)
     hooked.register_forward_hook(lambda m, x, y: 2*y)
+    patched.forward = lambda x: 2*x
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.good,self.own,self.tied,self.other,self.hooked,self.idle,self.same = nn.Linear(3, 3),Own(3, 3),tied,other,hooked,nn.Linear(3, 3),nn.Conv2d(1, 1, 3, padding='same')
+            self.good,self.own,self.silent,self.tied,self.other,self.hooked,self.patched,self.idle,self.twice = nn.Linear(3, 3),Own(3, 3),Silent(3, 3),tied,other,hooked,patched,nn.Linear(3, 3),Padded(3, 3)
+            self.rnn,self.words,self.cross,self.up,self.shift = nn.GRU(3, 3),nn.Embedding(4, 3),nn.MultiheadAttention(3, 1),nn.ConvTranspose1d(3, 3, 1),nn.Parameter(torch.zeros(5, 3))
         def forward(self, x):
-            for m in (self.good,self.own,self.tied,self.other,self.hooked): x = m(x)
-            return self.same(x.view(-1, 1, 1, 3))
+            for m in (self.good,self.own,self.silent,self.tied,self.other,self.hooked,self.patched,self.twice): x = m(x)
+            x = self.rnn(x)[0]+self.words(torch.zeros(5, dtype=torch.long))+self.shift
+            return self.up(self.cross(x, x+1, x+2)[0].T).T+F.linear(x, self.twice.weight)
     _,report = all_int8(Net().eval(), torch.randn(5, 3))
     why = dict(zip(report.layer, report.why))
-    assert why['own']=='Own has a forward of its own' and why['tied']==why['other']=='another module has the same weights' and why['hooked']=='it has hooks'
-    assert why['idle']=='it does not run with these data' and "'same'" in why['same'] and list(report.layer[report.int8])==['good','']
+    assert why['own']=='Own computes the weights that it multiplies with' and why['tied']==why['other']=='another module has the same weights' and why['hooked']=='it has hooks'
+    assert why['idle']=='it does not run with these data' and why['silent']=='Silent does not multiply as a layer of PyTorch' and why['patched']=='its forward was replaced'
+    assert why['twice']=='its weights are read elsewhere, too' and why['shift']=='it is a parameter of Net, and no weight of a layer'
+    assert [why[o] for o in ('rnn','words','cross','up')]==[f'no int8 kernel for {o}' for o in ('GRU','Embedding','MultiheadAttention','ConvTranspose1d')]
+    assert list(report.layer[report.int8])==['good','cross.out_proj',''] and report.bytes[report.layer=='rnn'].item()==4*(9*6+9*2)
 
 def test_layer_under_two_names_and_twice():
     shared = nn.Linear(6, 6)

@@ -88,7 +88,7 @@ def test_first_step_has_its_own_range():
     torch.manual_seed(0)
     m,x = nn.Linear(8, 8),torch.randn(4, 8)
     want = Int8Linear(m, x.min().item(), x.max().item())
-    want = want.run(want._rounded(x), want.weight)
+    want = want.run(want._rounded(x), want.weight, want.bias, want.how)
     with Rounding(m):
         for _ in range(2): assert torch.allclose(m(x), want, atol=1e-6)
         m.eval()
@@ -371,7 +371,7 @@ REFUSED = [
     (lambda: Rounding(net(), nn.Linear(2, 2)), 'no layer like this Linear'),
     (lambda: Rounding(net(), layer_type='Conv2d'), 'layer_type is nn.Linear'),
     (lambda: Rounding(net(), layer_type=nn.BatchNorm2d), 'layer_type is nn.Linear'),
-    (lambda: Rounding(nn.Sequential(nn.Conv1d(3, 3, 1))), 'no layer of this Sequential can be rounded'),
+    (lambda: Rounding(nn.Sequential(nn.ConvTranspose1d(3, 3, 1))), 'no layer of this Sequential can be rounded'),
     (lambda: Rounding(net().half()), "its weights are float16"),
     (lambda: Rounding(nn.LazyLinear(3)), 'no shape yet'),
     (lambda: Rounding(net(), ranges={'1':(0,1)}), "a range for '1', which is not rounded"),

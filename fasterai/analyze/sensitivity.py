@@ -15,7 +15,7 @@ from itertools import groupby
 import numpy as np
 import torch
 from torch import nn
-from .budget import allocate,isotonic
+from .budget import allocate,isotonic,least_damage
 from .times import resized,seen_inputs
 from .counts import check_models,latency,n_nonzero,running,stored,with_bar
 from ..core.brought import told,warn
@@ -31,9 +31,10 @@ from ..core.selection import Scores,n_of,rounded_gone
 from ..core.pool import select
 from ..core.brought import check_held
 from ..core.ranks import is_sharded
-from ..core.surgery import kept_by,legal
+from ..core.surgery import copy_of,kept_by,legal
 from ..legacy import old_function
 from ..prune.pruner import Pruner,check_ratio,group_scores
+from ..quantize.int8 import Calibration,bytes_stored,int8_within,names_by_module,put_at,without_shortcut
 from ..quantize.weight_sharing import KMeansQuantizer,_bits_and_left,bits_by_name,check_bits
 from ..sparse.sparsifier import Sparsifier,_types,find_sides,parts_of
 
@@ -85,9 +86,12 @@ class _Sparsity:
         total = sum(macs.values())-sum(macs.get(layer_of(p.name), 0)-weigh(p) for o in self.sp.layers for p in o.parts) if macs else n_nonzero(self.model)
         return _sum_of(total, [_for_each(self, o, ls, partial(left, o)) for o,ls in choices.items()])
 
-def _sum_of(total, tables):
+def _sum_of(total, tables, rounds=True):
     "Function of allocations: `total`, with what each layer differs by"
-    return lambda at: np.rint(total+sum(t[i]-t[0] for t,i in zip(tables, at.T)))
+    def f(at):
+        left = total+sum(t[i]-t[0] for t,i in zip(tables, at.T))
+        return np.rint(left) if rounds else left
+    return f
 
 def _for_each(how, name, levels, f):
     "`f()` with the layer `name` untouched, and at each of `levels`"
@@ -183,7 +187,7 @@ class _Sizes:
         plans = [[how.plan(o, l, round_to) for l in ls] for o,ls in choices.items()]
         state = stored(how.model)
         axes = sorted({(t,d) for ps in plans for p in ps for t,dims in p.items() for d in dims if t in state})
-        self.at = {o:i for i,o in enumerate(axes)}
+        self.at,self.dims = {o:i for i,o in enumerate(axes)},[d for _,d in axes]
         self.full = np.array([state[t].shape[d] for t,d in axes], dtype=np.int64)
         self.gone = [np.zeros((1+len(ps),len(axes)), dtype=np.int64) for ps in plans]
         for table,ps in zip(self.gone, plans):
@@ -210,23 +214,24 @@ class _Clock:
         self.calls = [(n,x) for n,x in seen_inputs(model, inputs) if f'{n}.weight' in size.names]
         full = size.full[None]
         self.rest = float(np.median(latency(model, example_inputs=inputs, progress=False)))-self.layers(full)[0]
-    def ms(self, name, x, shape):
-        "Median of what the layer `name` takes for an input of shape `x`, its weight being of `shape`"
+    def ms(self, name, x, shape, change=None):
+        "Median of what the layer `name` takes for an input of shape `x`, its weight being of `shape`; if there is a `change`, that of the layer it gives"
         o,x = resized(self.model.get_submodule(name), shape, x)
+        if change: o = change(name, o)
         k = repr(o),tuple(x.shape)
         if k not in self.known: self.known[k] = float(np.median(latency(o, example_inputs=x, repeats=self.repeats, warmup=1, progress=False)))
         return self.known[k]
-    def layers(self, kept):
+    def layers(self, kept, changed={}, change=None): # [m, axes], which of them have a layer changed, by name, how
         "All layers together: [m]"
-        res = np.zeros(len(kept))
+        res,none = np.zeros(len(kept)),np.zeros(len(kept), dtype=np.int64)
         for n,x in self.calls:
             w = f'{n}.weight'
             at,shape = self.size.names[w],list(self.model.get_parameter(w).shape)
             dims = [d for t,d in self.size.at if t==w]
-            widths,back = np.unique(kept[:,at], axis=0, return_inverse=True)
+            widths,back = np.unique(np.c_[kept[:,at],changed.get(n, none)], axis=0, return_inverse=True)
             def one(ks):
                 for d,k in zip(dims, ks): shape[d] = int(k)
-                return self.ms(n, x, tuple(shape))
+                return self.ms(n, x, tuple(shape), change if ks[-1] else None)
             res += np.array([one(o) for o in widths])[back.flatten()]
         return res
     def cost(self, at): return self.rest+self.layers(self.size.kept(at))
@@ -251,16 +256,120 @@ class _Bits:
     def compress(self, name, level): KMeansQuantizer({self.layers[name]:level}).quantize(self.model)
     def asked(self, name, level): return {name:level or None}
     def cost(self, what, choices, inputs):
-        total = sum(t.numel()*t.element_size() for t in stored(self.model).values())
         tables = []
         for o,ls in choices.items():
             p = self.held(o)[0]
-            tables.append(np.array([p.numel()*p.element_size(), *(math.ceil(p.numel()*b/8)+2**b*p.element_size() for b in ls)], dtype=float))
-        return _sum_of(total, tables)
+            tables.append(np.array([p.numel()*p.element_size(), *(self.n_bytes(o, b, p.numel(), 0) for b in ls)], dtype=float))
+        return _sum_of(bytes_stored(self.model), tables)
+    def weights(self, name): return self.layers[name]
+    def outputs_axis(self, name): return 0
+    def n_bytes(self, name, bits, n, outputs):
+        "Of `n` weights of a layer"
+        return np.ceil(n*bits/8)+2**bits*self.held(name)[0].element_size()
 
 def _holders(model): return [model.get_submodule(layer_of(n)) for n in bits_by_name(model, 8)]
 
-kinds = {'sparsity':_Sparsity, 'pruning':_Pruning, 'bits':_Bits}
+# %% ../../nbs/analyze/02_sensitivity.ipynb #cae0b77f
+class _Int8:
+    "One layer in int8 at a time"
+    budgets,ascending = ('bytes','latency'),False
+    def __init__(self, model, levels, layer_type=None, example_inputs=None, data=None):
+        if levels!=[8]: raise ValueError(f"levels of kind 'int8' are [8], not {levels}: fewer bits are for kind 'bits'")
+        if data is None: raise ValueError("kind='int8' takes data: batches like those to come, of which ranges are taken")
+        self.model,self.layer_type,self.modules = model,layer_type,dict(model.named_modules())
+        self.found = Calibration(model, data)
+        self.layers = {o.name:o for o in self.found.layers if self._wanted(o)}
+        if not self.layers: raise ValueError(f'no layer of this {type(model).__name__} can be in int8: {self._said()}')
+        self.said,self._ms = 'static',{}
+    def _wanted(self, o):
+        "Can layer `o` be in int8, in place, and was it asked for?"
+        return not o.why and o.owner and (self.layer_type is None or isinstance(self.modules[o.owner], self.layer_type))
+    def _said(self): return '; '.join(dict.fromkeys(f'{o.name or "the model"}: {o.why or "it is not asked for"}' for o in self.found.layers)) or 'it has none'
+    def held(self, name): return []
+    @contextmanager
+    def alone(self, name):
+        "Have the layer in int8, in its place"
+        o = self.layers[name]
+        place = self.found.home_of(o) if o.homes else o.owner
+        was,names = self.modules[place],names_by_module(self.model)[self.modules[place]]
+        inside = copy_of(was)
+        new = self.found.int8_in(inside, o, place)
+        shortcuts = [(m,m.activation_relu_or_gelu) for m in self.model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+        try:
+            put_at(self.model, names, new)
+            without_shortcut(self.model)
+            yield
+        finally:
+            put_at(self.model, names, was)
+            for m,o in shortcuts: m.activation_relu_or_gelu = o
+    def compress(self, name, level): pass  # there is one level
+    def weights(self, name):
+        o = self.layers[name]
+        return f'{o.owner}.{o.attr}'
+    def n_bytes(self, name, bits, n, outputs): return n+4*outputs+8  # whole numbers, a step for each output, the ends of a range
+    def outputs_axis(self, name): return 1 if self.layers[name].homes and self.layers[name].call.turned else 0
+    def like(self, name, layer):
+        "Another `layer` in place of the one of that name, in int8"
+        int8 = self.found.int8_of(layer, self.layers[name])
+        return int8_within(layer, int8) if self.layers[name].homes else int8
+    def asked(self, name, level): return {name:level or None}
+    def table(self, what, name):
+        "How much a layer takes, in float and in int8"
+        like,int8,alone = self.found.made(self.layers[name])
+        if what=='bytes': return np.array([bytes_stored(like),bytes_stored(alone)], dtype=float)
+        if name not in self._ms: self._ms[name] = np.median(latency(like, alone, example_inputs=self.layers[name].x, progress=False), 1)
+        return self._ms[name]
+    def cost(self, what, choices, inputs):
+        total = bytes_stored(self.model) if what=='bytes' else float(np.median(latency(self.model, example_inputs=self.found.first if inputs is None else inputs, progress=False)))
+        return _sum_of(total, [self.table(what, o)[:1+len(ls)] for o,ls in choices.items()], rounds=what=='bytes')
+
+kinds = {'sparsity':_Sparsity, 'pruning':_Pruning, 'bits':_Bits, 'int8':_Int8}
+
+# %% ../../nbs/analyze/02_sensitivity.ipynb #c44b544c
+class _Both:
+    "What is left for allocations of levels to sets of channels, and of bits to layers"
+    def __init__(self, pruning, bits, choices, bits_choices, what, inputs):
+        self.bits,self.n,self.names = bits,len(choices),list(bits_choices)
+        self.levels = [np.array([0,*ls]) for ls in bits_choices.values()]
+        self.size = _Sizes(pruning, choices, 8 if what=='latency' else None)
+        self.clock = _Clock(pruning.model, pruning.graph.example_inputs if inputs is None else inputs, self.size) if what=='latency' else None
+        if self.clock:
+            timed = {n for n,_ in self.clock.calls}
+            self.more = [None if o in timed else np.subtract(*bits.table(what, o)[::-1]) for o in self.names] # milliseconds, of those that keep their width
+        else: self._weigh(stored(pruning.model))
+
+    def _weigh(self, state):
+        "Bytes: those that never change, of weights by the axes that do, of layers by their bits"
+        of = {self.bits.weights(o):i for i,o in enumerate(self.names)}
+        self.rest,self.alike,self.by_bits = 0.,{},[None]*len(self.names)
+        for t,v in state.items():
+            axes = tuple(self.size.names.get(t, ()))
+            dims = [self.size.dims[i] for i in axes]
+            still = v.numel()/math.prod(v.shape[d] for d in dims)
+            if t in of:
+                d = self.bits.outputs_axis(self.names[of[t]])
+                self.by_bits[of[t]] = axes,still,v.element_size(),(axes[dims.index(d)],None) if d in dims else (None,v.shape[d])
+            elif axes: self.alike[axes] = self.alike.get(axes, 0.)+still*v.element_size()
+            else: self.rest += v.numel()*v.element_size()
+        self.more = [None if k else np.subtract(*self.bits.table('bytes', o)[::-1]) for o,k in zip(self.names, self.by_bits)] # of weights that are computed
+
+    def cost(self, at):
+        kept = self.size.kept(at[:,:self.n])
+        bits = [ls[i] for ls,i in zip(self.levels, at[:,self.n:].T)]
+        if self.clock: res = self.clock.rest+self.clock.layers(kept, {o:(b>0).astype(np.int64) for o,b in zip(self.names, bits)}, self.bits.like)
+        else: res = self._bytes(kept, bits)
+        res = res+sum((more*(b>0) for b,more in zip(bits, self.more) if more is not None), np.zeros(len(at)))
+        return res if self.clock else np.rint(res)
+
+    def _bytes(self, kept, bits):
+        res = np.full(len(kept), self.rest)
+        for axes,v in self.alike.items(): res += v*kept[:,axes].prod(1)
+        for o,b,known in zip(self.names, bits, self.by_bits):
+            if known is None: continue
+            axes,still,size,(axis,outputs) = known
+            n = still*kept[:,axes].prod(1)
+            res += np.where(b>0, self.bits.n_bytes(o, b, n, outputs if axis is None else kept[:,axis]), n*size)
+        return res
 
 # %% ../../nbs/analyze/02_sensitivity.ipynb #cf8bcfca
 def _checksum(model):
@@ -307,43 +416,77 @@ class Sensitivity:
         latency:float|None=None, # So many milliseconds, of a call with `example_inputs`, are left
         bytes:int|None=None, # So many bytes of parameters and buffers are left, before entropy coding
         example_inputs=None, # Inputs that `macs` and `latency` are counted for; by default those of `sensitivity`, or a size that runs
+        beside:'Sensitivity|None'=None, # To a scan of pruning: one of the same model to int8 or bits. Both share the budget, and what comes is a pair of dicts
     )->dict:
-        "A level for each layer, at little damage in total, so that no more than the budget is left of the whole model: for a `Sparsifier`, a `Pruner` or a `KMeansQuantizer`"
+        "A level for each layer, at little damage in total, so that no more than the budget is left of the whole model: for a `Sparsifier`, a `Pruner`, a `KMeansQuantizer` or a `Quantizer`"
         given = {k:v for k,v in dict(params=params, macs=macs, latency=latency, bytes=bytes).items() if v is not None}
         if len(given)!=1: raise ValueError(f'one budget is needed, of {", ".join(self.how.budgets)}, not {", ".join(given) or "none"}')
         (what,budget), = given.items()
         if isinstance(budget, (bool,str)) or not budget>0: raise ValueError(f'{what} is a number above 0 of what is left, not {budget!r}')
-        choices,damages,cost = self._choices(),[],self._cost(what, example_inputs)
-        for o,ls in choices.items(): damages.append(np.r_[0., isotonic([self._damage(self.metrics[o][l]) for l in ls])])
-        names,round_to = list(choices),8 if what=='latency' else None
+        scans = [self] if beside is None else [self,self._checked_beside(beside)]
+        choices,damages = [o._choices() for o in scans],[d for o in scans for d in o._damages()]
+        cost = self._cost(what, example_inputs) if beside is None else self._both_cost(what, beside, example_inputs)
+        names,round_to = list(choices[0]),8 if what=='latency' else None
         while True:
-            at = allocate(damages, cost, budget)
-            levels = {o:ls[i-1] if i else 0 for (o,ls),i in zip(choices.items(), at)}
-            held = self.how.held_back({o:l for o,l in levels.items() if l}, round_to) if self.kind=='pruning' else []
-            if not held: return {k:v for o,l in levels.items() for k,v in self.how.asked(o, l).items()}
+            at = allocate(damages, cost, budget) if beside is None and self.kind!='int8' else least_damage(damages, cost, budget, len(names) if beside else 0)
+            levels = [{o:ls[i-1] if i else 0 for (o,ls),i in zip(c.items(), a)} for c,a in zip(choices, (at[:len(names)],at[len(names):]))]
+            held = self.how.held_back({o:l for o,l in levels[0].items() if l}, round_to) if self.kind=='pruning' else []
+            if not held: break
             for o in held: damages[names.index(o)] = np.zeros(1)
+        asked = [{k:v for o,l in ls.items() for k,v in s.how.asked(o, l).items()} for s,ls in zip(scans, levels)]
+        return asked[0] if beside is None else tuple(asked)
+
+    def _damages(self):
+        "For each layer, of the untouched one and by level, increasing"
+        return [np.r_[0., isotonic([self._damage(self.metrics[o][l]) for l in ls])] for o,ls in self._choices().items()]
+
+    def _checked_beside(self, other):
+        "`other`, if both can share a budget"
+        if not isinstance(other, Sensitivity): raise ValueError(f'beside is what sensitivity(model, evaluate, kind=\'int8\') gives, not {other!r}')
+        if self.kind!='pruning' or other.kind not in ('int8','bits'): raise ValueError(f"a budget is shared by a scan of pruning and one of int8 or bits, pruning.targets(…, beside=int8), not by {self.kind} and {other.kind}")
+        if self.setting.split()[-1]!=other.setting.split()[-1] or self.how.model is not other.how.model: raise ValueError('beside is a scan of another model')
+        if self.higher_is_better!=other.higher_is_better or not math.isclose(self.dense, other.dense, rel_tol=1e-3): raise ValueError(f'the two scans are of different metrics: untouched, {self.dense:g} and {other.dense:g}')
+        return other
 
     def left(self,
         what:str, # 'params', 'macs', 'latency' or 'bytes'
-        targets:Mapping|None=None, # As `targets` gives them; by default nothing is compressed
+        targets:Mapping|None=None, # As `targets` gives them, with `beside` a pair; by default nothing is compressed
         example_inputs=None, # As for `targets`
+        beside:'Sensitivity|None'=None, # As for `targets`
     )->float:
         "How much of `what` is left of the whole model"
-        choices,cost = self._choices(),self._cost(what, example_inputs)
+        if beside is None: at,cost = self._places(targets),self._cost(what, example_inputs)
+        else:
+            mine,theirs = targets or (None,None)
+            at = self._places(mine)+self._checked_beside(beside)._places(theirs)
+            cost = self._both_cost(what, beside, example_inputs)
+        return float(cost(np.array([at], dtype=int))[0])
+
+    def _places(self, targets):
+        "The place of each layer's level among those that were measured"
+        choices = self._choices()
         sets = {k:o for o in choices for k in self.how.asked(o, 1)}
         at = dict.fromkeys(choices, 0)
         for k,l in (targets or {}).items():
             if k not in sets: raise ValueError(f'no layer {k!r}: {did_you_mean(k, sets)}')
             if l and l not in choices[sets[k]]: raise ValueError(f'level {l!r} of {k} was not measured: {did_you_mean(l, choices[sets[k]])}')
             at[sets[k]] = choices[sets[k]].index(l)+1 if l else 0
-        return float(cost(np.array([list(at.values())], dtype=int))[0])
+        return list(at.values())
 
     def _choices(self): return {o:sorted(ms, reverse=not self.how.ascending) for o,ms in self.metrics.items()}
-    def _cost(self, what, inputs):
+    def _check_budget(self, what):
         if what not in self.how.budgets: raise ValueError(f'{what!r} is no budget of kind {self.kind!r}: {did_you_mean(what, self.how.budgets)}')
         if _checksum(self.how.model)!=self.setting.split()[-1]: raise ValueError('the model has changed since it was measured: ask for targets before, or measure a copy')
+    def _inputs(self, inputs): return self.inputs if inputs is None else inputs_that_run(self.how.model, inputs)
+    def _cost(self, what, inputs):
+        self._check_budget(what)
         k = what,id(inputs),tuple(map(tuple, self._choices().values()))
-        if k not in self._costs: self._costs[k] = self.how.cost(what, self._choices(), self.inputs if inputs is None else inputs_that_run(self.how.model, inputs)),inputs
+        if k not in self._costs: self._costs[k] = self.how.cost(what, self._choices(), self._inputs(inputs)),inputs
+        return self._costs[k][0]
+    def _both_cost(self, what, beside, inputs):
+        for o in (self,beside): o._check_budget(what)
+        k = what,id(inputs),id(beside),*(tuple(map(tuple, o._choices().values())) for o in (self,beside))
+        if k not in self._costs: self._costs[k] = _Both(self.how, beside.how, self._choices(), beside._choices(), what, self._inputs(inputs)).cost,inputs
         return self._costs[k][0]
 
 # %% ../../nbs/analyze/02_sensitivity.ipynb #f267c00d
@@ -371,7 +514,7 @@ def _metric(evaluate, model):
     return float(v)
 
 def _checked_levels(levels, kind):
-    if levels is None: levels = range(1, 9) if kind=='bits' else range(10, 100, 10)
+    if levels is None: levels = range(1, 9) if kind=='bits' else [8] if kind=='int8' else range(10, 100, 10)
     if isinstance(levels, (str,Mapping)) or not isinstance(levels, Iterable): raise ValueError(f'levels are several numbers, not {levels!r}')
     levels = [o.item() if hasattr(o, 'item') else o for o in levels]
     zero = [o for o in levels if isinstance(o, bool) or not isinstance(o, (int,float)) or not o>0]
@@ -381,14 +524,14 @@ def _checked_levels(levels, kind):
 def sensitivity(
     model:nn.Module, # Left as it is, also after an error
     evaluate, # Function of the model that gives a number
-    levels=None, # What to try: percentages of blocks or channels, by default 10, 20, … 90; or numbers of bits, by default 1 to 8
+    levels=None, # What to try: percentages of blocks or channels, by default 10, 20, … 90; or numbers of bits, by default 1 to 8, for int8 8
     granularity=None, # For zeros: as for `Sparsifier`, by default 'weight'
-    criteria=None, # What goes first, a function or a name, by default `large_final`; not for bits
+    criteria=None, # What goes first, a function or a name, by default `large_final`; not for bits and int8
     layer_type=None, # Type of layer, or a tuple of types, by default all that can be compressed
-    kind:str='sparsity', # 'sparsity' zeroes blocks, 'pruning' takes channels, tied ones together, 'bits' shares weights
+    kind:str='sparsity', # 'sparsity' zeroes blocks, 'pruning' takes channels, tied ones together, 'bits' shares weights, 'int8' has layers in int8
     higher_is_better:bool=True, # Is a higher number better, as of an accuracy? `False` for a loss
     example_inputs=None, # Inputs that run the model, to follow channels; looked for if not given
-    data=None, # Batches for a criteria that needs `grad` or `act`
+    data=None, # Batches for a criteria that needs `grad` or `act`; for int8, those that show the ranges of what arrives
     loss_func=None, # Loss for these
     resume=None, # File to write each measurement to and to go on with, or an earlier result to add to
     progress:bool=True, # Show a bar

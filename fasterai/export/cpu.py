@@ -14,7 +14,7 @@ from ..core.brought import warn
 from ..core.running import SLIPS,inputs_that_run,tensors_of
 from ..core.surgery import copy_of
 from .program import Arguments,allowed,checked_model,gap,outputs_of,reason_of
-from ..legacy import old_function
+from ..legacy import old_function,warn_once
 
 # %% ../../nbs/export/05_cpu.ipynb #d8936863
 def _channels_last(model, inputs, mode): return model.to(memory_format=torch.channels_last)
@@ -80,6 +80,10 @@ def optimize_for_cpu(
 )->nn.Module: # For inference
     """A copy of `model` in eval mode that gives the same and is faster on this CPU: the two are timed in turn. If it is not, for sure, or if `backend` does not take it, a warning says so, and it is `model` itself
     that is returned"""
+    if backend=='trace':
+        warn_once("optimize_for_cpu(…, backend='trace')", "optimize_for_cpu(…, backend='script')")
+        backend = 'script'
+    if compile_mode=='default': compile_mode = None # as it was written in 0.4, also where nothing is compiled
     if backend not in _BACKENDS: raise ValueError(f'backend {backend!r} is not one of {", ".join(_BACKENDS)}')
     if compile_mode is not None and backend!='compile': raise ValueError(f"compile_mode is for backend='compile', not {backend!r}")
     inner = checked_model(model, dynamic_batch, batch_axis)

@@ -1,6 +1,6 @@
 from .kmeans import kmeans
 from .weight_sharing import KMeansQuantizer
-from .int8 import Quantizer
+from .int8 import FakeQuantizer, Quantizer
 from .rounding import Rounding
 from .training import Quantize, Share
 from .kmeans_callback import KMeansCallback

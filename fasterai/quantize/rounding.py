@@ -76,10 +76,10 @@ class _Rounded:
 class _RoundedLinear(_Rounded):
     def _run(self, x, weight): return F.linear(x, weight, self.bias)
 
-class _RoundedConv2d(_Rounded):
+class _RoundedConv(_Rounded):
     def _run(self, x, weight): return self._conv_forward(x, weight, self.bias)
 
-_ROUNDED = {nn.Linear:_RoundedLinear, nn.Conv2d:_RoundedConv2d}
+_ROUNDED = {o:_RoundedLinear if o is nn.Linear else _RoundedConv for o in _KINDS}
 
 @lru_cache(maxsize=None)
 def _rounded(cls):
@@ -136,7 +136,7 @@ def rounded_layers(
         return unfit(m, owners) if isinstance(m, types) else CHOSEN[1]
     reasons = {n:why_not(n, m) for n,m in layers.items()}
     if chosen := {n:layers[n] for n,why in reasons.items() if not why}: return chosen,{n:why for n,why in reasons.items() if why}
-    told = '; '.join(f'{n}: {why}' for n,why in [*reasons.items()][:5]) or 'it has no linear layers and no convolutions in two dimensions'
+    told = '; '.join(f'{n}: {why}' for n,why in [*reasons.items()][:5]) or 'it has no linear layers and no convolutions'
     raise ValueError(f'no layer of this {type(model).__name__} can be rounded to int8 ({told})')
 
 def _types(given):
@@ -151,7 +151,7 @@ class Rounding:
     def __init__(self,
         model:nn.Module, # Whose layers get another class; parameters, their names and hooks stay
         ignored_layers=(), # Layers, or their names, that stay in float, with what is inside of them
-        layer_type=None, # Type of layer, or a tuple of types; by default `nn.Linear` and `nn.Conv2d`
+        layer_type=None, # Type of layer, or a tuple of types; by default linear layers and convolutions
         ranges=None, # By layer, the lowest and the highest number that arrives; the others are followed while `model` is in training mode
     ):
         self.model = plain_model(model)

@@ -66,7 +66,7 @@ class Quantize(Technique):
         left='Linear layers and convolutions that stay in float, with the reason')
     def __init__(self,
         ignored_layers=(), # Layers, or their names, that stay in float, with what is inside of them
-        layer_type=None, # Type of layer, or a tuple of types, to round; by default `nn.Linear` and `nn.Conv2d`
+        layer_type=None, # Type of layer, or a tuple of types, to round; by default linear layers and convolutions
         measure:bool=True, # Is the `quantizer` to leave in float what int8 does not make faster?
     ):
         self.how = dict(ignored_layers=ignored_layers, layer_type=layer_type)
