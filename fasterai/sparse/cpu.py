@@ -79,7 +79,7 @@ _KINDS = {nn.Linear:SparseLinear, nn.Conv2d:SparseConv2d}
 _LEAST_ZEROS = .5 # as a share: with fewer, values and columns take more bytes than the weights did
 _ALLOWED = 1e-4 # of the largest output: sums are in another order
 _REPEATS = 9 # of a measurement: enough for an interval
-_COLUMNS = 'layer','kind','zeros','sparse','why','bytes','bytes_sparse','ms','ms_sparse'
+_COLUMNS = 'layer','kind','zeros','is_sparse','why','bytes','bytes_sparse','ms','ms_sparse'
 
 def _kind(m): return next((o for o in _KINDS if isinstance(m, o)), None)
 
@@ -109,7 +109,7 @@ def _compare(row, old, new, inputs):
     ms = latency(old, new, example_inputs=inputs, repeats=_REPEATS, progress=False)
     ratio = speedup(*ms)
     told = f'×{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})'
-    row.update(ms=float(ms[0].min()), ms_sparse=float(ms[1].min()), sparse=ratio.low>1, why=told if ratio.low>1 else f'not faster: {told}')
+    row.update(ms=float(ms[0].min()), ms_sparse=float(ms[1].min()), is_sparse=ratio.low>1, why=told if ratio.low>1 else f'not faster: {told}')
 
 def sparse_for_cpu(
     model:nn.Module, # On the CPU; left as it is
@@ -126,13 +126,13 @@ def sparse_for_cpu(
     old = copy_of(inner).eval()
     inputs = inputs_that_run(old, sample)
     new,rows = _converted(old, _first_inputs(old, inputs))
-    whole = dict(layer='', kind=type(inner).__name__, sparse=False, why='no layer is faster', bytes=_n_bytes(old))
-    if any(o['sparse'] for o in rows): _compare(whole, old, new, inputs)
-    if not whole['sparse']:
+    whole = dict(layer='', kind=type(inner).__name__, is_sparse=False, why='no layer is faster', bytes=_n_bytes(old))
+    if any(o['is_sparse'] for o in rows): _compare(whole, old, new, inputs)
+    if not whole['is_sparse']:
         new = model
         warn(f'the {type(inner).__name__} is returned as it is, with dense layers: {whole["why"]}')
         for o in rows:
-            if o['sparse']: o.update(sparse=False, why=f'the network is returned as it is: {whole["why"]}')
+            if o['is_sparse']: o.update(is_sparse=False, why=f'the network is returned as it is: {whole["why"]}')
     return (new,_table([*rows,whole])) if report else new
 
 def _table(rows):
@@ -156,7 +156,7 @@ def _converted(old, first):
     for m,called in names.items():
         if not _kind(m): continue
         why = _objection(m, len(owners.get(m._parameters.get('weight'), ())))
-        row = dict(layer=called[0], kind=type(m).__name__, zeros=_zeros(m), sparse=False, why=why, bytes=_n_bytes(m))
+        row = dict(layer=called[0], kind=type(m).__name__, zeros=_zeros(m), is_sparse=False, why=why, bytes=_n_bytes(m))
         rows.append(row)
         if why: continue
         if m not in first:
@@ -164,7 +164,7 @@ def _converted(old, first):
             continue
         sparse = _KINDS[_kind(m)](m).eval()
         _compare(row, m, sparse, first[m])
-        if not row['sparse']: continue
+        if not row['is_sparse']: continue
         if not called[0]: return sparse,rows
         for o in called: new.set_submodule(o, sparse)
     return new,rows
