@@ -11,12 +11,13 @@ from torch import nn
 from torch.nn import functional as F
 from fasterai.analyze.counts import latency, speedup
 from fasterai.core.granularity import block
+from fasterai.export.all import sparse_for_cpu
 from fasterai.export.runtimes import in_runtimes
+from fasterai.export.sparse_cpu import SparseConv2d, SparseLinear
 from fasterai.misc.all import BN_Folder
 from fasterai.prune.all import Pruner
 from fasterai.quantize.int8 import Int8Conv2d, Int8Linear, Quantizer
-from fasterai.sparse.all import Sparsifier, sparse_for_cpu
-from fasterai.sparse.cpu import SparseConv2d, SparseLinear
+from fasterai.sparse.all import Sparsifier
 
 warnings.filterwarnings('ignore')
 SHARES = 50,80,90,95,98 # percent of zeros
@@ -239,6 +240,18 @@ def network(name):
 
 NETWORKS = 'encoder 1','encoder 16','encoder 128','mobilenet_v2','resnet18'
 
+def with_fbgemm(model, x, share):
+    "All linear layers as `fbgemm` has them, with ranges of what arrives with `x`"
+    model,arrived = deepcopy(model),{}
+    Sparsifier(model, block(1, 4), 'local', layer_type=nn.Linear).sparsify_model(share)
+    layers = {m:n for n,m in model.named_modules() if isinstance(m, nn.Linear)}
+    hooks = [m.register_forward_pre_hook(lambda m, args: arrived.update({m:args[0]})) for m in layers]
+    with torch.no_grad(): model(x)
+    for o in hooks: o.remove()
+    def rows(way): return lambda x: way(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+    for m,n in layers.items(): model.set_submodule(n, Way(rows(fbgemm(m, arrived[m].flatten(0, -2)))))
+    return model
+
 def of_network(name, share):
     "Line of a table: how many times faster than the dense network in PyTorch"
     dense,x = network(name)
@@ -247,6 +260,7 @@ def of_network(name, share):
         if any(isinstance(m, kind) for m in zeros.modules()): Sparsifier(zeros, 'weight', 'local', layer_type=kind).sparsify_model(share)
     sparse,rows = sparse_for_cpu(zeros, x, report=True)
     ways = {'`sparse_for_cpu`':sparse}
+    if name.startswith('encoder'): ways['int8 with zeros, PyTorch (FBGEMM), blocks of 1×4'] = with_fbgemm(dense, x, share)
     with tempfile.TemporaryDirectory() as folder:
         found,missing = in_runtimes(dense, x, [o for o,package in (('onnx','onnxruntime'),('openvino','openvino')) if importlib.util.find_spec(package)], folder, threads=1)
         for k,why in missing.items(): print(f'{name}, {k}: {why}')
@@ -272,7 +286,7 @@ if __name__=='__main__':
         ratios,ms = measure(layer.eval(), x, shares, said)
         columns.append(f'{name} ({ms:.2f} ms)')
         found.append(ratios)
-    print(*sorted(said), sep='\n')
+    for o in sorted(said): print(o)
     print(table(columns, found, [*((k,None) for k in DENSE), *((k,90) for k in (*ZEROS,REMOVED))]))
     print()
     print(table(columns, found, [(k,share) for k in BY_SHARE for share in shares]))
