@@ -25,7 +25,7 @@ RULES = [  # module                  ours                              others
     ('ship.py',                       'core analyze prune misc repair export report', 'torch numpy pandas'),
     ('lightning.py',                'core sparse prune distill regularize quantize repair', 'torch lightning pytorch_lightning'),
     ('transformers.py',             'core sparse prune distill regularize quantize repair', 'torch transformers safetensors'),
-    ('export/*',                    'core analyze legacy',            'torch numpy onnx onnxruntime onnxscript openvino'),
+    ('export/*',                    'core analyze legacy',            'torch numpy pandas onnx onnxruntime onnxscript openvino'),
     ('misc/*',                      'core legacy repair',             'torch numpy tensorly'),
     ('quantize/int8.py',            'core legacy analyze',            'torch pandas'),
     ('quantize/*',                  'core legacy',                    'torch numpy pandas torchao safetensors constriction'),
