@@ -327,7 +327,7 @@ class Ends(nn.Module):
     def forward(self, x): return self.made(self, x)
 
 ENDS = dict(
-    relu=lambda s, x: s.a(x).relu(), clip=lambda s, x: s.a(x).clamp(-.2, .2), relu_softmax=lambda s, x: s.a(x).relu().softmax(-1), relu_shaped=lambda s, x: s.a(x).relu().unflatten(-1, (8,8)),
+    relu=lambda s, x: s.a(x).relu(), clip=lambda s, x: s.a(x).clamp(-.6, .6), relu_softmax=lambda s, x: s.a(x).relu().softmax(-1), relu_shaped=lambda s, x: s.a(x).relu().unflatten(-1, (8,8)),
     relu_inside=lambda s, x: (h := s.a(x).relu(),s.b(h)), scores_inside=lambda s, x: (h := s.a(x),h.relu()), softmax=lambda s, x: s.b(s.a(x).relu()).softmax(-1),
     classes=lambda s, x: s.a(x).argmax(-1), rows=lambda s, x: s.a(x[:,None].expand(-1, 3, -1)), given=lambda s, x: (x,s.a(x)), weight=lambda s, x: (s.a(x),s.a.weight),
     names=lambda s, x: dict(y=(h := s.a(x)), y_inside_=s.b(h)))

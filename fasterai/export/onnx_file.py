@@ -178,9 +178,10 @@ def _with_float_outputs(path, floats):
                 for node in _nodes(graph):
                     for names in (node.input,node.output):
                         for i,o in enumerate(names): names[i] = name if o==before else o
+    read = lambda: ends | {o for node in _nodes(graph) for o in node.input}
     for kind in ('DequantizeLinear','QuantizeLinear'):
-        read = ends | {o for node in _nodes(graph) for o in node.input}
-        for node in [o for o in graph.node if o.op_type==kind and o.output[0] not in read]: graph.node.remove(node)
+        for node in [o for used in [read()] for o in graph.node if o.op_type==kind and o.output[0] not in used]: graph.node.remove(node)
+    for o in [o for used in [read()] for o in graph.initializer if o.name not in used]: graph.initializer.remove(o)
     onnx.save(file, os.fspath(path))
 
 @contextmanager
