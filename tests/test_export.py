@@ -317,3 +317,32 @@ def test_others_are_heard():
         other = threading.Thread(target=lambda: print('theirs', file=sys.stderr, flush=True))
         other.start(), other.join()
     assert heard.getvalue()=='theirs\n'
+
+class Ends(nn.Module):
+    "Outputs that a function makes of two layers"
+    def __init__(self, made):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a,self.b,self.made = nn.Linear(16, 64),nn.Linear(64, 64),made
+    def forward(self, x): return self.made(self, x)
+
+ENDS = dict(
+    relu=lambda s, x: s.a(x).relu(), clip=lambda s, x: s.a(x).clamp(-.6, .6), relu_softmax=lambda s, x: s.a(x).relu().softmax(-1), relu_shaped=lambda s, x: s.a(x).relu().unflatten(-1, (8,8)),
+    relu_inside=lambda s, x: (h := s.a(x).relu(),s.b(h)), scores_inside=lambda s, x: (h := s.a(x),h.relu()), softmax=lambda s, x: s.b(s.a(x).relu()).softmax(-1),
+    classes=lambda s, x: s.a(x).argmax(-1), rows=lambda s, x: s.a(x[:,None].expand(-1, 3, -1)), given=lambda s, x: (x,s.a(x)), weight=lambda s, x: (s.a(x),s.a.weight),
+    names=lambda s, x: dict(y=(h := s.a(x)), y_inside_=s.b(h)))
+
+@pytest.mark.parametrize('made', ENDS.values(), ids=ENDS)
+def test_int8_ends(made, tmp_path):
+    "Whatever comes after the last layer is there in static int8, and scores have as many levels as floats"
+    torch.manual_seed(0)
+    model,x = Ends(made).eval(),torch.randn(64, 16)
+    found = ONNXModel(export_onnx(model, x, tmp_path/'m.onnx', quantize=True, quantize_mode='static', calibration_data=[x]))(x)
+    each = lambda o: list(o.values()) if isinstance(o, dict) else list(o) if isinstance(o, (tuple,list)) else [o]
+    for a,b in zip(each(model(x)), each(found), strict=True):
+        assert a.dtype==b.dtype and (a.float()-b.float()).abs().max()<.03*a.float().abs().max() or not a.is_floating_point() and (a==b).float().mean()>.9
+    if made in (ENDS['softmax'],ENDS['rows']): assert len(b.unique())>.5*b[:,-1].numel()
+    if made is ENDS['given']: assert torch.equal(each(found)[0], x)
+
+def test_int8_names(tmp_path):
+    with pytest.raises(ValueError, match="'x' is the name of an input and of an output"): export_onnx(nn.Linear(2, 2), torch.randn(3, 2), tmp_path/'m.onnx', input_names='x', output_names='x')

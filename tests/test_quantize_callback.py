@@ -439,3 +439,17 @@ def test_accuracy_comes_back_where_channels_differ():
     with attach(technique, Training(model, opt), 200): train(200)
     after = right(technique.quantizer.quantize(model))
     assert plain>.95 and before<plain-.1 and after>before+.05, (plain,before,after)
+
+@pytest.mark.parametrize('how', [dict(padding='same', dilation=2), dict(padding=1, padding_mode='reflect'), dict(padding='same', padding_mode='circular')])
+def test_padding_of_any_kind_is_trained(how):
+    "What can be in int8 is rounded in training"
+    torch.manual_seed(0)
+    model,x = nn.Sequential(nn.Conv1d(3, 8, 3, **how), nn.ReLU(), nn.Conv1d(8, 4, 3, **how)),torch.randn(4, 3, 12)
+    with Rounding(model) as rounding:
+        for _ in range(3):
+            model(x)
+            rounding.update()
+        ranges,trained = rounding.ranges,model.eval()(x).detach()
+    assert set(ranges)=={'0','2'} and not rounding.left
+    new = Quantizer('static', measure=False, ranges=ranges).quantize(model, [x])
+    assert (new(x)-trained).abs().max()<.02*trained.abs().max()

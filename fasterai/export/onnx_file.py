@@ -104,38 +104,84 @@ def _reader(path, arguments, data):
             return {k:_fitted(k, o, model.inputs[k].type) for k,o in zip(model.inputs, found)}
     return Reader()
 
-_FLOAT_OUT = 'Gemm','MatMul' # what ONNX Runtime runs in int8 and leaves as it is
+def _nodes(graph):
+    "All nodes of `graph`, with those of graphs inside of them"
+    for node in graph.node:
+        yield node
+        for o in node.attribute:
+            for inner in ([o.g] if o.HasField('g') else o.graphs): yield from _nodes(inner)
 
 def _with_ends_apart(path):
     "Outputs that something in the network reads, too, have a node of their own: the quantizer would give them the range of an activation after them"
     onnx = needed('onnx')
     file = onnx.load(os.fspath(path))
-    ends = {o.name for o in file.graph.output}
-    both = ends & {o for node in file.graph.node for o in node.input}
-    for node in file.graph.node:
+    graph,nodes = file.graph,[*_nodes(file.graph)]
+    both = {o.name for o in graph.output} & {o for node in nodes for o in node.input}-{o.name for o in graph.input}
+    if not both: return
+    taken = {o for node in nodes for o in (*node.input,*node.output)} | {o.name for o in (*graph.initializer,*graph.input,*graph.output)}
+    inside = dict(zip(sorted(both), _distinct([f'{o}_inside_' for o in sorted(both)], taken)))
+    for node in nodes:
         for names in (node.input,node.output):
-            for i,o in enumerate(names):
-                if o in both: names[i] = f'{o}_inside_'
-    file.graph.node.extend(onnx.helper.make_node('Identity', [f'{o}_inside_'], [o]) for o in sorted(both))
-    if both: onnx.save(file, os.fspath(path))
+            for i,o in enumerate(names): names[i] = inside.get(o, o)
+    for o in graph.initializer: o.name = inside.get(o.name, o.name)
+    graph.node.extend(onnx.helper.make_node('Identity', [new], [o]) for o,new in inside.items())
+    onnx.save(file, os.fspath(path))
 
-def _with_float_outputs(path):
-    "Outputs of the network need not be rounded to 256 levels, where several classes may come to be the same"
+_FLOAT_OUT = 'Gemm','MatMul' # what ONNX Runtime runs in int8 and leaves as it is
+_SCORES = 'Softmax','LogSoftmax','Sigmoid','ArgMax' # what scores of classes go through
+_AFTER = *_SCORES,'Add','Identity','Cast','Reshape','Flatten','Transpose','Squeeze','Unsqueeze'
+
+def _unrounded(name, made):
+    "What `name` was before it was rounded; `name` itself if it was not"
+    whole = made.get(name)
+    rounded = made.get(whole.input[0]) if whole is not None and whole.op_type=='DequantizeLinear' else None
+    return rounded.input[0] if rounded is not None and rounded.op_type=='QuantizeLinear' else name
+
+def _makers(graph): return {o:node for node in graph.node for o in node.output}
+
+def _source(name, made): return made[name].name if name in made else name
+
+def _clipped(floats, graph):
+    "What makes the input of a Relu or Clip of `floats` that `graph` no longer has: rounding stands for it"
+    made,left = _makers(floats),{o.name for o in graph.node}-{''}
+    return {_source(o.input[0], made) for o in floats.node if o.op_type in ('Relu','Clip') and o.name not in left}
+
+def _rounded_on_the_way(out, graph):
+    "Tensors between the last layer, or an input, and `out`, which is made of each number by itself: what reads it, its name, its name before it was rounded"
+    made,inputs = _makers(graph),{o.name for o in graph.input}
+    reader,name,found,n = None,out,[],0
+    while True:
+        before = _unrounded(name, made)
+        if before!=name: found.append((reader,name,before))
+        node = made.get(before)
+        kind = 'input' if before in inputs else node.op_type if node is not None else ''
+        if kind in ('input',*_FLOAT_OUT,*_SCORES): n = len(found)
+        if kind not in _AFTER: return found[:n]
+        follow = node.input[:1] if kind!='Add' else [o for o in node.input if _unrounded(o, made) in made and (_unrounded(o, made)!=o or made[o].op_type!='DequantizeLinear')] # not the bias
+        if len(follow)!=1: return found[:n]
+        reader,name = node,follow[0]
+
+def _with_float_outputs(path, floats):
+    "Outputs of the network need not be rounded to 256 levels, where several classes may come to be the same; but rounding may stand for a Relu that is in `floats`"
     onnx = needed('onnx')
     file = onnx.load(os.fspath(path))
     graph = file.graph
-    made = {o:node for node in graph.node for o in node.output}
-    def maker(name, *kinds):
-        node = made.get(name)
-        return node if node is not None and node.op_type in kinds else None
-    for out in graph.output:
-        whole = maker(out.name, 'DequantizeLinear')
-        rounded = maker(whole.input[0], 'QuantizeLinear') if whole else None
-        layer = maker(rounded.input[0], *_FLOAT_OUT) if rounded else None
-        readers = {o for node in graph.node for o in node.input if node is not whole and node is not rounded}
-        if layer is None or {layer.output[0],rounded.output[0],out.name}&readers: continue
-        layer.output[0] = out.name
-        for o in (rounded,whole): graph.node.remove(o)
+    ends = {o.name for o in graph.output}
+    clipped = _clipped(onnx.load(os.fspath(floats)).graph, graph)
+    for out in ends:
+        for reader,name,before in _rounded_on_the_way(out, graph):
+            if _source(before, _makers(graph)) in clipped: break
+            if reader is not None:
+                for i,o in enumerate(reader.input): reader.input[i] = before if o==name else o
+            elif before in _makers(graph) and before not in ends:
+                graph.node.remove(_makers(graph)[name])
+                for node in _nodes(graph):
+                    for names in (node.input,node.output):
+                        for i,o in enumerate(names): names[i] = name if o==before else o
+    read = lambda: ends | {o for node in _nodes(graph) for o in node.input}
+    for kind in ('DequantizeLinear','QuantizeLinear'):
+        for node in [o for used in [read()] for o in graph.node if o.op_type==kind and o.output[0] not in used]: graph.node.remove(node)
+    for o in [o for used in [read()] for o in graph.initializer if o.name not in used]: graph.initializer.remove(o)
     onnx.save(file, os.fspath(path))
 
 @contextmanager
@@ -168,7 +214,7 @@ def quantized(
         signed |= dict(quant_format=quantization.QuantFormat.QDQ, activation_type=quantization.QuantType.QUInt8)
         _with_ends_apart(ready)
         quantization.quantize_static(ready, os.fspath(new), _reader(ready, arguments, data), **signed)
-        _with_float_outputs(new)
+        _with_float_outputs(new, ready)
 
 # %% ../../nbs/export/04_onnx_file.ipynb #05f95e8e
 @dataclass
@@ -255,6 +301,7 @@ def export_onnx(
     layout = _checked_layout(model, outputs_of(arguments)[1])
     inputs = _checked_names(input_names, arguments.names, 'input_names')
     outputs = _checked_names(output_names, _distinct(output_names_of(layout), inputs), 'output_names')
+    if both := {*inputs} & {*outputs}: raise ValueError(f'{min(both)!r} is the name of an input and of an output')
     with _whole(path) as folder:
         made = _made(arguments, opset_version, optimize)
         _tidied(made.model, inputs, outputs)

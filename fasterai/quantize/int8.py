@@ -327,7 +327,6 @@ def unfit(m, owners): # Layer of a kind that is multiplied in int8; modules by i
     "Why it is not rounded in training; '' if it can be"
     plain,kind = getattr(m, '_plain', type(m)),_kind(m)
     if any(getattr(plain, o, None) is not getattr(kind, o, None) for o in ('forward','_conv_forward')) or 'forward' in vars(m): return f'{type(m).__name__} has a forward of its own'
-    if getattr(m, 'padding_mode', 'zeros')!='zeros' or isinstance(getattr(m, 'padding', 0), str): return f'it pads by {m.padding_mode!r}, {m.padding!r}'
     return _unfit(m.weight) or ('another module has the same weights' if len(owners.get(id(m.weight), ()))>1 else '')
 
 def _owners(model):
