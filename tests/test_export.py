@@ -340,7 +340,7 @@ def test_int8_ends(made, tmp_path):
     found = ONNXModel(export_onnx(model, x, tmp_path/'m.onnx', quantize=True, quantize_mode='static', calibration_data=[x]))(x)
     each = lambda o: list(o.values()) if isinstance(o, dict) else list(o) if isinstance(o, (tuple,list)) else [o]
     for a,b in zip(each(model(x)), each(found), strict=True):
-        assert a.dtype==b.dtype and (a.float()-b.float()).abs().max()<.03*a.float().abs().max() or not a.is_floating_point() and (a==b).float().mean()>.9
+        assert a.dtype==b.dtype and (a.float()-b.float()).abs().max()<.05*a.float().abs().max() or not a.is_floating_point() and (a==b).float().mean()>.9
     if made in (ENDS['softmax'],ENDS['rows']): assert len(b.unique())>.5*b[:,-1].numel()
     if made is ENDS['given']: assert torch.equal(each(found)[0], x)
 

@@ -137,4 +137,4 @@ def test_scores_are_not_rounded(tmp_path):
         with torch.no_grad(): want = m(x)
         first,wanted = (o if i==0 else o[0] for o in (out,want))
         assert (first-wanted).abs().max()<.1*wanted.abs().max()
-        assert (len(first[:,0].unique())>256)==(i==0)
+        assert len(first[:,0].unique())>256
