@@ -1,5 +1,5 @@
 "Networks that become files: right, or refused in words, whatever was brought and whatever the library has made of it"
-import os, subprocess, sys
+import os, subprocess, sys, warnings
 from copy import deepcopy
 from dataclasses import dataclass
 import numpy as np, pytest, torch
@@ -317,3 +317,12 @@ def test_others_are_heard():
         other = threading.Thread(target=lambda: print('theirs', file=sys.stderr, flush=True))
         other.start(), other.join()
     assert heard.getvalue()=='theirs\n'
+
+def test_constants_that_are_no_numbers(tmp_path):
+    "What exporters compute of them, as of T5's distances, is no warning to a user"
+    class Distances(nn.Module):
+        def forward(self, x): return x+torch.where(torch.arange(4)<2, 0, torch.log(torch.arange(4).float()).long())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        export_onnx(Distances(), torch.randn(2,4), tmp_path/'a.onnx')
+    assert not [o for o in said if issubclass(o.category, RuntimeWarning)]
