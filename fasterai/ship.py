@@ -6,27 +6,29 @@
 __all__ = ['Steps', 'Shipped', 'ship']
 
 # %% ../nbs/94_ship.ipynb #94c0de03
-import inspect,tempfile
+import inspect,os,tempfile,warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from .analyze.counts import _each_batch,_valid,answers,latency,most_likely,n_macs,n_params,running,scores_of,speedup
+from .analyze.counts import BATCHES,_each_batch,_valid,answers,latency,loader_of,most_likely,n_macs,n_params,running,scores_of,speedup
 from .core.brought import warn
 from .core.evidence import repeatable
 from .core.pace import whole_number
-from .core.running import SLIPS,inputs_that_run,plain_model,tensors_of,with_bar
+from .core.running import SLIPS,at_home,call_with,explained,inputs_for,inputs_that_run,tensors_of,untouched,with_bar
 from .core.surgery import copy_of
-from .export.onnx_file import ONNXFile,export_onnx
+from .export.onnx_file import ONNXFile,checked_path,export_onnx
+from .export.program import checked_model
 from .export.runtimes import Job,calibration_inputs
 from .misc.bn_folding import BN_Folder
 from .misc.conv_decomposer import Conv_Decomposer
 from .misc.fc_decomposer import FC_Decomposer
 from .prune.pruner import Pruner
 from .repair.repair import repair
-from .report.tables import Table,_one,_ratio,_unit
+from .report.tables import Table,_FIRST,_data_notes,_one,_ratio,_unit
 
 # %% ../nbs/94_ship.ipynb #94c0de06
 _GOALS = 'latency','bytes'
@@ -40,6 +42,16 @@ def _variance_kept(first, called, data):
             lost,total = lost+float((a-b).square().sum()),total+float((a-a.mean()).square().sum())
     return 100*(1-lost/max(total, 1e-300))
 
+def _sizes(model): "Shapes of all that is stored, by name"; return {k:v.shape for k,v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+
+def _changed(make, model):
+    "What `make` gives for `model`, without its warnings, as nobody asked for it; `ValueError` if nothing has another name or size in it"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        new = make(model)
+    if new is not model and _sizes(new)==_sizes(model): raise ValueError(said[0].message if said else 'nothing has changed')
+    return new
+
 class _Road:
     "What has been made of a network so far, with a row for each step"
     def __init__(self, model, inputs, batches, valid, for_, may_lose, correct, threads, folder):
@@ -48,7 +60,8 @@ class _Road:
         self.job = self.ready(model)
         self.kind,self.start = 'onnx',self.job.run('onnx')
         self.now = self.start
-        self.judged = 'accuracy' if hasattr(answers(model, data=valid, correct=correct, progress=False), 'right') else 'agreement'
+        found = answers(model, data=valid, correct=correct, progress=False)
+        self.judged,self.notes = 'accuracy' if hasattr(found, 'right') else 'agreement',_data_notes(found)
         score = self.score(self.start)
         self.least = score-may_lose
         self.add('dense', model, self.start, latency(self.start, example_inputs=inputs, threads=threads, progress=False)[0], None, score, True, '')
@@ -62,8 +75,10 @@ class _Road:
 
     def score(self, called):
         "Percent of answers that are right; without labels, that are those of the first network; without classes, of the variance of its outputs"
-        found = answers(self.first, called, data=self.valid, correct=self.correct, progress=False)
-        if self.judged=='accuracy': return 100*float(found.right[1].sum()/found.labels.sum())
+        if self.judged=='accuracy':
+            found = answers(called, data=self.valid, correct=self.correct, progress=False)
+            return 100*float(found.right.sum()/found.labels.sum())
+        found = answers(self.first, called, data=self.valid, progress=False)
         return _variance_kept(self.first, called, self.valid) if found.same is None else 100*found.same[1]/found.of
 
     def add(self, step, model, called, ms, faster, score, kept, why):
@@ -73,7 +88,7 @@ class _Road:
     def try_(self, step, make, kind, asked=False):
         "Make `step` of what there is so far, and keep it if it is cheaper and right. What was `asked` for has to be possible"
         try:
-            model = make(self.job.model)
+            model = make(self.job.model) if asked else _changed(make, self.job.model)
             job = self.job if model is self.job.model else self.ready(model)
             called = job.run(kind)
         except (ImportError,*SLIPS) as e:
@@ -94,15 +109,25 @@ _ENERGY = .95 # of what layers compute is kept in low ranks, before repair
 
 _BLOCK = 16 # channels that ONNX Runtime takes at a time, on CPUs with AVX-512; 8 on others
 
-def _pruned(prune, fit, inputs, finetune, for_, progress):
-    "A function that prunes a copy of a network, and trains or repairs it"
-    how = dict(prune) if isinstance(prune, dict) else dict(pruning_ratio=prune)
-    how = dict(criteria='obs', data=fit, repair=finetune is None, example_inputs=inputs, progress=progress, **(dict(round_to=_BLOCK) if for_=='latency' else {})) | how
-    def f(model):
-        Pruner(new := copy_of(model), **how).prune_model()
-        if finetune is not None: finetune(new)
+def _pruned(model, prune, fit, inputs, finetune, for_, progress):
+    "A function that prunes a copy of `model`, and trains or repairs it; an error for what cannot be asked for comes at once"
+    by_name = isinstance(prune, Mapping) and not prune.keys().isdisjoint(inspect.signature(Pruner).parameters)
+    how = dict(criteria='obs', data=fit, repair=finetune is None, example_inputs=inputs, progress=progress) | (dict(prune) if by_name else dict(pruning_ratio=prune))
+    ways = [dict(round_to=_BLOCK)|how,how] if for_=='latency' and 'round_to' not in how else [how]  # channels may be too few for blocks
+    pruners = [Pruner(copy_of(model), **o) for o in ways]
+    def f(_):
+        new = _first_that_goes(pruners)
+        with torch.enable_grad():
+            if finetune is not None: finetune(new)
         return new.eval()
     return f
+
+def _first_that_goes(pruners):
+    "What the first of `pruners` gives that is not refused, or the last is refused"
+    for o in pruners:
+        try: return o.prune_model()
+        except ValueError:
+            if o is pruners[-1]: raise
 
 def _decomposed(fit, inputs):
     "Functions by name that decompose a network, and repair it"
@@ -154,6 +179,20 @@ def _first_sample(batches):
     n = len(next(iter(tensors_of(batches[0])), [0]))
     return _one(batches[0], n) if isinstance(batches[0], dict) else tuple(_one(o, n) for o in batches[0])
 
+def _inputs_to_time(model, batches, example_inputs):
+    if example_inputs is not None: return inputs_that_run(model, example_inputs)
+    one = inputs_for(model, _first_sample(batches))
+    with explained(model, one, _FIRST, BATCHES),untouched(model): call_with(model, one)
+    return one
+
+def _check_asked(path, finetune, correct):
+    "An error for a place where no file can be written, and for what is no function"
+    if not isinstance(path, (str,os.PathLike)): raise TypeError(f'path is that of the file to write, not a {type(path).__name__}: data to judge by are `valid=`')
+    checked_path(path)
+    for k,f in dict(finetune=finetune, correct=correct).items():
+        if f is not None and not callable(f): raise TypeError(f'{k} is a function, not {f!r}')
+
+@at_home()
 def ship(
     model:nn.Module, # Trained; left as it is
     data, # What is to be fitted to: a fastai DataLoaders (its `train`, and its `valid` to judge by), a loader, batches, or tensors; labels are not needed
@@ -161,7 +200,7 @@ def ship(
     *,
     for_:str='latency', # What is to fall: 'latency', the time of a call in ONNX Runtime, or 'bytes', of the file
     valid=None, # What to judge by, if it is not in `data`: with labels by accuracy, else by agreement with `model`
-    prune=None, # Percentage of channels, or arguments of `Pruner`: `dict(latency='2x')`. If it says nothing else, they go by what is lost after repair and, for latency, to multiples of 16 (see below). None go if not given
+    prune=None, # Percentage of channels, a dict of them by layer, or arguments of `Pruner`: `dict(latency='2x')`. If it says nothing else, they go by what is lost after repair and, for latency, to multiples of 16 (see below). None go if not given
     finetune=None, # Function that trains the pruned network in place; without one it is repaired, which needs no labels
     may_lose:float=1., # Percentage points of right answers that all steps together may cost
     samples:int=128, # About so many of `data` are fitted to
@@ -173,22 +212,30 @@ def ship(
     """Prune, fold, decompose and quantize `model`, and write it for ONNX Runtime. A step is kept if the file becomes faster for sure (or smaller) and answers stay right; `steps` of what comes
     back says so of each. `ValueError` if `model` cannot be exported"""
     if for_ not in _GOALS: raise ValueError(f'for_ is one of {", ".join(_GOALS)}, not {for_!r}')
+    _check_asked(path, finetune, correct)
     if finetune is not None and prune is None: raise ValueError('finetune trains what was pruned: say how much, by prune=')
     whole_number('samples', samples, 1)
+    if threads is not None: whole_number('threads', threads, 1)
     if not isinstance(may_lose, (int,float)) or isinstance(may_lose, bool) or not may_lose>=0: raise ValueError(f'may_lose is a number of percentage points, 0 or more, not {may_lose!r}')
-    fit,judge = _to_fit(data, samples),repeatable(_valid(data) if valid is None else valid)
-    first = copy_of(plain_model(model)).eval().cpu()
-    inputs = inputs_that_run(first, _first_sample(fit) if example_inputs is None else example_inputs)
+    model,split = checked_model(model),_valid(data) is not data
+    if not split: data = repeatable(data)
+    fit,judge = _to_fit(data, samples),repeatable(_valid(data if valid is None else valid))
+    if next(iter(loader_of(judge)), None) is None: raise ValueError(f'{"data" if valid is None else "valid"} has no batches')
+    first = copy_of(model).eval().cpu()
+    inputs = _inputs_to_time(first, fit, example_inputs)
+    pruned = None if prune is None else _pruned(first, prune, fit, inputs, finetune, for_, progress)
     with tempfile.TemporaryDirectory() as folder:
         road = _Road(first, inputs, fit, judge, for_, may_lose, correct, threads, folder)
-        if prune is not None: road.try_('prune and train' if finetune else 'prune and repair', _pruned(prune, fit, inputs, finetune, for_, progress), 'onnx', asked=True)
+        if pruned: road.try_('prune and train' if finetune else 'prune and repair', pruned, 'onnx', asked=True)
         for o in with_bar([*_steps(fit, inputs)], progress): road.try_(*o)
     mode = road.kind.partition('_')[2]
-    whole = dict(quantize=True, quantize_mode=mode, calibration_data=fit if mode=='static' else None) if mode else {}
-    file = export_onnx(road.job.model, inputs, path, **whole)
+    int8 = dict(quantize=True, quantize_mode=mode, calibration_data=fit if mode=='static' else None) if mode else {}
+    file = export_onnx(road.job.model, inputs, path, **int8)
     steps = Steps(pd.DataFrame(road.rows).set_index('step'))
     size = ' and '.join('×'.join(map(str, o.shape)) for o in tensors_of(inputs))
     steps.attrs = dict(judged=road.judged, about=f'{size}, threads: {threads or torch.get_num_threads()}; ms: median in ONNX Runtime; faster: than the dense network in the same turns',
-        notes=['judged by the data that it was fitted to: `valid` would be data that it has not seen']*(valid is None and _valid(data) is data))
-    if prune is not None and not road.rows[1]['kept']: warn(f'pruned as asked, the network is not kept: {road.rows[1]["why"]}. `may_lose` allows more, `finetune` trains it')
+        notes=['judged by the data that it was fitted to: `valid` would be data that it has not seen']*(valid is None and not split)+road.notes)
+    if pruned and not road.rows[1]['kept']:
+        advice = '. `may_lose` allows more, `finetune` trains it' if road.rows[1]['score']<road.least else ''
+        warn(f'pruned as asked, the network is not kept: {road.rows[1]["why"]}{advice}')
     return Shipped(road.job.model, file, steps)

@@ -1,5 +1,5 @@
 "Networks that become files: right, or refused in words, whatever was brought and whatever the library has made of it"
-import os, subprocess, sys
+import os, subprocess, sys, warnings
 from copy import deepcopy
 from dataclasses import dataclass
 import numpy as np, pytest, torch
@@ -346,3 +346,12 @@ def test_int8_ends(made, tmp_path):
 
 def test_int8_names(tmp_path):
     with pytest.raises(ValueError, match="'x' is the name of an input and of an output"): export_onnx(nn.Linear(2, 2), torch.randn(3, 2), tmp_path/'m.onnx', input_names='x', output_names='x')
+
+def test_constants_that_are_no_numbers(tmp_path):
+    "What exporters compute of them, as of T5's distances, is no warning to a user"
+    class Distances(nn.Module):
+        def forward(self, x): return x+torch.where(torch.arange(4)<2, 0, torch.log(torch.arange(4).float()).long())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        export_onnx(Distances(), torch.randn(2,4), tmp_path/'a.onnx')
+    assert not [o for o in said if issubclass(o.category, RuntimeWarning)]

@@ -138,3 +138,8 @@ def test_scores_are_not_rounded(tmp_path):
         first,wanted = (o if i==0 else o[0] for o in (out,want))
         assert (first-wanted).abs().max()<.1*wanted.abs().max()
         assert len(first[:,0].unique())>256
+
+def test_lengths_that_differ():
+    "A file takes one length, and says so"
+    batches = [dict(ids=torch.arange(2*n).view(2,n)%20) for n in (6,4)]
+    with pytest.raises(ValueError, match=r'it takes ids as \[batch, 6\].*pad what has other sizes'): report(Pair(), batches, runtimes='onnx', repeats=6)

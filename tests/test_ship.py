@@ -94,12 +94,62 @@ def test_data_that_come_once(net, tmp_path):
 
 @pytest.mark.parametrize('how, said', [(dict(for_='speed'), 'for_ is one of'), (dict(finetune=print), 'prune='), (dict(may_lose=-1), 'percentage points'), (dict(may_lose=True), 'percentage points'),
     (dict(prune='half'), 'prun'), (dict(prune=dict(pruning_ratios=50)), 'pruning_ratios'), (dict(data=[]), 'no batches'), (dict(samples=0), 'samples'), (dict(path='/nowhere/a.onnx'), 'no folder'),
-    (dict(prune=150), '150')])
-def test_refused(net, tmp_path, how, said):
+    (dict(prune=150), '150'), (dict(prune=dict(latency='half')), 'latency'), (dict(prune={'first':50}), 'no layer'), (dict(path=[(X,Y)]), 'valid='), (dict(path='/'), 'directory'), (dict(prune=50, finetune=3), 'function'),
+    (dict(correct='yes'), 'function'), (dict(valid=[]), 'valid has no batches'), (dict(model=make().to('meta')), 'meta device'), (dict(threads=0), 'threads'), (dict(data='/images'), 'batches'),
+    (dict(data=TensorDataset(X,Y)), 'DataLoader')])
+def test_refused(net, tmp_path, how, said, monkeypatch):
     "Before anything is done, and nothing is written"
+    monkeypatch.setattr('fasterai.ship._Road', None)
     args = dict(model=net, data=X[:32], path=tmp_path/'a.onnx')|how
-    with pytest.raises((ValueError,TypeError,FileNotFoundError), match=said): ship(**args, **quick)
+    with pytest.raises((ValueError,TypeError,OSError), match=said): ship(**quick|args)
     assert not list(tmp_path.iterdir())
 
 def test_no_graph(tmp_path):
     with pytest.raises(ValueError, match='no graph of this Stubborn'): ship(Stubborn(), torch.ones(4,4), tmp_path/'a.onnx', **quick)
+
+def test_nothing_to_do(tmp_path):
+    "What a network has not is said in the table alone, and not exported"
+    torch.manual_seed(0)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        res = ship(Named(), dict(x=torch.randn(32,8)), tmp_path/'a.onnx', for_='bytes', **quick)
+    fold = res.steps.loc['fold']
+    assert 'nothing to fold' in fold.why and fold.isna().ms and not [o for o in told if 'fold' in str(o.message) or 'decomposed' in str(o.message)]
+
+def test_wrapped(net, tmp_path):
+    "Wrappers, and the mode that a network is in; widths by layer; a generator of fewer samples than are fitted to"
+    wrapped = nn.DataParallel(copy.deepcopy(net)).train()
+    res = ship(wrapped, (o for o in X[:64].split(16)), tmp_path/'a.onnx', prune={'0':50}, may_lose=100, for_='bytes', **quick)
+    convs = [o for o in res.model.modules() if isinstance(o, nn.Conv2d)]
+    assert wrapped.training and not res.model.training and convs[0].out_channels==16 and convs[-1].out_channels==64
+
+def test_labels_that_are_no_class(net, tmp_path):
+    res = ship(net, X[:64], tmp_path/'a.onnx', valid=(X[:64],Y[:64]+50), for_='bytes', **quick)
+    assert any('64 of 64 labels are no class' in o for o in res.steps.notes)
+
+class Words(nn.Module):
+    "As those of transformers: keyword inputs, scores for each sentence"
+    def __init__(self):
+        super().__init__()
+        self.words,self.out = nn.Embedding(20, 8),nn.Linear(8, 3)
+    def forward(self, ids, mask=None, labels=None): return dict(logits=self.out(self.words(ids).mean(1)))
+
+IDS = torch.arange(48).view(8,6)%20
+
+@pytest.mark.parametrize('data, said', [([dict(ids=IDS[0])]*8, r'first sample of the data.*DataLoader makes them of samples'), ([dict(ids=IDS.tolist())], "return_tensors='pt'"),
+    ([dict(ids=IDS),dict(ids=IDS[:,:4])], r'it takes ids as \[batch, 6\].*pad what has other sizes')])
+def test_sentences_that_do_not_fit(tmp_path, data, said):
+    "Samples in place of batches, lists in place of tensors, and lengths that differ, as tokenizers give them"
+    with pytest.raises(ValueError, match=said): ship(Words(), data, tmp_path/'a.onnx', **quick)
+
+def test_numbers_that_onnx_runtime_has_not(net, tmp_path):
+    with pytest.raises(ValueError, match=r'float64: export `model.float\(\)`'): ship(copy.deepcopy(net).double(), X[:8], tmp_path/'a.onnx', **quick)
+
+def test_where_it_is_called(net, tmp_path):
+    "In inference mode, too; layers narrower than a block of channels lose some for latency as well; a function that trains has gradients"
+    torch.manual_seed(0)
+    narrow = nn.Sequential(nn.Conv2d(1,12,3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12,10))
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        res = ship(narrow, X[:32], tmp_path/'a.onnx', prune=50, finetune=lambda m: m(X[:2].clone()).sum().backward(), may_lose=100, **quick)
+    assert res.steps.params['prune and train']<res.steps.params['dense']

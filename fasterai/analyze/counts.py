@@ -247,7 +247,7 @@ def speedup(
     return median_interval(np.asarray(before)/np.asarray(after))
 
 # %% ../../nbs/analyze/01_counts.ipynb #d8ad8d44
-BATCHES = 'Data are batches (x, y); where x is itself a list, as of images, a batch is ([image], y)'  # what to say of those that do not fit
+BATCHES = 'Data are batches (x, y), or dicts of inputs by name, as a DataLoader makes them of samples; where x is itself a list, as of images, a batch is ([image], y)'  # what to say of those that do not fit
 
 _PIECE = 256 # samples of a batch, where the data is one large tensor
 
@@ -308,8 +308,10 @@ def inputs_and_labels(
         was = ('an empty ' if isinstance(batch, (tuple,list)) else 'a ')+type(batch).__name__
         raise ValueError(f'a batch is a tensor, a tuple (x, y) or a dict of inputs, not {was}')
     for what,o in (('inputs',xb),('labels',y)):
-        if o is not None and not tensors_of(o): raise ValueError(f'the {what} of a batch are tensors, not {_types(o)}')
+        if o is not None and not tensors_of(o): raise ValueError(f'the {what} of a batch are tensors, not {_types(o)}{_as_tensors_by(o)}')
     return xb,y
+
+def _as_tensors_by(o): "How lists become tensors"; return "; tokenizers give them with return_tensors='pt'" if isinstance(o, Mapping) and any(isinstance(v, list) for v in o.values()) else ''
 
 def _types(o):
     "Names of the types in `o`"

@@ -7,7 +7,8 @@ __all__ = ['SLIPS', 'SOON', 'tensors_of', 'map_parts', 'plain', 'at_home', 'look
            'OwnNumbers', 'drawing', 'own_numbers', 'held', 'undone', 'restored', 'untouched', 'call_with', 'batches_of',
            'inputs_of', 'readers_of', 'Bystanders', 'without_readers', 'check_module', 'check_scripts', 'is_fake',
            'innermost', 'plain_model', 'followable', 'check_shapes', 'example_inputs_for', 'check_inputs', 'inputs_for',
-           'explained', 'check_runs', 'inputs_that_run', 'as_in_training', 'calls_of', 'Where', 'with_bar', 'staged']
+           'Told', 'explained', 'check_runs', 'inputs_that_run', 'as_in_training', 'calls_of', 'Where', 'with_bar',
+           'staged']
 
 # %% ../../nbs/core/06_running.ipynb #97aac5d9
 import copy,math,random,sys
@@ -955,6 +956,8 @@ def _takes(model):
         if what: return f'; {n or "it"}, a {type(m).__name__}, takes {what}'
     return ''
 
+class Told(ValueError): "What went wrong, in words that need no others around them"
+
 @contextmanager
 def explained(
     model:nn.Module, # What runs inside
@@ -964,7 +967,7 @@ def explained(
 ):
     "If `model` fails inside, a `ValueError`: what was given, what went wrong, and what is taken. A device without memory is no such case"
     try: yield
-    except torch.OutOfMemoryError: raise
+    except (torch.OutOfMemoryError,Told): raise
     except SLIPS as e:
         raise ValueError(f'this {type(model).__name__} does not run with {what} {_shown(inputs)}: {type(e).__name__}: {e}'
                          f'{_takes(model)}. {instead}') from e

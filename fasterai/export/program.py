@@ -137,6 +137,7 @@ def _quiet():
     try:
         with warnings.catch_warnings():
             for o in (FutureWarning,DeprecationWarning): warnings.filterwarnings('ignore', category=o)
+            warnings.filterwarnings('ignore', category=RuntimeWarning, module='onnx')  # of constants such as the logarithm of 0, which a mask may leave out
             warnings.filterwarnings('ignore', '.*(were|was) assigned during export')  # they are put back
             yield
     finally:

@@ -862,6 +862,8 @@ class Pruner:
 
     def _why(self, graph, layer):
         whys = [o for s in graph.slices if s.role=='out' and s.layer==layer for o in graph.why(s.ids)]
+        inside = [o for g in self.groups for o in g.layers if o.startswith(f'{layer}.')]
+        if inside and not whys: return f'it makes none by itself, and holds layers that do: {some(inside)}'
         return '; '.join(dict.fromkeys(whys)) or 'it makes none, or is tied to layers that are ignored or of another type'
 
     def _known(self, name):

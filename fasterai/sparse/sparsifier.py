@@ -326,6 +326,8 @@ def find_layers(model, granularity, layer_type, criteria):
 def _nothing(model, head, types, out, empty):
     "Why there is no layer to sparsify"
     if out: return f'nothing is left to sparsify: {told(out)}'
+    if head and (there := sorted({type(m).__name__ for m in model.modules() if n_heads(m) is not None})):
+        return f'the model has no attention layer of layer_type {", ".join(t.__name__ for t in types)}: those that it has are of {", ".join(there)}'
     if head: return 'the model has no attention layer of a known form (MultiheadAttention, a fused qkv, or separate projections)'
     what = f'the model has no layer of type {", ".join(t.__name__ for t in types)}'
     be = lambda names: f'{", ".join(names[:5])} {"is" if len(names)==1 else "are"}'
