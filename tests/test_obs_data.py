@@ -417,3 +417,22 @@ def test_two_inputs_by_name_are_those_that_run_a_decomposition():
     with_target = FC_Decomposer().decompose(model, .5, data=[(o,torch.zeros(32)) for o in data], repair=True)
     assert same([*new.state_dict().values()], [*with_target.state_dict().values()])
     with pytest.raises(ValueError, match='does not run with data'): FC_Decomposer().decompose(model, .5, data=[dict(p=torch.randn(3, 6), q=torch.randn(3, 4))], repair=True)
+
+class Helped(nn.Module):
+    "Has a head that runs in training alone"
+    def __init__(self, helped=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a,self.b,self.out = nn.Conv2d(3,8,3),nn.Conv2d(8,8,3),nn.Linear(8,5)
+        self.aux = nn.Linear(8,5) if helped else None
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        y = self.out(torch.relu(self.b(x)).mean((2,3)))
+        return (y,self.aux(x.mean((2,3)))) if self.training and self.aux is not None else y
+
+def test_heads_of_training_alone():
+    "They are cut to fit, and what goes is told by what the model gives"
+    x,plain,helped = torch.randn(16,3,8,8),Helped(False).eval(),Helped().eval()
+    for m in (plain,helped): Pruner(m, 50, criteria='obs', data=x, repair=True).prune_model()
+    assert helped.aux.in_features==4 and torch.equal(helped.a.weight, plain.a.weight)
+    assert len(helped.train()(x))==2

@@ -257,10 +257,10 @@ def readers_of(
     graph:ChannelGraph, # Of a model
     groups, # As from `tied_groups`
 )->list:
-    "The slices of weights that read channels of `groups`, and mix them with others: not those that read each by itself"
+    "The slices of weights that read channels of `groups`, and mix them with others: not those that read each by itself, nor what runs in training alone"
     made = {(s.name,s.dim) for s in graph.slices if s.role=='out'}
     classes = torch.cat([g.classes for g in groups])
-    return [s for s in graph.slices if s.role=='in' and (s.name,s.dim) not in made and torch.isin(graph.classes(s.ids if s.grid is None else s.grid), classes).any()]
+    return [s for s in graph.slices if s.role=='in' and (s.name,s.dim) not in made and s.name not in graph.idle and torch.isin(graph.classes(s.ids if s.grid is None else s.grid), classes).any()]
 
 def losers(
     group, # As from `tied_groups`
