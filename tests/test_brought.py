@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.testing._internal.two_tensor import TwoTensor
 from torchvision.models import mobilenet_v2, resnet18, squeezenet1_1
-from fasterai.analyze.all import sensitivity
+from fasterai.analyze.all import n_params, sensitivity
+from fasterai.misc.all import BN_Folder, FC_Decomposer
 from fasterai.core.criteria import Criteria, large_final
 from fasterai.core.graph import unknown_ops
 from fasterai.core.brought import check_finite, computed, made_of, unfit
@@ -15,7 +16,7 @@ from fasterai.core.running import plain_model
 from fasterai.prune.all import Pruner
 from fasterai.quantize.all import KMeansCallback, KMeansQuantizer, load_compressed, save_compressed
 from fasterai.regularize.all import Penalty, RegularizeCallback
-from fasterai.report.all import report
+from fasterai.report.all import report, summary
 from fasterai.sparse.all import *
 from fasterai.sparse.sparsifier import Rows
 import fasterai.sparse.sparsifier as module
@@ -225,13 +226,27 @@ def test_sensitivity_leaves_them_out_and_says_so(how):
 class Trainer: "Anything that holds a model"; model = net()
 
 @pytest.mark.parametrize('given,says', [(lambda: 'resnet18', "an nn.Module, not 'resnet18'"), (lambda: net().state_dict(), 'not an OrderedDict: a state dict is no model'), (lambda: dict(net().state_dict()), 'state dict'),
-    (lambda: learner(), 'not a Learner: it has a `.model`'), (Trainer, 'it has a `.model`'), (lambda: nn.Conv2d, r'the class Conv2d: make one'), (lambda: net, 'call it'), (lambda: None, 'not None'), (lambda: 40, 'not 40'),
-    (lambda: torch.randn(3), 'not a Tensor')], ids=['string','state-dict','dict','learner','trainer','class','function','none','number','tensor'])
+    (Trainer, 'it has a `.model`'), (lambda: nn.Conv2d, r'the class Conv2d: make one'), (lambda: net, 'call it'), (lambda: None, 'not None'), (lambda: 40, 'not 40'),
+    (lambda: torch.randn(3), 'not a Tensor')], ids=['string','state-dict','dict','trainer','class','function','none','number','tensor'])
 @pytest.mark.parametrize('call', [lambda o: Sparsifier(o, 'filter'), lambda o: Sparsifier(o), lambda o: hold_zeros(o), lambda o: Penalty(o), lambda o: KMeansQuantizer(2).quantize(o)],
     ids=['sparsifier','alone','hold','penalty','kmeans'])
 def test_no_models(given, says, call):
     with pytest.raises(TypeError, match=says) as e: call(given())
     assert len(str(e.value))<200
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('call', [lambda o: Sparsifier(o, 'filter', layer_type=nn.Conv2d).sparsify_model(50), lambda o: hold_zeros(o), lambda o: Penalty(o)(), lambda o: KMeansQuantizer(2).quantize(o), lambda o: Pruner(o, 50).prune_model(),
+    lambda o: Pruner().prune_model(o), lambda o: BN_Folder().fold(o), lambda o: FC_Decomposer().decompose(o), lambda o: n_params(o), lambda o: summary(o), lambda o: sensitivity(o, lambda m: 1., levels=[50], progress=False)])
+def test_a_learner_stands_for_its_model(call):
+    "What is given a Learner does what it does with its model"
+    a,b = learner(),learner()
+    b.model.load_state_dict(a.model.state_dict())
+    res,same = call(a),call(b.model)
+    assert all(torch.equal(x, y) for x,y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+    if isinstance(same, nn.Module): assert same_state(res, same)
+    else: assert type(res) is type(same)
+
+def same_state(a, b): return a.state_dict().keys()==b.state_dict().keys() and all(torch.equal(x, y) for x,y in zip(a.state_dict().values(), b.state_dict().values()))
 
 def test_old_spelling_still_works():
     "A granularity as the first argument was `Sparsifier(granularity, method, criteria)`; any other string never was"

@@ -18,7 +18,7 @@ import fasterai.sparse.sparsify_callback as module
 from fasterai.core import pool
 from fasterai.core.schedule import cos, sched_cos
 from fasterai.distill.all import KnowledgeDistillationCallback
-from fasterai.prune.all import PruneCallback
+from fasterai.prune.all import PruneCallback, Pruner
 from fasterai.quantize.all import KMeansCallback
 from fasterai.regularize.all import RegularizationCallback, RegularizeCallback
 from fasterai.sparse.all import *
@@ -483,10 +483,29 @@ def test_targets_by_layer():
         fit(learn, 2, [cb, w := Watch(cb)])
         assert zeros(learn.model)==want and w.seen==pytest.approx([100*sum(exact(n, t*k/8) for n,t in zip((216,576), (target if isinstance(target, list) else [0,75])))/792 for k in range(1, 9)])
 
-def test_fraction_warns():
-    "0.5 is half a percent, and says so"
-    with pytest.warns(UserWarning, match='did you mean 50'): fit(learner(), 1, SparsifyCallback(.5))
-    with pytest.warns(UserWarning, match='did you mean 50'): Sparsifier(net()).sparsify_model(.5)
+@pytest.mark.parametrize('x', [.4, .5, 1., {'0':.5}, [.5,30,20]])
+def test_fractions_are_refused(x):
+    "A float up to 1 may be a fraction or a percentage: both readings are told, and nothing is changed"
+    model = net()
+    before = [p.clone() for p in model.parameters()]
+    for call in (lambda: SparsifyCallback(x), lambda: Sparsifier(model).sparsify_model(x), lambda: Sparsifier(model).sparsify_layer('0', .5)):
+        with pytest.raises(ValueError, match='percent, written as a fraction, or .* percent: write sparsity .*unit='): call()
+    if not isinstance(x, list):
+        for call in (lambda: PruneCallback(x), lambda: Pruner(model, x)):
+            with pytest.raises(ValueError, match='percent, written as a fraction'): call()
+    assert all(torch.equal(a, b) for a,b in zip(before, model.parameters()))
+
+def test_units():
+    "`unit` tells how a number is meant, the same in a fit and without one"
+    zeros = lambda m: int((m[0].weight==0).sum())
+    counts = [zeros(Sparsifier(net()).sparsify_model(*args, **kw)) for args,kw in (((50,),{}), ((.5,),dict(unit='fraction')), (({'0':.5},),dict(unit='fraction')))]
+    assert counts==[counts[0]]*3 and counts[0]==net()[0].weight.numel()//2
+    learn = learner()
+    fit(learn, 1, SparsifyCallback(.5, unit='fraction'))
+    assert zeros(learn.model)==counts[0]
+    assert zeros(Sparsifier(net()).sparsify_model(.4, unit='percent'))==int(.004*net()[0].weight.numel())
+    with pytest.raises(ValueError, match="unit is 'percent' or 'fraction', not 'percents'"): Sparsifier(net()).sparsify_model(50, unit='percents')
+    with pytest.raises(ValueError, match='from 0 to 1'): Sparsifier(net()).sparsify_model(50, unit='fraction')
 
 @pytest.mark.parametrize('x', ['0.weight','0','3.weight'])
 def test_wrong_layer_names(x):

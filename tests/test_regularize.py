@@ -163,7 +163,7 @@ def test_paper_listing_11():
 def test_old_spelling(monkeypatch):
     monkeypatch.setattr(legacy, '_said', set())
     with pytest.warns(FutureWarning, match='weights'): cb = RegularizationCallback('weights')
-    assert cb.technique.how['granularity']=='weight'
+    assert cb.technique.pairs==[('group_l1','weight')]
 
 def test_threshold():
     "`sparsify_below` counts: what is below goes, what is equal stays, the best of a layer stays, what is gone stays gone"

@@ -179,12 +179,15 @@ def test_resume_refuses_another(model, tmp_path):
     (dict(levels=[]), 'at least one'), (dict(levels=[0,10]), 'above 0'), (dict(levels=50), 'several numbers'), (dict(levels='50'), 'several numbers'), (dict(levels=[101]), 'from 0 to 100'),
     (dict(kind='pruning', levels=[101]), 'from 0 to 100'), (dict(kind='bits', levels=[9]), 'from 1 to 8'), (dict(granularity='2:4', levels=[60]), 'cannot be reached'), (dict(criteria='movement'), 'as they are'),
     (dict(criteria='wanda'), 'pass `data`'), (dict(data=X), 'needs no data'), (dict(layer_type=nn.Conv3d), 'no layer of type Conv3d'), (dict(kind='bits', layer_type=nn.Conv3d), 'no layer of type'),
-    (dict(kind='pruning', layer_type=nn.Conv3d), 'no channel'), (dict(evaluate=3), 'evaluate is a function'), (dict(model='resnet18'), 'nn.Module')], ids=range(22))
+    (dict(kind='pruning', layer_type=nn.Conv3d), 'no channel'), (dict(evaluate=3), 'evaluate is a function'), (dict(levels=[.2,.5]), 'write 20, 50')], ids=range(22))
 def test_refused_before_anything_is_evaluated(model, how, says):
     before,calls = state(model),[]
     args = dict(dict(model=model, evaluate=lambda m: calls.append(1) or 0.), **how)
     with pytest.raises(ValueError, match=says): sensitivity(**args)
     assert not calls and unchanged(model, before)
+
+def test_no_model():
+    with pytest.raises(TypeError, match="nn.Module, not 'resnet18'"): sensitivity('resnet18', lambda m: 0.)
 
 @pytest.mark.parametrize('value', ['0.5', (1., 2.), torch.ones(2), None, math.nan])
 def test_what_is_no_number(model, value):

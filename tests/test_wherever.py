@@ -350,7 +350,7 @@ def test_scripted(recwarn):
             with pytest.raises(ValueError, match='0 is a .*Module of TorchScript'): use(nn.Sequential(f(fresh(Images))))
     Pruner().prune_model(nn.Sequential(nn.Linear(3,3), torch.jit.script(nn.ReLU())), torch.randn(2,3))  # one without parameters stands in nobody's way
 
-NO_MODELS = [(lambda: learner(), 'a Learner: it has a `.model`'), (lambda: 'resnet18', "not 'resnet18'"), (lambda: Images.x, 'not a Tensor'),
+NO_MODELS = [(lambda: 'resnet18', "not 'resnet18'"), (lambda: Images.x, 'not a Tensor'),
     (lambda: fresh(Sound).state_dict(), 'a state dict is no model'), (lambda: Images, r'make one, Images\(…\)'), (lambda: [fresh(Sound)], 'not a list'),
     (lambda: {'model':1}, 'not a dict')]
 

@@ -23,18 +23,16 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map
 from ..core.brought import check_held
 from ..core.graph import ChannelGraph
-from ..core.running import OwnNumbers,_eager,check_inputs,example_inputs_for,explained,innermost,inputs_that_run,plain,restored,tensors_of,untouched,with_bar
+from ..core.running import OwnNumbers,_eager,check_inputs,check_module,example_inputs_for,explained,innermost,inputs_that_run,plain,restored,tensors_of,untouched,with_bar
 
 # %% ../../nbs/analyze/01_counts.ipynb #4ed54031
 def check_models(
     models, # Whatever was given where models are expected
     runs:bool=False, # Do their values count?
 ):
-    "`models` if each is an `nn.Module` whose parameters have a shape, and values where it `runs`; `ValueError` otherwise"
+    "`models`, of a Learner its model, if the parameters of each have a shape, and values where it `runs`; `ValueError` otherwise, `TypeError` for what is no model"
+    models = [*map(check_module, models)]
     for m in models:
-        if not isinstance(m, nn.Module):
-            hint = '; pass its `.model`' if isinstance(getattr(m, 'model', None), nn.Module) else ''
-            raise ValueError(f'a model is an nn.Module, not a {type(m).__name__}{hint}')
         lazy = [n for n,p in m.named_parameters() if nn.parameter.is_lazy(p)]
         if lazy: raise ValueError(f'{", ".join(lazy)} have no shape yet: run the model once')
         away = next((n for n,p in m.named_parameters() if p.is_meta), None) if runs else None
@@ -46,7 +44,7 @@ def n_params(
     model:nn.Module, # Left as it is
 ):
     "Parameters of `model`, those that are used twice counted once"
-    check_models([model])
+    model, = check_models([model])
     return sum(p.numel() for p in model.parameters())
 
 # %% ../../nbs/analyze/01_counts.ipynb #754f4e1e
@@ -54,7 +52,7 @@ def effective_parameters(
     model:nn.Module, # Left as it is
 ):
     "`(layer, name, tensor)` for each parameter of `model` as it is computed with, those that are used twice once"
-    check_models([model])
+    model, = check_models([model])
     seen,res = set(),[]
     with untouched(model):
         for layer,m in model.named_modules():
@@ -75,7 +73,7 @@ def n_nonzero(
     model:nn.Module, # Left as it is
 ):
     "Parameters of `model` that are not zero"
-    check_models([model])
+    model, = check_models([model])
     check_held(model.named_parameters())
     return sum(int(w.count_nonzero()) for _,_,w in effective_parameters(model))
 
@@ -89,7 +87,7 @@ def n_bytes(
     model:nn.Module, # Left as it is
 ):
     "Size of the file that `torch.save` writes for the `state_dict` of `model`"
-    check_models([model])
+    model, = check_models([model])
     with tempfile.TemporaryDirectory() as d:
         path = os.path.join(d, 'model.pt')
         torch.save(model.state_dict(), path)
@@ -101,7 +99,7 @@ def n_macs(
     example_inputs=None, # A tensor, a tuple of arguments or a dict of keyword arguments; looked for if not given
 ):
     "Multiply-accumulates of `model` for one sample"
-    check_models([model])
+    model, = check_models([model])
     return sum(ChannelGraph(model, inputs_that_run(model, example_inputs)).macs().values())
 
 # %% ../../nbs/analyze/01_counts.ipynb #7bc4bff7
@@ -203,7 +201,7 @@ def latency(
     "Milliseconds of a call of each of `models`, measured in turn: an array [models, repeats]"
     for k,v,least in (('repeats',repeats,1),('warmup',warmup,0)):
         if not isinstance(v, int) or isinstance(v, bool) or v<least: raise ValueError(f'{k} is a whole number, at least {least}, not {v!r}')
-    if not check_models(models, True): raise ValueError('no model to measure')
+    if not (models := check_models(models, True)): raise ValueError('no model to measure')
     check_inputs(example_inputs)
     if channels_last and not any(p.dim()==4 for m in models for p in m.parameters()):
         raise ValueError('channels_last is for weights and images of 4 dimensions, and these models have none')
@@ -389,7 +387,7 @@ def told_right(
     progress:bool=True, # Show a bar
 ):
     "Which labels of `data` each model predicts, booleans [models, labels]"
-    check_models(models, True)
+    models = check_models(models, True)
     res = [[] for _ in models]
     with running(*models):
         for outs,_,y in _each_batch(models, data, progress):
@@ -458,7 +456,7 @@ def answers(
     progress:bool=True, # Show a bar
 )->'Accuracy|Agreement': # `right` [models, samples] and `labels` [samples]; or `same`, `of`, `difference` and `why`
     "Right answers of each model in each sample; where that cannot be measured, how far they agree with the first one"
-    check_models(models, True)
+    models = check_models(models, True)
     res,why = [],None
     with running(*models):
         for outs,xb,y in _each_batch(models, data, progress):

@@ -22,18 +22,18 @@ from ..core.brought import told,warn
 from ..core.criteria import criteria_of,large_final,needs
 from ..core.granularity import granularity_name, has_axes
 from ..core.needs import Known
-from ..core.registry import did_you_mean,named
+from ..core.registry import did_you_mean,named,spelled
 from ..core.graph import ChannelGraph,layer_of
 from ..core.running import inputs_that_run,plain_model
 from ..core.liveness import spare_last
 from ..core.evidence import check_seen,evidence,first_inputs
-from ..core.selection import Scores,n_of,rounded_gone
+from ..core.selection import Scores,check_percent,n_of,rounded_gone
 from ..core.pool import select
 from ..core.brought import check_held
 from ..core.ranks import is_sharded
 from ..core.surgery import copy_of,kept_by,legal
 from ..legacy import old_function
-from ..prune.pruner import Pruner,check_ratio,group_scores
+from ..prune.pruner import Pruner,group_scores
 from ..quantize.int8 import Calibration,bytes_stored,int8_within,names_by_module,put_at,without_shortcut
 from ..quantize.weight_sharing import KMeansQuantizer,_bits_and_left,bits_by_name,check_bits
 from ..sparse.sparsifier import Sparsifier,_types,find_sides,parts_of
@@ -121,7 +121,7 @@ class _Pruning:
         self.criteria = _check_now(criteria_of(criteria))
         asks = Known(self.criteria.needs).from_data
         if data is not None and not asks: raise ValueError(f'criteria {self.criteria.__name__!r} needs no data')
-        for o in levels: check_ratio(o)
+        for o in levels: check_percent('level', o)
         self.pruner = Pruner(model, 50, criteria=self.criteria, example_inputs=example_inputs, layer_type=layer_type)
         self.model,self.levels,self.layer_type = self.pruner.model,levels,layer_type
         self.pruner.start()
@@ -519,8 +519,10 @@ def _checked_levels(levels, kind):
     levels = [o.item() if hasattr(o, 'item') else o for o in levels]
     zero = [o for o in levels if isinstance(o, bool) or not isinstance(o, (int,float)) or not o>0]
     if zero or not levels: raise ValueError(f'levels are numbers above 0, and at least one, not {zero or levels}')
+    if kind in ('sparsity','pruning') and max(levels)<=1 and min(levels)<1: raise ValueError(f'levels are in percent, and {", ".join(f"{o:g}" for o in levels)} look like fractions: write {", ".join(f"{100*o:g}" for o in levels)}')
     return sorted(set(levels), reverse=kind=='bits')
 
+@spelled
 def sensitivity(
     model:nn.Module, # Left as it is, also after an error
     evaluate, # Function of the model that gives a number
@@ -537,7 +539,7 @@ def sensitivity(
     progress:bool=True, # Show a bar
 )->Sensitivity:
     "`evaluate(model)` with one layer compressed at a time; `ValueError` for what cannot be, before anything is evaluated"
-    check_models([model])
+    model, = check_models([model])
     if not callable(evaluate): raise ValueError(f'evaluate is a function of the model that gives a number, not {evaluate!r}')
     if not isinstance(kind, str): raise ValueError(f'kind is one of {", ".join(kinds)}, not {kind!r}')
     make,levels = named('kind', kinds, kind),_checked_levels(levels, kind)

@@ -4,6 +4,7 @@ from .criteria import (Criteria, criterias, grad_crit, large_final, large_init, 
 from .context import contexts, erk, global_, lamp, local, uniform_plus
 from .schedule import (Schedule, agp, dsd, gradual, iterative, lin, one_cycle, one_shot, sched_agp, sched_dsd, sched_iterative, sched_one_cycle, sched_one_shot,
     schedules)  # `cos` is a name of math and torch: 'cos', or `from fasterai.core.schedule import cos`
+from ..legacy import Granularities, Normalizer, Reducer, available_criterias, available_schedules, sched_onecycle, sched_oneshot
 from .pace import Pace
 from .graph import ChannelGraph, unknown_ops
 from .ops import op

@@ -9,7 +9,7 @@ __all__ = ['grad_crit', 'movmag', 'criterias', 'reducers', 'pointwise', 'large_f
            'updating_movmag', 'taylor', 'wanda', 'obs', 'needs', 'score', 'Criteria', 'criteria_of']
 
 # %% ../../nbs/core/02_criteria.ipynb #3cad9c6c
-import inspect
+import inspect, warnings
 from functools import cached_property
 from typing import Callable
 import torch
@@ -101,18 +101,36 @@ def _max(s, nan=False): return (s.nan_to_num(nan=float('-inf')) if nan else s).a
 def _l2(s, nan=False): return (s.nan_to_num(nan=0.) if nan else s).norm(dim=1)
 reducers = dict(mean=_mean, sum=_sum, max=_max, l2=_l2)
 
+_FLAGS = 'needs_init','needs_update','output_fn','return_init','needs_data','data_fn','scale'
+
+def _named(f, needs_init=False, needs_update=False, output_fn=None, return_init=False, needs_data=False, data_fn='l2_norm', scale=None):
+    "`f` of one tensor, and a function of two that puts both together, as a function of `w`, and of `w0`, `w_prev` or `act`"
+    if needs_init and needs_update: raise ValueError('needs_init and needs_update: one of them, weights are compared with those at the start or with those before')
+    if scale is not None: raise ValueError('scale is not here: write lambda w: w.abs()*factor')
+    if needs_data and data_fn!='l2_norm': raise ValueError(f"data_fn {data_fn!r} is not here: activations come as 'l2_norm', the parameter `act` of a criteria")
+    both = output_fn or (lambda a, b: a)
+    if return_init: return lambda w0: f(w0)
+    if needs_init: return lambda w, w0: both(f(w), f(w0))
+    if needs_update: return lambda w, w_prev: both(f(w), f(w_prev))
+    return (lambda w, act: f(w)*act) if needs_data else lambda w: f(w)
+
 class Criteria:
     "A criteria `f` with another `reducer` than the mean, or a `normalizer`"
     def __init__(self,
         f:Callable|str, # Function of what its parameters name, or the name of one of `criterias`
         reducer:Callable|str='mean', # Scores [blocks, size] → [blocks]: mean, sum, max, l2 or a function (it sees nan where an edge tile ends)
         normalizer:Callable|str|None=None, # Block scores of a layer → the same, rescaled: a reducer's name divides by it, or a function
+        **flags # Those of version 0.4, such as `needs_init`, for an `f` of one tensor: today, the names of its parameters tell them
     ):
+        name,strange = getattr(f, '__name__', None),flags.keys()-{*_FLAGS}
+        if strange: raise TypeError(f'Criteria has no argument {min(strange)!r}: {did_you_mean(min(strange), ["f","reducer","normalizer"])}')
+        if flags: warnings.warn(f'Criteria(f, {", ".join(f"{o}=" for o in flags)}) is an old spelling: write Criteria(lambda w, w0: …), names of parameters tell what is asked for', FutureWarning, stacklevel=2)
+        if flags or name in dir(torch) and getattr(torch, name) is f: f = _named(f, **flags)  # torch's functions tell no names of parameters
         self.f,self.reducer = named('criteria', criterias, f),named('reducer', reducers, reducer)
         self.needs = needs(self.f)
         self.normalizer = named('normalizer', reducers, normalizer)
         self.by_name = isinstance(normalizer, str)
-        self.__name__ = getattr(self.f, '__name__', repr(self.f))
+        self.__name__ = name or getattr(self.f, '__name__', repr(self.f))
         self.__signature__ = inspect.signature(self.f)
         self.pointwise = self.normalizer is None and getattr(self.f, 'pointwise', False)
     @cached_property

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 from .brought import warn
-from .registry import did_you_mean
+from .registry import misfit
 from .running import inputs_of, innermost, map_parts, plain, tensors_of
 from .schedule import due, n_due, schedule_of
 
@@ -213,7 +213,7 @@ class Driver:
     def __init__(self, *args, **kwargs):
         try: self.technique = self.make(*args, **kwargs)
         except TypeError as e:
-            if why := _misfit(type(self).__name__, inspect.signature(self.make), args, kwargs): raise TypeError(why) from e
+            if why := misfit(type(self).__name__, inspect.signature(self.make), args, kwargs): raise TypeError(why) from e
             raise
         self.technique.called = type(self).__name__
         self.asked = ', '.join([*map(_told, args), *(f'{k}={_told(v)}' for k,v in kwargs.items())])  # in words that are the same in each process
@@ -223,14 +223,6 @@ def _told(o):
     if isinstance(o, (set,frozenset)): return f'{{{", ".join(sorted(map(_told, o)))}}}'
     words = str(getattr(o, '__name__', type(o).__name__ if isinstance(o, nn.Module) else o))
     return re.sub(r' at 0x[0-9a-fA-F]+', '', words)
-
-def _misfit(name, signature, args, kwargs):
-    "What is wrong with arguments that `name` does not take, or `None`"
-    try: signature.bind(*args, **kwargs)
-    except TypeError as e:
-        known = [k for k,p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD]
-        strange = next((k for k in kwargs if k not in known), None)
-        return f'{name}: {e}' if strange is None else f'{name} has no argument {strange!r}: {did_you_mean(strange, known)}'
 
 # %% ../../nbs/core/18_pace.ipynb #549f8ab7
 def named_inputs(model, args, kwargs):

@@ -6,7 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/core/00_registry.ipynb #905b1fc2
+import inspect
 from difflib import get_close_matches
+from functools import wraps
 
 # %% ../../nbs/core/00_registry.ipynb #e8555398
 def did_you_mean(given, allowed): # What was given, the names that are allowed
@@ -21,3 +23,20 @@ def named(kind, known, given): # What it is called, registry by name, a name or 
     if not isinstance(given, str): return given
     if given in known: return known[given]
     raise ValueError(f'{kind} {given!r} is not known: {did_you_mean(given, known)}')
+
+def misfit(name, signature, args, kwargs): # What is called, its signature, what it was given
+    "What is wrong with arguments that it does not take, or `None`"
+    try: signature.bind(*args, **kwargs)
+    except TypeError as e:
+        known = [k for k,p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD and k!='self']
+        strange = next((k for k in kwargs if k not in known), None)
+        return f'{name}: {e}' if strange is None else f'{name} has no argument {strange!r}: {did_you_mean(strange, known)}'
+
+def spelled(f): # Function or method
+    "Let a misspelt argument of `f` be a `TypeError` with the closest name"
+    sig,name = inspect.signature(f),f.__qualname__.removesuffix('.__init__').split('.')[-1]
+    @wraps(f)
+    def _f(*args, **kwargs):
+        if wrong := misfit(name, sig, args, kwargs): raise TypeError(wrong)
+        return f(*args, **kwargs)
+    return _f

@@ -750,6 +750,11 @@ def _given(o):
     name = type(o).__name__
     return f'the class {o.__name__}' if isinstance(o, type) else f'{"an" if name[0] in "AEIOU" else "a"} {name}'
 
+def _trained_by(o):
+    "The model that `o` trains, if it is a Learner or a Trainer; `o` itself if not"
+    trains = not isinstance(o, nn.Module) and isinstance(getattr(o, 'model', None), nn.Module) and any(callable(getattr(o, f, None)) for f in ('fit','train'))
+    return o.model if trains else o
+
 def _instead(o):
     "What to pass instead of `o`, which is no model"
     if isinstance(o, type) and issubclass(o, nn.Module): return f': make one, {o.__name__}(…)'
@@ -765,16 +770,19 @@ def check_module(
     o, # What a user takes for a model
     what:str='a model', # What it is called
 ):
-    "`TypeError` that says what was given, and what to pass instead, if `o` is no model"
+    "`o`, or the model that it trains, if it is a Learner; `TypeError` that says what was given, and what to pass instead, if it is no model"
+    o = _trained_by(o)
     if not isinstance(o, nn.Module): raise TypeError(f'{what} is an nn.Module, not {_given(o)}{_instead(o)}')
+    return o
 
-def _check_is_model(o):
-    "`TypeError` if `o` is no model, `ValueError` if it is one that cannot be looked into"
-    check_module(o)
+def _checked_model(o):
+    "`o` as `check_module` gives it; `ValueError` if it cannot be looked into"
+    o = check_module(o)
     if _is_script(o):
         raise ValueError(f'a {type(o).__name__} of TorchScript has no layers to look into: pass the model that it was made from, and script the result')
     if hasattr(o, '_fsdp_wrapped_module'):
         raise ValueError('FullyShardedDataParallel holds only a part of each parameter in one process: pass the model before it is sharded')
+    return o
 
 def _inside(model):
     "The model that `model` is a wrapper of, or `None`"
@@ -812,7 +820,7 @@ def is_fake(t):
 def _unwrapped_models(model):
     "`model`, and what is inside of each wrapper in turn"
     while True:
-        _check_is_model(model)
+        model = _checked_model(model)
         yield model
         inner = _inside(model)
         if inner is None: return
@@ -822,6 +830,7 @@ def innermost(
     model, # Anything
 ):
     "What is inside of the wrappers of `model`, in any order, and whatever it is: for what only runs it, or takes its tensors"
+    model = _trained_by(model)
     while isinstance(model, nn.Module) and (inner := _inside(model)) is not None: model = inner
     return model
 

@@ -10,19 +10,36 @@ __all__ = ['one_shot', 'iterative', 'agp', 'gradual', 'one_cycle', 'cos', 'lin',
 # %% ../../nbs/core/03_schedule.ipynb #c1822978
 import inspect, math
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Callable
+import numpy as np
 from .registry import named
 
 # %% ../../nbs/core/03_schedule.ipynb #42838c6c
+def _each(f):
+    "Let the schedule `f` take several `pos`, in an array, a tensor or a list, too"
+    @wraps(f)
+    def _f(start, end, pos, *args, **kwargs):
+        if not getattr(pos, 'ndim', isinstance(pos, (list,tuple))): return f(start, end, pos, *args, **kwargs)
+        levels = [_f(start, end, o, *args, **kwargs) for o in (pos.tolist() if hasattr(pos, 'tolist') else pos)]
+        return pos.new_tensor(levels) if hasattr(pos, 'new_tensor') else np.array(levels)
+    return _f
+
+@_each
 def sched_one_shot(start, end, pos): "All at once"; return end
+@_each
 def sched_iterative(start, end, pos, n_steps=3): "`n_steps` equal steps"; return start+(end-start)*math.ceil(n_steps*pos-1e-9)/n_steps
+@_each
 def sched_agp(start, end, pos): "Automated gradual pruning (Zhu & Gupta, arXiv 1710.01878, eq. 1)"; return end+(start-end)*(1-pos)**3
+@_each
 def sched_one_cycle(start, end, pos, alpha=14, beta=6):
     "One-cycle pruning (Hubens et al., arXiv 2107.02086, eq. 2): a logistic curve, scaled to be exactly `end` at 1"
     return start+(end-start)*(1+math.exp(beta-alpha))/(1+math.exp(beta-alpha*pos))
+@_each
 def sched_cos(start, end, pos): "Half a cosine"; return start+(end-start)*(1-math.cos(math.pi*pos))/2
+@_each
 def sched_lin(start, end, pos): "A line"; return start+(end-start)*pos
+@_each
 def sched_dsd(start, end, pos): "Dense-sparse-dense (Han et al., arXiv 1607.04381): up to `end` at the middle, back to `start`"; return start+(end-start)*(1-math.cos(2*math.pi*pos))/2
 
 # %% ../../nbs/core/03_schedule.ipynb #489bf478
@@ -35,12 +52,17 @@ class Schedule:
     start_pct:float=0. # Fraction of training before which nothing changes
     end_pct:float=1. # Fraction of training after which nothing changes
     start_sparsity:float=0. # Level before `start_pct`, in the unit of the target
+    start_val:float=0. # The same as a fraction of the target
+    end_val:float=1. # Level after `end_pct`, as a fraction of the target
     def __post_init__(self):
         if not callable(self.f): raise TypeError(f'a schedule needs a function f(start, end, pos), not {self.f!r}')
         if list(inspect.signature(self.f).parameters)[:2]==['sparsity','t_step']: object.__setattr__(self, 'f', partial(_from_paper, self.f))
         try: inspect.signature(self.f).bind(0., 1., .5)
         except TypeError: raise TypeError(f'{self} does not take (start, end, pos)') from None
         if not 0<=self.start_pct<=self.end_pct<=1: raise ValueError(f'start_pct {self.start_pct} and end_pct {self.end_pct} must satisfy 0 <= start_pct <= end_pct <= 1')
+        for k in ('start_val','end_val'):
+            if not 0<=getattr(self, k)<=1: raise ValueError(f'{k} is a fraction of the target, from 0 to 1, not {getattr(self, k)}')
+        if self.start_sparsity and self.start_val: raise ValueError('start_sparsity and start_val say the same: give one of them')
         if not 0<=self.start_sparsity<=100: raise ValueError(f'start_sparsity is a percentage from 0 to 100, not {self.start_sparsity}')
     def __str__(self):
         f = self.f
@@ -48,8 +70,19 @@ class Schedule:
         return getattr(f, '__name__', repr(f)).removeprefix('sched_')
     def __call__(self, pct, target=1.): # Fraction of training, what is reached at the end
         "Level at `pct` of training"
-        if pct<self.start_pct: return self.start_sparsity
-        return self.f(self.start_sparsity, target, 1. if pct>=self.end_pct else (pct-self.start_pct)/(self.end_pct-self.start_pct))
+        start = self.start_sparsity or self.start_val*target
+        if pct<self.start_pct: return start
+        return self.f(start, self.end_val*target, 1. if pct>=self.end_pct else (pct-self.start_pct)/(self.end_pct-self.start_pct))
+    def progress(self, pct): "Level at `pct` of training, as a fraction of the target"; return self(pct)
+    def reset(self): "Nothing is to be done: a schedule remembers nothing"
+    def plot(self, target=100., ax=None): # Level at the end, axes to draw on
+        "Draw the level over training; the axes"
+        import matplotlib.pyplot as plt
+        if ax is None: ax = plt.subplots(figsize=(4,2.6))[1]
+        at = np.linspace(0, 1, 1001)
+        ax.plot(100*at, [self(o, target) for o in at], label=str(self))
+        ax.set(xlabel='training (%)', ylabel='level')
+        return ax
 
 # %% ../../nbs/core/03_schedule.ipynb #9676ac1e
 one_shot = Schedule(sched_one_shot, start_pct=.5)

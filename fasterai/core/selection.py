@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/core/04_selection.ipynb #daf65e46
 import math
+from collections.abc import Mapping
 from numbers import Real
 import numpy as np
 import torch
@@ -16,6 +17,23 @@ from torch import Tensor
 def check_percent(what:str, value): # What it is called, percentage
     "`ValueError` if `value` is no percentage, but for rounding"
     if isinstance(value, bool) or not isinstance(value, Real) or not -1e-9<=value<=100+1e-9: raise ValueError(f'{what} is in percent, from 0 to 100, not {value!r}')
+
+def in_percent(
+    what:str, # What it is called
+    value, # Percentage, or fraction; several of them, in a dict or a list
+    unit:str|None=None, # 'percent' or 'fraction'; by default percent, and a float above 0 and up to 1 is refused, which may be either
+):
+    "`value` in percent. `ValueError` if it may be either, or is outside of its unit"
+    if isinstance(value, Mapping): return {k:in_percent(what, v, unit) for k,v in value.items()}
+    if isinstance(value, (list,tuple)): return [in_percent(what, v, unit) for v in value]
+    if unit not in (None,'percent','fraction'): raise ValueError(f"unit is 'percent' or 'fraction', not {unit!r}")
+    if unit=='fraction':
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0<=value<=1: raise ValueError(f"{what} is a fraction, from 0 to 1, as unit='fraction' says, not {value!r}")
+        return round(100*value, 10)
+    check_percent(what, value)
+    if unit is None and isinstance(value, float) and 0<value<=1:
+        raise ValueError(f"{what} {value} may be {100*value:g} percent, written as a fraction, or {value:g} percent: write {what} {100*value:g}, or add unit='fraction' or unit='percent'")
+    return value
 
 _UNIT = 10**10 # parts of a percent to which a percentage is exact
 

@@ -4,4 +4,4 @@ from .losses import (ActivationBoundaries, Attention, DIST, DecoupledKD, FitNet,
 from .training import Distill
 from .distiller import Distiller, match_feature_layers
 from .distillation_callback import KnowledgeDistillation, KnowledgeDistillationCallback
-from ..legacy import annealing_cos, annealing_gradual, annealing_linear, annealing_no
+from ..legacy import annealing_cos, annealing_gradual, annealing_linear, annealing_no, get_model_layers, get_module_by_name

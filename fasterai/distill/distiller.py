@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import nn, Tensor
 from ..core.brought import check_held, listed, plain_name
-from ..core.registry import did_you_mean
+from ..core.registry import did_you_mean, spelled
 from ..core.running import OwnNumbers, _parts, call_with, check_inputs, check_module, example_inputs_for, explained, innermost, untouched
 from ..core.schedule import schedule_of
 from .losses import SoftTarget, check_meaning, compares_any_shape, compares_tensors, loss_name, loss_needs, loss_of, meet, takes_axis
@@ -150,6 +150,7 @@ def _picked(answer, output):
 # %% ../../nbs/distill/02_distiller.ipynb #88fa7c27
 class Distiller:
     "Run a `teacher` beside a student, and measure how far the student is from it"
+    @spelled
     def __init__(self,
         teacher, # A module, or anything with a `.model`, such as a Learner; it is moved to the device of the inputs, its parameters and statistics stay as they are
         loss=SoftTarget, # A loss, its name in `kd_losses`, or a list of those, which add up
@@ -194,7 +195,7 @@ class Distiller:
 
     def check(self, student): # The network that is to learn
         "Names and layers of `student` that are compared; `ValueError` if it has no such layers, or shares parameters with the teacher"
-        check_module(student, 'a student')
+        student = check_module(student, 'a student')
         shared = {id(p) for p in self.teacher.parameters()} & {id(p) for p in student.parameters()}
         if shared: raise ValueError('the student and its teacher share parameters, which would be trained: give a deepcopy as the teacher')
         return _layers(student, self.given, 'student')
@@ -399,9 +400,7 @@ def match_feature_layers(
     example_inputs=None, # Inputs that both run with: a tensor or a tuple; by default a size that the student runs with is found
 )->tuple[list,list]: # Names of the student's layers and of the teacher's, in the same order
     "Propose pairs of layers: for each size of feature maps that both networks have, the last of the outermost layers that give it"
-    teacher = getattr(teacher, 'model', teacher) if not isinstance(teacher, nn.Module) else teacher
-    check_module(student, 'a student')
-    check_module(teacher, 'a teacher')
+    student,teacher = check_module(student, 'a student'),check_module(teacher, 'a teacher')
     x = example_inputs_for(innermost(student)) if example_inputs is None else example_inputs
     check_inputs(x)
     s,t = (_stages(innermost(o), x) for o in (student,teacher))

@@ -10,25 +10,29 @@ __all__ = ['kd_losses', 'LOSS_NEEDS', 'SoftTarget', 'Logits', 'Mutual', 'MLD', '
 
 # %% ../../nbs/distill/01_losses.ipynb #7feb7d5a
 import inspect
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import wraps, partial
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from ..core.registry import did_you_mean, named
+from ..legacy import old_names, same_anyway
 
 # %% ../../nbs/distill/01_losses.ipynb #c5b23ed1
 def _whole(o): return [_whole(v) for v in o] if isinstance(o, (list,tuple)) else o.float() if isinstance(o, Tensor) and o.dtype in (torch.bfloat16, torch.float16) else o
 
-def _flat(o): return [o] if isinstance(o, Tensor) else list(o)
+def _flat(o): return [o] if isinstance(o, Tensor) else [*o.values()] if isinstance(o, Mapping) else list(o)
+
+_KNOWN = 'pred','teacher_pred','target','fm_s','fm_t' # what there is to compare, by name: a loss takes what it needs of it
 
 def _full(f):
     "Let `f` compute in float32 at least, and with outputs of the same shape or lists of the same length only"
     sig = inspect.signature(f)
     @wraps(f)
     def _f(*args, **kwargs):
-        known = {k:_whole(v) for k,v in sig.bind(*args, **kwargs).arguments.items()}
-        if 'fm_s' in known: known |= {k:_flat(known[k]) for k in ('fm_s','fm_t')}
+        known = sig.bind(*args, **{k:v for k,v in kwargs.items() if k in sig.parameters or k not in _KNOWN}).arguments
+        known = {k:_whole(_flat(v) if k in ('fm_s','fm_t') else v) for k,v in known.items()}
         maps = 'fm_s' in known
         s,t = (known[k] for k in (('fm_s','fm_t') if maps else ('pred','teacher_pred')))
         for o in (*s,*t) if maps else (s,t):
@@ -121,6 +125,7 @@ def _decoupled(s, t, hit, alpha, beta, T):
     return T*T*(alpha*tckd+beta*nckd).mean()
 
 # %% ../../nbs/distill/01_losses.ipynb #3456dd7b
+@same_anyway(normalize='the other classes are normalized among themselves')
 @of_classes
 @_full
 def DecoupledKD(
@@ -209,6 +214,7 @@ def FitNet(fm_s, fm_t)->Tensor:
     _alike('FitNet', fm_s, fm_t)
     return sum(F.mse_loss(s, t) for s,t in zip(fm_s, fm_t))
 
+@old_names(m='margin')
 @_full
 def ActivationBoundaries(
     fm_s, # Feature maps of the student before the activation function
@@ -221,9 +227,13 @@ def ActivationBoundaries(
 
 @any_shape
 @_full
-def Similarity(fm_s, fm_t)->Tensor:
+def Similarity(
+    fm_s, # Feature maps of the student
+    fm_t, # Those of the teacher, in the same order
+    p:float=2., # Norm by which a row has length 1
+)->Tensor: # Scalar
     "`Σ_pairs ‖G_t − G_s‖²_F / n²`, G the samples' products with each other, rows of length 1 (Tung & Mori, arXiv 1907.09682, eq. 4)"
-    gram = lambda o: F.normalize(o.flatten(1) @ o.flatten(1).T)
+    gram = lambda o: F.normalize(o.flatten(1) @ o.flatten(1).T, p)
     return sum((gram(s)-gram(t)).square().mean() for s,t in zip(fm_s, fm_t))
 
 # %% ../../nbs/distill/01_losses.ipynb #ec10fab1

@@ -13,8 +13,10 @@ from ..core.evidence import check_trained
 from ..core.pace import Pace, Technique, check_schedule, check_updates, put, within
 from ..core.running import followable
 from ..core.schedule import agp, check_rises, schedule_of
+from ..core.selection import in_percent
 from ..core.plan import pruned_plan
-from .pruner import Pruner, check_layer_type, check_ratio
+from .pruner import Pruner, check_layer_type
+from ..legacy import old_arguments
 
 # %% ../../nbs/prune/02_training.ipynb #6888225b
 class Prune(Technique):
@@ -25,6 +27,7 @@ class Prune(Technique):
     parts = 'pruner.','pace.'
     shown = dict(pruner='What removes channels, in training and after it', left='What could not go: a row for each layer')
     pruner = next = pace = None
+    @old_arguments
     def __init__(self,
         pruning_ratio, # Percentage of the original channels at the end, or a dict of them by layer
         schedule=agp, # When: a `Schedule`, a function f(start, end, pos), or a name of `schedules`; it may not fall
@@ -35,18 +38,17 @@ class Prune(Technique):
         layer_type=None, # Type of layer, or a tuple of types, that all makers of a channel have to be of; by default any
         n_updates:int=10, # Most cuts
         example_inputs=None, # Inputs to follow channels with, by default two of the validation set
+        unit:str|None=None, # Of `pruning_ratio`: 'percent' or 'fraction'; by default percent, and a float up to 1, which may be either, is refused
     ):
         self.schedule,self.n_updates,self.inputs = schedule_of(schedule),check_updates(n_updates),example_inputs
-        self.ratio,self.left = pruning_ratio,[]
+        self.ratio,self.left = in_percent('pruning_ratio', pruning_ratio, unit),[]
         self.how = dict(context=context_of(context), criteria=criteria_of(criteria), round_to=round_to, ignored_layers=ignored_layers,
                         layer_type=check_layer_type(layer_type))
-        for o in pruning_ratio.values() if isinstance(pruning_ratio, Mapping) else [pruning_ratio]:
-            check_ratio(o)
-            check_rises(check_schedule(self.schedule, o), o)
+        for o in self.ratio.values() if isinstance(self.ratio, Mapping) else [self.ratio]: check_rises(check_schedule(self.schedule, o), o)
 
     def check(self, training):
         super().check(training)
-        self.next = Pruner(followable(training.model, resizes=True), self.ratio, example_inputs=self.inputs, **self.how)
+        self.next = Pruner(followable(training.model, resizes=True), self.ratio, example_inputs=self.inputs, unit='percent', **self.how)
 
     def changes(self, training): return {n:p for n,p in self.next.model.named_parameters() if p.dim()>1}
 

@@ -12,7 +12,7 @@ from torch import nn, Tensor
 from ..core.running import check_scripts, check_shapes, plain_model
 from ..core.brought import check_weights, computed, made_of, plain_name, still, told, warn
 from ..core.granularity import _memory_order, axes_of
-from ..core.registry import did_you_mean, named
+from ..core.registry import did_you_mean, named, spelled
 from ..core import ranks
 from .kmeans import inits, kmeans
 
@@ -344,6 +344,7 @@ class SharedWeights(list):
 # %% ../../nbs/quantize/02_weight_sharing.ipynb #3718590f
 class KMeansQuantizer:
     "Let the weights of each layer share `2**bits` values, and zero"
+    @spelled
     def __init__(self,
         bits, # 1 to 8; a dict by layer or parameter; or a function of a parameter's name and the parameter that gives a number, or None to leave it
         init='optimal', # Where k-means begins: a name of `inits`

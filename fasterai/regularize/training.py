@@ -7,6 +7,7 @@ __all__ = ['Regularize', 'GroupRegularize']
 
 # %% ../../nbs/regularize/02_training.ipynb #5c72cdf3
 import math
+from itertools import product
 from numbers import Real
 from torch import nn
 from ..core.pace import Technique
@@ -15,25 +16,34 @@ from .penalties import Penalty
 from ..legacy import old_arguments
 
 # %% ../../nbs/regularize/02_training.ipynb #4e901fb9
+class _Sum:
+    "Several penalties of one model, added up"
+    def __init__(self, penalties): self.penalties,self.layers = penalties,{n:o for p in penalties for n,o in p.layers.items()}
+    def __call__(self): return sum(p() for p in self.penalties)
+
+def _several(o): return o if isinstance(o, (list,tuple)) else [o]
+
 class Regularize(Technique):
     "Add `weight` times a penalty on the weights to the training loss"
     name,column,penalty,order = 'regularize','penalty',None,0
     shown = dict(penalty='The `Penalty`, while training goes on')
     @old_arguments
     def __init__(self,
-        criteria='group_l1', # `group_l1`, `group_lasso`, `slimming`, or a criteria that needs `w` alone: see `Penalty`
-        granularity='weight', # How weights split into blocks
+        criteria='group_l1', # `group_l1`, `group_lasso`, `slimming`, or a criteria that needs `w` alone: see `Penalty`; of a list, all are added
+        granularity='weight', # How weights split into blocks; of a list, all are added
         weight:float=1e-4, # Factor of the penalty
         layer_types=None, # Type of layer, or a tuple of types: see `Penalty`
         schedule=None, # How `weight` is reached: a `Schedule`, a function f(start, end, pos), or a name of `schedules`; constant by default
     ):
         if not isinstance(weight, Real) or not 0<=weight<math.inf: raise ValueError(f'the weight of a penalty is a number that is not negative, not {weight!r}')
-        self.how,self.weight = dict(criteria=criteria, granularity=granularity, layer_types=layer_types),weight
+        self.pairs,self.layer_types,self.weight = [*product(_several(criteria), _several(granularity))],layer_types,weight
+        if not self.pairs: raise ValueError('a penalty has a criteria and a granularity, and a list of none was given')
         self.schedule = None if schedule is None else schedule_of(schedule)
 
     def check(self, training):
         super().check(training)
-        self.next = Penalty(training.model, **self.how)
+        penalties = [Penalty(training.model, c, g, self.layer_types) for c,g in self.pairs]
+        self.next = penalties[0] if len(penalties)==1 else _Sum(penalties)
 
     def changes(self, training): return {f'{n}.weight' if n else 'weight':m.weight for n,(m,_) in self.next.layers.items()}
 

@@ -176,8 +176,7 @@ def _zeros(o):
     "Table with the weights and zeros of each layer of a model, a Sparsifier, or a report"
     if isinstance(o, pd.DataFrame): return o
     if hasattr(o, 'report'): return o.report()
-    check_module(o)
-    named = dict(innermost(o).named_parameters())
+    named = dict(innermost(check_module(o)).named_parameters())
     check_held(named)
     ps = [(n.removesuffix('.weight'), p) for n,p in named.items() if p.dim()>1]
     return pd.DataFrame([dict(layer=n, weights=p.numel(), zeros=int((p==0).sum())) for n,p in ps])
@@ -208,8 +207,7 @@ def show_sparsity(
 # %% ../../nbs/report/01_plots.ipynb #5ad434ee
 def _widths(model):
     "Channels that each layer makes, by name, in the order of registration"
-    check_module(model)
-    model = innermost(model)
+    model = innermost(check_module(model))
     check_shapes(model)
     return {n:getattr(m, 'out_channels', None) or m.weight.shape[axes_of(m).index('o')] for n,m in model.named_modules() if has_axes(m) and not isinstance(m, nn.MultiheadAttention)}
 

@@ -71,7 +71,7 @@ def summary(
     example_inputs=None, # A tensor, a tuple of arguments or a dict of keyword arguments; looked for if not given
 ):
     "A row for each layer: its type, the shape of its weight, parameters, those not zero, multiply-accumulates for one sample, shape of its output; the last row is the total"
-    check_models([model])
+    model, = check_models([model])
     check_held(model.named_parameters())
     inputs = inputs_that_run(model, example_inputs)
     macs,shapes,own = ChannelGraph(model, inputs).macs(),_observed(model, inputs),{}
@@ -203,7 +203,7 @@ def _stages(args, data):
     if len(ms)==1 and isinstance(ms[0], Mapping): stages = {str(k):m for k,m in ms[0].items()}
     else: stages = dict(zip(('before','after') if len(ms)==2 else (f'model {i}' for i in range(1, len(ms)+1)), ms))
     if not stages or None in stages.values(): raise ValueError('report takes models, or a dict of models by name, and then the data')
-    check_models(stages.values())
+    stages = dict(zip(stages, check_models(stages.values())))
     for m in stages.values(): check_held(m.named_parameters())
     return stages,data
 

@@ -9,14 +9,17 @@ __all__ = ['MANY', 'most_updates', 'Tickets', 'Sparsify', 'Keep']
 from pathlib import Path
 from torch import nn
 from safetensors.torch import save_file, save_model
-from ..core.criteria import large_final
+from ..core.context import context_of
+from ..core.criteria import criteria_of, large_final
 from ..core.evidence import check_seen, check_trained, found_now
+from ..core.granularity import granularity_of
 from ..core import ranks
 from ..core.pace import Pace, Technique, check_schedule, check_updates, clear_state, put, two_of, whole_number, within
 from ..core.brought import warn
 from ..core.running import plain_model
 from ..core.schedule import one_cycle, schedule_of
-from .sparsifier import Sparsifier, hold_zeros, parts_of
+from ..core.selection import in_percent
+from .sparsifier import Sparsifier, check_round_to, hold_zeros, parts_of
 from ..legacy import old_arguments
 
 # %% ../../nbs/sparse/02_training.ipynb #29d56b2a
@@ -119,10 +122,12 @@ class Sparsify(Technique):
         n_updates:int|None=None, # Most mask updates in a fit; by default one a step, but without kernels, of more than a million weights, one in eight steps and 200 at most
         verbose:bool=False, # Print the sparsity of each layer after training
         example_inputs=None, # Inputs to follow filters to their normalization with, by default the first batch
+        unit:str|None=None, # Of `sparsity`: 'percent' or 'fraction'; by default percent, and a float up to 1, which may be either, is refused
     ):
-        self.schedule,self.n_updates,self.inputs,self.sparsity = schedule_of(schedule),check_updates(n_updates),example_inputs,sparsity
+        self.schedule,self.n_updates,self.inputs,self.sparsity = schedule_of(schedule),check_updates(n_updates),example_inputs,in_percent('sparsity', sparsity, unit)
         self.tickets,self.verbose,self.sub = Tickets(rewind_epoch, lth, reset_end, save_tickets),verbose,model
-        self.how = dict(granularity=granularity, context=context, criteria=criteria, layer_type=layer_type, coupled=coupled, round_to=round_to)
+        check_round_to(round_to)
+        self.how = dict(granularity=granularity_of(granularity), context=context_of(context), criteria=criteria_of(criteria), layer_type=layer_type, coupled=coupled, round_to=round_to)
 
     def check(self, training):
         super().check(training)
