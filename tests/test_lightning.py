@@ -357,7 +357,7 @@ def test_the_module_travels(tmp_path, make):
 
 class Far:
     def __call__(self, w, w0): return (w-w0).abs()
-def further(w, w0, p): return (w-w0).abs()**p
+def further(w, w0, p=2): return (w-w0).abs()**p
 
 @pytest.mark.parametrize('criteria', ['Far()', 'partial(further, p=2)', 'further', 'lambda w: w.abs()', 'Far().__call__'])
 def test_words_without_addresses(criteria):

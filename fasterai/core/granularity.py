@@ -260,7 +260,8 @@ def available(axes): # Axes of a weight
 
 def granularity_name(given): # Granularity or its name
     "What to call a granularity: its name, what it says of itself, or its class"
-    if isinstance(given, str): return given
+    named = next((k for k,v in granularities.items() if v is given or isinstance(given, str) and v==given), None)
+    if named is not None or isinstance(given, str): return named or given
     says_nothing = type(given).__str__ is object.__str__ and type(given).__repr__ is object.__repr__
     return getattr(given, '__name__', type(given).__name__ if says_nothing else str(given))
 

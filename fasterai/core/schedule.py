@@ -9,7 +9,7 @@ __all__ = ['one_shot', 'iterative', 'agp', 'gradual', 'one_cycle', 'cos', 'lin',
 
 # %% ../../nbs/core/03_schedule.ipynb #c1822978
 import inspect, math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial, wraps
 from typing import Callable
 import numpy as np
@@ -64,6 +64,10 @@ class Schedule:
             if not 0<=getattr(self, k)<=1: raise ValueError(f'{k} is a fraction of the target, from 0 to 1, not {getattr(self, k)}')
         if self.start_sparsity and self.start_val: raise ValueError('start_sparsity and start_val say the same: give one of them')
         if not 0<=self.start_sparsity<=100: raise ValueError(f'start_sparsity is a percentage from 0 to 100, not {self.start_sparsity}')
+    def __repr__(self):
+        defaults = {o.name:o.default for o in fields(self)}
+        given = [f'{k}={getattr(self, k):g}' for k,v in defaults.items() if k!='f' and getattr(self, k)!=v]
+        return f'Schedule({", ".join([str(self),*given])})'
     def __str__(self):
         f = self.f
         while isinstance(f, partial): f = f.args[0] if f.func is _from_paper else f.func

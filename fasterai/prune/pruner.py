@@ -19,7 +19,7 @@ from torch import nn,Tensor
 from safetensors import SafetensorError,safe_open
 from safetensors.torch import save_file
 from ..core.context import context_of,local
-from ..core.criteria import criteria_of,large_final,reducers
+from ..core.criteria import criteria_of,reducers
 from ..core.obs import Reader,best_removed,removal_costs
 from ..core.needs import Known,needed
 from ..core.registry import did_you_mean, spelled
@@ -470,7 +470,7 @@ class Pruner:
         model:nn.Module=None, # Model to prune by ratio, in place
         pruning_ratio=None, # Percentage of channels, or a dict of them by layer
         context='local', # How the ratio is shared: a name of `contexts` or a function
-        criteria=large_final, # What matters: a function of what its parameters name, or a name of `criterias`
+        criteria='large_final', # What matters: a function of what its parameters name, or a name of `criterias`
         example_inputs=None, # Inputs that run the model (a tensor, a tuple or a dict); by default the first batch of `data` or, without any, a size that runs is looked for
         round_to:int|None=None, # Keep a multiple of so many channels
         ignored_layers=(), # Layers, or their names, whose outputs stay
@@ -516,6 +516,10 @@ class Pruner:
         self.graph,self.left,self.known,self.counts_on = None,[],set(),{}
         self.met = None  # with a target: what was asked for, what there was, and what is left
         if self.model is not None and self.lossy: self.remember()
+
+    def __repr__(self):
+        how = str(self.target) if self.target else f'{self.pruning_ratio}' if self.lossy else 'lossless'
+        return f'Pruner({how})' if not self.lossy else f'Pruner({how}, {self.context.__name__}, {self.criteria.__name__})'
 
     def remember(self):
         "Take the weights as they are now for `w0`, what the criteria calls the start of training"

@@ -8,11 +8,11 @@ __all__ = ['Prune']
 # %% ../../nbs/prune/02_training.ipynb #8cd36589
 from collections.abc import Mapping
 from ..core.context import context_of
-from ..core.criteria import criteria_of, large_final
+from ..core.criteria import criteria_of
 from ..core.evidence import check_trained
 from ..core.pace import Pace, Technique, check_schedule, check_updates, put, within
 from ..core.running import followable
-from ..core.schedule import agp, check_rises, schedule_of
+from ..core.schedule import check_rises, schedule_of
 from ..core.selection import in_percent
 from ..core.plan import pruned_plan
 from .pruner import Pruner, check_layer_type
@@ -30,9 +30,9 @@ class Prune(Technique):
     @old_arguments
     def __init__(self,
         pruning_ratio, # Percentage of the original channels at the end, or a dict of them by layer
-        schedule=agp, # When: a `Schedule`, a function f(start, end, pos), or a name of `schedules`; it may not fall
+        schedule='agp', # When: a `Schedule`, a function f(start, end, pos), or a name of `schedules`; it may not fall
         context='local', # Where: see `Pruner`
-        criteria=large_final, # What: see `Pruner`
+        criteria='large_final', # What: see `Pruner`
         round_to:int|None=None, # Keep a multiple of so many channels
         ignored_layers=(), # Layers, or their names, whose outputs stay
         layer_type=None, # Type of layer, or a tuple of types, that all makers of a channel have to be of; by default any

@@ -25,7 +25,7 @@ def penalty(
     w:Tensor, # Weight, of any shape
     granularity='weight', # How it splits into blocks: see `core.granularity`
     axes:str='oihw', # Names of the weight's axes
-    criteria:Callable|str=large_final, # Score of a weight: a function of `w`, a name, or `Criteria` with another reducer than the mean
+    criteria:Callable|str='large_final', # Score of a weight: a function of `w`, a name, or `Criteria` with another reducer than the mean
 ):
     "The sum over the blocks of `w` of their scores, as a tensor without axes that gradients flow through (FasterAI paper, §4)"
     return _price(w, blocks(granularity, w.shape, axes), criteria_of(criteria))

@@ -21,7 +21,7 @@ from ..core.registry import did_you_mean
 from ..core.running import at_home, check_scripts, inputs_that_run, plain_model, undone
 from ..core.brought import check_finite, check_scores, computed, falls_short, made_of, much_less, plain_name, rounds_up, still, told
 from ..core.brought import unfit, warn
-from ..core.criteria import criteria_of, criterias, large_final, reducers
+from ..core.criteria import criteria_of, criterias, reducers
 from ..core.context import context_needs, context_of, local
 from ..core.selection import Scores, Source, check_percent, in_percent, n_of, rounded_gone
 from ..core.pool import Pool, in_kernels, select_each
@@ -817,7 +817,7 @@ class Sparsifier:
         model:nn.Module, # Model, zeroed in place
         granularity='weight', # How: a name of `granularities`, axes (`'o h'`), `block(r,c)`, a pattern such as `'2:4'`, or `'head'`
         context='local', # Where: a name of `contexts` or a function
-        criteria=large_final, # What: a function of what its parameters name, or a name of `criterias`
+        criteria='large_final', # What: a function of what its parameters name, or a name of `criterias`
         layer_type=nn.Conv2d, # Type of layer, or a tuple of types
         coupled:bool=False, # Score and zero together the filters that are tied (added, concatenated, depthwise), so that they can be removed
         round_to:int|None=None, # Keep a multiple of so many blocks in each layer
@@ -857,6 +857,8 @@ class Sparsifier:
         self.remember()
         self.repaired,self._teacher = None,Teacher(self.model, self.data) if repair else None  # the first is the table of `repair`
         if out: self._tell_computed(out)
+
+    def __repr__(self): return f'Sparsifier({granularity_name(self.granularity)}, {self.context.__name__}, {self.criteria.__name__}: {len(self.layers)} layer{"s"*(len(self.layers)!=1)})'
 
     def _check_ranks(self):
         "`ValueError` for what needs more of a weight than a rank has"

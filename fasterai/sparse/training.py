@@ -10,14 +10,14 @@ from pathlib import Path
 from torch import nn
 from safetensors.torch import save_file, save_model
 from ..core.context import context_of
-from ..core.criteria import criteria_of, large_final
+from ..core.criteria import criteria_of
 from ..core.evidence import check_seen, check_trained, found_now
 from ..core.granularity import granularity_of
 from ..core import ranks
 from ..core.pace import Pace, Technique, check_schedule, check_updates, clear_state, put, two_of, whole_number, within
 from ..core.brought import warn
 from ..core.running import plain_model
-from ..core.schedule import one_cycle, schedule_of
+from ..core.schedule import schedule_of
 from ..core.selection import in_percent
 from .sparsifier import Sparsifier, check_round_to, hold_zeros, parts_of
 from ..legacy import old_arguments
@@ -109,8 +109,8 @@ class Sparsify(Technique):
         sparsity, # Percentage at the end; a list in the order of the layers or a dict by layer
         granularity='weight', # How: see `Sparsifier`
         context='local', # Where: see `Sparsifier`
-        criteria=large_final, # What: see `Sparsifier`
-        schedule=one_cycle, # When: a `Schedule`, a function f(start, end, pos), or a name of `schedules`
+        criteria='large_final', # What: see `Sparsifier`
+        schedule='one_cycle', # When: a `Schedule`, a function f(start, end, pos), or a name of `schedules`
         lth:bool=False, # Rewind weights and statistics after each pruning round (Frankle & Carbin, arXiv 1803.03635)
         rewind_epoch:int=0, # Epoch at whose start the weights are saved for rewinding (arXiv 1912.05671)
         reset_end:bool=False, # Rewind after training, too
