@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['annealing_cos', 'annealing_linear', 'annealing_gradual', 'annealing_no', 'warn_once', 'old_arguments',
            'old_sparsifier', 'old_prune', 'old_options', 'OldLevelPruner', 'old_function', 'old_distillation',
-           'renamed', 'old_names', 'gone', 'old_quantizer', 'old_calibration']
+           'renamed', 'old_names', 'gone', 'old_quantizer', 'old_rounding', 'old_calibration']
 
 # %% ../nbs/99_legacy.ipynb #c6d3b306
 import inspect, warnings
@@ -216,6 +216,21 @@ def old_quantizer(f): # `Quantizer.__init__`
         also = '. symmetric=True holds for weights, not for inputs' if given.get('symmetric') else ''
         warn_once(f'Quantizer({shown})', f'Quantizer({method!r})'+also)
         f(self, method, **kwargs)
+    return _f
+
+_callback_04 = 'quantizer','backend','use_per_tensor','verbose'
+_AFTER = 'QuantizeCallback(), and cb.quantizer.quantize(learn.model) after the fit'
+
+def old_rounding(f): # `Quantize.__init__`
+    "Let `f` take the arguments that `QuantizeCallback` had in 0.4"
+    @wraps(f)
+    def _f(self, *args, **kwargs):
+        given = {k:kwargs.pop(k) for k in _callback_04 if k in kwargs}
+        if args and hasattr(args[0], 'quantize'): given['quantizer'],*args = args
+        if given.get('quantizer') is not None: _refuse('a quantizer', f'the callback makes its own, write {_AFTER}')
+        _check_04(given)
+        if given: warn_once(f'QuantizeCallback({", ".join(f"{k}={v!r}" for k,v in given.items())})', _AFTER)
+        f(self, *args, **kwargs)
     return _f
 
 def old_calibration(f): # `Quantizer.quantize`

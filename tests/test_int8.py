@@ -1,9 +1,11 @@
 """Layers in int8: what they compute, which ones are in int8, and that what is measured decides"""
-import copy, pickle, warnings
+import copy, json, pickle, warnings
 import pytest, torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from fasterai.core.plan import cut_to, pruned_plan
+from fasterai.prune.all import load_pruned, save_pruned
 from fasterai.quantize import int8
 from fasterai.quantize.all import KMeansQuantizer, Quantizer, load_compressed, save_compressed
 from fasterai.quantize.int8 import Int8, Int8Conv2d, Int8Linear, Int8Within
@@ -219,6 +221,57 @@ def test_forward_of_its_own_in_copies_files_and_states(within, tmp_path):
     other.load_state_dict(new.state_dict())
     assert torch.equal(other(x), wanted)
 
+def saved(model, fresh, path, x):
+    save_pruned(model, path/'a')
+    again = load_pruned(path/'a', fresh)
+    save_pruned(again, path/'b')
+    assert again is fresh and (path/'a').read_bytes()==(path/'b').read_bytes() and str(again)==str(model)
+    with torch.no_grad(): assert torch.equal(again.eval()(x), model(x))
+    return again
+
+def test_forward_of_its_own_in_saved_models(within, tmp_path):
+    model,x,new,_,_ = within
+    again = saved(new, fresh := copy.deepcopy(model), tmp_path, x)
+    assert [n for n,m in again.named_modules() if isinstance(m, Int8Within)]==[n for n,m in new.named_modules() if isinstance(m, Int8Within)]
+    assert pruned_plan(copy.deepcopy(again))==pruned_plan(fresh)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters(): p.mul_(2)
+    assert cut_to(other, pruned_plan(new)) and other.load_state_dict(new.state_dict()) and torch.equal(other.eval()(x), new(x))
+
+@torch.no_grad()
+def test_encoder_in_saved_models(tmp_path):
+    "The fresh one would take its shortcut"
+    mk = lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2, enable_nested_tensor=False).eval()
+    x = torch.randn(3, 5, 16)
+    for layers in (None,['layers.0.linear1'],['layers.1.self_attn.in_proj_weight','layers.1.linear2']):
+        new = Quantizer(measure=False, layers=layers).quantize(mk(), x)
+        assert all(o.packed is not None for o in saved(new, mk(), tmp_path, x).modules() if isinstance(o, Int8))
+
+@torch.no_grad()
+def test_forwards_inside_of_forwards_in_saved_models(tmp_path):
+    class Nest(Padded):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.deep = Lora(4, 4)
+        def forward(self, x): return super().forward(self.deep(x))
+    x = torch.randn(6, 4)
+    for orders in ([['0','0.deep']],[['0.deep'],['0']],[['0'],['0.layer.deep']]):
+        model = nn.Sequential(Nest(), nn.ReLU()).eval()
+        for layers in orders: model = Quantizer(layers=layers).quantize(model, x)
+        saved(model, nn.Sequential(Nest(), nn.ReLU()).eval(), tmp_path, x)
+
+@pytest.mark.parametrize('swaps', [[], [['','weight']], [['','bias',False]], [['','weight',True]], [['x','weight',False]], [['','weight',False],['','weight',False]], [['','forward',False]], [[0,'weight',False]], 'x', None])
+def test_forward_of_its_own_in_tampered_plans(swaps):
+    new,_ = all_int8(Around(Padded(8, 4)).eval(), torch.randn(5, 8))
+    plan = json.loads(json.dumps(pruned_plan(new)))
+    told = next(o for o in plan['before'][0]['replaced']['new'] if 'swaps' in o['args'])
+    told['args']['swaps'] = swaps
+    fresh = Around(Padded(8, 4)).eval()
+    state,own = copy.deepcopy(fresh.state_dict()),[(m,dict(vars(m)),dict(m._parameters),dict(m._modules)) for m in fresh.modules()]
+    with pytest.raises(ValueError): cut_to(fresh, plan)
+    assert all(torch.equal(v, state[k]) for k,v in fresh.state_dict().items()) and all(vars(m)==a and m._parameters==b and m._modules==c for m,a,b,c in own)
+
 def test_forward_of_its_own_compiled_and_exported(within, tmp_path):
     model,x,new,_,_ = within
     with torch.no_grad(): wanted = new(x)
@@ -353,6 +406,29 @@ def test_in_onnx(tmp_path, method):
     file = export_onnx(new, X, tmp_path/'m.onnx', rtol=1e-2)
     kinds = [o.op_type for o in onnx.load(file.path).graph.node]
     assert file.samples==(4,1,5) and kinds.count('QuantizeLinear')==(3 if method=='static' else 0)
+
+def test_nothing_but_zeros():
+    "Would be a range in which all that comes then is zero"
+    model,x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval(),torch.zeros(5, 4)
+    new,report = all_int8(model, x)
+    assert list(report.why[:2])==['nothing but zeros has arrived',''] and isinstance(new[0], nn.Linear) and isinstance(new[2], Int8Linear)
+    assert all_int8(model, x, 'dynamic')[1].int8[:2].all() and all_int8(model, x, 'weight_only')[1].int8[:2].all()
+
+def test_data_of_fastai():
+    "Of DataLoaders, the validation set"
+    from fastai.data.core import DataLoaders
+    from fastai.data.load import DataLoader
+    model,x = nn.Sequential(nn.Linear(4, 8)).eval(),torch.randn(8, 4)
+    dls = DataLoaders(DataLoader([(9*o,0) for o in x], bs=4), DataLoader([(o,0) for o in x], bs=4))
+    assert torch.equal(all_int8(model, dls)[0][0].ends, torch.stack(x.aminmax()))
+    with pytest.raises(ValueError, match='the validation set of this DataLoaders is empty'): all_int8(model, DataLoaders(dls.train, DataLoader([], bs=4)))
+
+def test_wrong_types():
+    for args,kwargs,said in (((None,),{},'method is one of'),((torch.qint8,),{},'method is one of'),((nn.Linear(2, 2),),{},'method is one of'),((),dict(layers=nn.Linear),'layers are names'),
+                             ((),dict(layers=3),'layers are names'),((),dict(ranges=[(0,1)]),'ranges are a dict'),((),dict(ranges='x'),'ranges are a dict')):
+        with warnings.catch_warnings(), pytest.raises(ValueError, match=said):
+            warnings.simplefilter('error')
+            Quantizer(*args, **kwargs)
 
 def test_wrong_arguments():
     model = cnn()

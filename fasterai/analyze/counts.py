@@ -23,7 +23,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map
 from ..core.brought import check_held
 from ..core.graph import ChannelGraph
-from ..core.running import OwnNumbers,_eager,check_inputs,example_inputs_for,explained,innermost,inputs_that_run,plain,restored,tensors_of,untouched,with_bar
+from ..core.running import OwnNumbers,_eager,check_inputs,example_inputs_for,explained,innermost,inputs_that_run,plain,restored,tensors_of,untouched,validation_of,with_bar
 
 # %% ../../nbs/analyze/01_counts.ipynb #4ed54031
 def check_models(
@@ -251,17 +251,6 @@ BATCHES = 'Data are batches (x, y), or dicts of inputs by name, as a DataLoader 
 
 _PIECE = 256 # samples of a batch, where the data is one large tensor
 
-def _valid(data):
-    "The validation set of a fastai `DataLoaders`; anything else is what it is"
-    static = lambda o, k: inspect.getattr_static(o, k, None) is not None  # a loader would hand the question on to its dataset
-    if static(type(data), 'dataloaders') or not static(data, 'valid'): return data
-    name,advice = type(data).__name__,'pass its `train`, or another loader'
-    try: loader = data.valid
-    except IndexError as e: raise ValueError(f'this {name} has no validation set: {advice}') from e
-    if hasattr(loader, '__len__') and not len(loader):
-        raise ValueError(f'data has no batches: the validation set of this {name} is empty; {advice}')
-    return loader
-
 def _pieces(o):
     "`o`, tensors with as many samples each, in pieces"
     ts = tensors_of(o)
@@ -274,7 +263,7 @@ def loader_of(
     data, # A fastai `DataLoaders`, an iterable of batches, or the tensors themselves
 ):
     "What gives the batches of `data` when it is looped over"
-    data = _valid(data)
+    data = validation_of(data)
     if isinstance(data, Mapping): return _pieces(_as_tensors(data))
     if isinstance(data, (torch.Tensor,np.ndarray)): data = (data,)
     if isinstance(data, (tuple,list)) and data and all(isinstance(o, (torch.Tensor,np.ndarray)) for o in data):

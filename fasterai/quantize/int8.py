@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['FakeQuantizer', 'steps_of', 'levels_of', 'Int8', 'Int8Linear', 'Int8Conv', 'Int8Conv1d', 'Int8Conv2d', 'Int8Conv3d',
            'Int8Within', 'bytes_stored', 'unfit', 'check_most', 'Calibration', 'int8_within', 'names_by_module',
-           'put_at', 'without_shortcut', 'Quantizer']
+           'put_at', 'Ranges', 'checked_ranges', 'Quantizer']
 
 # %% ../../nbs/quantize/06_int8.ipynb #ef880f77
 import math
 from collections import namedtuple
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import FunctionType
 import torch
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ..analyze.counts import latency, speedup, stored
 from ..core.brought import warn
 from ..core.evidence import first_inputs, repeatable
-from ..core.plan import conv_checks, describes, flag, parts_of, remember_parts, size
+from ..core.plan import conv_checks, describes, flag, name_now, parts_of, remember_parts, renames, size
 from ..core.registry import did_you_mean, named
 from ..core.running import batches_of, call_with, calls_of, check_runs, check_scripts, check_shapes, inputs_that_run, is_fake, plain_model, tensors_of
 from ..core.surgery import copy_of
@@ -189,9 +189,14 @@ _LAST = {4:torch.channels_last, 5:torch.channels_last_3d}
 def _is_last(x): return x.dim() in _LAST and x.is_contiguous(memory_format=_LAST[x.dim()]) and not x.is_contiguous()
 
 # %% ../../nbs/quantize/06_int8.ipynb #7e596529
+def without_shortcut(model):
+    "Have encoder layers run their parts that are in int8: they would read all weights at once"
+    for m in model.modules():
+        if isinstance(m, nn.TransformerEncoderLayer) and any(isinstance(o, (Int8,Int8Within)) for o in m.modules()): m.activation_relu_or_gelu = 0
+
 def _ends(fixed): return (0.,1.) if fixed else ()
 
-@describes(Int8Linear, in_features=size, out_features=size, bias=flag, rounds=flag, fixed=flag)
+@describes(Int8Linear, settle=without_shortcut, in_features=size, out_features=size, bias=flag, rounds=flag, fixed=flag)
 def _linear_of(rounds, fixed, **linear): return Int8Linear(nn.Linear(**linear, device='meta'), *_ends(fixed), rounds=rounds)
 
 def _conv_told(m):
@@ -205,7 +210,7 @@ def _describe_conv(n, cls, layer): # Axes, type of its int8, its type
         new = cls(layer(**conv, device='meta'), *_ends(fixed), rounds=rounds)
         new.last = last
         return new
-    describes(cls, _conv_told, **conv_checks(n), rounds=flag, fixed=flag, last=flag)(make)
+    describes(cls, _conv_told, settle=without_shortcut, **conv_checks(n), rounds=flag, fixed=flag, last=flag)(make)
 
 for _n,_cls,_layer in ((1,Int8Conv1d,nn.Conv1d), (2,Int8Conv2d,nn.Conv2d), (3,Int8Conv3d,nn.Conv3d)): _describe_conv(_n, _cls, _layer)
 
@@ -298,12 +303,40 @@ def _as_layer(call):
     layer.bias = None if call.bias is None else nn.Parameter(call.bias.detach(), False)
     return layer.eval()
 
+# %% ../../nbs/quantize/06_int8.ipynb #17b0709a
+def _inside(m, name=''):
+    "By name, the parts of module `m`; what is around a forward does not count"
+    if isinstance(m, Int8Within): return _inside(m.layer, name)
+    res = {name:m}
+    for k,part in m._modules.items():
+        if part is not None: res |= _inside(part, f'{name}.{k}'.lstrip('.'))
+    return res
+
+def _within_told(m):
+    names = {part:name for name,part in _inside(m.layer).items()}
+    return dict(swaps=[(names[owner],attr,turned) for owner,attr,turned in m.swaps])
+
+def _checked_swaps(swaps):
+    "`swaps`, if each tells a module, its name for weights, and whether it has them turned"
+    types = [tuple(map(type, o)) for o in swaps if isinstance(o, (list,tuple))] if isinstance(swaps, list) else []
+    if types and types==[(str,str,bool)]*len(swaps) and len({(o,attr) for o,attr,_ in swaps})==len(swaps): return swaps
+    raise ValueError('triples of a module, a parameter, and true or false were expected')
+
+@describes(Int8Within, _within_told, parts=True, settle=without_shortcut, swaps=_checked_swaps)
+def _within_of(parts, swaps):
+    inside,found = _inside(parts['layer']),[]
+    for (name,attr,turned),core in zip(swaps, parts['int8'], strict=True):
+        w = inside[name]._parameters[attr]
+        if (w.t() if turned else w).shape!=core.whole.shape: raise ValueError(f'{name}.{attr} has another shape')
+        found.append((inside[name],attr,core,turned))
+    return Int8Within(parts['layer'], found)
+
 # %% ../../nbs/quantize/06_int8.ipynb #4494f701
 _KINDS = {nn.Linear:Int8Linear, nn.Conv1d:Int8Conv1d, nn.Conv2d:Int8Conv2d, nn.Conv3d:Int8Conv3d}
 _METHODS = dict(static=tuple(_KINDS), dynamic=(nn.Linear,), weight_only=tuple(_KINDS))
 _COLUMNS = 'layer','kind','int8','why','error','bytes','bytes_int8','ms','ms_int8'
 _REPEATS = 9 # of a measurement: enough for an interval
-_SLOW = 'not faster'
+_SLOW,_ZEROS = 'not faster','nothing but zeros has arrived'
 
 def _kind(m): return next((o for o in _KINDS if isinstance(m, o)), None)
 
@@ -435,6 +468,9 @@ class Calibration:
             by_name.setdefault(o.name, o)
         self.layers = [*by_name.values()]
         if self.ranges is not None: self._take_ranges()
+        if self.method!='static': return
+        for o in self.layers:
+            if not o.why and not o.ends.any(): o.why = _ZEROS
 
     def _take_ranges(self):
         "What is known takes the place of what has arrived"
@@ -527,11 +563,6 @@ def names_by_module(model):
 def put_at(model, names, m):
     for o in names: model.set_submodule(o, m)
 
-def without_shortcut(model):
-    "Have encoder layers run their parts that are in int8: they would read all weights at once"
-    for m in model.modules():
-        if isinstance(m, nn.TransformerEncoderLayer) and any(isinstance(o, (Int8,Int8Within)) for o in m.modules()): m.activation_relu_or_gelu = 0
-
 def _share(out, new):
     "Squared error of `new`, as a share of the variance of `out`"
     out,new = out.double(),new.double()
@@ -551,18 +582,37 @@ class _Row(dict):
         told = f'×{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})'
         self.update(ms=float(ms[0].min()), ms_int8=float(ms[1].min()), int8=ratio.low>1, why=told if ratio.low>1 else f'{_SLOW}: {told}')
 
-def _checked(ranges):
+class Ranges(dict):
+    "By layer, the lowest and the highest number that arrives"
+    def __init__(self,
+        ranges:Mapping, # By name of a layer
+        n_renames:int|None=None, # How many `renames` there were when layers had these names; `None`, if names are those of now
+    ):
+        super().__init__(ranges)
+        self.n_renames = n_renames
+
+    def now(self,
+        model:nn.Module, # Some of whose layers may have been folded or dropped since
+    )->'Ranges':
+        "The same by names of now, without layers that are gone"
+        if self.n_renames is None: return self
+        found = {name_now(model, k, self.n_renames):v for k,v in self.items()}
+        return Ranges({k:v for k,v in found.items() if k is not None}, len(renames(model)))
+
+def checked_ranges(ranges):
     "`ranges`, if each is a pair of finite numbers in their order"
+    if not isinstance(ranges, Mapping): raise ValueError(f'ranges are a dict, by layer the lowest and the highest number that arrives, not {ranges!r}')
     for name,o in ranges.items():
         try: lowest,highest = map(float, o)
         except (TypeError,ValueError): lowest,highest = 1,0
         if not -math.inf<lowest<=highest<math.inf: raise ValueError(f'a range is the lowest and the highest number that arrives, not {o!r}, which is that of {name}')
-    return dict(ranges)
+    return Ranges({k:tuple(map(float, o)) for k,o in ranges.items()}, getattr(ranges, 'n_renames', None))
 
 def _checked_layers(layers):
     "Names of the layers asked for; `None` for all"
     if layers is None: return None
     if isinstance(layers, str): raise ValueError(f'layers are several names, not {layers!r}: write [{layers!r}]')
+    if isinstance(layers, nn.Module) or not isinstance(layers, Iterable): raise ValueError(f'layers are names of those that are in int8, not {layers!r}')
     if not isinstance(layers, Mapping): return list(layers)
     if other := {k:v for k,v in layers.items() if v not in (8,None)}:
         name,bits = next(iter(other.items()))
@@ -572,7 +622,7 @@ def _checked_layers(layers):
 class Quantizer:
     "Linear layers and convolutions in int8, where that is faster on this CPU"
     def __new__(cls, *args, **kwargs):
-        if 'options' in kwargs or (args and not isinstance(args[0], str)): return _of_options(*args, **kwargs)
+        if 'options' in kwargs or (args and isinstance(args[0], Iterable) and not isinstance(args[0], (str,nn.Module))): return _of_options(*args, **kwargs)
         return super().__new__(cls)
 
     @old_quantizer
@@ -583,11 +633,11 @@ class Quantizer:
         measure:bool|None=None, # Leave in float what int8 does not make faster here? By default yes, but for 'weight_only', which is for bytes, and for `layers`, which are chosen
         ranges:Mapping|None=None, # For 'static', in place of calibration: by layer, the lowest and the highest number that arrives, as training has followed them. Other layers stay in float
     ):
+        if not isinstance(method, str): raise ValueError(f'method is one of {", ".join(_METHODS)}, not {repr(method)[:80]}')
         named('method', _METHODS, method)
-        if not isinstance(method, str): raise ValueError(f'method is one of {", ".join(_METHODS)}, not {method!r}')
         if measure is not None and not isinstance(measure, bool): raise ValueError(f'measure is True, False or None, not {measure!r}')
         if ranges is not None and method!='static': raise ValueError(f"ranges are for method='static', not {method!r}")
-        self.method,self.rows,self.layers,self.ranges,self.inputs = method,[],_checked_layers(layers),None if ranges is None else _checked(ranges),None
+        self.method,self.rows,self.layers,self.ranges,self.inputs = method,[],_checked_layers(layers),None if ranges is None else checked_ranges(ranges),None
         self.measure = method!='weight_only' and layers is None if measure is None else measure
 
     @old_calibration
@@ -598,14 +648,15 @@ class Quantizer:
     )->nn.Module: # A copy in eval mode, or `model` itself if no layer is worth it
         "A copy of `model` with layers in int8. `report` says which, what it costs, and why the others are in float"
         inner = plain_model(model)
-        found = Calibration(inner, calibration_data, self.method, max_calibration_samples, self.ranges, self.inputs)
+        ranges = None if self.ranges is None else checked_ranges(self.ranges).now(inner)
+        found = Calibration(inner, calibration_data, self.method, max_calibration_samples, ranges, self.inputs)
         self._check(found)
         new,rows = self._converted(found)
         if not any(o['int8'] for o in rows):
             self.rows = rows
             warn(f'no layer of this {type(inner).__name__} is in int8, and it is returned as it is: `report` says why')
             return model
-        self._tell_slow(rows)
+        self._tell_left(rows, ranges or {})
         whole = _Row(layer='', kind=type(inner).__name__, bytes=bytes_stored(found.model))
         whole.compare(found.model, new, found.first)
         if self.measure: whole.measure(found.model, new, found.first, _REPEATS)
@@ -619,16 +670,21 @@ class Quantizer:
     def _check(self, found):
         "`ValueError` for `layers` that cannot be in int8, and for ranges of layers that are not there"
         whys = {o.name:o.why for o in found.layers}
-        if strange := next((o for o in self.ranges or () if o not in whys), None):
+        if (strange := next((o for o in found.ranges or () if o not in whys), None)) is not None:
             raise ValueError(f'there is a range for {strange!r}, which is no linear layer or convolution of this {type(found.model).__name__}: {did_you_mean(strange, whys)[:400]}')
         for o in self.layers or ():
             if o not in whys: raise ValueError(f'no layer {o!r}: {did_you_mean(o, [n for n,why in whys.items() if not why])}')
             if whys[o]: raise ValueError(f'{o} stays in float: {whys[o]}')
 
-    def _tell_slow(self, rows):
+    def _tell_left(self, rows, ranges):
         "Warn of layers that were rounded in training, and are not in int8"
-        slow = [o['layer'] for o in rows if o['layer'] in (self.ranges or ()) and o['why'].startswith(_SLOW)]
-        if slow: warn(f'{len(slow)} of {len(self.ranges)} layers with a range stay in float, where they have not been trained, as int8 is not faster for them here: `report` says which, and measure=False takes them all')
+        asked = ranges if self.layers is None else {o for o in self.layers if o in ranges}
+        left = {o['layer']:o['why'] for o in rows if o['layer'] in asked and not o['int8']}
+        slow = [o for o,why in left.items() if why.startswith(_SLOW)]
+        of = f'of {len(asked)} layers with a range stay in float, where they have not been trained'
+        if slow: warn(f'{len(slow)} {of}, as int8 is not faster for them here: `report` says which, and measure=False takes them all')
+        others = [f'{o}: {why}' for o,why in left.items() if o not in slow]
+        if others: warn(f'{len(others)} {of} ({"; ".join(others)[:300]}): `report` says which')
 
     def _converted(self, found):
         "A copy with layers in int8, and a row for each layer"

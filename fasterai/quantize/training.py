@@ -8,12 +8,13 @@ __all__ = ['Share', 'Quantize']
 # %% ../../nbs/quantize/03_training.ipynb #0f4c8cf6
 from collections import Counter
 from collections.abc import Mapping
-from ..core.brought import warn
+from ..core.brought import listed, warn
 from ..core.pace import Technique, Untold, clear_state, put, two_of, within, without_labels
 from ..core.running import map_parts, plain_model
 from ..core.schedule import check_rises
+from ..legacy import old_rounding
 from .int8 import Quantizer
-from .rounding import CHOSEN, Rounding, rounded_layers
+from .rounding import CHOSEN, Rounding, rounded_layers, types_of
 from .weight_sharing import KMeansQuantizer, bits_by_name
 
 # %% ../../nbs/quantize/03_training.ipynb #a8bd7454
@@ -64,12 +65,14 @@ class Quantize(Technique):
     name,remembers,parts,rounding,inputs,left = 'quantize',True,('ranges.',),None,(),None
     shown = dict(quantizer='Makes int8 of the model, with the ranges that training has followed', ranges='By layer, the lowest and the highest number that arrives',
         left='Linear layers and convolutions that stay in float, with the reason')
+    @old_rounding
     def __init__(self,
         ignored_layers=(), # Layers, or their names, that stay in float, with what is inside of them
         layer_type=None, # Type of layer, or a tuple of types, to round; by default linear layers and convolutions
         measure:bool=True, # Is the `quantizer` to leave in float what int8 does not make faster?
     ):
-        self.how = dict(ignored_layers=ignored_layers, layer_type=layer_type)
+        types_of(layer_type)
+        self.how = dict(ignored_layers=listed(ignored_layers, 'ignored_layers'), layer_type=layer_type)
         self._quantizer = Quantizer('static', measure=measure)
 
     def check(self, training):
