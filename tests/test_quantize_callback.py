@@ -306,6 +306,18 @@ def test_resume_has_the_same_bits():
         wrong.load_state_dict({'ranges.00':torch.zeros(3)})
         steps(net(), wrong)
 
+def test_goes_on_after_its_end():
+    "A checkpoint that is written after training knows what was followed"
+    a,b = net(),net()
+    opt = lambda m: torch.optim.SGD(m.parameters(), lr=.05, momentum=.9)
+    whole = steps(a, t := Quantize(), 6)
+    steps(b, first := Quantize(), 3, opt=(o := opt(b)))
+    again = Quantize()
+    again.load_state_dict(pickle.loads(pickle.dumps(first)).state_dict())
+    assert torch.equal(steps(b, again, 6, 3, opt=o), whole) and again.ranges==t.ranges
+    steps(b, first, 3, opt=o)
+    assert first.ranges!=again.ranges  # another training begins anew
+
 def test_learner_saves_ranges(tmp_path):
     learn = learner(path=tmp_path)
     fit(learn, 2, [cb := QuantizeCallback(), At('after_train', lambda o: o.learn.save('half'), n=1)])

@@ -262,6 +262,7 @@ class _Bits:
             tables.append(np.array([p.numel()*p.element_size(), *(self.n_bytes(o, b, p.numel(), 0) for b in ls)], dtype=float))
         return _sum_of(bytes_stored(self.model), tables)
     def weights(self, name): return self.layers[name]
+    def several(self, name): "Names of its weights, if it has more than one"; return ()
     def outputs_axis(self, name): return 0
     def n_bytes(self, name, bits, n, outputs):
         "Of `n` weights of a layer"
@@ -305,7 +306,10 @@ class _Int8:
     def compress(self, name, level): pass  # there is one level
     def weights(self, name):
         o = self.layers[name]
-        return f'{o.owner}.{o.attr}'
+        return '' if self.several(name) else f'{o.owner}.{o.attr}'
+    def several(self, name):
+        m = self.modules[self.layers[name].owner]
+        return [f'{self.layers[name].owner}.{o}' for o in m._parameters] if isinstance(m, nn.RNNBase) else []
     def n_bytes(self, name, bits, n, outputs): return n+4*outputs+8  # whole numbers, a step for each output, the ends of a range
     def outputs_axis(self, name): return 1 if self.layers[name].homes and self.layers[name].call.turned else 0
     def like(self, name, layer):
@@ -335,7 +339,7 @@ class _Both:
         self.clock = _Clock(pruning.model, pruning.graph.example_inputs if inputs is None else inputs, self.size) if what=='latency' else None
         if self.clock:
             timed = {n for n,_ in self.clock.calls}
-            self.more = [None if o in timed else np.subtract(*bits.table(what, o)[::-1]) for o in self.names] # milliseconds, of those that keep their width
+            self.more = [None if o in timed else self._saved(what, o) for o in self.names] # milliseconds, of those that keep their width
         else: self._weigh(stored(pruning.model))
 
     def _weigh(self, state):
@@ -351,7 +355,11 @@ class _Both:
                 self.by_bits[of[t]] = axes,still,v.element_size(),(axes[dims.index(d)],None) if d in dims else (None,v.shape[d])
             elif axes: self.alike[axes] = self.alike.get(axes, 0.)+still*v.element_size()
             else: self.rest += v.numel()*v.element_size()
-        self.more = [None if k else np.subtract(*self.bits.table('bytes', o)[::-1]) for o,k in zip(self.names, self.by_bits)] # of weights that are computed
+        self.more = [None if k else self._saved('bytes', o) for o,k in zip(self.names, self.by_bits)] # of weights that are computed, or of several
+
+    def _saved(self, what, name):
+        "By how much a layer changes `what`; nothing that can be relied on, if units of a recurrent layer may go"
+        return 0. if any(o in self.size.names for o in self.bits.several(name)) else np.subtract(*self.bits.table(what, name)[::-1])
 
     def cost(self, at):
         kept = self.size.kept(at[:,:self.n])

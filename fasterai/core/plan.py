@@ -288,13 +288,19 @@ def renamed(
         return name
     return f
 
+def _without(dropped):
+    "Function that gives the name of a module after blocks were dropped"
+    now = renamed(dropped['lists'])
+    def f(name): return None if any(f'{name}.'.startswith(f'{o}.') for o in dropped['blocks']) else now(name)
+    return f
+
 def renames(
     model:nn.Module, # Any
 )->list[Callable]:
     "What changed names of modules of `model`, in order: for each such change, a function of a name that gives the one after it, or `None`"
     res = []
     for step in steps_of(pruned_plan(model)):
-        res += [renamed(o['lists']) for o in step.get('dropped', ())]
+        res += [_without(o) for o in step.get('dropped', ())]
         if 'replaced' in step: res.append(_names_after(**step['replaced']))
     return res
 

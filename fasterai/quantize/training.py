@@ -63,6 +63,7 @@ class Quantize(Technique):
     """Let linear layers and convolutions compute with the numbers of int8 while they are trained, and follow what arrives at them. After it, the model is in float again, and
     `quantizer.quantize(model)` gives it in int8 without calibration. Rounded are all layers that can be in int8; those that are not faster then, as `quantizer` finds, go on in float, with weights that bear rounding"""
     name,remembers,parts,rounding,inputs,left = 'quantize',True,('ranges.',),None,(),None
+    followed = None # state of the last training, for one that goes on
     shown = dict(quantizer='Makes int8 of the model, with the ranges that training has followed', ranges='By layer, the lowest and the highest number that arrives',
         left='Linear layers and convolutions that stay in float, with the reason')
     @old_rounding
@@ -90,7 +91,7 @@ class Quantize(Technique):
         except ValueError:
             rounding.remove()
             raise
-        self.rounding,self.inputs = rounding,()
+        self.rounding,self.inputs,self.followed = rounding,(),None
         self._tell_left()
 
     def _tell_left(self):
@@ -99,7 +100,7 @@ class Quantize(Technique):
         told = ', '.join(f'{n}: {why}' for why,n in whys.most_common())
         warn(f'{whys.total()} of {whys.total()+len(self.rounding.layers)} layers are not rounded to int8 ({told}): `left` says which')
 
-    def state_dict(self): return (self.state or {}) if self.rounding is None else put('ranges.', self.rounding.state_dict())
+    def state_dict(self): return self.state or self.followed or {} if self.rounding is None else put('ranges.', self.rounding.state_dict())
     def batch(self, inputs, loss=None): self.inputs = inputs
     def after_step(self, k, n, inputs=()): self.rounding.update()
 
@@ -125,6 +126,7 @@ class Quantize(Technique):
 
     def leave(self):
         self._tell_quantizer()
+        self.followed = self.state_dict()
         self.rounding.remove()
         self.rounding,self.inputs = None,()
 
