@@ -684,6 +684,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterai.core.flow._Readers.seen': ('core/flow.html#_readers.seen', 'fasterai/core/flow.py'),
                                     'fasterai.core.flow._Readers.write': ('core/flow.html#_readers.write', 'fasterai/core/flow.py'),
                                     'fasterai.core.flow._hooked': ('core/flow.html#_hooked', 'fasterai/core/flow.py'),
+                                    'fasterai.core.flow._place': ('core/flow.html#_place', 'fasterai/core/flow.py'),
                                     'fasterai.core.flow._value': ('core/flow.html#_value', 'fasterai/core/flow.py')},
             'fasterai.core.granularity': { 'fasterai.core.granularity.Answers': ( 'core/granularity.html#answers',
                                                                                   'fasterai/core/granularity.py'),

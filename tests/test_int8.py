@@ -494,6 +494,24 @@ def test_what_is_not_finite_goes_on(value):
         old,now = (int8.tensors_of(o(bad))[0] for o in (model,new))
         assert torch.equal(old.isfinite(), now.isfinite()) and not now.isfinite().all()
 
+def test_what_follows_tensors():
+    "Packed weights tell no place in memory: norms beside layers in float are folded, and a repair runs"
+    from fasterai.misc.all import BN_Folder
+    from fasterai.prune.all import drop_blocks
+    from fasterai.repair.all import repair
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+    new = Quantizer(layers=['0','8']).quantize(model, X)
+    folded = BN_Folder().fold(new, X)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded) and torch.allclose(folded(X), new(X), atol=1e-5)
+    assert {'1','4'}<=set(repair(copy.deepcopy(all_int8(model, X)[0]), model, X).layer)
+    class Block(nn.Module):
+        def __init__(self): super().__init__(), setattr(self, 'lin', nn.Linear(8, 8))
+        def forward(self, x): return x+self.lin(x)
+    x = torch.randn(4, 8)
+    blocks = Quantizer(layers=['1.lin']).quantize(nn.Sequential(nn.Linear(8, 8), Block(), Block(), nn.Linear(8, 2)).eval(), x)
+    assert len(drop_blocks(blocks, 1, data=x))==1
+
 def test_nothing_but_zeros():
     "Would be a range in which all that comes then is zero"
     model,x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval(),torch.zeros(5, 4)
