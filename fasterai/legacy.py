@@ -200,8 +200,11 @@ def _check_04(given):
 
 def old_quantizer(f): # `Quantizer.__init__`
     "Let `f` take the arguments of 0.4: a backend first, recipes of torchao, bits and schemes"
+    known = [*inspect.signature(f).parameters][1:]
     @wraps(f)
     def _f(self, *args, **kwargs):
+        strange = next((k for k in kwargs if k not in (*known,*_quantizer_04,*_precision)), None)
+        if strange is not None: raise TypeError(f'{type(self).__name__} has no argument {strange!r}: {did_you_mean(strange, known)}')
         recipe = str(args[0] if args else kwargs.get('method'))
         if not (recipe in _backends or recipe in _recipes or recipe=='qat' or recipe.startswith('int4') or len(args)>1 or {*_quantizer_04,*_precision}-{'method'} & {*kwargs}): return f(self, *args, **kwargs)
         if len(args)>len(_quantizer_04): raise TypeError(f'takes {", ".join(_quantizer_04)}: {len(args)} arguments were given')

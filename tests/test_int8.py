@@ -494,6 +494,18 @@ def test_what_is_not_finite_goes_on(value):
         old,now = (int8.tensors_of(o(bad))[0] for o in (model,new))
         assert torch.equal(old.isfinite(), now.isfinite()) and not now.isfinite().all()
 
+def test_inputs_by_name():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv,self.rnn,self.head = nn.Conv1d(3, 4, 3),nn.LSTM(7, 6),nn.Linear(6, 2)
+        def forward(self, x): return self.head(input=self.rnn(input=self.conv(input=x))[0])
+    torch.manual_seed(0)
+    model,x = Named().eval(),torch.randn(5, 3, 9)
+    new,report = all_int8(model, [x,2*x,x])
+    assert report.int8.all() and report.error.iloc[-1]<1e-2 and torch.equal(new.conv.ends, torch.stack((2*x).aminmax()))
+    with torch.no_grad(): assert int8._share(model(x), new(x))<2e-2 and new.rnn.packed is not None
+
 def test_what_follows_tensors():
     "Packed weights tell no place in memory: norms beside layers in float are folded, and a repair runs"
     from fasterai.misc.all import BN_Folder

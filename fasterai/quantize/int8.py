@@ -102,7 +102,7 @@ class Int8(_Whole):
         "As floats"
         return self.whole.to(self.steps.dtype)*self._by_output(self.steps)
 
-    def forward(self, x): return self.multiply(x, self.bias, self.how)
+    def forward(self, input): return self.multiply(input, self.bias, self.how)
 
     def multiply(self,
         x, # Floats
@@ -356,6 +356,7 @@ def _addmm(input, mat1, mat2, *, beta=1, alpha=1): return _Call(mat1, mat2, inpu
 def _conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     return _Call(input, weight, bias, dict(stride=stride, padding=padding, dilation=dilation, groups=groups), False)
 
+_RECURRENT = torch.lstm,torch.gru
 _FUNCTIONS = {F.linear:_linear, torch.addmm:_addmm, F.conv1d:_conv, F.conv2d:_conv, F.conv3d:_conv}
 
 def _call_of(func, args, kwargs):
@@ -549,7 +550,7 @@ class Calibration:
     def _find(self):
         "All weights that may be those of a layer"
         self.layers,self.plain,self.weights,self.names = [],{},{},{m:n for n,m in self.model.named_modules()}
-        self.inside,self.ran,self.read,self.mode = [],set(),set(),_Mode(self)
+        self.inside,self.ran,self.read,self.mode,self.by_name = [],set(),set(),_Mode(self),False
         for m,name in self.names.items():
             if isinstance(m, ParametrizationList): continue # the layer has a row
             if _only_multiplies(m): self._add(m, 'weight')
@@ -569,11 +570,14 @@ class Calibration:
         self.inside.append(m)
         self.ran.add(m)
         if m in self.plain and args: self.plain[m].see(args[0])
+        self.by_name = not args # what arrives is known where it is multiplied
 
     def leave(self, m, args, out): self.inside.pop()
 
     def call(self, func, args, kwargs):
         call,out = _call_of(func, args, kwargs),func(*args, **kwargs)
+        own = self.plain.get(self.inside[-1]) if self.by_name and self.inside else None
+        if own is not None and (call is not None or func in _RECURRENT): own.see(args[0] if call is None else call.x)
         layer = None if call is None else self.weights.get(id(call.weight))
         if layer is None:
             if not isinstance(out, (Tensor,tuple,list)) or isinstance(out, torch.Size): return out # what is asked of weights but numbers does no harm
