@@ -1,5 +1,5 @@
 """Layers in int8: what they compute, which ones are in int8, and that what is measured decides"""
-import copy, json, pickle, warnings
+import copy, json, pickle, time, warnings
 import pytest, torch
 from torch import nn
 from torch.nn import functional as F
@@ -441,6 +441,17 @@ def test_recurrent(kwargs, tmp_path):
     assert torch.equal(other(x)[0], new(x)[0])
     save_pruned(new, tmp_path/'m')
     assert torch.equal(load_pruned(tmp_path/'m', recurrent(**kwargs)).eval()(x)[0], new(x)[0])
+
+@pytest.mark.parametrize('key,value', [('num_layers',10**9),('num_layers',0),('hidden_size',10**9),('hidden_size',10**6),('input_size',-1),('mode','RNN'),('mode',['LSTM']),('rounds',1)])
+def test_recurrent_in_tampered_plans(key, value):
+    "Are refused soon, and nothing is changed"
+    plan,start = json.loads(json.dumps(pruned_plan(all_int8(recurrent(), torch.randn(7, 5, 6))[0]))),time.perf_counter()
+    told = next(o for o in plan['before'][0]['replaced']['new'] if 'mode' in o['args'])
+    told['args'][key] = value
+    fresh = recurrent()
+    words = str(fresh)
+    with pytest.raises(ValueError): cut_to(fresh, plan)
+    assert str(fresh)==words and isinstance(fresh.rnn, nn.LSTM) and time.perf_counter()-start<5
 
 def test_recurrent_elsewhere():
     "Gradients pass; other types, graphs and engines get the floats of the same weights"
