@@ -23,7 +23,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map
 from ..core.brought import check_held
 from ..core.graph import ChannelGraph
-from ..core.running import OwnNumbers,_eager,check_inputs,example_inputs_for,explained,innermost,inputs_that_run,plain,restored,tensors_of,untouched,validation_of,with_bar
+from ..core.running import OwnNumbers,_eager,check_inputs,example_inputs_for,explained,innermost,inputs_that_run,plain,restored,tensors_of,untouched,validation_of as _valid,with_bar
 
 # %% ../../nbs/analyze/01_counts.ipynb #4ed54031
 def check_models(
@@ -263,7 +263,7 @@ def loader_of(
     data, # A fastai `DataLoaders`, an iterable of batches, or the tensors themselves
 ):
     "What gives the batches of `data` when it is looped over"
-    data = validation_of(data)
+    data = _valid(data)
     if isinstance(data, Mapping): return _pieces(_as_tensors(data))
     if isinstance(data, (torch.Tensor,np.ndarray)): data = (data,)
     if isinstance(data, (tuple,list)) and data and all(isinstance(o, (torch.Tensor,np.ndarray)) for o in data):
