@@ -7,7 +7,7 @@ __all__ = ['annealing_cos', 'annealing_linear', 'annealing_gradual', 'annealing_
            'old_arguments', 'old_sparsifier', 'old_prune', 'old_round_to', 'old_options', 'OldLevelPruner',
            'sched_onecycle', 'available_schedules', 'available_criterias', 'Reducer', 'Normalizer', 'Granularities',
            'get_model_layers', 'get_module_by_name', 'old_function', 'old_distillation', 'renamed', 'old_names',
-           'same_anyway', 'gone', 'old_quantizer', 'old_calibration']
+           'same_anyway', 'gone', 'old_quantizer', 'old_rounding', 'old_calibration']
 
 # %% ../nbs/99_legacy.ipynb #c6d3b306
 import inspect, warnings
@@ -280,8 +280,11 @@ def _check_04(given):
 
 def old_quantizer(f): # `Quantizer.__init__`
     "Let `f` take the arguments of 0.4: a backend first, recipes of torchao, bits and schemes"
+    known = [*inspect.signature(f).parameters][1:]
     @wraps(f)
     def _f(self, *args, **kwargs):
+        strange = next((k for k in kwargs if k not in (*known,*_quantizer_04,*_precision)), None)
+        if strange is not None: raise TypeError(f'{type(self).__name__} has no argument {strange!r}: {did_you_mean(strange, known)}')
         recipe = str(args[0] if args else kwargs.get('method'))
         if not (recipe in _backends or recipe in _recipes or recipe=='qat' or recipe.startswith('int4') or len(args)>1 or {*_quantizer_04,*_precision}-{'method'} & {*kwargs}): return f(self, *args, **kwargs)
         if len(args)>len(_quantizer_04): raise TypeError(f'takes {", ".join(_quantizer_04)}: {len(args)} arguments were given')
@@ -296,6 +299,21 @@ def old_quantizer(f): # `Quantizer.__init__`
         also = '. symmetric=True holds for weights, not for inputs' if given.get('symmetric') else ''
         warn_once(f'Quantizer({shown})', f'Quantizer({method!r})'+also)
         f(self, method, **kwargs)
+    return _f
+
+_callback_04 = 'quantizer','backend','use_per_tensor','verbose'
+_AFTER = 'QuantizeCallback(), and cb.quantizer.quantize(learn.model) after the fit'
+
+def old_rounding(f): # `Quantize.__init__`
+    "Let `f` take the arguments that `QuantizeCallback` had in 0.4"
+    @wraps(f)
+    def _f(self, *args, **kwargs):
+        given = {k:kwargs.pop(k) for k in _callback_04 if k in kwargs}
+        if args and hasattr(args[0], 'quantize'): given['quantizer'],*args = args
+        if given.get('quantizer') is not None: _refuse('a quantizer', f'the callback makes its own, write {_AFTER}')
+        _check_04(given)
+        if given: warn_once(f'QuantizeCallback({", ".join(f"{k}={v!r}" for k,v in given.items())})', _AFTER)
+        f(self, *args, **kwargs)
     return _f
 
 def old_calibration(f): # `Quantizer.quantize`

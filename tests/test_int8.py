@@ -1,12 +1,14 @@
 """Layers in int8: what they compute, which ones are in int8, and that what is measured decides"""
-import copy, pickle, warnings
+import copy, json, pickle, time, warnings
 import pytest, torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from fasterai.core.plan import cut_to, pruned_plan
+from fasterai.prune.all import load_pruned, save_pruned
 from fasterai.quantize import int8
 from fasterai.quantize.all import KMeansQuantizer, Quantizer, load_compressed, save_compressed
-from fasterai.quantize.int8 import Int8, Int8Conv2d, Int8Linear, Int8Within
+from fasterai.quantize.int8 import Int8, Int8Conv2d, Int8Linear, Int8Recurrent, Int8Within
 from tiny import warnings_are
 
 X = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -219,6 +221,57 @@ def test_forward_of_its_own_in_copies_files_and_states(within, tmp_path):
     other.load_state_dict(new.state_dict())
     assert torch.equal(other(x), wanted)
 
+def saved(model, fresh, path, x):
+    save_pruned(model, path/'a')
+    again = load_pruned(path/'a', fresh)
+    save_pruned(again, path/'b')
+    assert again is fresh and (path/'a').read_bytes()==(path/'b').read_bytes() and str(again)==str(model)
+    with torch.no_grad(): assert torch.equal(again.eval()(x), model(x))
+    return again
+
+def test_forward_of_its_own_in_saved_models(within, tmp_path):
+    model,x,new,_,_ = within
+    again = saved(new, fresh := copy.deepcopy(model), tmp_path, x)
+    assert [n for n,m in again.named_modules() if isinstance(m, Int8Within)]==[n for n,m in new.named_modules() if isinstance(m, Int8Within)]
+    assert pruned_plan(copy.deepcopy(again))==pruned_plan(fresh)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters(): p.mul_(2)
+    assert cut_to(other, pruned_plan(new)) and other.load_state_dict(new.state_dict()) and torch.equal(other.eval()(x), new(x))
+
+@torch.no_grad()
+def test_encoder_in_saved_models(tmp_path):
+    "The fresh one would take its shortcut"
+    mk = lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2, enable_nested_tensor=False).eval()
+    x = torch.randn(3, 5, 16)
+    for layers in (None,['layers.0.linear1'],['layers.1.self_attn.in_proj_weight','layers.1.linear2']):
+        new = Quantizer(measure=False, layers=layers).quantize(mk(), x)
+        assert all(o.packed is not None for o in saved(new, mk(), tmp_path, x).modules() if isinstance(o, Int8))
+
+@torch.no_grad()
+def test_forwards_inside_of_forwards_in_saved_models(tmp_path):
+    class Nest(Padded):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.deep = Lora(4, 4)
+        def forward(self, x): return super().forward(self.deep(x))
+    x = torch.randn(6, 4)
+    for orders in ([['0','0.deep']],[['0.deep'],['0']],[['0'],['0.layer.deep']]):
+        model = nn.Sequential(Nest(), nn.ReLU()).eval()
+        for layers in orders: model = Quantizer(layers=layers).quantize(model, x)
+        saved(model, nn.Sequential(Nest(), nn.ReLU()).eval(), tmp_path, x)
+
+@pytest.mark.parametrize('swaps', [[], [['','weight']], [['','bias',False]], [['','weight',True]], [['x','weight',False]], [['','weight',False],['','weight',False]], [['','forward',False]], [[0,'weight',False]], 'x', None])
+def test_forward_of_its_own_in_tampered_plans(swaps):
+    new,_ = all_int8(Around(Padded(8, 4)).eval(), torch.randn(5, 8))
+    plan = json.loads(json.dumps(pruned_plan(new)))
+    told = next(o for o in plan['before'][0]['replaced']['new'] if 'swaps' in o['args'])
+    told['args']['swaps'] = swaps
+    fresh = Around(Padded(8, 4)).eval()
+    state,own = copy.deepcopy(fresh.state_dict()),[(m,dict(vars(m)),dict(m._parameters),dict(m._modules)) for m in fresh.modules()]
+    with pytest.raises(ValueError): cut_to(fresh, plan)
+    assert all(torch.equal(v, state[k]) for k,v in fresh.state_dict().items()) and all(vars(m)==a and m._parameters==b and m._modules==c for m,a,b,c in own)
+
 def test_forward_of_its_own_compiled_and_exported(within, tmp_path):
     model,x,new,_,_ = within
     with torch.no_grad(): wanted = new(x)
@@ -289,7 +342,7 @@ def test_layers_that_stay_in_float_say_why():
         def __init__(self):
             super().__init__()
             self.good,self.own,self.silent,self.tied,self.other,self.hooked,self.patched,self.idle,self.twice = nn.Linear(3, 3),Own(3, 3),Silent(3, 3),tied,other,hooked,patched,nn.Linear(3, 3),Padded(3, 3)
-            self.rnn,self.words,self.cross,self.up,self.shift = nn.GRU(3, 3),nn.Embedding(4, 3),nn.MultiheadAttention(3, 1),nn.ConvTranspose1d(3, 3, 1),nn.Parameter(torch.zeros(5, 3))
+            self.rnn,self.words,self.cross,self.up,self.shift = nn.RNN(3, 3),nn.Embedding(4, 3),nn.MultiheadAttention(3, 1),nn.ConvTranspose1d(3, 3, 1),nn.Parameter(torch.zeros(5, 3))
         def forward(self, x):
             for m in (self.good,self.own,self.silent,self.tied,self.other,self.hooked,self.patched,self.twice): x = m(x)
             x = self.rnn(x)[0]+self.words(torch.zeros(5, dtype=torch.long))+self.shift
@@ -299,8 +352,8 @@ def test_layers_that_stay_in_float_say_why():
     assert why['own']=='Own computes the weights that it multiplies with' and why['tied']==why['other']=='another module has the same weights' and why['hooked']=='it has hooks'
     assert why['idle']=='it does not run with these data' and why['silent']=='Silent does not multiply as a layer of PyTorch' and why['patched']=='its forward was replaced'
     assert why['twice']=='its weights are read elsewhere, too' and why['shift']=='it is a parameter of Net, and no weight of a layer'
-    assert [why[o] for o in ('rnn','words','cross','up')]==[f'no int8 kernel for {o}' for o in ('GRU','Embedding','MultiheadAttention','ConvTranspose1d')]
-    assert list(report.layer[report.int8])==['good','cross.out_proj',''] and report.bytes[report.layer=='rnn'].item()==4*(9*6+9*2)
+    assert [why[o] for o in ('rnn','words','cross','up')]==[f'no int8 kernel for {o}' for o in ('RNN','Embedding','MultiheadAttention','ConvTranspose1d')]
+    assert list(report.layer[report.int8])==['good','cross.out_proj',''] and report.bytes[report.layer=='rnn'].item()==4*(3*6+3*2)
 
 def test_layer_under_two_names_and_twice():
     shared = nn.Linear(6, 6)
@@ -353,6 +406,157 @@ def test_in_onnx(tmp_path, method):
     file = export_onnx(new, X, tmp_path/'m.onnx', rtol=1e-2)
     kinds = [o.op_type for o in onnx.load(file.path).graph.node]
     assert file.samples==(4,1,5) and kinds.count('QuantizeLinear')==(3 if method=='static' else 0)
+
+class Recurrent(nn.Module):
+    "As readers of text have it"
+    def __init__(self, kind=nn.LSTM, **kwargs):
+        super().__init__()
+        self.rnn = kind(6, 8, **kwargs)
+        self.head = nn.Linear(8*(1+self.rnn.bidirectional), 3)
+    def forward(self, x, state=None):
+        self.rnn.flatten_parameters()
+        out,state = self.rnn(x.to(self.rnn.weight_ih_l0.dtype), state)
+        return self.head(out),state
+
+def recurrent(**kwargs):
+    torch.manual_seed(0)
+    return Recurrent(**kwargs).eval()
+
+@pytest.mark.parametrize('kwargs', [{},dict(kind=nn.GRU),dict(batch_first=True, bidirectional=True),dict(kind=nn.GRU, num_layers=2, bias=False),dict(num_layers=2, bidirectional=True, dropout=.3)], ids=str)
+@torch.no_grad()
+def test_recurrent(kwargs, tmp_path):
+    "Each product is one of rounded numbers, and states, copies and files are those of any layer"
+    model,x = recurrent(**kwargs),torch.randn(7, 5, 6)
+    new,report = all_int8(model, [x,x/2])
+    assert list(report.layer[report.int8])==['rnn','head',''] and isinstance(new.rnn, Int8Recurrent) and list(report.kind[:1])==[type(model.rnn).__name__]
+    assert report.bytes_int8[0]<.5*report.bytes[0] and (report.error<5e-3).all()
+    out,state = model(x[:4])
+    for inputs in ((x,),(x[:4],state),(x[:,0],)):
+        old,now = (int8.tensors_of(o(*inputs)) for o in (model,new))
+        assert new.rnn.packed is not None and all(a.shape==b.shape and int8._share(a, b)<1e-2 for a,b in zip(old, now, strict=True))
+    for again in (copy.deepcopy(new),pickle.loads(pickle.dumps(new))): assert torch.equal(again(x)[0], new(x)[0])
+    other,_ = all_int8(recurrent(**kwargs), 3*x)
+    for p in other.rnn.buffers(): p.zero_()
+    other.load_state_dict(new.state_dict())
+    assert torch.equal(other(x)[0], new(x)[0])
+    save_pruned(new, tmp_path/'m')
+    assert torch.equal(load_pruned(tmp_path/'m', recurrent(**kwargs)).eval()(x)[0], new(x)[0])
+
+@pytest.mark.parametrize('key,value', [('num_layers',10**9),('num_layers',0),('hidden_size',10**9),('hidden_size',10**6),('input_size',-1),('mode','RNN'),('mode',['LSTM']),('rounds',1)])
+def test_recurrent_in_tampered_plans(key, value):
+    "Are refused soon, and nothing is changed"
+    plan,start = json.loads(json.dumps(pruned_plan(all_int8(recurrent(), torch.randn(7, 5, 6))[0]))),time.perf_counter()
+    told = next(o for o in plan['before'][0]['replaced']['new'] if 'mode' in o['args'])
+    told['args'][key] = value
+    fresh = recurrent()
+    words = str(fresh)
+    with pytest.raises(ValueError): cut_to(fresh, plan)
+    assert str(fresh)==words and isinstance(fresh.rnn, nn.LSTM) and time.perf_counter()-start<5
+
+def test_recurrent_elsewhere():
+    "Gradients pass; other types, graphs and engines get the floats of the same weights"
+    model,x = recurrent(),torch.randn(7, 5, 6)
+    new,_ = all_int8(model, x)
+    given = x.clone().requires_grad_()
+    new(given)[0].sum().backward()
+    wanted = x.clone().requires_grad_()
+    model(wanted)[0].sum().backward()
+    assert F.cosine_similarity(given.grad.flatten(), wanted.grad.flatten(), 0)>.99
+    with torch.no_grad():
+        assert int8._share(model(x)[0], copy.deepcopy(new).double()(x.double())[0])<1e-3
+        program = torch.export.export(new, (x,), strict=False)
+        for again in (program.module(),torch.compile(new, backend='eager', fullgraph=True)): assert int8._share(new(x)[0], again(x)[0])<1e-2
+    assert isinstance(all_int8(model, x, 'dynamic')[0].rnn, Int8Recurrent) and not all_int8(model, x, 'weight_only')[0].rnn.rounds
+
+@torch.no_grad()
+def test_recurrent_where_operations_are_missing(monkeypatch):
+    "As where PyTorch no longer has them: the same weights in floats"
+    model,x = recurrent(),torch.randn(7, 5, 6)
+    new,_ = all_int8(model, x)
+    monkeypatch.setattr(int8, '_RECURS', False)
+    with torch.no_grad(): assert int8._share(model(x)[0], copy.deepcopy(new)(x)[0])<1e-3
+
+def test_recurrent_of_packed_sequences():
+    class Packed(Recurrent):
+        def forward(self, x): return self.rnn(x)[0].data
+    model,x = Packed().eval(),nn.utils.rnn.pack_sequence([torch.randn(n, 6) for n in (3,5,2)], enforce_sorted=False)
+    new,report = all_int8(model, [(x,0)])
+    assert report.int8[0] and new.rnn.packed is not None and report.error[0]<5e-3
+
+def test_recurrent_that_stays_in_float():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b,self.c,self.d = nn.LSTM(4, 4),nn.LSTM(4, 4),nn.LSTM(4, 4, proj_size=2),nn.utils.parametrizations.weight_norm(nn.LSTM(4, 4), 'weight_hh_l0')
+            self.b.weight_hh_l0 = self.a.weight_hh_l0
+            self.e = nn.Linear(2, 2)
+        def forward(self, x): return self.e(self.c(self.d(self.b(self.a(x)[0])[0])[0])[0])
+    new,report = all_int8(Tied().eval(), torch.randn(3, 2, 4))
+    why = dict(zip(report.layer, report.why))
+    assert [why[o] for o in 'abcd']==['another module has the same weights']*2+['no int8 kernel for LSTM with projections','its weights are computed']
+
+@pytest.mark.parametrize('value', [float('nan'),float('inf')])
+@torch.no_grad()
+def test_what_is_not_finite_goes_on(value):
+    "Where the range is that of each call, an answer is as little finite as in float"
+    for model,x in ((nn.Sequential(nn.Linear(4, 3)),torch.randn(5, 4)),(recurrent(),torch.randn(5, 2, 6))):
+        new,bad = all_int8(model.eval(), x, 'dynamic')[0],x.clone()
+        bad[0] = value
+        old,now = (int8.tensors_of(o(bad))[0] for o in (model,new))
+        assert torch.equal(old.isfinite(), now.isfinite()) and not now.isfinite().all()
+
+def test_inputs_by_name():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv,self.rnn,self.head = nn.Conv1d(3, 4, 3),nn.LSTM(7, 6),nn.Linear(6, 2)
+        def forward(self, x): return self.head(input=self.rnn(input=self.conv(input=x))[0])
+    torch.manual_seed(0)
+    model,x = Named().eval(),torch.randn(5, 3, 9)
+    new,report = all_int8(model, [x,2*x,x])
+    assert report.int8.all() and report.error.iloc[-1]<1e-2 and torch.equal(new.conv.ends, torch.stack((2*x).aminmax()))
+    with torch.no_grad(): assert int8._share(model(x), new(x))<2e-2 and new.rnn.packed is not None
+
+def test_what_follows_tensors():
+    "Packed weights tell no place in memory: norms beside layers in float are folded, and a repair runs"
+    from fasterai.misc.all import BN_Folder
+    from fasterai.prune.all import drop_blocks
+    from fasterai.repair.all import repair
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+    new = Quantizer(layers=['0','8']).quantize(model, X)
+    folded = BN_Folder().fold(new, X)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded) and torch.allclose(folded(X), new(X), atol=1e-5)
+    assert {'1','4'}<=set(repair(copy.deepcopy(all_int8(model, X)[0]), model, X).layer)
+    class Block(nn.Module):
+        def __init__(self): super().__init__(), setattr(self, 'lin', nn.Linear(8, 8))
+        def forward(self, x): return x+self.lin(x)
+    x = torch.randn(4, 8)
+    blocks = Quantizer(layers=['1.lin']).quantize(nn.Sequential(nn.Linear(8, 8), Block(), Block(), nn.Linear(8, 2)).eval(), x)
+    assert len(drop_blocks(blocks, 1, data=x))==1
+
+def test_nothing_but_zeros():
+    "Would be a range in which all that comes then is zero"
+    model,x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval(),torch.zeros(5, 4)
+    new,report = all_int8(model, x)
+    assert list(report.why[:2])==['nothing but zeros has arrived',''] and isinstance(new[0], nn.Linear) and isinstance(new[2], Int8Linear)
+    assert all_int8(model, x, 'dynamic')[1].int8[:2].all() and all_int8(model, x, 'weight_only')[1].int8[:2].all()
+
+def test_data_of_fastai():
+    "Of DataLoaders, the validation set"
+    from fastai.data.core import DataLoaders
+    from fastai.data.load import DataLoader
+    model,x = nn.Sequential(nn.Linear(4, 8)).eval(),torch.randn(8, 4)
+    dls = DataLoaders(DataLoader([(9*o,0) for o in x], bs=4), DataLoader([(o,0) for o in x], bs=4))
+    assert torch.equal(all_int8(model, dls)[0][0].ends, torch.stack(x.aminmax()))
+    with pytest.raises(ValueError, match='the validation set of this DataLoaders is empty'): all_int8(model, DataLoaders(dls.train, DataLoader([], bs=4)))
+
+def test_wrong_types():
+    for args,kwargs,said in (((None,),{},'method is one of'),((torch.qint8,),{},'method is one of'),((nn.Linear(2, 2),),{},'method is one of'),((),dict(layers=nn.Linear),'layers are names'),
+                             ((),dict(layers=3),'layers are names'),((),dict(ranges=[(0,1)]),'ranges are a dict'),((),dict(ranges='x'),'ranges are a dict')):
+        with warnings.catch_warnings(), pytest.raises(ValueError, match=said):
+            warnings.simplefilter('error')
+            Quantizer(*args, **kwargs)
 
 def test_wrong_arguments():
     model = cnn()

@@ -119,6 +119,57 @@ def test_norms_may_be_folded_afterwards():
     assert sum(isinstance(o, Int8) for o in int8.modules())==4 and not any(isinstance(o, nn.BatchNorm2d) for o in int8.modules())
     with torch.no_grad(): assert torch.allclose(int8(x), sim, atol=2e-2*sim.std().item())
 
+def deep(): return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 3))
+
+def followed(model, x):
+    "Ranges of a model, and what it gives with them"
+    with Rounding(model) as r:
+        for _ in range(3):
+            model.train()(x)
+            r.update()
+        with torch.no_grad(): return r.ranges,model.eval()(x)
+
+def test_ranges_follow_names():
+    "Folding takes norms out of a Sequential, and layers get other numbers: some are those of another layer before"
+    torch.manual_seed(0)
+    model,x = deep(),torch.randn(16, 1, 8, 8)
+    ranges,sim = followed(model, x)
+    assert [*ranges]==['0','3','7','9']
+    folded = BN_Folder().fold(model, x)
+    quantizer = Quantizer(ranges=ranges, measure=False)
+    int8 = quantizer.quantize(folded, x)
+    assert [n for n,m in int8.named_modules() if isinstance(m, Int8)]==['0','2','5','7']
+    for was,now in zip('0379', '0257'): assert torch.allclose(int8.get_submodule(now).ends, torch.tensor(ranges[was]))
+    with torch.no_grad(): assert torch.allclose(int8(x), sim, atol=2e-2*sim.std().item())
+    with Rounding(folded, ranges=ranges) as r: assert [*r.ranges]==['0','2','5','7']
+    again = Quantizer(ranges=pickle.loads(pickle.dumps(copy.deepcopy(ranges))), measure=False).quantize(folded, x)
+    with torch.no_grad(): assert torch.equal(again(x), int8(x))
+    assert [*quantizer.quantize(model, x).state_dict()][0]=='0.whole'  # of the model that was trained, as ever
+
+def test_ranges_of_blocks_that_went():
+    class Block(nn.Module):
+        def __init__(self): super().__init__(), setattr(self, 'lin', nn.Linear(8, 8))
+        def forward(self, x): return x+self.lin(x).relu()
+    from fasterai.prune.all import drop_blocks
+    torch.manual_seed(0)
+    model,x = nn.Sequential(nn.Linear(6, 8), Block(), Block(), nn.Linear(8, 3)),torch.randn(16, 6)
+    ranges,_ = followed(model, x)
+    drop_blocks(model, ['1'], example_inputs=x)
+    int8 = Quantizer(ranges=ranges, measure=False).quantize(model, x)
+    found = {n:m.ends for n,m in int8.named_modules() if isinstance(m, Int8)}
+    assert len(found)==3 and torch.allclose(found['2.lin'], torch.tensor(ranges['2.lin']))
+
+def test_left_in_float_is_told():
+    "For whatever reason; what was not asked for is none"
+    model,x = deep(),torch.randn(4, 1, 8, 8)
+    ranges = followed(model, x)[0]
+    for layers,left in ((None,1),(['0'],0)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            Quantizer(ranges=ranges | {'9':(0,0)}, layers=layers, measure=False).quantize(model, x)
+        told = [str(o.message) for o in said if 'with a range stay in float' in str(o.message)]
+        assert len(told)==left and all('9: nothing but zeros has arrived' in o for o in told)
+
 # --- nothing is left
 
 def test_model_is_its_own():
@@ -254,6 +305,18 @@ def test_resume_has_the_same_bits():
         wrong = Quantize()
         wrong.load_state_dict({'ranges.00':torch.zeros(3)})
         steps(net(), wrong)
+
+def test_goes_on_after_its_end():
+    "A checkpoint that is written after training knows what was followed"
+    a,b = net(),net()
+    opt = lambda m: torch.optim.SGD(m.parameters(), lr=.05, momentum=.9)
+    whole = steps(a, t := Quantize(), 6)
+    steps(b, first := Quantize(), 3, opt=(o := opt(b)))
+    again = Quantize()
+    again.load_state_dict(pickle.loads(pickle.dumps(first)).state_dict())
+    assert torch.equal(steps(b, again, 6, 3, opt=o), whole) and again.ranges==t.ranges
+    steps(b, first, 3, opt=o)
+    assert first.ranges!=again.ranges  # another training begins anew
 
 def test_learner_saves_ranges(tmp_path):
     learn = learner(path=tmp_path)
@@ -394,7 +457,22 @@ def test_refused_leaves_the_model():
     for cbs in ([QuantizeCallback(),QuantizeCallback()],[QuantizeCallback('x')]):
         with pytest.raises(ValueError): fit(learn, 1, cbs)
         assert marks(learn.model)==before
-    with pytest.raises(TypeError, match="has no argument 'backend'"): QuantizeCallback(backend='x86')
+    with pytest.raises(TypeError, match="has no argument 'ignored'.*did you mean 'ignored_layers'"): QuantizeCallback(ignored='0')
+
+def test_refused_when_it_is_made():
+    "And not at the fit, an hour later"
+    for args in (dict(layer_type='Linear'),dict(layer_type=nn.BatchNorm2d),dict(ignored_layers=3),dict(use_per_tensor=True),dict(quantizer=Quantizer()),dict(backend='x87')):
+        with pytest.raises(ValueError): QuantizeCallback(**args)
+    with pytest.raises(ValueError, match='write cb.quantizer|and cb.quantizer'): QuantizeCallback(Quantizer())
+    with pytest.warns(FutureWarning, match=r'write QuantizeCallback\(\), and cb.quantizer.quantize'): cb = QuantizeCallback(backend='onednn')
+    fit(learner(), 1, cb)
+    assert len(cb.ranges)==3
+
+def test_what_is_ignored_stays_so():
+    "In a second fit as well, also where it came once"
+    learn,cb = learner(),QuantizeCallback((o for o in ['0','3']), measure=False)
+    for _ in range(2): fit(learn, 1, cb)
+    assert [*cb.ranges]==['8']
 
 def test_nothing_was_followed():
     learn = learner()

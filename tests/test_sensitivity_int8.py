@@ -84,6 +84,31 @@ def test_bytes_are_those_of_the_network(model):
         every = [[o for o,i in zip(d, c) if i] for c in itertools.product((0,1), repeat=len(d))]
         assert sum(d[o] for o,v in targets.items() if v)==pytest.approx(min(sum(map(d.get, o)) for o in every if s.left('bytes', dict.fromkeys(o, 8))<=budget))
 
+class Reader(nn.Module):
+    "Convolutions, then a recurrent layer, then a linear one"
+    def __init__(self):
+        super().__init__()
+        self.conv,self.rnn,self.head = nn.Conv1d(3, 8, 3, padding=1),nn.LSTM(8, 12, batch_first=True, bidirectional=True),nn.Linear(24, 4)
+    def forward(self, x): return self.head(self.rnn(self.conv(x).relu().transpose(1, 2))[0])
+
+def test_recurrent_layers():
+    "Are one layer of several weights; where channels that they read may go as well, bytes are no more than what is said"
+    torch.manual_seed(0)
+    m,x = Reader().eval(),torch.randn(4, 3, 9)
+    with torch.no_grad(): own = m(x)
+    def distance(m): return float((m(x)-own).square().mean())
+    s = sensitivity(m, distance, kind='int8', data=x, higher_is_better=False)
+    assert [*s.metrics]==['conv','rnn','head'] and all(0<v[8]<1e-3 for v in s.metrics.values())
+    budget = .5*s.left('bytes')
+    targets = s.targets(bytes=budget)
+    assert targets['rnn']==8 and bytes_stored(in_int8(m, targets, x))==s.left('bytes', targets)<=budget
+    pruning = sensitivity(m, distance, [25,50], kind='pruning', example_inputs=x, higher_is_better=False)
+    for share in (.8,.6,.5):
+        ratios,bits = pruning.targets(bytes=share*pruning.left('bytes'), beside=s)
+        small = Pruner(deepcopy(m), {k:v for k,v in ratios.items() if v}, example_inputs=x).prune_model() if any(ratios.values()) else m
+        if any(bits.values()): small = in_int8(small, bits, x)
+        assert bytes_stored(small)<=pruning.left('bytes', (ratios,bits), beside=s)<=share*pruning.left('bytes')
+
 def told_times(monkeypatch, ms):
     "Times are what `ms` says of each module"
     monkeypatch.setattr(module, 'latency', lambda *models, repeats=3, **kwargs: np.array([[ms(m)]*repeats for m in models]))

@@ -23,7 +23,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map
 from ..core.brought import check_held
 from ..core.graph import ChannelGraph
-from ..core.running import OwnNumbers,_eager,check_inputs,check_module,example_inputs_for,explained,innermost,inputs_that_run,plain,restored,tensors_of,untouched,with_bar
+from ..core.running import OwnNumbers,_eager,check_inputs,check_module,example_inputs_for,explained,innermost,inputs_that_run,plain,restored,tensors_of,untouched,validation_of as _valid,with_bar
 
 # %% ../../nbs/analyze/01_counts.ipynb #4ed54031
 def check_models(
@@ -248,17 +248,6 @@ def speedup(
 BATCHES = 'Data are batches (x, y), or dicts of inputs by name, as a DataLoader makes them of samples; where x is itself a list, as of images, a batch is ([image], y)'  # what to say of those that do not fit
 
 _PIECE = 256 # samples of a batch, where the data is one large tensor
-
-def _valid(data):
-    "The validation set of a fastai `DataLoaders`; anything else is what it is"
-    static = lambda o, k: inspect.getattr_static(o, k, None) is not None  # a loader would hand the question on to its dataset
-    if static(type(data), 'dataloaders') or not static(data, 'valid'): return data
-    name,advice = type(data).__name__,'pass its `train`, or another loader'
-    try: loader = data.valid
-    except IndexError as e: raise ValueError(f'this {name} has no validation set: {advice}') from e
-    if hasattr(loader, '__len__') and not len(loader):
-        raise ValueError(f'data has no batches: the validation set of this {name} is empty; {advice}')
-    return loader
 
 def _pieces(o):
     "`o`, tensors with as many samples each, in pieces"

@@ -261,7 +261,7 @@ class _Bits:
             p = self.held(o)[0]
             tables.append(np.array([p.numel()*p.element_size(), *(self.n_bytes(o, b, p.numel(), 0) for b in ls)], dtype=float))
         return _sum_of(bytes_stored(self.model), tables)
-    def weights(self, name): return self.layers[name]
+    def weights(self, name): return [self.layers[name]]
     def outputs_axis(self, name): return 0
     def n_bytes(self, name, bits, n, outputs):
         "Of `n` weights of a layer"
@@ -303,10 +303,11 @@ class _Int8:
             put_at(self.model, names, was)
             for m,o in shortcuts: m.activation_relu_or_gelu = o
     def compress(self, name, level): pass  # there is one level
+    def _recurs(self, name): return isinstance(self.modules[self.layers[name].owner], nn.RNNBase)
     def weights(self, name):
         o = self.layers[name]
-        return f'{o.owner}.{o.attr}'
-    def n_bytes(self, name, bits, n, outputs): return n+4*outputs+8  # whole numbers, a step for each output, the ends of a range
+        return [f'{o.owner}.{k}' for k,p in self.modules[o.owner].named_parameters() if p.dim()>1] if self._recurs(name) else [f'{o.owner}.{o.attr}']
+    def n_bytes(self, name, bits, n, outputs): return n+4*outputs+8*(not self._recurs(name))  # whole numbers, a step for each output, the ends of a range
     def outputs_axis(self, name): return 1 if self.layers[name].homes and self.layers[name].call.turned else 0
     def like(self, name, layer):
         "Another `layer` in place of the one of that name, in int8"
@@ -340,15 +341,15 @@ class _Both:
 
     def _weigh(self, state):
         "Bytes: those that never change, of weights by the axes that do, of layers by their bits"
-        of = {self.bits.weights(o):i for i,o in enumerate(self.names)}
-        self.rest,self.alike,self.by_bits = 0.,{},[None]*len(self.names)
+        of = {w:i for i,o in enumerate(self.names) for w in self.bits.weights(o)}
+        self.rest,self.alike,self.by_bits = 0.,{},[[] for _ in self.names]
         for t,v in state.items():
             axes = tuple(self.size.names.get(t, ()))
             dims = [self.size.dims[i] for i in axes]
             still = v.numel()/math.prod(v.shape[d] for d in dims)
             if t in of:
                 d = self.bits.outputs_axis(self.names[of[t]])
-                self.by_bits[of[t]] = axes,still,v.element_size(),(axes[dims.index(d)],None) if d in dims else (None,v.shape[d])
+                self.by_bits[of[t]].append((axes,still,v.element_size(),*((axes[dims.index(d)],None) if d in dims else (None,v.shape[d]))))
             elif axes: self.alike[axes] = self.alike.get(axes, 0.)+still*v.element_size()
             else: self.rest += v.numel()*v.element_size()
         self.more = [None if k else np.subtract(*self.bits.table('bytes', o)[::-1]) for o,k in zip(self.names, self.by_bits)] # of weights that are computed
@@ -364,11 +365,10 @@ class _Both:
     def _bytes(self, kept, bits):
         res = np.full(len(kept), self.rest)
         for axes,v in self.alike.items(): res += v*kept[:,axes].prod(1)
-        for o,b,known in zip(self.names, bits, self.by_bits):
-            if known is None: continue
-            axes,still,size,(axis,outputs) = known
-            n = still*kept[:,axes].prod(1)
-            res += np.where(b>0, self.bits.n_bytes(o, b, n, outputs if axis is None else kept[:,axis]), n*size)
+        for o,b,weights in zip(self.names, bits, self.by_bits):
+            for axes,still,size,axis,outputs in weights:
+                n = still*kept[:,axes].prod(1)
+                res += np.where(b>0, self.bits.n_bytes(o, b, n, outputs if axis is None else kept[:,axis]), n*size)
         return res
 
 # %% ../../nbs/analyze/02_sensitivity.ipynb #cf8bcfca
@@ -510,7 +510,7 @@ def _read(path, setting):
 def _metric(evaluate, model):
     with _put_back(list(model.buffers())), running(model): v = evaluate(model)  # which may have trained batch statistics
     if isinstance(v, str) or isinstance(v, (np.ndarray,torch.Tensor)) and v.ndim>0 or not hasattr(v, '__float__'):
-        raise ValueError(f'evaluate(model) gives a number, not {v!r}')
+        raise ValueError(f'evaluate(model) gives a number, not {repr(v)[:80]}')
     return float(v)
 
 def _checked_levels(levels, kind):

@@ -41,9 +41,10 @@ class _Marks:
             known[k] = had|flags,t.numel() if flags&CARRIES else n  # a part of what carries something leaves the whole as it is
     def put(self, t, marks):
         "Let `t` have `marks`, and no others if it is all that lies in its memory"
-        if t.numel()*t.element_size()>=t.untyped_storage().nbytes(): self._at(t).clear()
+        if t.layout!=torch.strided or t.numel()*t.element_size()>=t.untyped_storage().nbytes(): self._at(t).clear()
         self.give(t, marks)
     def _at(self, t):
+        if t.layout!=torch.strided: return {} # it is packed, and tells no place
         s = t.untyped_storage()
         if s._cdata not in self.by: self.by[s._cdata] = {},StorageWeakRef(s)
         return self.by[s._cdata][0]

@@ -21,7 +21,7 @@ from . import ranks
 from .needs import Known, needed
 from .granularity import axes_of, has_axes
 from .reads import Weights, columns_in, follow, reads_of, some_columns
-from .running import SLIPS, as_in_training, batches_of, call_with, inputs_for, inputs_of, tensors_of, untouched
+from .running import SLIPS, as_in_training, batches_of, call_with, inputs_for, inputs_of, tensors_of, untouched, validation_of
 
 # %% ../../nbs/core/14_evidence.ipynb #a3b0fb28
 @dataclass(eq=False)
@@ -285,6 +285,7 @@ def repeatable(
     counted:bool=False, # Is it to have a length as well?
 ):
     "`data` as something that gives its batches more than once: a list, if it comes once, or lacks a length that it is to have. `ValueError` for what gives no batches"
+    data = validation_of(data)
     if data is None or isinstance(data, Tensor): return data
     if isinstance(data, (type,str)) or not (hasattr(data, '__iter__') or hasattr(data, '__getitem__')):
         raise ValueError(f'data are batches: a tensor, a list of tensors or of dicts of arguments by name, or a loader, not {data!r}')

@@ -52,6 +52,10 @@ def _hooked(m):
     "Does module `m` have hooks of users?"
     with held(m): return bool(m._forward_hooks or m._forward_pre_hooks)
 
+def _place(t):
+    "Where the memory of tensor `t` begins; `None` for one that is packed, and tells no place"
+    return t.untyped_storage().data_ptr() if t.layout==torch.strided else None
+
 class _Readers(Watch):
     "Runs along with a model and writes down who reads what"
     def __init__(self, model):
@@ -86,7 +90,7 @@ class _Readers(Watch):
         if id(t) in self.names: self.read(t).kept = why
         else: self.values[t] = _value(t, kept=why)
         for o,v in list(self.values.items()):
-            if o is not t and o.untyped_storage().data_ptr()==t.untyped_storage().data_ptr(): v.kept = why
+            if o is not t and _place(o) is not None and _place(o)==_place(t): v.kept = why
 
     def note(self, step, outs):
         self.steps.append(step)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['pruned_plan', 'steps_of', 'remember_plan', 'size', 'flag', 'conv_checks', 'describes', 'parts_of', 'takes_parameters',
-           'give_parameter', 'remember_parts', 'was_folded', 'kept_of', 'plan_text', 'read_plan', 'as_bytes', 'as_text',
-           'repeats', 'refill', 'note_parts', 'check_fits', 'brought_to', 'cut_to', 'note_plan', 'carrying',
-           'receiving']
+           'give_parameter', 'remember_parts', 'was_folded', 'kept_of', 'renamed', 'renames', 'name_now', 'plan_text',
+           'read_plan', 'as_bytes', 'as_text', 'repeats', 'refill', 'note_parts', 'check_fits', 'brought_to', 'cut_to',
+           'note_plan', 'carrying', 'receiving']
 
 # %% ../../nbs/core/19_plan.ipynb #a277f326
 import importlib, json, re
@@ -113,6 +113,7 @@ class _Kind(NamedTuple):
     parts: bool # Is it made of other modules?
     checks: dict # For each argument a function that gives it, or raises a `ValueError`
     make: Callable # A layer on the meta device, of these arguments and, by name, its parts
+    settle: Callable|None # What a model needs that has got some
 
 _kinds = {}
 def _called(cls):
@@ -123,6 +124,7 @@ def describes(
     cls:type, # Of layers
     told:Callable|None=None, # The arguments of a layer, by name; by default its attributes of these names
     parts:bool=False, # Is it made of other modules? They come first, as a dict
+    settle:Callable|None=None, # Called with a model that has got some of them
     **checks, # By name of an argument, a function that gives its value, or raises a `ValueError`: `size`, `flag` or one of your own
 ):
     "Let layers of type `cls` be described in plans: a decorator of a function of `checks` that makes one on the meta device"
@@ -130,7 +132,7 @@ def describes(
         found = {k:getattr(m, k) for k in checks}
         return {k:v is not None if k=='bias' else v for k,v in found.items()}
     def f(make):
-        _kinds[_called(cls)] = _Kind(cls, told or attributes, parts, checks, make)
+        _kinds[_called(cls)] = _Kind(cls, told or attributes, parts, checks, make, settle)
         return make
     return f
 
@@ -272,6 +274,45 @@ def _names_after(new, children, **_):
         above = now(parent)
         return None if above is None else _sub(above, k)
     return now
+
+def renamed(
+    lists:dict, # By name of a list, which of its items went
+):
+    "Function that gives the name of a module, or of a parameter, after items of `lists` went; `None` for one that went with them"
+    def f(name):
+        for parent,gone in lists.items():
+            if not name.startswith(f'{parent}.'): continue
+            i,dot,rest = name.removeprefix(f'{parent}.').partition('.')
+            if int(i) in gone: return
+            name = f'{parent}.{int(i)-sum(o<int(i) for o in gone)}{dot}{rest}'
+        return name
+    return f
+
+def _without(dropped):
+    "Function that gives the name of a module after blocks were dropped"
+    now = renamed(dropped['lists'])
+    def f(name): return None if any(f'{name}.'.startswith(f'{o}.') for o in dropped['blocks']) else now(name)
+    return f
+
+def renames(
+    model:nn.Module, # Any
+)->list[Callable]:
+    "What changed names of modules of `model`, in order: for each such change, a function of a name that gives the one after it, or `None`"
+    res = []
+    for step in steps_of(pruned_plan(model)):
+        res += [_without(o) for o in step.get('dropped', ())]
+        if 'replaced' in step: res.append(_names_after(**step['replaced']))
+    return res
+
+def name_now(
+    model:nn.Module, # Any
+    name:str, # Of a module
+    n:int, # How many `renames` there were then
+)->str|None:
+    "The name of now of a module of `model`; `None` if it is gone"
+    for f in renames(model)[n:]:
+        if name is not None: name = f(name)
+    return name
 
 # %% ../../nbs/core/19_plan.ipynb #0225ca40
 def _ranges(idx):
@@ -438,6 +479,8 @@ def _replace(model, told, likes):
     for m,ks in added.items():
         for k in ks: give_parameter(m, k)
         if hasattr(m, 'affine'): m.affine = True
+    for settle in dict.fromkeys(_kinds[o['kind']].settle for o in told['new']):
+        if settle is not None: settle(model)
 
 # %% ../../nbs/core/19_plan.ipynb #45bc3053
 _again = {} # functions of a model, what a step tells beside a cut, and a stack to undo it: blocks that are dropped

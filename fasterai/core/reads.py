@@ -165,7 +165,7 @@ class _Owner:
         for n,start,end in self.by.get(_memory(t), ()):
             if start<=t.storage_offset()<end: return n
 
-def _memory(t): return t.untyped_storage().data_ptr()
+def _memory(t): return t.untyped_storage().data_ptr() if t.layout==torch.strided else id(t) # one that is packed tells no place
 def _itself(t): return t
 
 _READING = 'convolution','product','recurrent','batch_norm'

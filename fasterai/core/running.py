@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SLIPS', 'SOON', 'tensors_of', 'map_parts', 'plain', 'at_home', 'looked_at', 'random_operation', 'Dispatch',
-           'OwnNumbers', 'drawing', 'own_numbers', 'held', 'undone', 'restored', 'untouched', 'call_with', 'batches_of',
-           'inputs_of', 'readers_of', 'Bystanders', 'without_readers', 'check_module', 'check_scripts', 'is_fake',
-           'innermost', 'plain_model', 'followable', 'check_shapes', 'example_inputs_for', 'check_inputs', 'inputs_for',
-           'Told', 'explained', 'check_runs', 'inputs_that_run', 'as_in_training', 'calls_of', 'Where', 'with_bar',
-           'staged']
+           'OwnNumbers', 'drawing', 'own_numbers', 'held', 'undone', 'restored', 'untouched', 'call_with',
+           'validation_of', 'batches_of', 'inputs_of', 'readers_of', 'Bystanders', 'without_readers', 'check_module',
+           'check_scripts', 'is_fake', 'innermost', 'plain_model', 'followable', 'check_shapes', 'example_inputs_for',
+           'check_inputs', 'inputs_for', 'Told', 'explained', 'check_runs', 'inputs_that_run', 'as_in_training',
+           'calls_of', 'Where', 'with_bar', 'staged']
 
 # %% ../../nbs/core/06_running.ipynb #97aac5d9
-import copy,math,random,sys
+import copy,inspect,math,random,sys
 from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack,contextmanager,nullcontext
@@ -524,9 +524,21 @@ def call_with(
     with _as_outside(model), drawing(): out = model(*(map_parts(_copied, o) for o in args), **kwargs)
     return map_parts(plain, out) if any(type(o) is not Tensor for o in tensors_of(out)) else out
 
+def validation_of(data):
+    "The validation set of a fastai `DataLoaders`; anything else is what it is"
+    static = lambda o, k: inspect.getattr_static(o, k, None) is not None  # a loader would hand the question on to its dataset
+    if static(type(data), 'dataloaders') or not static(data, 'valid'): return data
+    name,advice = type(data).__name__,'pass its `train`, or another loader'
+    try: loader = data.valid
+    except IndexError as e: raise ValueError(f'this {name} has no validation set: {advice}') from e
+    if hasattr(loader, '__len__') and not len(loader):
+        raise ValueError(f'data has no batches: the validation set of this {name} is empty; {advice}')
+    return loader
+
 def batches_of(data):
     """The batches of `data`: itself, if it is a tensor, a dict, a tuple of tensors or a list of them with one first dimension, as inputs and a
-    target have; three tensors or more that are alike are batches"""
+    target have; three tensors or more that are alike are batches. Of a fastai `DataLoaders`, those of the validation set"""
+    data = validation_of(data)
     if isinstance(data, (Tensor,tuple,Mapping)): return [data]
     tensors = isinstance(data, list) and data and all(isinstance(o, Tensor) for o in data)
     alike = tensors and len(data)>2 and len({(o.dim(),o.dtype) for o in data})==1 and data[0].dim()>1

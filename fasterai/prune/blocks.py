@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from ..core.blocks import NOTHING, PASSED, Found, Influences, argument, residual_blocks
 from ..core.brought import check_held, listed, warn
-from ..core.plan import pruned_plan, repeats
+from ..core.plan import pruned_plan, renamed, repeats
 from ..core.registry import did_you_mean
 from ..core.running import SLIPS, Bystanders, at_home, call_with, check_runs, explained, followable, inputs_for, tensors_of, undone, untouched, with_bar
 from ..repair.repair import Teacher, _batches, _given
@@ -192,20 +192,9 @@ def _count_anew(model, top, parent, found, n, gone, undo):
             if type(v) is int and type(was) is int and was!=v and ('layer' in k or 'idx' in k): _set(undo, mine, k, v)
 
 # %% ../../nbs/prune/04_blocks.ipynb #b7733719
-def _renamed(lists):
-    "Function that gives the new name of a parameter or a module, or `None` if it is gone, once items of `lists` went"
-    def f(name):
-        for parent,gone in lists.items():
-            if not name.startswith(f'{parent}.'): continue
-            i,dot,rest = name.removeprefix(f'{parent}.').partition('.')
-            if int(i) in gone: return
-            name = f'{parent}.{int(i)-sum(o<int(i) for o in gone)}{dot}{rest}'
-        return name
-    return f
-
 def _remember(model, told, lists, undo):
     "Let `model` know what went, from the original on"
-    plan,new_name = pruned_plan(model),_renamed(lists)
+    plan,new_name = pruned_plan(model),renamed(lists)
     def left(names): return {k:new_name(k) for k in names if not _is_in(k, told)}
     def of(d): return {n:d[k] for k,n in left(d).items() if n is not None}
     new = {**plan, **{k:of(plan[k]) for k in ('kept','sizes','attrs','widths')}, 'biases':[n for n in left(plan['biases']).values() if n]}

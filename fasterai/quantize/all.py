@@ -4,5 +4,5 @@ from .int8 import FakeQuantizer, Quantizer
 from .rounding import Rounding
 from .training import Quantize, Share
 from .kmeans_callback import KMeansCallback
-from .quantize_callback import QuantizeCallback
+from .quantize_callback import FakeQuantizeCallback, QuantizeCallback
 from .compressed_file import CompressedFileError, compression_report, load_compressed, save_compressed

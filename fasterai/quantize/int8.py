@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['FakeQuantizer', 'steps_of', 'levels_of', 'Int8', 'Int8Linear', 'Int8Conv', 'Int8Conv1d', 'Int8Conv2d', 'Int8Conv3d',
-           'Int8Within', 'bytes_stored', 'unfit', 'check_most', 'Calibration', 'int8_within', 'names_by_module',
-           'put_at', 'without_shortcut', 'Quantizer']
+           'Int8Recurrent', 'Int8Within', 'bytes_stored', 'unfit', 'check_most', 'Calibration', 'int8_within',
+           'names_by_module', 'put_at', 'Ranges', 'checked_ranges', 'Quantizer']
 
 # %% ../../nbs/quantize/06_int8.ipynb #ef880f77
-import math
+import math, warnings
 from collections import namedtuple
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import FunctionType
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from ..analyze.counts import latency, speedup, stored
 from ..core.brought import warn
 from ..core.evidence import first_inputs, repeatable
-from ..core.plan import conv_checks, describes, flag, parts_of, remember_parts, size
+from ..core.plan import conv_checks, describes, flag, name_now, parts_of, remember_parts, renames, size
 from ..core.registry import did_you_mean, named
 from ..core.running import batches_of, call_with, calls_of, check_runs, check_scripts, check_shapes, inputs_that_run, is_fake, plain_model, tensors_of
 from ..core.surgery import copy_of
@@ -49,7 +50,26 @@ def _levels(lowest, highest): # Numbers or tensors
     step,zero = levels_of(*(torch.as_tensor(o, dtype=torch.float32, device='cpu') for o in (lowest,highest)))
     return step.item(),int(zero)
 
-class Int8(nn.Module):
+def _for_else(x):
+    "Is `x` for something else than the result: gradients, a graph, another device?"
+    plain = x.is_cpu and x.dtype==torch.float32 and x.numel() and not is_fake(x)
+    return not plain or torch.compiler.is_compiling() or torch.jit.is_tracing() or (torch.is_grad_enabled() and x.requires_grad)
+
+class _Whole(nn.Module):
+    "A module whose weights are whole numbers"
+    settled = packed = None
+    def _settle(self):
+        "Make anew what follows from the buffers, if something was written to these"
+        now = [(o.data_ptr(),None if o.is_inference() else o._version) for o in self.buffers(recurse=False)]
+        if now==self.settled: return
+        self.settled,self.packed = now,None
+        self._follow()
+
+    def _follow(self): "What follows from the buffers, beside `packed`"
+
+    def __getstate__(self): return {**super().__getstate__(), 'settled':None, 'packed':None} # packed weights have no copy
+
+class Int8(_Whole):
     "A layer with weights of int8 that takes and gives floats"
     def __init__(self,
         layer:nn.Module, # `nn.Linear` or `nn.Conv2d`, left as it is
@@ -66,7 +86,7 @@ class Int8(nn.Module):
         self.register_buffer('bias', None if layer.bias is None else layer.bias.detach().clone())
         for o in layer.__constants__: setattr(self, o, getattr(layer, o)) # code around may read these
         if self.fixed: self.register_buffer('ends', torch.tensor([lowest,highest], dtype=torch.float32, device='cpu'))
-        self.how,self.settled = self._how(layer),None
+        self.how = self._how(layer)
         self._settle()
 
     def _by_output(self, x): return x.view(-1, *[1]*self.n_inner)
@@ -74,21 +94,15 @@ class Int8(nn.Module):
     def how_of(self): "What else a multiplication takes"; return ()
     def _how(self, layer): return self.how_of()
 
-    def _settle(self):
-        "Make anew what follows from the buffers, if something was written to these"
-        now = [(o.data_ptr(),None if o.is_inference() else o._version) for o in self.buffers(recurse=False)]
-        if now==self.settled: return
-        self.settled,self.packed = now,None
+    def _follow(self):
         if self.fixed: self.levels = _levels(*self.ends)
-
-    def __getstate__(self): return {**super().__getstate__(), 'settled':None, 'packed':None} # packed weights have no copy
 
     @property
     def weight(self):
         "As floats"
         return self.whole.to(self.steps.dtype)*self._by_output(self.steps)
 
-    def forward(self, x): return self.multiply(x, self.bias, self.how)
+    def forward(self, input): return self.multiply(input, self.bias, self.how)
 
     def multiply(self,
         x, # Floats
@@ -100,16 +114,17 @@ class Int8(nn.Module):
         if not (torch.compiler.is_compiling() or is_fake(x)): self._settle()
         if torch.compiler.is_exporting() and self.fixed: return self._exported(x, bias, how)
         if self._simulates(x): return self.run(self._rounded(x), self.weight, bias, how)
-        step,zero = self._levels_of(x)
+        if (found := self._levels_of(x)) is None: return self.run(x, self.weight, bias, how) # what is not finite goes on
+        step,zero = found
         levels = (x/step).round_().add_(zero).clamp_(0, _LEVELS).to(torch.uint8)
         return self.run_whole(levels, step, zero, bias, how)
 
-    def _levels_of(self, x): return self.levels if self.fixed else _levels(*x.aminmax())
+    def _levels_of(self, x):
+        if self.fixed: return self.levels
+        lowest,highest = (o.item() for o in x.aminmax())
+        return _levels(lowest, highest) if math.isfinite(highest-lowest) else None
 
-    def _simulates(self, x):
-        "Is `x` for something else than the result: gradients, a graph, another device?"
-        plain = x.is_cpu and x.dtype==torch.float32 and x.numel() and not is_fake(x)
-        return not _RUNS or not plain or torch.compiler.is_compiling() or torch.jit.is_tracing() or (torch.is_grad_enabled() and x.requires_grad)
+    def _simulates(self, x): return not _RUNS or _for_else(x)
 
     def _rounded(self, x):
         "Floats that stand for levels, with the gradients of `x`"
@@ -188,10 +203,106 @@ _LAST = {4:torch.channels_last, 5:torch.channels_last_3d}
 
 def _is_last(x): return x.dim() in _LAST and x.is_contiguous(memory_format=_LAST[x.dim()]) and not x.is_contiguous()
 
+# %% ../../nbs/quantize/06_int8.ipynb #b89e90bc
+_SUMMED_BITS = True # of what arrives, 7 are taken, as PyTorch's quantization does: sums of two products have 16 bits on older processors
+_ENGINES = 'x86','fbgemm' # of PyTorch, that have these layers
+_RECURS = all(hasattr(torch, o) for o in ('quantized_lstm','quantized_gru','_make_per_channel_quantized_tensor')) and hasattr(torch.ops.quantized, 'make_quantized_cell_params_dynamic') # are they here?
+_MOST_LAYERS = 64 # one on the other, of a file
+
+class Int8Recurrent(_Whole):
+    "`nn.LSTM` or `nn.GRU` in int8, with the range of each step"
+    def __init__(self,
+        layer:nn.RNNBase, # Left as it is
+        rounds:bool=True, # Is what arrives rounded as well?
+    ):
+        super().__init__()
+        self.rounds = rounds
+        for o in ('mode','input_size','hidden_size','num_layers','bias','batch_first','bidirectional'): setattr(self, o, getattr(layer, o))
+        self.names = list(layer._flat_weights_names)
+        for name in self.names:
+            w = getattr(layer, name).detach()
+            if w.dim()==1: self.register_buffer(name, w.clone())
+            else:
+                steps = steps_of(w)
+                self.register_buffer(f'{name}_whole', (w/steps).round().to(torch.int8))
+                self.register_buffer(f'{name}_steps', steps.flatten())
+
+    def floats(self, name):
+        "A weight or a bias, as floats"
+        if name in self._buffers: return self._buffers[name]
+        steps = self._buffers[f'{name}_steps']
+        return self._buffers[f'{name}_whole'].to(steps.dtype)*steps[:,None]
+
+    def __getattr__(self, name):
+        "Code around may read weights"
+        if f'{name}_whole' in vars(self).get('_buffers', ()): return self.floats(name)
+        return super().__getattr__(name)
+
+    def flatten_parameters(self): "Code around may ask for it; nothing is to be done"
+
+    def forward(self, input, hx=None):
+        packed = isinstance(input, PackedSequence)
+        x,sizes,order,back = input if packed else (input,None,None,None)
+        batch_axis = 0 if self.batch_first else 1
+        alone = not packed and x.dim()==2 # one sequence by itself
+        states = None if hx is None else [*hx] if self.mode=='LSTM' else [hx]
+        if alone:
+            x = x.unsqueeze(batch_axis)
+            if states: states = [o.unsqueeze(1) for o in states]
+        if states is None:
+            n = int(sizes[0]) if packed else x.shape[batch_axis]
+            zeros = x.new_zeros(self.num_layers*(1+self.bidirectional), n, self.hidden_size)
+            states = [zeros]*(2 if self.mode=='LSTM' else 1)
+        elif order is not None: states = [o.index_select(1, order) for o in states]
+        out,*states = self._run(x, sizes, states)
+        if alone: out,states = out.squeeze(batch_axis),[o.squeeze(1) for o in states]
+        if back is not None: states = [o.index_select(1, back) for o in states]
+        if packed: out = PackedSequence(out, sizes, order, back)
+        return out,(tuple(states) if self.mode=='LSTM' else states[0])
+
+    def _run(self, x, sizes, states):
+        lstm = self.mode=='LSTM'
+        x = (x,) if sizes is None else (x,sizes)
+        hx = states if lstm else states[0]
+        rest = self.num_layers,0.,False,self.bidirectional,*((self.batch_first,) if sizes is None else ())
+        if self._simulates(x[0], states): return (torch.lstm if lstm else torch.gru)(*x, hx, [self.floats(o) for o in self.names], self.bias, *rest)
+        self._settle()
+        if self.packed is None: self.packed = [*self._cells()]
+        if lstm: return torch.quantized_lstm(*x, hx, self.packed, True, *rest, dtype=torch.qint8, use_dynamic=True)
+        return torch.quantized_gru(*x, hx, self.packed, True, *rest)
+
+    def _simulates(self, x, states):
+        if not self.rounds or any(_for_else(o) for o in (x,*states)): return True
+        return not _RECURS or torch.backends.quantized.engine not in _ENGINES or not x.isfinite().all()
+
+    def _cells(self):
+        "Weights of each layer and direction, as the operation takes them"
+        each = 4 if self.bias else 2
+        for i in range(0, len(self.names), each):
+            names = self.names[i:i+each]
+            biases = [self.floats(o) for o in names[2:]] or [self._buffers[f'{names[0]}_steps'].new_zeros(self._buffers[f'{names[0]}_whole'].shape[0])]*2
+            products = [torch.ops.quantized.linear_prepack(self._as_quantized(o), b) for o,b in zip(names, biases)]
+            yield torch.ops.quantized.make_quantized_cell_params_dynamic(*products, *biases, _SUMMED_BITS)
+
+    def _as_quantized(self, name):
+        whole,steps = self._buffers[f'{name}_whole'],self._buffers[f'{name}_steps']
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', UserWarning) # that these are to go: then a layer computes with the floats, and is not faster
+            return torch._make_per_channel_quantized_tensor(whole, steps.double(), torch.zeros(len(steps), dtype=torch.long, device='cpu'), 0)
+
+    def extra_repr(self):
+        how = 'range of each step' if self.rounds else 'weights only'
+        return f'{self.mode}, {self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, bidirectional={self.bidirectional}, {how}'
+
 # %% ../../nbs/quantize/06_int8.ipynb #7e596529
+def without_shortcut(model):
+    "Have encoder layers run their parts that are in int8: they would read all weights at once"
+    for m in model.modules():
+        if isinstance(m, nn.TransformerEncoderLayer) and any(isinstance(o, (Int8,Int8Within)) for o in m.modules()): m.activation_relu_or_gelu = 0
+
 def _ends(fixed): return (0.,1.) if fixed else ()
 
-@describes(Int8Linear, in_features=size, out_features=size, bias=flag, rounds=flag, fixed=flag)
+@describes(Int8Linear, settle=without_shortcut, in_features=size, out_features=size, bias=flag, rounds=flag, fixed=flag)
 def _linear_of(rounds, fixed, **linear): return Int8Linear(nn.Linear(**linear, device='meta'), *_ends(fixed), rounds=rounds)
 
 def _conv_told(m):
@@ -205,7 +316,19 @@ def _describe_conv(n, cls, layer): # Axes, type of its int8, its type
         new = cls(layer(**conv, device='meta'), *_ends(fixed), rounds=rounds)
         new.last = last
         return new
-    describes(cls, _conv_told, **conv_checks(n), rounds=flag, fixed=flag, last=flag)(make)
+    describes(cls, _conv_told, settle=without_shortcut, **conv_checks(n), rounds=flag, fixed=flag, last=flag)(make)
+
+_MODES = {'LSTM':nn.LSTM, 'GRU':nn.GRU}
+
+def _checked_mode(v):
+    if v in [*_MODES]: return v
+    raise ValueError(f'one of {", ".join(_MODES)} was expected')
+
+@describes(Int8Recurrent, mode=_checked_mode, input_size=size, hidden_size=size, num_layers=size, batch_first=flag, bidirectional=flag, rounds=flag, bias=flag,
+    told=lambda m: {o:getattr(m, o) for o in ('mode','input_size','hidden_size','num_layers','batch_first','bidirectional','rounds','bias')})
+def _recurrent_of(mode, rounds, num_layers, **layer):
+    if num_layers>_MOST_LAYERS: raise ValueError(f'{num_layers:,} layers are too many')
+    return Int8Recurrent(_MODES[mode](num_layers=num_layers, **layer, device='meta'), rounds)
 
 for _n,_cls,_layer in ((1,Int8Conv1d,nn.Conv1d), (2,Int8Conv2d,nn.Conv2d), (3,Int8Conv3d,nn.Conv3d)): _describe_conv(_n, _cls, _layer)
 
@@ -233,6 +356,7 @@ def _addmm(input, mat1, mat2, *, beta=1, alpha=1): return _Call(mat1, mat2, inpu
 def _conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     return _Call(input, weight, bias, dict(stride=stride, padding=padding, dilation=dilation, groups=groups), False)
 
+_RECURRENT = torch.lstm,torch.gru
 _FUNCTIONS = {F.linear:_linear, torch.addmm:_addmm, F.conv1d:_conv, F.conv2d:_conv, F.conv3d:_conv}
 
 def _call_of(func, args, kwargs):
@@ -298,16 +422,46 @@ def _as_layer(call):
     layer.bias = None if call.bias is None else nn.Parameter(call.bias.detach(), False)
     return layer.eval()
 
+# %% ../../nbs/quantize/06_int8.ipynb #17b0709a
+def _inside(m, name=''):
+    "By name, the parts of module `m`; what is around a forward does not count"
+    if isinstance(m, Int8Within): return _inside(m.layer, name)
+    res = {name:m}
+    for k,part in m._modules.items():
+        if part is not None: res |= _inside(part, f'{name}.{k}'.lstrip('.'))
+    return res
+
+def _within_told(m):
+    names = {part:name for name,part in _inside(m.layer).items()}
+    return dict(swaps=[(names[owner],attr,turned) for owner,attr,turned in m.swaps])
+
+def _checked_swaps(swaps):
+    "`swaps`, if each tells a module, its name for weights, and whether it has them turned"
+    types = [tuple(map(type, o)) for o in swaps if isinstance(o, (list,tuple))] if isinstance(swaps, list) else []
+    if types and types==[(str,str,bool)]*len(swaps) and len({(o,attr) for o,attr,_ in swaps})==len(swaps): return swaps
+    raise ValueError('triples of a module, a parameter, and true or false were expected')
+
+@describes(Int8Within, _within_told, parts=True, settle=without_shortcut, swaps=_checked_swaps)
+def _within_of(parts, swaps):
+    inside,found = _inside(parts['layer']),[]
+    for (name,attr,turned),core in zip(swaps, parts['int8'], strict=True):
+        w = inside[name]._parameters[attr]
+        if (w.t() if turned else w).shape!=core.whole.shape: raise ValueError(f'{name}.{attr} has another shape')
+        found.append((inside[name],attr,core,turned))
+    return Int8Within(parts['layer'], found)
+
 # %% ../../nbs/quantize/06_int8.ipynb #4494f701
 _KINDS = {nn.Linear:Int8Linear, nn.Conv1d:Int8Conv1d, nn.Conv2d:Int8Conv2d, nn.Conv3d:Int8Conv3d}
 _METHODS = dict(static=tuple(_KINDS), dynamic=(nn.Linear,), weight_only=tuple(_KINDS))
 _COLUMNS = 'layer','kind','int8','why','error','bytes','bytes_int8','ms','ms_int8'
 _REPEATS = 9 # of a measurement: enough for an interval
-_SLOW = 'not faster'
+_SLOW,_ZEROS = 'not faster','nothing but zeros has arrived'
 
 def _kind(m): return next((o for o in _KINDS if isinstance(m, o)), None)
 
 def bytes_stored(m): return sum(o.numel()*o.element_size() for o in stored(m).values())
+
+def _is_recurrent(m): return isinstance(m, (nn.LSTM,nn.GRU))
 
 def _is_torchs(m): return type(m).__module__.startswith('torch.nn.')
 
@@ -316,6 +470,11 @@ def _only_multiplies(m):
     kind = _kind(m)
     if kind is None or any(getattr(type(m), o, None) is not getattr(kind, o, None) for o in ('forward','_conv_forward')): return False
     return 'forward' not in vars(m) and getattr(m, 'padding_mode', 'zeros')=='zeros'
+
+def _only_recurs(m):
+    "Is it a recurrent layer of PyTorch, whose weights are its own?"
+    if not _is_recurrent(m) or 'forward' in vars(m) or type(m).forward not in (nn.LSTM.forward,nn.GRU.forward): return False
+    return not m.proj_size and all(o in m._parameters for o in m._flat_weights_names)
 
 def _unfit(w):
     "Why weights `w` stay in float; '' if they need not"
@@ -349,10 +508,11 @@ class _Layer:
     call:_Call|None=None # The first one, where it is made by a forward of its own
     homes:set=field(default_factory=set) # Modules in whose forward these are
     def see(self, x):
-        x = x.detach()
-        if not x.numel(): return
-        ends = torch.stack(x.aminmax()).float()
-        if self.x is None: self.x,self.ends = x.clone(),ends
+        packed = isinstance(x, PackedSequence)
+        data = (x.data if packed else x).detach()
+        if not data.numel(): return
+        ends = torch.stack(data.aminmax()).float()
+        if self.x is None: self.x,self.ends = (x._replace(data=data.clone()),) if packed else data.clone(),ends
         self.ends = torch.stack([torch.minimum(self.ends[0], ends[0]),torch.maximum(self.ends[1], ends[1])]) # NaN stays
 
 def check_most(n):
@@ -390,10 +550,11 @@ class Calibration:
     def _find(self):
         "All weights that may be those of a layer"
         self.layers,self.plain,self.weights,self.names = [],{},{},{m:n for n,m in self.model.named_modules()}
-        self.inside,self.ran,self.read,self.mode = [],set(),set(),_Mode(self)
+        self.inside,self.ran,self.read,self.mode,self.by_name = [],set(),set(),_Mode(self),False
         for m,name in self.names.items():
             if isinstance(m, ParametrizationList): continue # the layer has a row
             if _only_multiplies(m): self._add(m, 'weight')
+            elif _only_recurs(m): self.layers.append(self.plain.setdefault(m, _Layer(name, type(m).__name__, name, m._flat_weights_names[0])))
             else:
                 for o,p in m.named_parameters(recurse=False):
                     if p.dim()>1: self._add(m, o)
@@ -409,11 +570,14 @@ class Calibration:
         self.inside.append(m)
         self.ran.add(m)
         if m in self.plain and args: self.plain[m].see(args[0])
+        self.by_name = not args # what arrives is known where it is multiplied
 
     def leave(self, m, args, out): self.inside.pop()
 
     def call(self, func, args, kwargs):
         call,out = _call_of(func, args, kwargs),func(*args, **kwargs)
+        own = self.plain.get(self.inside[-1]) if self.by_name and self.inside else None
+        if own is not None and (call is not None or func in _RECURRENT): own.see(args[0] if call is None else call.x)
         layer = None if call is None else self.weights.get(id(call.weight))
         if layer is None:
             if not isinstance(out, (Tensor,tuple,list)) or isinstance(out, torch.Size): return out # what is asked of weights but numbers does no harm
@@ -435,6 +599,9 @@ class Calibration:
             by_name.setdefault(o.name, o)
         self.layers = [*by_name.values()]
         if self.ranges is not None: self._take_ranges()
+        if self.method!='static': return
+        for o in self.layers:
+            if not o.why and not o.ends.any(): o.why = _ZEROS
 
     def _take_ranges(self):
         "What is known takes the place of what has arrived"
@@ -446,12 +613,13 @@ class Calibration:
         "Why it stays in float; '' if it need not"
         m = self.model.get_submodule(layer.owner)
         kind,w = _kind(m),getattr(m, layer.attr)
+        weights = m._flat_weights if m in self.plain and _is_recurrent(m) else [w]
         if (kind or _LAYERS.get(w.dim() if layer.call else None, self.kinds[0])) not in self.kinds: return "'dynamic' is for linear layers"
-        if len(owners.get(id(w), ()))>1: return 'another module has the same weights'
+        if any(len(owners.get(id(o), ()))>1 for o in weights): return 'another module has the same weights'
         if 'forward' in vars(m): return 'its forward was replaced'
         if m in self.plain and (m._forward_hooks or m._forward_pre_hooks): return 'it has hooks'
         if layer.x is None: return self._unseen(m, id(w))
-        if why := _unfit(w): return why
+        if why := next(filter(None, map(_unfit, weights)), ''): return why
         if not layer.ends.isfinite().all(): return 'what arrives is not finite'
         if layer.homes: return self._outside(layer, id(w))
         return ''
@@ -460,6 +628,7 @@ class Calibration:
         "Why there is no multiplication in int8"
         kind = type(m).__name__
         if m not in self.ran and w not in self.read: return 'it does not run with these data'
+        if _is_recurrent(m): return f'no int8 kernel for {kind} with projections' if m.proj_size else 'its weights are computed'
         if _is_torchs(m) and _kind(m) is None: return f'no int8 kernel for {kind}'
         if _kind(m) is None: return f'it is a parameter of {kind}, and no weight of a layer'
         if w in self.read: return f'{kind} computes the weights that it multiplies with'
@@ -490,6 +659,7 @@ class Calibration:
 
     def int8_of(self, like, layer):
         "A layer of PyTorch in int8, at which arrives what arrives at `layer`"
+        if _is_recurrent(like): return Int8Recurrent(like, self.method!='weight_only').eval()
         return _KINDS[_kind(like)](like, *(layer.ends.tolist() if self.method=='static' else ()), rounds=self.method!='weight_only').eval()
 
     def int8_in(self, m, layer, place):
@@ -527,11 +697,6 @@ def names_by_module(model):
 def put_at(model, names, m):
     for o in names: model.set_submodule(o, m)
 
-def without_shortcut(model):
-    "Have encoder layers run their parts that are in int8: they would read all weights at once"
-    for m in model.modules():
-        if isinstance(m, nn.TransformerEncoderLayer) and any(isinstance(o, (Int8,Int8Within)) for o in m.modules()): m.activation_relu_or_gelu = 0
-
 def _share(out, new):
     "Squared error of `new`, as a share of the variance of `out`"
     out,new = out.double(),new.double()
@@ -551,18 +716,37 @@ class _Row(dict):
         told = f'×{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})'
         self.update(ms=float(ms[0].min()), ms_int8=float(ms[1].min()), int8=ratio.low>1, why=told if ratio.low>1 else f'{_SLOW}: {told}')
 
-def _checked(ranges):
+class Ranges(dict):
+    "By layer, the lowest and the highest number that arrives"
+    def __init__(self,
+        ranges:Mapping, # By name of a layer
+        n_renames:int|None=None, # How many `renames` there were when layers had these names; `None`, if names are those of now
+    ):
+        super().__init__(ranges)
+        self.n_renames = n_renames
+
+    def now(self,
+        model:nn.Module, # Some of whose layers may have been folded or dropped since
+    )->'Ranges':
+        "The same by names of now, without layers that are gone"
+        if self.n_renames is None: return self
+        found = {name_now(model, k, self.n_renames):v for k,v in self.items()}
+        return Ranges({k:v for k,v in found.items() if k is not None}, len(renames(model)))
+
+def checked_ranges(ranges):
     "`ranges`, if each is a pair of finite numbers in their order"
+    if not isinstance(ranges, Mapping): raise ValueError(f'ranges are a dict, by layer the lowest and the highest number that arrives, not {ranges!r}')
     for name,o in ranges.items():
         try: lowest,highest = map(float, o)
         except (TypeError,ValueError): lowest,highest = 1,0
         if not -math.inf<lowest<=highest<math.inf: raise ValueError(f'a range is the lowest and the highest number that arrives, not {o!r}, which is that of {name}')
-    return dict(ranges)
+    return Ranges({k:tuple(map(float, o)) for k,o in ranges.items()}, getattr(ranges, 'n_renames', None))
 
 def _checked_layers(layers):
     "Names of the layers asked for; `None` for all"
     if layers is None: return None
     if isinstance(layers, str): raise ValueError(f'layers are several names, not {layers!r}: write [{layers!r}]')
+    if isinstance(layers, nn.Module) or not isinstance(layers, Iterable): raise ValueError(f'layers are names of those that are in int8, not {layers!r}')
     if not isinstance(layers, Mapping): return list(layers)
     if other := {k:v for k,v in layers.items() if v not in (8,None)}:
         name,bits = next(iter(other.items()))
@@ -570,24 +754,24 @@ def _checked_layers(layers):
     return [k for k,v in layers.items() if v]
 
 class Quantizer:
-    "Linear layers and convolutions in int8, where that is faster on this CPU"
+    "Linear layers, convolutions and recurrent layers in int8, where that is faster on this CPU"
     def __new__(cls, *args, **kwargs):
-        if 'options' in kwargs or (args and not isinstance(args[0], str)): return _of_options(*args, **kwargs)
+        if 'options' in kwargs or (args and isinstance(args[0], Iterable) and not isinstance(args[0], (str,nn.Module))): return _of_options(*args, **kwargs)
         return super().__new__(cls)
 
     @old_quantizer
     def __init__(self,
-        method:str='static', # 'static' (ranges by calibration), 'dynamic' (range of each call, linear layers) or 'weight_only'; in earlier versions, `options`: pairs of a parameter's name and bits
+        method:str='static', # 'static' (ranges by calibration), 'dynamic' (range of each call, linear and recurrent layers) or 'weight_only'; in earlier versions, `options`: pairs of a parameter's name and bits
         *,
         layers=None, # Names of those that are in int8, the others are not: a list, or a dict of 8 or `None`, as `targets` of a sensitivity gives it
         measure:bool|None=None, # Leave in float what int8 does not make faster here? By default yes, but for 'weight_only', which is for bytes, and for `layers`, which are chosen
         ranges:Mapping|None=None, # For 'static', in place of calibration: by layer, the lowest and the highest number that arrives, as training has followed them. Other layers stay in float
     ):
+        if not isinstance(method, str): raise ValueError(f'method is one of {", ".join(_METHODS)}, not {repr(method)[:80]}')
         named('method', _METHODS, method)
-        if not isinstance(method, str): raise ValueError(f'method is one of {", ".join(_METHODS)}, not {method!r}')
         if measure is not None and not isinstance(measure, bool): raise ValueError(f'measure is True, False or None, not {measure!r}')
         if ranges is not None and method!='static': raise ValueError(f"ranges are for method='static', not {method!r}")
-        self.method,self.rows,self.layers,self.ranges,self.inputs = method,[],_checked_layers(layers),None if ranges is None else _checked(ranges),None
+        self.method,self.rows,self.layers,self.ranges,self.inputs = method,[],_checked_layers(layers),None if ranges is None else checked_ranges(ranges),None
         self.measure = method!='weight_only' and layers is None if measure is None else measure
 
     @old_calibration
@@ -598,14 +782,15 @@ class Quantizer:
     )->nn.Module: # A copy in eval mode, or `model` itself if no layer is worth it
         "A copy of `model` with layers in int8. `report` says which, what it costs, and why the others are in float"
         inner = plain_model(model)
-        found = Calibration(inner, calibration_data, self.method, max_calibration_samples, self.ranges, self.inputs)
+        ranges = None if self.ranges is None else checked_ranges(self.ranges).now(inner)
+        found = Calibration(inner, calibration_data, self.method, max_calibration_samples, ranges, self.inputs)
         self._check(found)
         new,rows = self._converted(found)
         if not any(o['int8'] for o in rows):
             self.rows = rows
             warn(f'no layer of this {type(inner).__name__} is in int8, and it is returned as it is: `report` says why')
             return model
-        self._tell_slow(rows)
+        self._tell_left(rows, ranges or {})
         whole = _Row(layer='', kind=type(inner).__name__, bytes=bytes_stored(found.model))
         whole.compare(found.model, new, found.first)
         if self.measure: whole.measure(found.model, new, found.first, _REPEATS)
@@ -619,16 +804,21 @@ class Quantizer:
     def _check(self, found):
         "`ValueError` for `layers` that cannot be in int8, and for ranges of layers that are not there"
         whys = {o.name:o.why for o in found.layers}
-        if strange := next((o for o in self.ranges or () if o not in whys), None):
+        if (strange := next((o for o in found.ranges or () if o not in whys), None)) is not None:
             raise ValueError(f'there is a range for {strange!r}, which is no linear layer or convolution of this {type(found.model).__name__}: {did_you_mean(strange, whys)[:400]}')
         for o in self.layers or ():
             if o not in whys: raise ValueError(f'no layer {o!r}: {did_you_mean(o, [n for n,why in whys.items() if not why])}')
             if whys[o]: raise ValueError(f'{o} stays in float: {whys[o]}')
 
-    def _tell_slow(self, rows):
+    def _tell_left(self, rows, ranges):
         "Warn of layers that were rounded in training, and are not in int8"
-        slow = [o['layer'] for o in rows if o['layer'] in (self.ranges or ()) and o['why'].startswith(_SLOW)]
-        if slow: warn(f'{len(slow)} of {len(self.ranges)} layers with a range stay in float, where they have not been trained, as int8 is not faster for them here: `report` says which, and measure=False takes them all')
+        asked = ranges if self.layers is None else {o for o in self.layers if o in ranges}
+        left = {o['layer']:o['why'] for o in rows if o['layer'] in asked and not o['int8']}
+        slow = [o for o,why in left.items() if why.startswith(_SLOW)]
+        of = f'of {len(asked)} layers with a range stay in float, where they have not been trained'
+        if slow: warn(f'{len(slow)} {of}, as int8 is not faster for them here: `report` says which, and measure=False takes them all')
+        others = [f'{o}: {why}' for o,why in left.items() if o not in slow]
+        if others: warn(f'{len(others)} {of} ({"; ".join(others)[:300]}): `report` says which')
 
     def _converted(self, found):
         "A copy with layers in int8, and a row for each layer"

@@ -8,12 +8,13 @@ __all__ = ['Share', 'Quantize']
 # %% ../../nbs/quantize/03_training.ipynb #0f4c8cf6
 from collections import Counter
 from collections.abc import Mapping
-from ..core.brought import warn
+from ..core.brought import listed, warn
 from ..core.pace import Technique, Untold, clear_state, put, two_of, within, without_labels
 from ..core.running import map_parts, plain_model
 from ..core.schedule import check_rises
+from ..legacy import old_rounding
 from .int8 import Quantizer
-from .rounding import CHOSEN, Rounding, rounded_layers
+from .rounding import CHOSEN, Rounding, rounded_layers, types_of
 from .weight_sharing import KMeansQuantizer, bits_by_name
 
 # %% ../../nbs/quantize/03_training.ipynb #a8bd7454
@@ -62,14 +63,17 @@ class Quantize(Technique):
     """Let linear layers and convolutions compute with the numbers of int8 while they are trained, and follow what arrives at them. After it, the model is in float again, and
     `quantizer.quantize(model)` gives it in int8 without calibration. Rounded are all layers that can be in int8; those that are not faster then, as `quantizer` finds, go on in float, with weights that bear rounding"""
     name,remembers,parts,rounding,inputs,left = 'quantize',True,('ranges.',),None,(),None
+    followed = None # state of the last training, for one that goes on
     shown = dict(quantizer='Makes int8 of the model, with the ranges that training has followed', ranges='By layer, the lowest and the highest number that arrives',
         left='Linear layers and convolutions that stay in float, with the reason')
+    @old_rounding
     def __init__(self,
         ignored_layers=(), # Layers, or their names, that stay in float, with what is inside of them
         layer_type=None, # Type of layer, or a tuple of types, to round; by default linear layers and convolutions
         measure:bool=True, # Is the `quantizer` to leave in float what int8 does not make faster?
     ):
-        self.how = dict(ignored_layers=ignored_layers, layer_type=layer_type)
+        types_of(layer_type)
+        self.how = dict(ignored_layers=listed(ignored_layers, 'ignored_layers'), layer_type=layer_type)
         self._quantizer = Quantizer('static', measure=measure)
 
     def check(self, training):
@@ -87,7 +91,7 @@ class Quantize(Technique):
         except ValueError:
             rounding.remove()
             raise
-        self.rounding,self.inputs = rounding,()
+        self.rounding,self.inputs,self.followed = rounding,(),None
         self._tell_left()
 
     def _tell_left(self):
@@ -96,7 +100,7 @@ class Quantize(Technique):
         told = ', '.join(f'{n}: {why}' for why,n in whys.most_common())
         warn(f'{whys.total()} of {whys.total()+len(self.rounding.layers)} layers are not rounded to int8 ({told}): `left` says which')
 
-    def state_dict(self): return (self.state or {}) if self.rounding is None else put('ranges.', self.rounding.state_dict())
+    def state_dict(self): return self.state or self.followed or {} if self.rounding is None else put('ranges.', self.rounding.state_dict())
     def batch(self, inputs, loss=None): self.inputs = inputs
     def after_step(self, k, n, inputs=()): self.rounding.update()
 
@@ -122,6 +126,7 @@ class Quantize(Technique):
 
     def leave(self):
         self._tell_quantizer()
+        self.followed = self.state_dict()
         self.rounding.remove()
         self.rounding,self.inputs = None,()
 
