@@ -20,7 +20,7 @@ from .criteria import needs
 from . import ranks
 from .needs import Known, needed
 from .granularity import axes_of, has_axes
-from .reads import Weights, columns_in, follow, reads_of, some_columns
+from .reads import columns_in, follow, reads_of, some_columns
 from .running import SLIPS, as_in_training, batches_of, call_with, inputs_for, inputs_of, tensors_of, untouched
 
 # %% ../../nbs/core/14_evidence.ipynb #a3b0fb28

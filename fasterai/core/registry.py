@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/core/00_registry.ipynb #905b1fc2
+import re
 from difflib import get_close_matches
 
 # %% ../../nbs/core/00_registry.ipynb #e8555398
@@ -21,3 +22,9 @@ def named(kind, known, given): # What it is called, registry by name, a name or 
     if not isinstance(given, str): return given
     if given in known: return known[given]
     raise ValueError(f'{kind} {given!r} is not known: {did_you_mean(given, known)}')
+
+_VOWEL = r'[AEIOaeio]|U(?!n[ei]|[A-Z])|u(?!n[ei])|[FHLMNRSX][A-Z]'  # a name begins with one when it is said: an LSTM, but a UNet
+
+def an(name): # Of a type
+    "`name` after its article"
+    return f'{"an" if re.match(_VOWEL, name) else "a"} {name}'
