@@ -48,6 +48,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fasterai.analyze.counts._per_sample': ( 'analyze/counts.html#_per_sample',
                                                                                   'fasterai/analyze/counts.py'),
                                          'fasterai.analyze.counts._pieces': ('analyze/counts.html#_pieces', 'fasterai/analyze/counts.py'),
+                                         'fasterai.analyze.counts._repeats': ('analyze/counts.html#_repeats', 'fasterai/analyze/counts.py'),
                                          'fasterai.analyze.counts._types': ('analyze/counts.html#_types', 'fasterai/analyze/counts.py'),
                                          'fasterai.analyze.counts._valid': ('analyze/counts.html#_valid', 'fasterai/analyze/counts.py'),
                                          'fasterai.analyze.counts.accuracy_interval': ( 'analyze/counts.html#accuracy_interval',

@@ -97,7 +97,7 @@ def test_data_that_come_once(net, tmp_path):
     (dict(prune='half'), 'prun'), (dict(prune=dict(pruning_ratios=50)), 'pruning_ratios'), (dict(data=[]), 'no batches'), (dict(samples=0), 'samples'), (dict(path='/nowhere/a.onnx'), 'no folder'),
     (dict(prune=150), '150'), (dict(prune=dict(latency='half')), 'latency'), (dict(prune={'first':50}), 'no layer'), (dict(path=[(X,Y)]), 'valid='), (dict(path='/'), 'directory'), (dict(prune=50, finetune=3), 'function'),
     (dict(correct='yes'), 'function'), (dict(valid=[]), 'valid has no batches'), (dict(model=make().to('meta')), 'meta device'), (dict(threads=0), 'threads'), (dict(data='/images'), 'batches'),
-    (dict(data=TensorDataset(X,Y)), 'DataLoader')])
+    (dict(data=TensorDataset(X,Y)), 'DataLoader'), (dict(data=type('Learner', (), dict(dls=[X]))()), 'pass its `.dls`')])
 def test_refused(net, tmp_path, how, said, monkeypatch):
     "Before anything is done, and nothing is written"
     monkeypatch.setattr('fasterai.ship._Road', None)

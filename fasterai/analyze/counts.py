@@ -326,9 +326,9 @@ _IGNORED = -100 # the label that PyTorch's losses leave out
 def scores_of(
     out, # Output of a model
 ):
-    "The first tensor in `out`, as a plain tensor, or `None` if there is none"
+    "The first tensor in `out` that has an axis, as a plain tensor, or the first of all, or `None` if there is none: a loss may come before the scores"
     ts = tensors_of(out)
-    return plain(ts[0]) if ts else None
+    return plain(next((o for o in ts if o.dim()), ts[0])) if ts else None
 
 def _is_whole(y): return isinstance(y, torch.Tensor) and not (y.is_floating_point() or y.is_complex())
 
@@ -409,12 +409,23 @@ Accuracy = namedtuple('Accuracy', 'right labels strange')
 Agreement = namedtuple('Agreement', 'same of difference why')
 
 # %% ../../nbs/analyze/01_counts.ipynb #2f40ab9e
-def _no_accuracy(out, y, correct):
+def _repeats(xb, y):
+    "Are labels the numbers of words that go in, as those for the next word are?"
+    if not _is_whole(y) or y.dim()<2: return False
+    counts = y!=_IGNORED
+    words = [o.to(y.device) for o in tensors_of(xb) if _is_whole(o) and o.shape==y.shape and o.max()>1]  # no masks
+    return any(counts.any() and torch.equal(o[counts], y[counts]) for o in words)
+
+def _no_accuracy(out, xb, y, correct):
     "Why accuracy cannot be measured, or `None` if it can"
     if y is None:
         if correct is not most_likely: raise ValueError('correct compares outputs with labels, and data has no labels')
-        return 'the data has no labels'
+        near = [k for k in xb if 'label' in k] if isinstance(xb, dict) else []
+        return 'the data has no labels'+(f": those of a dict are under 'labels', and {near[0]!r} goes to the model" if near else '')
     if correct is not most_likely: return None
+    if _repeats(xb, y):
+        example = '`correct=lambda out, y: out.logits[:,:-1].argmax(-1)==y[:,1:]`'
+        return f'the labels are the inputs themselves, which a model for the next word compares one place further: pass `correct`, for instance {example}'
     ask = 'pass `correct`, a function of output and labels that tells which answers are right'
     scores = scores_of(out)
     if class_axis(scores, y) is not None: return None
@@ -464,7 +475,7 @@ def answers(
     res,why = [],None
     with running(*models):
         for outs,xb,y in _each_batch(models, data, progress):
-            if not res: why = _no_accuracy(outs[0], y, correct)
+            if not res: why = _no_accuracy(outs[0], xb, y, correct)
             res.append(_agreement(outs, xb, y) if why else _per_sample(outs, y, correct))
     if not res: raise ValueError('data has no batches')
     if not why:

@@ -287,7 +287,8 @@ def repeatable(
     "`data` as something that gives its batches more than once: a list, if it comes once, or lacks a length that it is to have. `ValueError` for what gives no batches"
     if data is None or isinstance(data, Tensor): return data
     if isinstance(data, (type,str)) or not (hasattr(data, '__iter__') or hasattr(data, '__getitem__')):
-        raise ValueError(f'data are batches: a tensor, a list of tensors or of dicts of arguments by name, or a loader, not {data!r}')
+        hint = '; pass its `.dls`' if hasattr(data, 'dls') else ''
+        raise ValueError(f'data are batches: a tensor, a list of tensors or of dicts of arguments by name, or a loader, not {data!r}{hint}')
     return data if hasattr(data, '__len__') and (_has_length(data) or not counted) else list(data)
 
 def _default_loss(pred, y): return nn.functional.mse_loss(pred, y) if y.is_floating_point() else nn.functional.cross_entropy(pred, y)
