@@ -4177,6 +4177,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fasterai.ship._steps': ('ship.html#_steps', 'fasterai/ship.py'),
                                'fasterai.ship._to_fit': ('ship.html#_to_fit', 'fasterai/ship.py'),
                                'fasterai.ship._variance_kept': ('ship.html#_variance_kept', 'fasterai/ship.py'),
+                               'fasterai.ship._with_targets': ('ship.html#_with_targets', 'fasterai/ship.py'),
                                'fasterai.ship.ship': ('ship.html#ship', 'fasterai/ship.py')},
             'fasterai.sparse.semi_structured': { 'fasterai.sparse.semi_structured._Layer': ( 'sparse/semi_structured.html#_layer',
                                                                                              'fasterai/sparse/semi_structured.py'),

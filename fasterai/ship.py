@@ -198,6 +198,8 @@ def _first_sample(batches):
     n = len(next(iter(tensors_of(batches[0])), [0]))
     return _one(batches[0], n) if isinstance(batches[0], dict) else tuple(_one(o, n) for o in batches[0])
 
+def _with_targets(batches): "For what takes the last of several parts for a target: there is none"; return [(*o,None) if isinstance(o, tuple) and len(o)>1 else o for o in batches]
+
 def _inputs_to_time(model, batches, example_inputs):
     if example_inputs is not None: return inputs_that_run(model, example_inputs)
     one = inputs_for(model, _first_sample(batches))
@@ -242,12 +244,13 @@ def ship(
     if next(iter(loader_of(judge)), None) is None: raise ValueError(f'{"data" if valid is None else "valid"} has no batches')
     first = copy_of(model).eval().cpu()
     inputs = _inputs_to_time(first, fit, example_inputs)
-    pruned = None if prune is None else _pruned(first, prune, fit, inputs, finetune, for_, progress)
+    fitted = _with_targets(fit)
+    pruned = None if prune is None else _pruned(first, prune, fitted, inputs, finetune, for_, progress)
     with tempfile.TemporaryDirectory() as folder:
         road = _Road(first, inputs, fit, judge, for_, may_lose, correct, threads, folder)
         if pruned: road.try_('prune and train' if finetune else 'prune and repair', pruned, 'onnx', asked=True)
         costs = pruned and not road.right
-        for o in with_bar([*_steps(fit, inputs)], progress): road.try_(*o)
+        for o in with_bar([*_steps(fitted, inputs)], progress): road.try_(*o)
     mode = road.kind.partition('_')[2]
     int8 = dict(quantize=True, quantize_mode=mode, calibration_data=fit if mode=='static' else None) if mode else {}
     file = export_onnx(road.job.model, inputs, path, **int8)

@@ -209,3 +209,17 @@ def test_finetune_may_return_another(net):
 def test_outputs_that_are_no_numbers(tmp_path):
     with pytest.raises(ValueError, match='nothing can be judged'): ship(nn.Linear(8, 1), torch.full((4,8), torch.nan), tmp_path/'a.onnx', **quick)
     assert not list(tmp_path.iterdir())
+
+class Both(nn.Module):
+    "Two inputs by position, as networks for tables have"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.out = nn.Embedding(5, 8),nn.Linear(4, 24),nn.Linear(32, 3)
+    def forward(self, cat, cont): return self.out(torch.cat([self.a(cat),torch.relu(self.b(cont))], 1))
+
+def test_several_inputs(tmp_path):
+    "The last of them is no target to what is fitted"
+    torch.manual_seed(0)
+    cat,cont = torch.arange(40)%5,torch.randn(40, 4)
+    res = ship(Both(), (cat,cont,torch.arange(40)%3), tmp_path/'a.onnx', prune={'b':50}, may_lose=100, for_='bytes', **quick)
+    assert res.steps.kept['prune and repair'] and res.model.b.out_features==12 and 'example_inputs' not in res.steps.why['decompose linear']
