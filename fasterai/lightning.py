@@ -16,6 +16,7 @@ from .core import ranks
 from .core.brought import warn
 from .core.pace import Driver, Technique, Training, attach, first_two
 from .core.plan import note_plan, receiving
+from .core.registry import an
 from .distill.training import Distill
 from .prune.training import Prune
 from .quantize.training import Quantize, Share
@@ -36,7 +37,7 @@ def network_of(
     found = [o for o in module.children() if any(p.requires_grad for p in o.parameters())]
     if len(found)==1: return found[0]
     names = ', '.join(n for n,o in module.named_children() if o in found) or 'none'
-    raise ValueError(f'a {type(module).__name__} without a `forward` holds {len(found)} networks ({names}): give it a `forward` that runs what is to be compressed')
+    raise ValueError(f'{an(type(module).__name__)} without a `forward` holds {len(found)} networks ({names}): give it a `forward` that runs what is to be compressed')
 
 def _n_epoch(trainer):
     "How many epochs there will be; the most that there can be, where an epoch has no known length"

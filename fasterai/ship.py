@@ -18,7 +18,8 @@ from .analyze.counts import BATCHES,_each_batch,_valid,answers,latency,loader_of
 from .core.brought import warn
 from .core.evidence import repeatable
 from .core.pace import whole_number
-from .core.running import SLIPS,at_home,call_with,explained,inputs_for,inputs_that_run,tensors_of,untouched,with_bar
+from .core.registry import an
+from .core.running import SLIPS,at_home,call_with,explained,inputs_for,inputs_that_run,plain_model,tensors_of,untouched,with_bar
 from .core.surgery import copy_of
 from .export.onnx_file import ONNXFile,checked_path,export_onnx
 from .export.program import checked_model
@@ -33,14 +34,23 @@ from .report.tables import Table,_FIRST,_data_notes,_one,_ratio,_unit
 # %% ../nbs/94_ship.ipynb #94c0de06
 _GOALS = 'latency','bytes'
 
+def _columns(out): "The numbers of each sample, [samples, columns]; those of images and of words are one column"; return out.double() if out.dim()==2 else out.double().reshape(-1, 1)
+
 def _variance_kept(first, called, data):
-    "Percent of the variance of the outputs of `first` that those of `called` have in common with them"
-    lost = total = 0.
+    """Percent of the variance over samples of the outputs of `first` that those of `called` have in common with them: the mean of columns, as their units need not be the same. What is the same
+    for all samples is judged by its size"""
+    n,start = 0,None
+    lost = total = squares = whole = 0.
     with running(first, called):
         for outs,_,_ in _each_batch((first,called), data, False):
-            a,b = (scores_of(o).double() for o in outs)
-            lost,total = lost+float((a-b).square().sum()),total+float((a-a.mean()).square().sum())
-    return 100*(1-lost/max(total, 1e-300))
+            a,b = (_columns(scores_of(o)) for o in outs)
+            start = a[:1] if start is None else start
+            from_start = a-start  # sums of what is far from zero would lose digits
+            n,lost,total = n+len(a),lost+(a-b).square().sum(0),total+from_start.sum(0)
+            squares,whole = squares+from_start.square().sum(0),whole+a.square().sum(0)
+    variance = squares-total.square()/n
+    size = torch.where(variance>0, variance, whole).clamp(min=torch.finfo(torch.float64).tiny)
+    return 100*float((1-lost/size).clamp(min=0).mean())
 
 def _sizes(model): "Shapes of all that is stored, by name"; return {k:v.shape for k,v in model.state_dict().items() if isinstance(v, torch.Tensor)}
 
@@ -62,8 +72,8 @@ class _Road:
         self.now = self.start
         found = answers(model, data=valid, correct=correct, progress=False)
         self.judged,self.notes = 'accuracy' if hasattr(found, 'right') else 'agreement',_data_notes(found)
-        score = self.score(self.start)
-        self.least = score-may_lose
+        self.may_lose,score = may_lose,self.scores(self.start)[1]
+        if not np.isfinite(score): raise ValueError(f'nothing can be judged by these data: outputs of this {type(model).__name__} for them are no finite numbers')
         self.add('dense', model, self.start, latency(self.start, example_inputs=inputs, threads=threads, progress=False)[0], None, score, True, '')
 
     def ready(self, model):
@@ -73,13 +83,14 @@ class _Road:
         folder.mkdir()
         return Job(model, self.inputs, folder, self.batches, self.threads)
 
-    def score(self, called):
-        "Percent of answers that are right; without labels, that are those of the first network; without classes, of the variance of its outputs"
+    def scores(self, called):
+        """Percent of answers that are right; without labels, that are those of the first network; without classes, of the variance of its outputs. That of the dense file and that of `called`, for the
+        same batches: a loader may draw others each time"""
         if self.judged=='accuracy':
-            found = answers(called, data=self.valid, correct=self.correct, progress=False)
-            return 100*float(found.right.sum()/found.labels.sum())
+            found = answers(self.start, called, data=self.valid, correct=self.correct, progress=False)
+            return [100*o for o in (found.right.sum(1)/found.labels.sum()).tolist()]
         found = answers(self.first, called, data=self.valid, progress=False)
-        return _variance_kept(self.first, called, self.valid) if found.same is None else 100*found.same[1]/found.of
+        return 100.,_variance_kept(self.first, called, self.valid) if found.same is None else 100*found.same[1]/found.of
 
     def add(self, step, model, called, ms, faster, score, kept, why):
         size = dict(params=n_params(model), macs=n_macs(model, self.inputs), bytes=called.n_bytes)
@@ -95,12 +106,20 @@ class _Road:
             if asked: raise
             return self.rows.append(dict(step=step, kept=False, why=f'not possible: {str(e).partition(chr(10))[0]}'))
         start,now,new = latency(self.start, self.now, called, example_inputs=self.inputs, threads=self.threads, progress=False)
-        ratio,score = speedup(now, new),self.score(called)
-        helps = ratio.low>1 if self.for_=='latency' else called.n_bytes<self.now.n_bytes
-        told = f'{_ratio(ratio)} faster than before' if self.for_=='latency' else f'{_unit(called.n_bytes, _BYTES)} in place of {_unit(self.now.n_bytes, _BYTES)}'
-        why = told if helps and score>=self.least else f'not {"faster" if self.for_=="latency" else "smaller"}: {told}' if not helps else f'{self.judged} {score:.1f} %, {self.least:.1f} % is the least'
-        self.add(step, model, called, new, speedup(start, new).median, score, kept := helps and score>=self.least, why)
+        ratio,(dense,score) = speedup(now, new),self.scores(called)
+        helps,why = self.gain(ratio, called)
+        self.right = score>=dense-self.may_lose
+        if helps and not self.right: why = f'{self.judged} {score:.1f} %, {dense-self.may_lose:.1f} % is the least'
+        self.add(step, model, called, new, speedup(start, new).median, score, kept := helps and self.right, why)
         if kept: self.job,self.now,self.kind = job,called,kind
+
+    def gain(self, ratio, called):
+        "Is `called`, `ratio` times as fast as what there is, cheaper than that? And in words"
+        if self.for_=='latency':
+            told = _ratio(ratio)
+            return (True,f'{told} faster than before') if ratio.low>1 else (False,f'not faster: {told}')
+        told,helps = f'{_unit(called.n_bytes, _BYTES)} in place of {_unit(self.now.n_bytes, _BYTES)}',called.n_bytes<self.now.n_bytes
+        return helps,told if helps else f'not smaller: {told}'
 
 _BYTES = 'B','kB','MB','GB'
 
@@ -118,8 +137,8 @@ def _pruned(model, prune, fit, inputs, finetune, for_, progress):
     def f(_):
         new = _first_that_goes(pruners)
         with torch.enable_grad():
-            if finetune is not None: finetune(new)
-        return new.eval()
+            tuned = None if finetune is None else finetune(new)
+        return (plain_model(tuned) if isinstance(tuned, nn.Module) else new).eval().cpu()
     return f
 
 def _first_that_goes(pruners):
@@ -179,6 +198,8 @@ def _first_sample(batches):
     n = len(next(iter(tensors_of(batches[0])), [0]))
     return _one(batches[0], n) if isinstance(batches[0], dict) else tuple(_one(o, n) for o in batches[0])
 
+def _with_targets(batches): "For what takes the last of several parts for a target: there is none"; return [(*o,None) if isinstance(o, tuple) and len(o)>1 else o for o in batches]
+
 def _inputs_to_time(model, batches, example_inputs):
     if example_inputs is not None: return inputs_that_run(model, example_inputs)
     one = inputs_for(model, _first_sample(batches))
@@ -187,7 +208,7 @@ def _inputs_to_time(model, batches, example_inputs):
 
 def _check_asked(path, finetune, correct):
     "An error for a place where no file can be written, and for what is no function"
-    if not isinstance(path, (str,os.PathLike)): raise TypeError(f'path is that of the file to write, not a {type(path).__name__}: data to judge by are `valid=`')
+    if not isinstance(path, (str,os.PathLike)): raise TypeError(f'path is that of the file to write, not {an(type(path).__name__)}: data to judge by are `valid=`')
     checked_path(path)
     for k,f in dict(finetune=finetune, correct=correct).items():
         if f is not None and not callable(f): raise TypeError(f'{k} is a function, not {f!r}')
@@ -201,7 +222,7 @@ def ship(
     for_:str='latency', # What is to fall: 'latency', the time of a call in ONNX Runtime, or 'bytes', of the file
     valid=None, # What to judge by, if it is not in `data`: with labels by accuracy, else by agreement with `model`
     prune=None, # Percentage of channels, a dict of them by layer, or arguments of `Pruner`: `dict(latency='2x')`. If it says nothing else, they go by what is lost after repair and, for latency, to multiples of 16 (see below). None go if not given
-    finetune=None, # Function that trains the pruned network in place; without one it is repaired, which needs no labels
+    finetune=None, # Function that trains the pruned network in place, or returns one that is trained; without one it is repaired, which needs no labels
     may_lose:float=1., # Percentage points of right answers that all steps together may cost
     samples:int=128, # About so many of `data` are fitted to
     example_inputs=None, # What is timed; by default one sample of `data`
@@ -223,11 +244,13 @@ def ship(
     if next(iter(loader_of(judge)), None) is None: raise ValueError(f'{"data" if valid is None else "valid"} has no batches')
     first = copy_of(model).eval().cpu()
     inputs = _inputs_to_time(first, fit, example_inputs)
-    pruned = None if prune is None else _pruned(first, prune, fit, inputs, finetune, for_, progress)
+    fitted = _with_targets(fit)
+    pruned = None if prune is None else _pruned(first, prune, fitted, inputs, finetune, for_, progress)
     with tempfile.TemporaryDirectory() as folder:
         road = _Road(first, inputs, fit, judge, for_, may_lose, correct, threads, folder)
         if pruned: road.try_('prune and train' if finetune else 'prune and repair', pruned, 'onnx', asked=True)
-        for o in with_bar([*_steps(fit, inputs)], progress): road.try_(*o)
+        costs = pruned and not road.right
+        for o in with_bar([*_steps(fitted, inputs)], progress): road.try_(*o)
     mode = road.kind.partition('_')[2]
     int8 = dict(quantize=True, quantize_mode=mode, calibration_data=fit if mode=='static' else None) if mode else {}
     file = export_onnx(road.job.model, inputs, path, **int8)
@@ -236,6 +259,6 @@ def ship(
     steps.attrs = dict(judged=road.judged, about=f'{size}, threads: {threads or torch.get_num_threads()}; ms: median in ONNX Runtime; faster: than the dense network in the same turns',
         notes=['judged by the data that it was fitted to: `valid` would be data that it has not seen']*(valid is None and not split)+road.notes)
     if pruned and not road.rows[1]['kept']:
-        advice = '. `may_lose` allows more, `finetune` trains it' if road.rows[1]['score']<road.least else ''
+        advice = '. `may_lose` allows more, `finetune` trains it' if costs else ''
         warn(f'pruned as asked, the network is not kept: {road.rows[1]["why"]}{advice}')
     return Shipped(road.job.model, file, steps)

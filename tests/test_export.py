@@ -1,11 +1,14 @@
 "Networks that become files: right, or refused in words, whatever was brought and whatever the library has made of it"
 import os, subprocess, sys, warnings
 from copy import deepcopy
+from collections import UserDict
 from dataclasses import dataclass
+from pathlib import Path
 import numpy as np, pytest, torch
 from torch import nn
 from torch.nn.utils.prune import l1_unstructured
 from fastai.torch_core import TensorImage
+from fasterai.analyze.all import n_macs
 from fasterai.export import cpu
 from fasterai.export.all import ONNXModel, accelerate_model_for_cpu, export_onnx, optimize_for_cpu, to_exported, verify_onnx
 from fasterai.misc.all import BN_Folder, Conv_Decomposer, FC_Decomposer
@@ -149,7 +152,7 @@ def test_another_network_is_not_verified(tmp_path):
     fixed = export_onnx(model, X, tmp_path/'f.onnx', dynamic_batch=False)
     assert fixed.inputs['input']==(3,3,8,8) and fixed.samples==(3,)
     verify_onnx(model, fixed, X, dynamic_batch=False)
-    with pytest.raises(ValueError, match=r'f.onnx does not run with input \[1, 3, 8, 8\]'): verify_onnx(model, fixed, X)
+    with pytest.raises(ValueError, match=r'f.onnx does not run with input \[1, 3, 8, 8\].*its sizes are fixed'): verify_onnx(model, fixed, X)
 
 def test_a_layer_that_does_not_show(tmp_path):
     "Outputs are the same as long as what comes after a layer is zero: the layers themselves are compared"
@@ -201,6 +204,8 @@ def test_places(tmp_path):
     "A path is told apart from a sample, a folder from a file"
     with pytest.raises(ValueError, match=r'export_onnx\(model, sample, path\)'): export_onnx(net(), 'm.onnx')
     with pytest.raises(IsADirectoryError): export_onnx(net(), X, tmp_path)
+    if Path('/proc').is_dir():
+        with pytest.raises(OSError, match='no file can be written there.*/proc'): export_onnx(net(), X, '/proc/m.onnx')
     with pytest.raises(FileNotFoundError, match='no folder'): export_onnx(net(), X, tmp_path/'a'/'m.onnx')
     with pytest.raises(FileNotFoundError, match='there is no file'): ONNXModel(tmp_path/'m.onnx')
     (tmp_path/'m.onnx').write_text('not a network')
@@ -355,3 +360,42 @@ def test_constants_that_are_no_numbers(tmp_path):
         warnings.simplefilter('always')
         export_onnx(Distances(), torch.randn(2,4), tmp_path/'a.onnx')
     assert not [o for o in said if issubclass(o.category, RuntimeWarning)]
+
+def test_numbers_that_onnx_runtime_has_not(tmp_path):
+    "Its own words are not those of the error"
+    for m in (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()),nn.Sequential(nn.Flatten(), nn.Linear(192, 2))):
+        with pytest.raises(ValueError, match=r'^ONNX Runtime does not run this Sequential, which has numbers of torch.bfloat16: export `model.float\(\)`$'):
+            export_onnx(m.bfloat16(), X.bfloat16(), tmp_path/'m.onnx')
+    assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize('data, said', [([X*torch.nan], 'int8'), ([X,X*torch.inf], 'int8 has no range for .* finite'), ([X[:,:,:4]], 'int8 of this Sequential'), ([X[0]], 'int8 of this Sequential')],
+    ids=['nan','inf','sizes','axes'])
+def test_data_that_give_no_ranges(tmp_path, data, said):
+    "Whatever stops ONNX Runtime's quantizer, or goes through it, is an error of ours, and no file is written"
+    m = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    with pytest.raises(ValueError, match=said): export_onnx(m, X, tmp_path/'m.onnx', quantize=True, quantize_mode='static', calibration_data=data)
+    assert not list(tmp_path.iterdir())
+
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.l = nn.Linear(4, 2)
+    def forward(self, a, b): return dict(out=self.l(a)+b)
+
+@pytest.mark.parametrize('inputs', [[torch.ones(3,4),torch.ones(3,2)],UserDict(a=torch.ones(3,4), b=torch.ones(3,2))], ids=['list','mapping'])
+def test_script_takes_what_others_take(inputs):
+    "A list of arguments, and any mapping, as `BatchEncoding` of transformers"
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', 'backend.*does not take')
+        warnings.filterwarnings('ignore', 'backend.*is not faster')
+        optimize_for_cpu(ByName(), inputs, 'script')
+    assert n_macs(ByName(), inputs)>0
+
+def test_a_difference_leaves_no_trace(tmp_path):
+    "Whatever mode the network is in: what is found out for the message trains nothing, and dropout draws nothing then"
+    def make(c): return nn.Sequential(nn.Conv2d(3, c, 3), nn.BatchNorm2d(c), nn.Dropout(.5), nn.Flatten(), nn.Linear(36*c, 2))
+    file,other = export_onnx(make(2), X, tmp_path/'m.onnx'),make(3).train()
+    state,drawn = deepcopy(other.state_dict()),torch.get_rng_state()
+    with pytest.raises(ValueError, match='output differs') as e: verify_onnx(other, file, X)
+    assert 'random' not in str(e.value) and torch.equal(torch.get_rng_state(), drawn) and other.training
+    assert all(torch.equal(v, state[k]) for k,v in other.state_dict().items())

@@ -141,3 +141,21 @@ def test_words_not_used(path):
             assert not {None,'Exception','BaseException'} & set(names), f'{path}:{o.lineno} catches everything'
         if isinstance(o, ast.Call) and isinstance(o.func, ast.Attribute): assert o.func.attr not in ('cuda','manual_seed','seed') or 'enerator' in ast.unparse(o.func.value), f'{path}:{o.lineno}'
         if isinstance(o, ast.Global): raise AssertionError(f'{path}:{o.lineno} has a global')
+
+def unused(tree):
+    "Names that a module imports and does not use. What `__all__` lists is for others; an import inside a function may be for what it does"
+    names = {o.id for o in ast.walk(tree) if isinstance(o, ast.Name)}|{o.value for o in ast.walk(tree) if isinstance(o, ast.Constant)}
+    imports = [o for o in tree.body if isinstance(o, (ast.Import,ast.ImportFrom))]
+    return [k for o in imports for a in o.names if (k := (a.asname or a.name).partition('.')[0]) not in names|{'*'}]
+
+@pytest.mark.parametrize('path', [o for o in FILES if not o.endswith(('all.py','__init__.py','_modidx.py'))])
+def test_imports_are_used(path): assert not unused(FILES[path])
+
+def test_unused_notice_a_breach():
+    assert unused(ast.parse('import math,os.path\nfrom x import y,z\ny(os)'))==['math','z']
+
+@pytest.mark.parametrize('path', FILES)
+def test_articles(path):
+    "Names of types have the article that fits to them, whatever they are: `an` finds it"
+    pairs = [(o.lineno,a,b) for o in ast.walk(FILES[path]) if isinstance(o, ast.JoinedStr) for a,b in zip(o.values, o.values[1:]) if isinstance(a, ast.Constant)]
+    assert not [n for n,a,b in pairs if f' {a.value}'.endswith((' a ',' an ')) and ast.unparse(b.value).endswith('.__name__')]

@@ -471,3 +471,38 @@ def test_speed_benchmark_runs():
 @pytest.mark.parametrize('wrong', [None, 5, 'table', [1,2], nn.Linear(3, 3), pd.DataFrame(), pd.DataFrame(dict(layer=['a'], before=[1.])), pd.DataFrame(dict(block=[], influence=[], macs_share=[]))], ids=str)
 def test_show_influence_of_something_else(wrong):
     with pytest.raises(ValueError, match='the table that block_influence gives'): show_influence(wrong)
+
+class NextWord(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(9, 9)
+    def forward(self, ids, mask=None, label=None): return self.words(ids)
+
+def test_labels_of_the_next_word():
+    "Where labels are what goes in, a network that says it again would be right: told in place of an accuracy"
+    ids = torch.arange(24).view(4,6)%9
+    for labels in (ids,ids.masked_fill(ids==3, -100)):
+        rep = report(NextWord(), NextWord(), [dict(ids=ids, mask=torch.ones_like(ids), labels=labels)], repeats=6)
+        assert 'accuracy' not in rep and any('one place further' in o for o in rep.notes) and rep.of['before']==24
+    rep = report(NextWord(), [dict(ids=ids, labels=ids)], repeats=6, correct=lambda out, y: out[:,:-1].argmax(-1)==y[:,1:])
+    assert rep.of.item()==20 and 'accuracy' in rep
+    rep = report(NextWord(), [dict(ids=ids, mask=torch.ones_like(ids), labels=torch.ones_like(ids))], repeats=6)
+    assert 'accuracy' in rep
+
+def test_labels_under_another_name():
+    ids = torch.arange(24).view(4,6)%9
+    rep = report(NextWord(), [dict(ids=ids, label=ids)], repeats=6)
+    assert any("under 'labels', and 'label' goes to the model" in o for o in rep.notes)
+
+def test_a_loss_before_the_scores():
+    "As networks of transformers return it where labels go in under other names than `labels`"
+    class WithLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = nn.Linear(4, 3)
+        def forward(self, x, place=None):
+            scores = self.l(x)
+            return (nn.functional.cross_entropy(scores, place),scores) if place is not None else scores
+    torch.manual_seed(0)
+    rep = report(WithLoss(), WithLoss(), [dict(x=torch.randn(8,4), place=torch.arange(8)%3)], repeats=6)
+    assert rep.of['before']==8 and 0<rep.same['after']<8

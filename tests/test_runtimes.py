@@ -3,7 +3,7 @@ import copy, sys
 import numpy as np, pytest, torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from fasterai.export.runtimes import calibration_inputs, in_runtimes, runtimes
+from fasterai.export.runtimes import calibration_inputs, checked_runtimes, in_runtimes, runtimes
 from fasterai.prune.all import Pruner
 from fasterai.quantize.all import KMeansQuantizer
 from fasterai.report.all import report
@@ -92,7 +92,7 @@ def test_ignored():
     assert [o.partition(':')[0] for o in told(rep, 'take as much time and room as other numbers, whatever the runtime')]==['sparse']
     assert [o.partition(':')[0] for o in told(rep, 'have few values')]==['shared']
 
-@pytest.mark.parametrize('asked, said', [('onxx', "'onnx'"), ([], 'different names'), (['onnx','onnx'], 'different names'), (['eager','tensorrt'], 'tensorrt')])
+@pytest.mark.parametrize('asked, said', [('onxx', "'onnx'"), (True, 'True'), ([None], 'None'), (5, 'eager, compile'), ([], 'different names'), (['onnx','onnx'], 'different names'), (['eager','tensorrt'], 'tensorrt')])
 def test_names(asked, said):
     with pytest.raises(ValueError, match=said): report(net(), runtimes=asked)
 
@@ -104,10 +104,10 @@ def test_untouched(tmp_path):
     m = net().train()
     state = copy.deepcopy(m.state_dict())
     found,missing = in_runtimes(m, images(2), 'all', tmp_path, [(images(),)])
-    assert m.training and all(torch.equal(v, state[k]) for k,v in m.state_dict().items()) and {*found,*missing}=={*runtimes} and found['eager'] is m
+    assert m.training and all(torch.equal(v, state[k]) for k,v in m.state_dict().items()) and {*found,*missing}=={*runtimes}
     with torch.no_grad():
         out = net()(images(7))
-        assert all((o(images(7))-out).abs().max()<.1*out.abs().max() for k,o in found.items() if k!='eager')
+        assert all((o(images(7))-out).abs().max()<.1*out.abs().max() for k,o in found.items() )
 
 def test_samples():
     "As many as are asked for, in whole batches"
@@ -143,3 +143,16 @@ def test_lengths_that_differ():
     "A file takes one length, and says so"
     batches = [dict(ids=torch.arange(2*n).view(2,n)%20) for n in (6,4)]
     with pytest.raises(ValueError, match=r'it takes ids as \[batch, 6\].*pad what has other sizes'): report(Pair(), batches, runtimes='onnx', repeats=6)
+
+def test_eager_is_as_the_others(tmp_path):
+    "Without dropout, whatever the mode of the network; one that does not train is itself"
+    m = nn.Sequential(nn.Dropout(.9), nn.Linear(4, 2)).train()
+    new = in_runtimes(m, np.ones((3,4)), 'eager', tmp_path)[0]['eager']
+    x = torch.ones(3, 4)
+    assert torch.equal(new(x), m[1](x)) and m.training and in_runtimes(m.eval(), x, 'eager', tmp_path)[0]['eager'] is m
+
+@pytest.mark.parametrize('n', [0,-1,'2',True])
+def test_threads(tmp_path, n):
+    with pytest.raises(ValueError, match='threads is a whole number'): in_runtimes(net(), images(2), 'eager', tmp_path, threads=n)
+
+def test_names_in_any_order(): assert set(checked_runtimes({'onnx','eager'}))=={'onnx','eager'} and checked_runtimes('all')==[*runtimes]

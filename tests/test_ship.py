@@ -4,9 +4,10 @@ import pytest, torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from sklearn.datasets import load_digits
+from fasterai.analyze.counts import answers, most_likely
 from fasterai.export.all import ONNXModel, verify_onnx
 from fasterai.prune.all import load_pruned, save_pruned
-from fasterai.ship import ship
+from fasterai.ship import _Road, _pruned, _variance_kept, ship
 
 X = torch.tensor(load_digits().images/8-1, dtype=torch.float32)[:,None]
 Y = torch.tensor(load_digits().target)
@@ -96,7 +97,7 @@ def test_data_that_come_once(net, tmp_path):
     (dict(prune='half'), 'prun'), (dict(prune=dict(pruning_ratios=50)), 'pruning_ratios'), (dict(data=[]), 'no batches'), (dict(samples=0), 'samples'), (dict(path='/nowhere/a.onnx'), 'no folder'),
     (dict(prune=150), '150'), (dict(prune=dict(latency='half')), 'latency'), (dict(prune={'first':50}), 'no layer'), (dict(path=[(X,Y)]), 'valid='), (dict(path='/'), 'directory'), (dict(prune=50, finetune=3), 'function'),
     (dict(correct='yes'), 'function'), (dict(valid=[]), 'valid has no batches'), (dict(model=make().to('meta')), 'meta device'), (dict(threads=0), 'threads'), (dict(data='/images'), 'batches'),
-    (dict(data=TensorDataset(X,Y)), 'DataLoader')])
+    (dict(data=TensorDataset(X,Y)), 'DataLoader'), (dict(data=type('Learner', (), dict(dls=[X]))()), 'pass its `.dls`')])
 def test_refused(net, tmp_path, how, said, monkeypatch):
     "Before anything is done, and nothing is written"
     monkeypatch.setattr('fasterai.ship._Road', None)
@@ -153,3 +154,72 @@ def test_where_it_is_called(net, tmp_path):
         warnings.simplefilter('ignore')
         res = ship(narrow, X[:32], tmp_path/'a.onnx', prune=50, finetune=lambda m: m(X[:2].clone()).sum().backward(), may_lose=100, **quick)
     assert res.steps.params['prune and train']<res.steps.params['dense']
+
+class Noisy:
+    "As a loader that augments in its workers: other batches each time"
+    n = 0
+    def __iter__(self):
+        self.n += 1
+        noise = torch.randn(len(X)-1200, 1, 8, 8, generator=torch.Generator().manual_seed(self.n))
+        return iter([(X[1200:]+noise,Y[1200:])])
+    def __len__(self): return 1
+
+def test_judged_by_the_same_batches(net):
+    "What a step costs is told of the batches that judge the first network as well"
+    road = _Road.__new__(_Road)
+    road.judged,road.start,road.valid,road.correct = 'accuracy',net,Noisy(),most_likely
+    found = [road.scores(copy.deepcopy(net)) for _ in range(2)]
+    assert all(a==b for a,b in found) and found[0]!=found[1]
+
+class Scaled(nn.Module):
+    "Three numbers of other units, one of which hardly changes"
+    def __init__(self, wrong=0., size=(1e4,1.,0.), start=(1e6,0.,3.)):
+        super().__init__()
+        self.wrong,self.size,self.start = (nn.Buffer(torch.tensor(o)) for o in (wrong,size,start))
+    def forward(self, x): return x*self.size+self.start+self.wrong*torch.tensor([0.,1.,0.])*x.flip(0)
+
+@pytest.mark.parametrize('batch', [1,7,60])
+def test_what_numbers_have_in_common(batch):
+    "It does not matter how samples are batched, nor in which units numbers are"
+    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    batches = [*zip(x.split(batch), x.split(batch))]
+    assert _variance_kept(Scaled(), Scaled(), batches)==pytest.approx(100)
+    if batch==60: assert 60<_variance_kept(Scaled(), Scaled(1.), batches)<70  # one of three is another
+    assert _variance_kept(nn.Linear(3, 1), nn.Linear(3, 1), batches)>=0
+
+def test_labels_of_none(net):
+    with pytest.raises(ValueError, match='no label of data.*-100'): answers(net, data=(X[:8],Y[:8]*0-100), progress=False)
+
+def test_whole_numbers_are_answers(net):
+    class Best(nn.Module):
+        def __init__(self): super().__init__(); self.net = net
+        def forward(self, x): return self.net(x).argmax(1)
+    found = answers(Best(), Best(), data=X[:32], progress=False)
+    assert found.same==[32,32] and found.of==32
+
+def test_a_label_that_is_text(net):
+    with pytest.raises(ValueError, match='are tensors, not str$'): answers(net, data=[(X[:8],['a']*8)], progress=False)
+
+def test_finetune_may_return_another(net):
+    tuned = []
+    def tune(m): tuned.append(nn.DataParallel(copy.deepcopy(m)).train()); return tuned[0]
+    new = _pruned(net, 50, [(X[:64],)], (X[:1],), tune, 'bytes', False)(None)
+    assert new is tuned[0].module and not new.training
+
+def test_outputs_that_are_no_numbers(tmp_path):
+    with pytest.raises(ValueError, match='nothing can be judged'): ship(nn.Linear(8, 1), torch.full((4,8), torch.nan), tmp_path/'a.onnx', **quick)
+    assert not list(tmp_path.iterdir())
+
+class Both(nn.Module):
+    "Two inputs by position, as networks for tables have"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.out = nn.Embedding(5, 8),nn.Linear(4, 24),nn.Linear(32, 3)
+    def forward(self, cat, cont): return self.out(torch.cat([self.a(cat),torch.relu(self.b(cont))], 1))
+
+def test_several_inputs(tmp_path):
+    "The last of them is no target to what is fitted"
+    torch.manual_seed(0)
+    cat,cont = torch.arange(40)%5,torch.randn(40, 4)
+    res = ship(Both(), (cat,cont,torch.arange(40)%3), tmp_path/'a.onnx', prune={'b':50}, may_lose=100, for_='bytes', **quick)
+    assert res.steps.kept['prune and repair'] and res.model.b.out_features==12 and 'example_inputs' not in res.steps.why['decompose linear']

@@ -194,3 +194,12 @@ def test_compiled(faster):
 def test_export_is_refused(faster):
     model,x = mlp(),torch.randn(2, 16)
     with pytest.raises(ValueError, match='export the network that this layer was made for'): torch.export.export(sparse_for_cpu(model, x), (x,))
+
+def test_layers_that_get_inputs_by_name(faster):
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = nn.Linear(8, 8)
+        def forward(self, x): return self.l(input=x)
+    _,report = sparse_for_cpu(nn.Sequential(zeroed(Inside()), zeroed(nn.Linear(8, 8))), torch.randn(2, 8), report=True)
+    assert report.why[0]=='it gets its input by name' and report.is_sparse[1]

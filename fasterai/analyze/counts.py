@@ -23,6 +23,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map
 from ..core.brought import check_held
 from ..core.graph import ChannelGraph
+from ..core.registry import an
 from ..core.running import OwnNumbers,_eager,check_inputs,check_module,example_inputs_for,explained,innermost,inputs_that_run,plain,restored,tensors_of,untouched,validation_of as _valid,with_bar
 
 # %% ../../nbs/analyze/01_counts.ipynb #4ed54031
@@ -276,7 +277,7 @@ def loader_of(
     if samples or not hasattr(data, '__iter__'):
         hint = '; pass a DataLoader of it' if hasattr(data, '__getitem__') else ''
         if hasattr(data, 'dls'): hint = '; pass its `.dls`'
-        raise ValueError(f'data is a DataLoaders, an iterable of batches, or tensors, not a {type(data).__name__}{hint}')
+        raise ValueError(f'data is a DataLoaders, an iterable of batches, or tensors, not {an(type(data).__name__)}{hint}')
     return data
 
 def inputs_and_labels(
@@ -292,7 +293,8 @@ def inputs_and_labels(
         xb,y = tuple(batch[:n]),tuple(batch[n:])
         if len(y)<2: y = y[0] if y else None
     else:
-        was = ('an empty ' if isinstance(batch, (tuple,list)) else 'a ')+type(batch).__name__
+        name = type(batch).__name__
+        was = f'an empty {name}' if isinstance(batch, (tuple,list)) else an(name)
         raise ValueError(f'a batch is a tensor, a tuple (x, y) or a dict of inputs, not {was}')
     for what,o in (('inputs',xb),('labels',y)):
         if o is not None and not tensors_of(o): raise ValueError(f'the {what} of a batch are tensors, not {_types(o)}{_as_tensors_by(o)}')
@@ -303,7 +305,7 @@ def _as_tensors_by(o): "How lists become tensors"; return "; tokenizers give the
 def _types(o):
     "Names of the types in `o`"
     if isinstance(o, Mapping): o = list(o.values())
-    return ', '.join(type(v).__name__ for v in (o if isinstance(o, (tuple,list)) else [o])) or 'nothing'
+    return ', '.join(dict.fromkeys(type(v).__name__ for v in (o if isinstance(o, (tuple,list)) else [o]))) or 'nothing'
 
 # %% ../../nbs/analyze/01_counts.ipynb #3e84b6f1
 _IGNORED = -100 # the label that PyTorch's losses leave out
@@ -311,9 +313,9 @@ _IGNORED = -100 # the label that PyTorch's losses leave out
 def scores_of(
     out, # Output of a model
 ):
-    "The first tensor in `out`, as a plain tensor, or `None` if there is none"
+    "The first tensor in `out` that has an axis, as a plain tensor, or the first of all, or `None` if there is none: a loss may come before the scores"
     ts = tensors_of(out)
-    return plain(ts[0]) if ts else None
+    return plain(next((o for o in ts if o.dim()), ts[0])) if ts else None
 
 def _is_whole(y): return isinstance(y, torch.Tensor) and not (y.is_floating_point() or y.is_complex())
 
@@ -347,7 +349,7 @@ def _judged(correct, out, y):
     "What `correct` says of one batch, without the labels that are left out"
     right = correct(out, y)
     if not isinstance(right, torch.Tensor) or right.dtype!=torch.bool:
-        was = f'a tensor of {right.dtype}' if isinstance(right, torch.Tensor) else f'a {type(right).__name__}'
+        was = f'a tensor of {right.dtype}' if isinstance(right, torch.Tensor) else an(type(right).__name__)
         raise ValueError(f'correct(out, y) returns a tensor of booleans, one for each answer, not {was}')
     right = plain(right)
     return right,(y!=_IGNORED if correct is most_likely else torch.ones_like(right))
@@ -394,16 +396,27 @@ Accuracy = namedtuple('Accuracy', 'right labels strange')
 Agreement = namedtuple('Agreement', 'same of difference why')
 
 # %% ../../nbs/analyze/01_counts.ipynb #2f40ab9e
-def _no_accuracy(out, y, correct):
+def _repeats(xb, y):
+    "Are labels the numbers of words that go in, as those for the next word are?"
+    if not _is_whole(y) or y.dim()<2: return False
+    counts = y!=_IGNORED
+    words = [o.to(y.device) for o in tensors_of(xb) if _is_whole(o) and o.shape==y.shape and o.max()>1]  # no masks
+    return any(counts.any() and torch.equal(o[counts], y[counts]) for o in words)
+
+def _no_accuracy(out, xb, y, correct):
     "Why accuracy cannot be measured, or `None` if it can"
     if y is None:
         if correct is not most_likely: raise ValueError('correct compares outputs with labels, and data has no labels')
-        return 'the data has no labels'
+        near = [k for k in xb if 'label' in k] if isinstance(xb, dict) else []
+        return 'the data has no labels'+(f": those of a dict are under 'labels', and {near[0]!r} goes to the model" if near else '')
     if correct is not most_likely: return None
+    if _repeats(xb, y):
+        example = '`correct=lambda out, y: out.logits[:,:-1].argmax(-1)==y[:,1:]`'
+        return f'the labels are the inputs themselves, which a model for the next word compares one place further: pass `correct`, for instance {example}'
     ask = 'pass `correct`, a function of output and labels that tells which answers are right'
     scores = scores_of(out)
     if class_axis(scores, y) is not None: return None
-    if scores is None: return f'the model returns no tensor but a {type(out).__name__}: {ask}'
+    if scores is None: return f'the model returns no tensor but {an(type(out).__name__)}: {ask}'
     if not isinstance(y, torch.Tensor): return f'a sample has several labels: {ask}'
     if y.is_floating_point():
         if y.shape==scores.shape and y.dim()>1 and y.shape[1]>1 and ((y==0)|(y==1)).all():
@@ -434,7 +447,7 @@ def _agreement(outs, xb, y):
     axis = -1 if words else 1
     numbers = isinstance(y, torch.Tensor) and not _is_whole(y)
     classes = first.is_floating_point() and first.dim()>1 and first.shape[axis]>1 and not numbers
-    best = [o.argmax(axis) for o in scores] if classes else []
+    best = [o.argmax(axis) for o in scores] if classes else scores if _is_whole(first) else []  # whole numbers are answers themselves
     difference = [float((o.double()-first.double()).abs().max()) if o.numel() else 0. for o in scores]
     return [int((o==best[0]).sum()) for o in best] or None, best[0].numel() if best else 0, difference
 
@@ -449,11 +462,12 @@ def answers(
     res,why = [],None
     with running(*models):
         for outs,xb,y in _each_batch(models, data, progress):
-            if not res: why = _no_accuracy(outs[0], y, correct)
+            if not res: why = _no_accuracy(outs[0], xb, y, correct)
             res.append(_agreement(outs, xb, y) if why else _per_sample(outs, y, correct))
     if not res: raise ValueError('data has no batches')
     if not why:
         right,labels,strange = zip(*res)
+        if not any(o.any() for o in labels): raise ValueError(f'no label of data is an answer to compare with: all are {_IGNORED}, which stands for no label')
         return Accuracy(torch.cat(right, 1), torch.cat(labels), sum(strange))
     same,of,difference = zip(*res)
     worst = torch.tensor(difference, device='cpu').max(0).values.tolist()  # nan stays nan

@@ -17,9 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from .graph import layer_of
 from .ops import PRODUCTS, Call, Watch, macs
-from .registry import did_you_mean
+from .registry import an
 from .running import call_with, tensors_of, untouched
 
 # %% ../../nbs/core/25_blocks.ipynb #bcbcaac2
@@ -255,7 +254,7 @@ class _Finding(Watch):
     def block_of(self, m, call, args, kwargs, out):
         "The `Block`, or why it is none"
         outs = list(_within(out))
-        if not outs: return 'it gives no tensor' if not isinstance(out, Mapping) else f'it gives a {type(out).__name__}'
+        if not outs: return 'it gives no tensor' if not isinstance(out, Mapping) else f'it gives {an(type(out).__name__)}'
         if not call.inputs: return 'it takes no numbers that could be passed on'
         path,y = outs[0]
         marks = self.marks.of(y)
@@ -265,7 +264,7 @@ class _Finding(Watch):
         if not found: return 'it is no residual block: its input is not added to what it gives'
         place,x,shape,k = found[0]
         form = 'tensor' if out is y else _FORMS.get(type(out))
-        if form is None or len(path)>1: return f'it gives a {type(out).__name__}'
+        if form is None or len(path)>1: return f'it gives {an(type(out).__name__)}'
         rest,made = self.rest(out, path, m, args, kwargs)
         dim = self.dims.get(k, 1 if len(shape)==4 else -1)
         alone = len(args)==1 and not kwargs and place[0]==0 and not place[2]

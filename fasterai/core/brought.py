@@ -15,6 +15,7 @@ import torch
 from torch import nn, Tensor
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from .registry import an
 from .running import is_fake
 
 # %% ../../nbs/core/07_brought.ipynb #155b784c
@@ -162,7 +163,7 @@ def unheld(
     if t.is_meta and not is_fake(t): return 'has no values, since it is on the meta device: load them first'
     if t.layout!=torch.strided: return f'is stored as {t.layout}: make it dense first (`to_dense`)'
     if t.is_quantized or is_traceable_wrapper_subclass(t):
-        return f'is a {type(t).__name__} of {t.dtype}, no plain tensor: do this before it is converted'
+        return f'is {an(type(t).__name__)} of {t.dtype}, no plain tensor: do this before it is converted'
 
 def check_held(
     named, # Pairs of name and tensor, or a dict

@@ -10,7 +10,6 @@ __all__ = ['contexts', 'CONTEXT_NEEDS', 'local', 'global_', 'erk', 'uniform_plus
 import inspect, math
 from functools import lru_cache
 import torch
-from torch import Tensor
 from .registry import did_you_mean, named
 from .selection import n_of, lowest
 

@@ -13,7 +13,6 @@ import inspect, warnings
 from functools import cached_property
 from typing import Callable
 import torch
-from torch import Tensor
 from .needs import needed
 from .obs import damped_inverse
 from .registry import did_you_mean, named

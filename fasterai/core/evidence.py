@@ -20,7 +20,7 @@ from .criteria import needs
 from . import ranks
 from .needs import Known, needed
 from .granularity import axes_of, has_axes
-from .reads import Weights, columns_in, follow, reads_of, some_columns
+from .reads import columns_in, follow, reads_of, some_columns
 from .running import SLIPS, as_in_training, batches_of, call_with, inputs_for, inputs_of, tensors_of, untouched, validation_of
 
 # %% ../../nbs/core/14_evidence.ipynb #a3b0fb28
@@ -288,7 +288,8 @@ def repeatable(
     data = validation_of(data)
     if data is None or isinstance(data, Tensor): return data
     if isinstance(data, (type,str)) or not (hasattr(data, '__iter__') or hasattr(data, '__getitem__')):
-        raise ValueError(f'data are batches: a tensor, a list of tensors or of dicts of arguments by name, or a loader, not {data!r}')
+        hint = '; pass its `.dls`' if hasattr(data, 'dls') else ''
+        raise ValueError(f'data are batches: a tensor, a list of tensors or of dicts of arguments by name, or a loader, not {data!r}{hint}')
     return data if hasattr(data, '__len__') and (_has_length(data) or not counted) else list(data)
 
 def _default_loss(pred, y): return nn.functional.mse_loss(pred, y) if y.is_floating_point() else nn.functional.cross_entropy(pred, y)

@@ -14,6 +14,7 @@ from torch import nn,Tensor
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from .ops import Call,Watch
+from .registry import an
 from .running import Where,calls_of,held,tensors_of,call_with,check_shapes,example_inputs_for,untouched
 
 # %% ../../nbs/core/13_flow.ipynb #7564f882
@@ -117,7 +118,7 @@ class _Readers(Watch):
         with calls_of(self.model, enter, leave): yield self
 
     def seen(self, m, o):
-        for t in tensors_of(o): self.read(t).kept = f'seen by a hook of a {type(m).__name__}'
+        for t in tensors_of(o): self.read(t).kept = f'seen by a hook of {an(type(m).__name__)}'
 
 # %% ../../nbs/core/13_flow.ipynb #0e4fe4a9
 class Flow:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from collections.abc import Callable
 import torch
 from torch import nn, Tensor
-from .registry import did_you_mean
+from .registry import an,did_you_mean
 from .running import SLIPS, plain_model, undone
 from .graph import layer_of
 from .surgery import _add_bias, _channels_last, _named, _sub, apply_plan, check_plan
@@ -147,9 +147,9 @@ describes(nn.ModuleList, parts=True)(lambda parts: nn.ModuleList(parts.values())
 def _described(m):
     "How to make layer `m` again; `ValueError` if it is of no kind that can be"
     kind = _kinds.get(_called(type(m)))
-    if kind is None or kind.cls is not type(m): raise ValueError(f'a {type(m).__name__} cannot be described: `describes` of fasterai.core.plan tells how to make one')
+    if kind is None or kind.cls is not type(m): raise ValueError(f'{an(type(m).__name__)} cannot be described: `describes` of fasterai.core.plan tells how to make one')
     try: args = json.loads(json.dumps(kind.told(m)))
-    except TypeError as e: raise ValueError(f'a {type(m).__name__} cannot be described: {e}') from e
+    except TypeError as e: raise ValueError(f'{an(type(m).__name__)} cannot be described: {e}') from e
     _checked(kind, args)
     return dict(kind=_called(type(m)), args=args, frozen=[k for k,p in m._parameters.items() if p is not None and not p.requires_grad])
 
@@ -172,7 +172,7 @@ def _made(told, parts={}):
         m = kind.make(*[parts]*kind.parts, **_checked(kind, told['args']))
         if m._modules.keys()!=parts.keys(): raise ValueError(f'its parts are {", ".join(m._modules)}, not {", ".join(parts)}'[:300])
         if told['frozen'] and not {*told['frozen']}<={k for k,p in m._parameters.items() if p is not None}: raise ValueError('it has other parameters')
-    except SLIPS as e: raise ValueError(f'{_DAMAGED}a {told["kind"][:80]} cannot be made: {e}') from e
+    except SLIPS as e: raise ValueError(f'{_DAMAGED}{an(told["kind"][:80])} cannot be made: {e}') from e
     for k in told['frozen']: m._parameters[k].requires_grad_(False)
     return m
 
@@ -220,7 +220,7 @@ def remember_parts(
 
 def _replaced_in(model, before):
     "What is new in `model`: descriptions; by name of a module its parts (the name that each had, or the number of a description); parameters that layers got"
-    if model not in before: raise ValueError(f'the model itself was replaced, by a {type(model).__name__}, and only parts of a fresh model can be: put it into an nn.Sequential first')
+    if model not in before: raise ValueError(f'the model itself was replaced, by {an(type(model).__name__)}, and only parts of a fresh model can be: put it into an nn.Sequential first')
     new,at,children,added = [],{},{},{}
     def place(m, name):
         if m is None: return
@@ -452,13 +452,13 @@ def _places(model, told):
         odd = [k for k in kids if not k or '.' in k or k not in m._modules and not chain]
         lacks = [k for k in m._modules if k not in kids and not chain]
         nothing = [k for k,o in kids.items() if (o is None)!=(m._modules.get(k, o) is None)]
-        if chain and (odd or None in kids.values()) or not chain and (odd or lacks or nothing): raise ValueError(f'{other}has a {type(m).__name__} with other parts than {", ".join(kids)[:300]}')
+        if chain and (odd or None in kids.values()) or not chain and (odd or lacks or nothing): raise ValueError(f'{other}has {an(type(m).__name__)} with other parts than {", ".join(kids)[:300]}')
     inside = {m:[*parts.get(m, m._modules).values()] for m in (*old.values(),*new)}
     try: TopologicalSorter({m:[o for o in kids if o is not None] for m,kids in inside.items()}).prepare()
     except CycleError as e: raise ValueError(f'{_DAMAGED}a module would be a part of itself') from e
     added = {find(n):ks for n,ks in told['added'].items()}
     for m,ks in added.items():
-        if not {*ks}<={k for k in takes_parameters(m) if k not in _own(m)}: raise ValueError(f'{other}has a {type(m).__name__} that cannot get {", ".join(ks)[:80]}')
+        if not {*ks}<={k for k in takes_parameters(m) if k not in _own(m)}: raise ValueError(f'{other}has {an(type(m).__name__)} that cannot get {", ".join(ks)[:80]}')
     return new,parts,added
 
 def _replace(model, told, likes):

@@ -7,7 +7,6 @@ __all__ = ['Weights', 'n_columns', 'columns_in', 'columns_out', 'read_by', 'part
            'some_columns']
 
 # %% ../../nbs/core/23_reads.ipynb #d334b100
-import math
 from collections import Counter
 from dataclasses import dataclass
 import torch

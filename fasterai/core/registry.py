@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/core/00_registry.ipynb #905b1fc2
-import inspect
+import inspect, re
 from difflib import get_close_matches
 from functools import wraps
 
@@ -40,3 +40,9 @@ def spelled(f): # Function or method
         if wrong := misfit(name, sig, args, kwargs): raise TypeError(wrong)
         return f(*args, **kwargs)
     return _f
+
+_VOWEL = r'[AEIOaeio]|U(?!n[ei]|[A-Z])|u(?!n[ei])|[FHLMNRSX][A-Z]'  # a name begins with one when it is said: an LSTM, but a UNet
+
+def an(name): # Of a type
+    "`name` after its article"
+    return f'{"an" if re.match(_VOWEL, name) else "a"} {name}'

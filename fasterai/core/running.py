@@ -29,6 +29,7 @@ from torch import nn,Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode,_get_current_dispatch_mode
 from torch.utils._pytree import tree_map
+from .registry import an
 
 # %% ../../nbs/core/06_running.ipynb #f62cec1c
 SLIPS = RuntimeError,ValueError,TypeError,IndexError,KeyError,AttributeError,AssertionError,NotImplementedError,ArithmeticError,NameError
@@ -760,7 +761,7 @@ def _given(o):
     "What was given, in words"
     if isinstance(o, (int,float,str,type(None))): return repr(o)
     name = type(o).__name__
-    return f'the class {o.__name__}' if isinstance(o, type) else f'{"an" if name[0] in "AEIOU" else "a"} {name}'
+    return f'the class {o.__name__}' if isinstance(o, type) else an(name)
 
 def _trained_by(o):
     "The model that `o` trains, if it is a Learner or a Trainer; `o` itself if not"
@@ -791,7 +792,7 @@ def _checked_model(o):
     "`o` as `check_module` gives it; `ValueError` if it cannot be looked into"
     o = check_module(o)
     if _is_script(o):
-        raise ValueError(f'a {type(o).__name__} of TorchScript has no layers to look into: pass the model that it was made from, and script the result')
+        raise ValueError(f'{an(type(o).__name__)} of TorchScript has no layers to look into: pass the model that it was made from, and script the result')
     if hasattr(o, '_fsdp_wrapped_module'):
         raise ValueError('FullyShardedDataParallel holds only a part of each parameter in one process: pass the model before it is sharded')
     return o
@@ -809,7 +810,7 @@ def check_scripts(
     "`ValueError` for a part of `model` that is scripted and has parameters"
     for n,m in model.named_modules():
         if _is_script(m) and any(True for _ in m.parameters()):
-            raise ValueError(f'{n} is a {type(m).__name__} of TorchScript and keeps its shapes: use the module that it was made from')
+            raise ValueError(f'{n} is {an(type(m).__name__)} of TorchScript and keeps its shapes: use the module that it was made from')
 
 def _check_parts(model):
     "`ValueError` for what is in `model` and cannot be followed"
@@ -821,7 +822,7 @@ def _check_parts(model):
         if type(p).__name__=='DTensor':
             raise ValueError(f'{n} is a DTensor, of which other processes hold parts: prune the whole model, and distribute it after that')
         if _has_own_code(p) and not is_fake(p):
-            raise ValueError(f'{n} is a {type(p).__name__}, which computes its values by code of its own: pass a model with plain parameters')
+            raise ValueError(f'{n} is {an(type(p).__name__)}, which computes its values by code of its own: pass a model with plain parameters')
         if p.layout!=torch.strided:
             raise ValueError(f'{n} is stored as {p.layout}: pass the model with dense parameters (`to_dense`)')
 
@@ -945,6 +946,7 @@ def inputs_for(
     """Inputs to run `model` with. Tensors are plain ones, of the type of its parameters, and if none is where these are, they go
     there. `ValueError` for what is no input"""
     if example_inputs is None: return example_inputs_for(model)
+    if isinstance(example_inputs, Mapping) and not isinstance(example_inputs, dict): example_inputs = dict(example_inputs)  # as `BatchEncoding` of transformers
     check_inputs(example_inputs)
     devices = {p.device for p in model.parameters()}
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -974,7 +976,7 @@ def _takes(model):
         if isinstance(m, (nn.Embedding,nn.EmbeddingBag)): what = f'whole numbers below {m.num_embeddings}'
         elif isinstance(m, nn.modules.conv._ConvNd): what = f'{m.in_channels} channels'
         elif isinstance(m, nn.Linear): what = f'{m.in_features} features'
-        if what: return f'; {n or "it"}, a {type(m).__name__}, takes {what}'
+        if what: return f'; {n or "it"}, {an(type(m).__name__)}, takes {what}'
     return ''
 
 class Told(ValueError): "What went wrong, in words that need no others around them"

@@ -17,7 +17,7 @@ from torch import nn,Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from .brought import warn
-from .registry import did_you_mean
+from .registry import an,did_you_mean
 from .graph import ChannelGraph
 from .running import SLIPS,Where,tensors_of,call_with,held,plain,untouched
 from .ops import of_model
@@ -416,7 +416,7 @@ def copy_of(
         try: return _deepcopy(model)
         except _NO_COPY: shared = _uncopied(model)
         if not shared: return _deepcopy(model)  # the error is another one
-        warn('copies of the model share what cannot be copied: '+', '.join(f'{name}, a {type(o).__name__}' for name,o in shared.items()))
+        warn('copies of the model share what cannot be copied: '+', '.join(f'{name}, {an(type(o).__name__)}' for name,o in shared.items()))
         return _deepcopy(model, {id(o):o for o in shared.values()})
 
 def _uncopied(model):

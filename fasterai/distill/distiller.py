@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import nn, Tensor
 from ..core.brought import check_held, listed, plain_name
-from ..core.registry import did_you_mean, spelled
+from ..core.registry import an,did_you_mean,spelled
 from ..core.running import OwnNumbers, _parts, call_with, check_inputs, check_module, example_inputs_for, explained, innermost, untouched
 from ..core.schedule import schedule_of
 from .losses import SoftTarget, check_meaning, compares_any_shape, compares_tensors, loss_name, loss_needs, loss_of, meet, takes_axis
@@ -49,7 +49,7 @@ def _maps(kept, names, whose):
     "What was kept of `names`, in their order"
     for o in names:
         if o not in kept: raise ValueError(f'layer {o!r} of the {whose} did not run in its forward pass: choose one that does')
-        if not isinstance(kept[o], Tensor): raise ValueError(f'layer {o!r} of the {whose} returns a {type(kept[o]).__name__}: choose a layer whose output is a tensor')
+        if not isinstance(kept[o], Tensor): raise ValueError(f'layer {o!r} of the {whose} returns {an(type(kept[o]).__name__)}: choose a layer whose output is a tensor')
     return [kept[o] for o in names]
 
 # %% ../../nbs/distill/02_distiller.ipynb #76d6eeb6
@@ -132,7 +132,7 @@ def meant(
     first,*others = alike.values()
     if like is None and any(o.shape==first.shape for o in others):
         shapes = ', '.join(str(tuple(t.shape)) for t in found.values())
-        raise TypeError(f'the answer is a {kind} with tensors of shapes {shapes}, and several may be compared: say by `output` (a key, '
+        raise TypeError(f'the answer is {an(kind)} with tensors of shapes {shapes}, and several may be compared: say by `output` (a key, '
                         'a position or a function) which one, or write a loss of your own, which gets answers as they are')
     return first
 
@@ -144,7 +144,7 @@ def _picked(answer, output):
     except (KeyError,IndexError,TypeError,AttributeError) as e:
         there = ', '.join(map(repr, _entries(answer))) or 'no parts'
         raise ValueError(f'output={output!r} does not fit an answer of type {type(answer).__name__}: it has {there}') from e
-    if not isinstance(res, Tensor): raise TypeError(f'output={output!r} gives a {type(res).__name__} of the answer: a tensor is compared')
+    if not isinstance(res, Tensor): raise TypeError(f'output={output!r} gives {an(type(res).__name__)} of the answer: a tensor is compared')
     return res
 
 # %% ../../nbs/distill/02_distiller.ipynb #88fa7c27

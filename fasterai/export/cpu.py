@@ -37,7 +37,8 @@ class Called(nn.Module):
 def _scripted(model, inputs, mode):
     model = _channels_last(model, inputs, mode)
     for p in model.parameters(): p.requires_grad_(False)
-    by_name = dict(example_kwarg_inputs=inputs) if isinstance(inputs, dict) else dict(example_inputs=inputs if isinstance(inputs, tuple) else (inputs,))
+    if isinstance(inputs, dict): by_name = dict(example_kwarg_inputs=inputs)
+    else: by_name = dict(example_inputs=tuple(inputs) if isinstance(inputs, (tuple,list)) else (inputs,))
     return torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(model, check_trace=False, strict=False, **by_name)))
 
 _BACKENDS = dict(compile=_compiled, script=_scripted, channels_last=_channels_last)

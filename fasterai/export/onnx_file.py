@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend,sdpa_kernel
 from ..core.running import batches_of,inputs_that_run,tensors_of
 from ..legacy import old_function,old_names
-from .onnx_model import FIXED,LAYERS,LAYOUT,NotRun,ONNXModel,_fitted,needed
+from .onnx_model import FIXED,LAYERS,LAYOUT,NotRun,ONNXModel,_first_line,_fitted,_refusals,needed
 from .program import Arguments,checked_model,exporting,fails,flat_program,layout_of,outputs_of,reason_of
 from .verify import SCOPES,_checked_tolerance,compare,layers_told,n_bytes_of,samples_of
 
@@ -84,7 +85,8 @@ _DYNAMIC = 'MatMul','Gemm','LSTM','Attention','Gather' # what takes its ranges i
 def _batches(arguments, data):
     "Inputs of the model in each batch of `data`, without what comes after them, such as labels"
     n = len(arguments.tensors)
-    for batch in batches_of(data):
+    several = isinstance(data, list) and all(isinstance(o, torch.Tensor) for o in data) and len({(o.dtype,o.shape[1:]) for o in data})==1
+    for batch in data if n==1 and several else batches_of(data):  # a list of two may be inputs and labels, unless they are alike
         if isinstance(batch, Mapping): batch = [batch[k] for k in arguments.keys if k in batch]
         found = tensors_of(batch)[:n]
         if len(found)<n: raise ValueError(f'a batch of calibration_data has {len(found)} tensors, and the network takes {", ".join(arguments.names)}')
@@ -192,6 +194,20 @@ def _root_kept():
     try: yield
     finally: logging.root.removeHandler(handler)
 
+@contextmanager
+def _told_of_int8(arguments):
+    "What stops ONNX Runtime's quantizer is told in a `ValueError`"
+    fails = AssertionError,needed('onnx').shape_inference.InferenceError,*_refusals()
+    try: yield
+    except fails as e: raise ValueError(f'ONNX Runtime makes no int8 of this {type(arguments.model).__name__}: {_first_line(e)}') from e
+
+def _check_ranges(path):
+    "`ValueError` if a range of int8 in the file has no ends"
+    onnx = needed('onnx')
+    for o in onnx.load(os.fspath(path)).graph.initializer:
+        if o.name.endswith('_scale') and not np.isfinite(onnx.numpy_helper.to_array(o)).all():
+            raise ValueError(f'int8 has no range for {o.name.removesuffix("_scale")}: with calibration_data, its numbers are not all finite')
+
 def quantized(
     path, # Of a file of floats
     new, # Of the file to write
@@ -201,7 +217,7 @@ def quantized(
 ):
     "Write `path` in int8; the batch stays open"
     quantization = needed('onnxruntime.quantization')
-    with tempfile.TemporaryDirectory() as folder, _root_kept():
+    with tempfile.TemporaryDirectory() as folder, _root_kept(), _told_of_int8(arguments):
         ready = f'{folder}/ready.onnx'
         quantization.quant_pre_process(os.fspath(path), ready, skip_symbolic_shape=True)
         signed = dict(per_channel=True, weight_type=quantization.QuantType.QInt8)
@@ -214,6 +230,7 @@ def quantized(
         signed |= dict(quant_format=quantization.QuantFormat.QDQ, activation_type=quantization.QuantType.QUInt8)
         _with_ends_apart(ready)
         quantization.quantize_static(ready, os.fspath(new), _reader(ready, arguments, data), **signed)
+        _check_ranges(new)
         _with_float_outputs(new, ready)
 
 # %% ../../nbs/export/04_onnx_file.ipynb #05f95e8e
@@ -244,6 +261,8 @@ def checked_path(
     path = Path(path)
     if path.is_dir(): raise IsADirectoryError(f'{path} is a directory: a file is asked for')
     if not path.parent.is_dir(): raise FileNotFoundError(f'there is no folder {path.parent} to write {path.name} into')
+    try: tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as e: raise OSError(e.errno, f'{e.strerror}: no file can be written there', str(path.parent)) from e
     return path
 
 @contextmanager
@@ -277,7 +296,7 @@ def _told_of_types(model):
     except NotRun as e:
         others = {p.dtype for p in model.parameters() if p.is_floating_point()}-{torch.float32}
         if not others: raise
-        raise ValueError(f'{e}. This {type(model).__name__} has numbers of {", ".join(map(str, others))}: export `model.float()`') from e
+        raise ValueError(f'ONNX Runtime does not run this {type(model).__name__}, which has numbers of {", ".join(map(str, others))}: export `model.float()`') from e
 
 def _checked_names(names, found, what):
     "`names`, or `found` if there are none"

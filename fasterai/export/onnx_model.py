@@ -46,7 +46,7 @@ def _fitted(name, x, kind):
     x = plain(x).detach().cpu()
     if x.dtype==torch.bfloat16: x = x.float()
     wanted = _KINDS.get(kind)
-    if wanted is None: raise ValueError(f'{name} is a {kind}, which NumPy has not')
+    if wanted is None: raise NotRun(f'{name} is a {kind}, which NumPy has not')
     x = x.numpy()
     groups = [next(k for k in ('f','iu','b') if np.dtype(o).kind in k) if np.dtype(o).kind in 'fiub' else '' for o in (x.dtype,wanted)]
     if groups[0]!=groups[1]: raise ValueError(f'{name} is {kind}, and was given as {x.dtype}')
@@ -59,6 +59,11 @@ def _shape(o): return f'[{", ".join(map(str, o))}]'
 
 class NotRun(ValueError):
     "ONNX Runtime has not what it takes for a file"
+
+def _refusals():
+    "What ONNX Runtime raises for a file, or for what is given to it"
+    errors = needed('onnxruntime').capi.onnxruntime_pybind11_state
+    return errors.InvalidProtobuf,errors.InvalidGraph,errors.Fail,errors.NotImplemented,errors.InvalidArgument,errors.RuntimeException
 
 class ONNXModel:
     """A network in a file, called as the network was: with tensors, positional or by name, of any number of samples if its batch is open. Outputs are tensors where the inputs are,
@@ -78,8 +83,7 @@ class ONNXModel:
         options.log_severity_level = 3  # errors are raised
         if threads: options.intra_op_num_threads = threads
         for k,v in (settings or {}).items(): options.add_session_config_entry(k, str(v))
-        errors = runtime.capi.onnxruntime_pybind11_state
-        fails = errors.InvalidProtobuf,errors.InvalidGraph,errors.Fail,errors.NotImplemented,errors.InvalidArgument,errors.RuntimeException
+        fails = _refusals()
         try: self.session = runtime.InferenceSession(os.fspath(self.path), options, providers=_providers(device, providers, runtime.get_available_providers()))
         except fails as e: raise NotRun(f'ONNX Runtime does not run {self.path.name}: {_first_line(e)}') from e
         self.fails,said = fails,self.session.get_modelmeta().custom_metadata_map
@@ -115,7 +119,9 @@ class ONNXModel:
         "Which of `feeds` have other sizes than the file takes, in words; '' if none has"
         def fits(asked, shape): return len(asked)==len(shape) and all(n==m or not isinstance(n, int) for n,m in zip(asked, shape))
         wrong = [f'{k} as {_shape(self.inputs[k].shape)}' for k,v in feeds.items() if not fits(self.inputs[k].shape, v.shape)]
-        return f'it takes {", ".join(wrong)}. The number of samples is what `export_onnx` leaves open: pad what has other sizes' if wrong else ''
+        is_open = any(not isinstance(n, int) for o in self.inputs.values() for n in o.shape)
+        advice = 'The number of samples is what `export_onnx` leaves open: pad what has other sizes' if is_open else 'All its sizes are fixed, as `dynamic_batch=False` writes a file'
+        return f'it takes {", ".join(wrong)}. {advice}' if wrong else ''
 
     def named(self, *args, **kwargs):
         "The tensors among the arguments, by the name that they have in the file"

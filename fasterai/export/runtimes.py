@@ -8,12 +8,15 @@ __all__ = ['Runtime', 'runtimes', 'calibration_inputs', 'Job', 'checked_runtimes
 # %% ../../nbs/export/06_runtimes.ipynb #0a1c5e03
 import importlib.util,os
 from collections import namedtuple
+from collections.abc import Iterable
 from pathlib import Path
 import torch
 from torch import nn
 from ..analyze.counts import inputs_and_labels,loader_of,place_of
+from ..core.pace import whole_number
 from ..core.registry import named
-from ..core.running import SLIPS,plain_model,tensors_of
+from ..core.running import SLIPS,inputs_for,plain_model,tensors_of
+from ..core.surgery import copy_of
 from .cpu import Called,made_by
 from .onnx_file import export_onnx,quantized
 from .onnx_model import ONNXModel
@@ -44,8 +47,9 @@ class Job:
         batches=None, # Inputs as from `calibration_inputs`, for 'static' int8; the number of samples is to be open, if there are some
         threads:int|None=None, # By default as many as PyTorch has now
     ):
-        self.model,self.inputs,self.folder,self.batches = plain_model(model),inputs,Path(folder),batches
-        self.threads = threads or torch.get_num_threads()
+        self.model,self.folder,self.batches = plain_model(model),Path(folder),batches
+        self.inputs = inputs_for(self.model, inputs)
+        self.threads = torch.get_num_threads() if threads is None else whole_number('threads', threads, 1)
         self.dynamic,self.made = True,{}
 
     def file(self, kind):
@@ -79,6 +83,10 @@ class Job:
         return runtimes[name].make(self)
 
 # %% ../../nbs/export/06_runtimes.ipynb #0a1c5e08
+def _eager(job):
+    "As the others, without what a network does in training alone"
+    return copy_of(job.model).eval() if any(o.training for o in job.model.modules()) else job.model
+
 def _session(job, kind):
     path = job.file(kind)
     return job.called(ONNXModel(path, place_of(job.model)[0].type, threads=job.threads, settings={'session.force_spinning_stop':'1'}), path)
@@ -102,7 +110,7 @@ def _openvino(job, kind):
 Runtime = namedtuple('Runtime', 'make beside') # Function of a `Job`; name of the runtime that is the same program with floats
 
 runtimes = dict(
-    eager=Runtime(lambda job: job.model, 'eager'),
+    eager=Runtime(_eager, 'eager'),
     compile=Runtime(lambda job: made_by('compile', job.model, job.inputs, dynamic=False)[1], 'compile'),
     onnx=Runtime(lambda job: _session(job, 'floats'), 'onnx'),
     onnx_dynamic=Runtime(lambda job: _session(job, 'dynamic'), 'onnx'),
@@ -114,8 +122,9 @@ def checked_runtimes(
     names, # Of `runtimes`, in a list, or 'all'
 )->list:
     "Names of runtimes; `ValueError` for one that there is not"
-    names = list(runtimes) if names=='all' else [names] if isinstance(names, str) else list(names)
-    for o in names: named('runtime', runtimes, o)
+    several = isinstance(names, Iterable) and not isinstance(names, str)
+    names = [*runtimes] if isinstance(names, str) and names=='all' else [*names] if several else [names]
+    for o in names: named('runtime', runtimes, str(o))
     if not names or len(set(names))<len(names): raise ValueError(f'runtimes are different names of {", ".join(runtimes)}, or \'all\', not {names}')
     return names
 

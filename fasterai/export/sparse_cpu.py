@@ -152,10 +152,10 @@ def _table(rows):
     return pd.DataFrame(rows, columns=_COLUMNS)
 
 def _first_inputs(model, inputs):
-    "What arrives first at each layer that may be sparse"
+    "What arrives first at each layer that may be sparse; `None` if it comes by name"
     first = {}
     def see(m, args):
-        if _kind(m) and args and m not in first: first[m] = args[0].detach().clone()
+        if _kind(m) and m not in first: first[m] = args[0].detach().clone() if args else None
     with torch.no_grad(), calls_of(model, enter=see): call_with(model, inputs)
     return first
 
@@ -171,8 +171,8 @@ def _converted(old, first):
         row = dict(layer=called[0], kind=type(m).__name__, zeros=_zeros(m), is_sparse=False, why=why, bytes=_n_bytes(m))
         rows.append(row)
         if why: continue
-        if m not in first:
-            row['why'] = 'it does not run with these inputs'
+        if first.get(m) is None:
+            row['why'] = 'it gets its input by name' if m in first else 'it does not run with these inputs'
             continue
         sparse = _KINDS[_kind(m)](m).eval()
         _compare(row, m, sparse, first[m])

@@ -12,7 +12,8 @@ from collections import namedtuple
 from pathlib import Path
 import torch
 from torch import nn
-from ..analyze.counts import _draws
+from ..analyze.counts import _draws,running
+from ..core.registry import an
 from ..core.running import call_with,calls_of,inputs_that_run,tensors_of,untouched
 from ..legacy import gone,old_names
 from .onnx_model import ONNXModel,_fitted,needed
@@ -118,7 +119,7 @@ def _checked_tolerance(**given):
     for k,v in given.items():
         if v is not None and not (isinstance(v, (int,float)) and not isinstance(v, bool) and v>=0): raise ValueError(f'{k} is a number, 0 or more, not {v!r}')
 
-def _named(layer): return f'{layer.name or "the network itself"}, a {layer.kind}, by {layer.gap:.1e}'
+def _named(layer): return f'{layer.name or "the network itself"}, {an(layer.kind)}, by {layer.gap:.1e}'
 
 def compare(
     path, # Of a file
@@ -143,7 +144,8 @@ def compare(
             if a.shape!=b.shape: how = f'has the shape {list(b.shape)} in place of {list(a.shape)}'
             first = first_difference(path, arguments, inputs, rtol, atol)
             where = f'the first layer that differs is {_named(first)}' if first else 'no layer differs by itself'
-            if _draws(arguments.model, inputs): where += '. It draws random numbers, and a file draws others'
+            with running(arguments.model, own_numbers=False): drew = _draws(arguments.model, inputs)
+            if drew: where += '. It draws random numbers, and a file draws others'
             raise ValueError(f'{path.name} does not give what this {kind} gives with {many}: {name} {how}; {where}')
     return worst
 

@@ -6,7 +6,7 @@
 __all__ = ['PassedOn', 'drop_again', 'influences', 'scanned', 'drop_blocks']
 
 # %% ../../nbs/prune/04_blocks.ipynb #8993cb23
-from contextlib import ExitStack,contextmanager
+from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
 import math, sys

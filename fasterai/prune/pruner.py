@@ -22,7 +22,7 @@ from ..core.context import context_of,local
 from ..core.criteria import criteria_of,reducers
 from ..core.obs import Reader,best_removed,removal_costs
 from ..core.needs import Known,needed
-from ..core.registry import did_you_mean, spelled
+from ..core.registry import an,did_you_mean,spelled
 from ..core.graph import OUTPUT,ChannelGraph,layer_of
 from .left import LAST,add_row,counted,fixed,left_of_zeros,made_by,missing,rows_of,some,in_words
 from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes
@@ -52,7 +52,7 @@ def save_pruned(
     if unsaved := [o['unsaved'] for o in steps_of(pruned_plan(model)) if 'unsaved' in o]: raise ValueError(unsaved[0])
     state,tensors,tied,seen = model.state_dict(),{},{},{}
     for k,v in state.items():
-        if not isinstance(v, Tensor): raise ValueError(f'{k} of the state_dict is a {type(v).__name__}: only tensors can be saved')
+        if not isinstance(v, Tensor): raise ValueError(f'{k} of the state_dict is {an(type(v).__name__)}: only tensors can be saved')
         key = (v.data_ptr(),v.shape,v.stride(),v.dtype) if v.numel() else k
         if key in seen: tied[k] = seen[key]
         else: seen[key],tensors[k] = k,v.detach().contiguous().clone()

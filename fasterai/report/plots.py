@@ -18,6 +18,7 @@ from ..core.brought import check_held
 from ..core.needs import Known
 from ..core.criteria import criteria_of, criterias, needs, score
 from ..core.granularity import axes_of, blocks, granularities, granularity_name, granularity_of, has_axes, numbered_by
+from ..core.registry import an
 from ..core.running import check_module, check_shapes, innermost
 from ..core.schedule import schedule_of
 from ..core.selection import lowest
@@ -319,7 +320,7 @@ def show_sensitivity_map(
 
 def _in_short(given):
     columns = getattr(given, 'columns', None)
-    return f'a {type(given).__name__}' if columns is None else f'one of {len(given)} rows with the columns {", ".join(map(str, columns))}'
+    return an(type(given).__name__) if columns is None else f'one of {len(given)} rows with the columns {", ".join(map(str, columns))}'
 
 def show_influence(
     df, # What `block_influence` gave

@@ -19,6 +19,7 @@ from ..analyze.counts import (BATCHES,accuracy_interval,answers,check_models,eff
 from ..core.brought import check_held,not_finite,statistics_of,warn
 from ..core.evidence import repeatable
 from ..core.graph import ChannelGraph
+from ..core.registry import an
 from ..core.running import call_with,calls_of,check_inputs,example_inputs_for,explained,inputs_that_run,tensors_of,untouched
 from ..core.liveness import Liveness
 from ..export.runtimes import calibration_inputs,checked_runtimes,in_runtimes,runtimes as _known
@@ -198,7 +199,7 @@ def _stages(args, data):
     if len(ms)>1 and not _is_models(ms[-1]):
         last = ms.pop()
         if data is not None and last is not None:
-            raise ValueError(f'data is given twice, as the last argument, a {type(last).__name__}, and by name')
+            raise ValueError(f'data is given twice, as the last argument, {an(type(last).__name__)}, and by name')
         data = last if data is None else data
     if len(ms)==1 and isinstance(ms[0], Mapping): stages = {str(k):m for k,m in ms[0].items()}
     else: stages = dict(zip(('before','after') if len(ms)==2 else (f'model {i}' for i in range(1, len(ms)+1)), ms))
