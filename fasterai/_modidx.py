@@ -1826,6 +1826,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fasterai.core.selection._ordered': ('core/selection.html#_ordered', 'fasterai/core/selection.py'),
                                          'fasterai.core.selection.check_percent': ( 'core/selection.html#check_percent',
                                                                                     'fasterai/core/selection.py'),
+                                         'fasterai.core.selection.counted_kth': ( 'core/selection.html#counted_kth',
+                                                                                  'fasterai/core/selection.py'),
                                          'fasterai.core.selection.lowest': ('core/selection.html#lowest', 'fasterai/core/selection.py'),
                                          'fasterai.core.selection.n_of': ('core/selection.html#n_of', 'fasterai/core/selection.py'),
                                          'fasterai.core.selection.rank': ('core/selection.html#rank', 'fasterai/core/selection.py'),
