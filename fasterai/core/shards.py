@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/core/27_shards.ipynb #4a2488f4
+# %% ../../nbs/core/27_shards.ipynb #ae8dc459
 import errno, json, math, os, shutil, threading, zlib
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 import numpy as np
 
-# %% ../../nbs/core/27_shards.ipynb #5483c48e
+# %% ../../nbs/core/27_shards.ipynb #6574bf89
 SIZES = dict(F64=8, I64=8, U64=8, C64=8, F32=4, I32=4, U32=4, F16=2, BF16=2, I16=2, U16=2, F8_E4M3=1, F8_E5M2=1, F8_E4M3FNUZ=1, F8_E5M2FNUZ=1, F8_E8M0=1, I8=1, U8=1, BOOL=1) # bytes of an element
 _LONGEST = 100_000_000 # bytes of a header that the format allows
 
@@ -51,7 +51,7 @@ def tensors_in(path, file=''): # Safetensors file, what to call it
     if at!=size: raise ValueError(f'{path} is damaged: it has {size:,} bytes, and its header tells of {at:,}')
     return sorted(res, key=lambda o: (o.start, o.size)),about
 
-# %% ../../nbs/core/27_shards.ipynb #8f8fb4e9
+# %% ../../nbs/core/27_shards.ipynb #4ca096f8
 _INDEX,_ENDING = '.safetensors.index.json','.safetensors'
 
 def _index(path): # Index file
@@ -107,7 +107,7 @@ class Checkpoint:
         "What tells whether files have changed: sizes and times"
         return [[o, *(lambda s: (s.st_size,s.st_mtime_ns))(os.stat(self.root/o))] for o in (*self.files,*self.beside)]
 
-# %% ../../nbs/core/27_shards.ipynb #935fb256
+# %% ../../nbs/core/27_shards.ipynb #7a76d8cf
 PIECE = 2**23 # bytes that are read at a time
 
 class Buffers(threading.local):
@@ -179,7 +179,7 @@ def in_turn(sources, n): # Iterators, how many of them at a time
         active.extend([source] if found else islice(sources, 1))
         yield from found
 
-# %% ../../nbs/core/27_shards.ipynb #388abe31
+# %% ../../nbs/core/27_shards.ipynb #e2ff64b3
 class Journal:
     "Records by key in a file that only grows; opened again, it has all that were written whole"
     def __init__(self, path, settings): # File, made if it is not there; a string that has to be the same
@@ -224,16 +224,14 @@ def _own(f):
     try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
     except BlockingIOError: raise ValueError(f'{f.name} is in use: another call writes this checkpoint') from None
 
-# %% ../../nbs/core/27_shards.ipynb #9cba09f9
+# %% ../../nbs/core/27_shards.ipynb #bbe77492
 _PART = 2**26 # bytes that are copied in one job
 
 class _Shard:
     "A file that is being written"
-    def __init__(self, source, path, size):
-        self.source,self.path,self.results,self.left = source,path,{},None
-        self.part = path.with_name(f'.{path.name}.part')
-        with open(self.part, 'wb') as f: f.truncate(size)
-    def drop(self): self.part.unlink(missing_ok=True)
+    def __init__(self, source, path, part, size): # Paths of what is read, of what is written, and of that until it is whole; bytes
+        self.source,self.path,self.part,self.results,self.left = source,path,part,{},None
+        with open(part, 'wb') as f: f.truncate(size)
 
 def _jobs(tensors, size, wanted):
     "Tensors that are `wanted`, and between them places and sizes of what is copied"
@@ -300,7 +298,7 @@ class Rewriting:
 
     def _leave(self, kind):
         "After an error that another call would meet again, nothing is left; after one that may pass, what is done"
-        for o in self.open: o.drop()
+        for o in (*self.open, *map(self._part, self.of.beside)): o.unlink(missing_ok=True)
         if kind is None or issubclass(kind, (ValueError,TypeError)):
             self.journal.close()
             if kind:
@@ -310,6 +308,7 @@ class Rewriting:
         else: self.journal.close()
 
     def path(self, file): "Where `file` of the source is written"; return self.root/self.names.get(file, file)
+    def _part(self, file): "Where it is until it is whole"; return self.path(file).with_name(f'.{self.path(file).name}.part')
     def done(self, file):
         "Is `file` there already?"
         return file in self.journal and self.path(file).exists() and self.path(file).stat().st_size==os.path.getsize(self.of.root/file)
@@ -329,8 +328,8 @@ class Rewriting:
         shards = {}
         def jobs(file):
             size = os.path.getsize(self.of.root/file)
-            shard = shards[file] = _Shard(self.of.root/file, self.path(file), size)
-            self.open.append(shard)
+            shard = shards[file] = _Shard(self.of.root/file, self.path(file), self._part(file), size)
+            self.open.append(shard.part)
             found = list(_jobs([o for o in self.of.tensors.values() if o.file==file], size, wanted))
             shard.left = len(found)
             for o in found: yield file,o
@@ -358,16 +357,15 @@ class Rewriting:
         if shard.left: return
         shutil.copymode(shard.source, shard.part)
         os.replace(shard.part, shard.path)
-        self.open.remove(shard)
+        self.open.remove(shard.part)
         self.journal.put(file, shard.results)
 
     def _copy(self, file):
-        path = self.path(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.of.root/file, path.with_name(f'.{path.name}.part'))
-        shutil.copymode(self.of.root/file, path.with_name(f'.{path.name}.part'))
+        part = self._part(file)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.of.root/file, part)
+        shutil.copymode(self.of.root/file, part)
 
     def _put(self, file):
-        path = self.path(file)
-        os.replace(path.with_name(f'.{path.name}.part'), path)
+        os.replace(self._part(file), self.path(file))
         self.journal.put(file, {})

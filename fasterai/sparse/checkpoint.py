@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sparsify_checkpoint']
 
-# %% ../../nbs/sparse/05_checkpoint.ipynb #23fd01c7
+# %% ../../nbs/sparse/05_checkpoint.ipynb #2fca9517
 import fnmatch, hashlib, json, math, os, re, threading, zlib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -24,16 +24,15 @@ from ..core.selection import Scores, _key, counted_kth
 from ..core.shards import PIECE, Buffers, Checkpoint, Rewriting, at_work, read_at, write_at
 from .sparsifier import check_sparsity, zero_
 
-# %% ../../nbs/sparse/05_checkpoint.ipynb #0297b122
+# %% ../../nbs/sparse/05_checkpoint.ipynb #9893f2e1
 _FLOATS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, F8_E4M3=torch.float8_e4m3fn, F8_E5M2=torch.float8_e5m2,
     F8_E4M3FNUZ=torch.float8_e4m3fnuz, F8_E5M2FNUZ=torch.float8_e5m2fnuz)
 _AXES = {2:'oi', 3:'oiw', 4:'oihw', 5:'oidhw'}
-_EMBEDS = re.compile(r'(^|_)(embed|embeds|embedding|embeddings|emb|wte|wpe)($|_)|^shared$|relative_attention_bias') # what the last part of an embedding's name has in it
-_NO_EMBEDDING = 'embed_out', # the last Linear of GPT-NeoX
+_EMBEDS = re.compile(r'(^|_)(embeds?|embeddings?|emb|wte|wpe)$|^embed_(tokens|positions)|^shared$|relative_attention_bias') # what the last part of an embedding's name has in it
 
 def _layer(name): "Name of the layer whose weight is called `name`"; return name.removesuffix('.weight')
 def _last(name): return _layer(name).rpartition('.')[2]
-def _is_embedding(name): return bool(_EMBEDS.search(_last(name))) and _last(name) not in _NO_EMBEDDING
+def _is_embedding(name): return bool(_EMBEDS.search(_last(name)))
 
 def _unfit(o):
     "Why the tensor `o` has no blocks, or ''"
@@ -96,7 +95,7 @@ def _axes(tensors, given):
 
 def _turned(n): "Inputs first"; return 'io'+_AXES[n][2:]
 
-# %% ../../nbs/sparse/05_checkpoint.ipynb #140cdff3
+# %% ../../nbs/sparse/05_checkpoint.ipynb #907e305e
 _WORDS = {1:np.uint8, 2:np.uint16, 4:np.uint32, 8:np.uint64}
 _CHUNK = 2**18 # elements that fit a processor's cache with what is made of them
 
@@ -114,21 +113,22 @@ class _Weight:
     "A weight in a file, and the scores of its blocks"
     whole_one = threading.Lock() # one is read whole at a time
     buffers = Buffers()
-    def __init__(self, stored, axes, g, criteria):
-        self.stored,self.name,self.axes,self.g,self.criteria = stored,stored.name,axes,g,criteria
+    def __init__(self, stored, axes, granularity, criteria):
+        self.stored,self.name,self.axes,self.criteria = stored,stored.name,axes,criteria
+        self.called,self.g = granularity,granularity_of(granularity)
         self.shape,self.dtype,self.bound = stored.shape,_FLOATS[stored.dtype],{}
         self.blocks = self.of_shape(self.shape)
         self.n,self.ours = self.blocks.n,criteria.f in criterias.values()
         self.flat = self.blocks.in_order and criteria.pointwise and criteria.keeps_one
         if self.flat: self.shape = (math.prod(self.shape),)
-        self.cut = (0,1) if self.flat else _cut(self.blocks, axes, g)
+        self.cut = (0,1) if self.flat else _cut(self.blocks, axes, self.g)
         self.absolute = getattr(criteria.f, 'absolute', False)
         self.wide = torch.float64 if self.dtype is torch.float64 else torch.float32
         self.own = self.flat and self.absolute # are its own bits, without the sign, in the order of its scores?
         self.gone = None # a number of blocks, the lowest; a key and how many that equal it go with those below; int8, 0 where a block goes; or `_ALL`
 
     def of_shape(self, shape):
-        if shape not in self.bound: self.bound[shape] = blocks(self.g, shape, self.axes, _layer(self.name))
+        if shape not in self.bound: self.bound[shape] = blocks(self.called, shape, self.axes, _layer(self.name))
         return self.bound[shape]
 
     def _ends(self):
@@ -209,7 +209,7 @@ class _Weight:
 
 _FNUZ = {torch.float8_e4m3fnuz:0x80, torch.float8_e5m2fnuz:0x80} # nan, where others have a negative zero
 
-# %% ../../nbs/sparse/05_checkpoint.ipynb #6fdf17eb
+# %% ../../nbs/sparse/05_checkpoint.ipynb #d94cd36d
 _STEP = 16 # bits that are counted in a pass
 
 def _count(weight, source, shift, found):
@@ -263,7 +263,7 @@ def _together(weights, k, table, protect):
         for o in members: res.pop(o)
     return res
 
-# %% ../../nbs/sparse/05_checkpoint.ipynb #c8fc4eb9
+# %% ../../nbs/sparse/05_checkpoint.ipynb #6d357b0b
 def _zero_lowest(weight, words, at, ties):
     "Zero what is below key `at`, and the first `ties` that equal it; how many ties are left to go"
     for some,keys in weight.chunks(words):
@@ -318,7 +318,7 @@ def _zero_groups(x, magnitude, zeros, gone):
         if gone is not None: keep |= ~gone
         x[:,:,j] *= keep
 
-# %% ../../nbs/sparse/05_checkpoint.ipynb #ffe43cd2
+# %% ../../nbs/sparse/05_checkpoint.ipynb #25e08b2b
 _ALL = 'all' # blocks go
 
 def _fill(weight, source, target):
@@ -356,7 +356,7 @@ def _zero_entries(stored, keep, source, target):
     write_at(target, stored.start, buf)
     return int((x==0).sum())
 
-# %% ../../nbs/sparse/05_checkpoint.ipynb #e17cdaf0
+# %% ../../nbs/sparse/05_checkpoint.ipynb #13a5139c
 _FEW = 2**24 # blocks whose scores are kept
 
 def _scored(weight, source):
@@ -442,14 +442,13 @@ class _Tables:
             self.tick()
         return sum(np.frombuffer(zlib.decompress(self.out.journal.data(key(o))), np.int64) for o in weights)
 
-# %% ../../nbs/sparse/05_checkpoint.ipynb #6750338c
-def _checked_granularity(given):
-    "The granularity that is `given`, if a file can tell its blocks"
+# %% ../../nbs/sparse/05_checkpoint.ipynb #718cb3eb
+def _check_granularity(given):
+    "`ValueError` if a file cannot tell the blocks"
     g = granularity_of(given)
     if g=='head': raise ValueError('heads are known by the module that has them, not by a file: use a Sparsifier on the model')
     if hasattr(g, 'bind') and not isinstance(g, (block,pattern)):
         raise ValueError(f'granularity {granularity_name(given)}: a granularity of your own lays out whole tensors, and these are read in pieces: use a Sparsifier on the model')
-    return g
 
 def _checked_criteria(given):
     res = criteria_of(given)
@@ -503,7 +502,7 @@ def _warn_of_few(plan, zeros):
     for n,o in plan.weights.items():
         asked = plan.levels[n] if isinstance(plan.levels, dict) else plan.levels
         if plan.pool.context is context_of('local') and o.blocks.partial and o.blocks.padded and much_less(100*zeros.get(n, 0), asked*math.prod(o.stored.shape)): short.append(f'{n} {tuple(o.stored.shape)}')
-    if short: warn(f'less is zero than was asked for: {granularity_name(plan.weights[n].g)} does not fit into {_some(short)}, where what the last group of a row lacks counts as zero')
+    if short: warn(f'less is zero than was asked for: {granularity_name(plan.weights[n].called)} does not fit into {_some(short)}, where what the last group of a row lacks counts as zero')
 
 @at_home()
 def sparsify_checkpoint(
@@ -523,13 +522,14 @@ def sparsify_checkpoint(
     zeros, or why it was copied. A call that was stopped is made again with the same arguments, and goes on with the shard where it stopped. Weights that compete are read once more
     to count, twice for float32 and four times for float64"""
     checkpoint = Checkpoint(source)
-    g,context,criteria = _checked_granularity(granularity),context_of(context),_checked_criteria(criteria)
+    _check_granularity(granularity)
+    context,criteria = context_of(context),_checked_criteria(criteria)
     if threads is not None and (not isinstance(threads, int) or threads<1): raise ValueError(f'threads is a whole number, at least 1, not {threads!r}')
     threads = threads or min(4, os.cpu_count() or 1)
     why,of = _left_out(checkpoint, layers),_axes(checkpoint.tensors, axes)
     names = _ordered(checkpoint, [n for n,o in why.items() if not o], order)
     levels = _levels(names, sparsity, context)
-    weights = [_Weight(checkpoint.tensors[n], of[n], g, criteria) for n in names]
+    weights = [_Weight(checkpoint.tensors[n], of[n], granularity, criteria) for n in names]
     plan = _Plan(checkpoint, weights, levels, context, any(o.blocks.spares_last for o in weights))
     most = max(levels.values()) if isinstance(levels, dict) else levels
     if most>plan.own+1e-9: raise ValueError(f'{granularity_name(granularity)} has {plan.own:g} % of zeros when every group obeys it: sparsity {most:g} cannot be reached')
