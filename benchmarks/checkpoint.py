@@ -3,9 +3,9 @@
 16 shards of matrices as a Llama has them, in bfloat16 and in float32; 50 % of all weights together, and 2:4. Before each run, what the system keeps of the files is dropped where that is allowed (Linux, root), and some seconds
 pass, so that a virtual machine has given its free memory back: whoever begins sooner would be faster. Twice the size has to be free on the disk.
 
-    python benchmarks/checkpoint.py [gigabytes] [folder] [turns] [threads]      default: 8, a temporary folder, 2, 2
+    python benchmarks/checkpoint.py [gigabytes] [folder] [turns] [threads]      default: 8, a temporary folder, 2, 2. Linux
 """
-import json, os, resource, shutil, subprocess, sys, tempfile, time
+import json, os, re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 import torch
 
@@ -47,7 +47,7 @@ def one(source, target, granularity, context, threads):
     "In a process of its own: seconds, peak of memory and what of that was there before, zeros"
     from fasterai.sparse.checkpoint import sparsify_checkpoint
     import pandas
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+    def peak(): return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])*1024  # ru_maxrss begins with that of the process that called
     before,start = peak(),time.perf_counter()
     table = sparsify_checkpoint(source, target, 50, granularity, context, threads=int(threads), progress=False)
     print(json.dumps([time.perf_counter()-start, peak(), before, float(100*table.zeros.sum()/table.weights.sum()), int(table.weights.max())]))

@@ -180,6 +180,28 @@ def test_of_transformers(name, tmp_path):
     for n,m in wanted.items(): Sparsifier(m, 'column', layer_type=TYPES).sparsify_model(50)
     assert all(torch.equal(v, new[n]) for n,v in model.state_dict().items()) and any(not torch.equal(v, new[n]) for n,v in old.items())
 
+def test_largest_numbers_go(tmp_path, pieces):
+    "A type of one byte that has no infinity: all but the last of its largest"
+    for i,dtype in enumerate((torch.float8_e4m3fnuz,torch.float8_e4m3fn,torch.float8_e5m2fnuz)):
+        w = torch.full((10, 10), torch.finfo(dtype).max).to(dtype)
+        put({'a.weight':w}, tmp_path/f'source{i}')
+        sparsify_checkpoint(tmp_path/f'source{i}', tmp_path/f'target{i}', 100)
+        assert got(tmp_path/f'target{i}')['a.weight'].float().flatten().nonzero().tolist()==[[99]]
+
+def test_stopped_at_the_end(tmp_path):
+    "A file that was there already when its journal should have gone"
+    model = net()
+    save_file(model.state_dict(), tmp_path/'a.safetensors')
+    for n in (2,3,4):
+        with pytest.MonkeyPatch.context() as m:
+            stop_at(m, 99, Stop)
+            m.setattr(shards.Path, 'unlink', lambda self, missing_ok=False: (_ for _ in ()).throw(Stop()))
+            with pytest.raises(Stop): sparsify_checkpoint(tmp_path/'a.safetensors', tmp_path/'b.safetensors', 50)
+        assert (tmp_path/'b.safetensors').exists() and (tmp_path/'.b.safetensors.journal').exists()
+        sparsify_checkpoint(tmp_path/'a.safetensors', tmp_path/'b.safetensors', 50)
+        assert {p.name for p in tmp_path.iterdir()}=={'a.safetensors','b.safetensors'}
+        (tmp_path/'b.safetensors').unlink()
+
 def test_aliases(tmp_path):
     "`save_model` keeps one of two names of a tensor, and says so in the header: both may be asked for"
     model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False))
@@ -420,15 +442,16 @@ def test_without_ranges(tmp_path, monkeypatch):
     found = got(tmp_path/'target')
     assert torch.equal(found.pop('steps'), torch.arange(5)) and all(torch.equal(v, found[k]) for k,v in model.state_dict().items())
 
-MEMORY = '''
-import resource, sys, pandas
+MEMORY = r'''
+import re, sys, pandas
 from fasterai.sparse.checkpoint import sparsify_checkpoint
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: int(re.search(r'VmHWM:\s+(\d+)', open('/proc/self/status').read())[1])  # ru_maxrss begins with that of the process that called
 before = peak()
 for how in (('weight','global'),('2:4','local'),('column','local')): sparsify_checkpoint(sys.argv[1], sys.argv[2]+how[0].replace(':','_'), 50, *how)
 print(peak()-before)
 '''
 
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='Linux tells the peak of memory there')
 def test_memory(tmp_path):
     "Tensors of 24 MiB take no more than three times that, buffers and all"
     w = torch.randn(3072, 4096).bfloat16()

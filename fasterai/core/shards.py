@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/core/27_shards.ipynb #ae8dc459
+# %% ../../nbs/core/27_shards.ipynb #0f1d07b7
 import errno, json, math, os, shutil, threading, zlib
 from collections import deque
+from contextlib import closing
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 import numpy as np
 
-# %% ../../nbs/core/27_shards.ipynb #6574bf89
+# %% ../../nbs/core/27_shards.ipynb #5d9e2a0d
 SIZES = dict(F64=8, I64=8, U64=8, C64=8, F32=4, I32=4, U32=4, F16=2, BF16=2, I16=2, U16=2, F8_E4M3=1, F8_E5M2=1, F8_E4M3FNUZ=1, F8_E5M2FNUZ=1, F8_E8M0=1, I8=1, U8=1, BOOL=1) # bytes of an element
 _LONGEST = 100_000_000 # bytes of a header that the format allows
 
@@ -43,13 +44,18 @@ def tensors_in(path, file=''): # Safetensors file, what to call it
     size = os.path.getsize(path)
     header,at = _header(path, size)
     about = header.pop('__metadata__', {})
-    try: res = [Stored(n, file, o['dtype'], tuple(o['shape']), at+o['data_offsets'][0], o['data_offsets'][1]-o['data_offsets'][0]) for n,o in header.items()]
-    except (KeyError,TypeError,IndexError,AttributeError): raise ValueError(f'{path} is no safetensors file: its header does not say where tensors lie') from None
-    for o in sorted(res, key=lambda o: (o.start, o.size)):
-        if o.start!=at or o.size<0 or o.dtype in SIZES and o.size!=SIZES[o.dtype]*math.prod(o.shape): raise ValueError(f'{path} is damaged: {o.name} is not where it should be')
-        at += o.size
-    if at!=size: raise ValueError(f'{path} is damaged: it has {size:,} bytes, and its header tells of {at:,}')
-    return sorted(res, key=lambda o: (o.start, o.size)),about
+    def stored(name, dtype, shape, data_offsets):
+        begin,end = data_offsets
+        return Stored(name, file, dtype, tuple(shape), at+begin, end-begin)
+    try: res = sorted([stored(n, **o) for n,o in header.items()], key=lambda o: (o.start, o.size))
+    except (TypeError,ValueError): raise ValueError(f'{path} is no safetensors file: its header does not say where tensors lie') from None
+    end = at
+    for o in res:
+        fits = o.size>=0 and (o.dtype not in SIZES or o.size==SIZES[o.dtype]*math.prod(o.shape))
+        if o.start!=end or not fits: raise ValueError(f'{path} is damaged: {o.name} is not where it should be')
+        end += o.size
+    if end!=size: raise ValueError(f'{path} is damaged: it has {size:,} bytes, and its header tells of {end:,}')
+    return res,about
 
 # %% ../../nbs/core/27_shards.ipynb #4ca096f8
 _INDEX,_ENDING = '.safetensors.index.json','.safetensors'
@@ -224,7 +230,7 @@ def _own(f):
     try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
     except BlockingIOError: raise ValueError(f'{f.name} is in use: another call writes this checkpoint') from None
 
-# %% ../../nbs/core/27_shards.ipynb #bbe77492
+# %% ../../nbs/core/27_shards.ipynb #b50b5434
 _PART = 2**26 # bytes that are copied in one job
 
 class _Shard:
@@ -249,24 +255,24 @@ class Rewriting:
         settings:str, # Whatever else decides what is written
     ):
         self.of,path = checkpoint,Path(target)
-        self._check(path)
         self.root = path.parent if checkpoint.is_file else path
         self.names = {checkpoint.files[0]:path.name} if checkpoint.is_file else {}  # by name in the source, if it is another
         self.journal_path = self.root/(f'.{path.name}.journal' if checkpoint.is_file else '.rewriting.journal')
         self.settings,self.buffers,self.open,self.made = settings,Buffers(),[],None
+        self._check(path)
 
     def _check(self, path):
         source,there = Path(os.path.realpath(self.of.root)),Path(os.path.realpath(path))
         if self.of.is_file:
             if there==source/self.of.files[0] or there==Path(os.path.realpath(source/self.of.files[0])): raise ValueError(f'source and target are the same: {path}')
             if path.is_dir(): raise IsADirectoryError(f'{path} is a folder: source is a file, so name a file')
-            if path.exists(): raise FileExistsError(f'{path} is there already: name one that is not, or remove it')
+            if path.exists() and not self.journal_path.exists(): raise FileExistsError(f'{path} is there already: name one that is not, or remove it')
             if not path.parent.is_dir(): raise FileNotFoundError(f'{path.parent} is not there: the file {path.name} needs a folder')
             return
         if there==source: raise ValueError(f'source and target are the same: {path}')
         if there in source.parents or source in there.parents: raise ValueError(f'target {path} and source {self.of.root} lie inside of each other')
         if path.exists() and not path.is_dir(): raise FileExistsError(f'{path} is a file: source is a folder, so name a folder')
-        if path.is_dir() and any(path.iterdir()) and not (path/'.rewriting.journal').exists():
+        if path.is_dir() and any(path.iterdir()) and not self.journal_path.exists():
             raise FileExistsError(f'{path} has files already: name a folder that is empty, or not there')
 
     def __enter__(self):
@@ -344,10 +350,11 @@ class Rewriting:
                 if isinstance(part, str): return fill(part, source, target)
                 copy_part(source, target, *part, self.buffers)
         last = deque()
-        for (file,part),res in at_work(work, all_jobs(), threads):
-            tick()
-            if part is None: last.append(file)
-            else: self._finish(file, shards[file], part, res)
+        with closing(at_work(work, all_jobs(), threads)) as results:  # after an error nobody writes any more
+            for (file,part),res in results:
+                tick()
+                if part is None: last.append(file)
+                else: self._finish(file, shards[file], part, res)
         for file in last: self._put(file)
 
     def _finish(self, file, shard, part, res):

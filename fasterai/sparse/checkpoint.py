@@ -95,8 +95,10 @@ def _axes(tensors, given):
 
 def _turned(n): "Inputs first"; return 'io'+_AXES[n][2:]
 
-# %% ../../nbs/sparse/05_checkpoint.ipynb #907e305e
+# %% ../../nbs/sparse/05_checkpoint.ipynb #afea0fd8
 _WORDS = {1:np.uint8, 2:np.uint16, 4:np.uint32, 8:np.uint64}
+_ALL = 'all' # blocks go
+_COPIES = 8 # as large as a piece, that scores and keys take, in float32 and more
 _CHUNK = 2**18 # elements that fit a processor's cache with what is made of them
 
 def _cut(b, axes, g):
@@ -135,7 +137,9 @@ class _Weight:
         "Where pieces begin and end along the axis of the cut"
         axis,step = self.cut
         n,each = self.shape[axis],self.stored.size//self.shape[axis]
-        rows = max(2, PIECE//(each*step))*step  # a sum of one row alone may be rounded differently
+        in_place = self.own or self.gone is _ALL
+        size = PIECE if in_place else PIECE//_COPIES
+        rows = max(2, size//(each*step))*step  # a sum of one row alone may be rounded differently
         ends = [*range(0, n, rows), n]
         if len(ends)>2 and ends[-1]-ends[-2]<2: del ends[-2]
         return list(zip(ends, ends[1:]))
@@ -263,7 +267,7 @@ def _together(weights, k, table, protect):
         for o in members: res.pop(o)
     return res
 
-# %% ../../nbs/sparse/05_checkpoint.ipynb #6d357b0b
+# %% ../../nbs/sparse/05_checkpoint.ipynb #51844a18
 def _zero_lowest(weight, words, at, ties):
     "Zero what is below key `at`, and the first `ties` that equal it; how many ties are left to go"
     for some,keys in weight.chunks(words):
@@ -276,6 +280,9 @@ def _zero_lowest(weight, words, at, ties):
                 some[np.flatnonzero(equal)[:ties]] = 0
                 ties = 0
         signed = keys.view(f'i{keys.itemsize}')
+        if limit>np.iinfo(signed.dtype).max:  # a type without infinity, of which the largest number goes
+            some[:] = 0
+            continue
         np.subtract(signed, signed.dtype.type(limit), out=signed)
         np.right_shift(signed, signed.dtype.type(8*signed.itemsize-1), out=signed)  # all ones where it is below
         np.invert(signed, out=signed)
@@ -318,9 +325,7 @@ def _zero_groups(x, magnitude, zeros, gone):
         if gone is not None: keep |= ~gone
         x[:,:,j] *= keep
 
-# %% ../../nbs/sparse/05_checkpoint.ipynb #25e08b2b
-_ALL = 'all' # blocks go
-
+# %% ../../nbs/sparse/05_checkpoint.ipynb #abc39250
 def _fill(weight, source, target):
     "Write `weight` with its zeros, and say how many there are"
     gone,zeros = weight.gone,0
