@@ -67,7 +67,7 @@ def test_import_is_light(module):
 STARS = [f'fasterai.{p.parent.name}.all' for p in sorted(LIB.glob('*/all.py'))]
 HABITS = {*keyword.kwlist, *keyword.softkwlist, 'torch','nn','F','np','numpy','pd','pandas','plt','Tensor','tensor','Path','partial','L','learn','model','dls'}
 PYTHON = [builtins, math, random, functools, itertools, operator, collections, statistics, torch, torch.nn, torch.nn.functional]
-MOST = 60 # names that a star import may bring
+MOST = 61 # names that a star import may bring
 
 def star(module):
     "What `from module import *` brings"

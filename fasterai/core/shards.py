@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/core/27_shards.ipynb #0f1d07b7
+# %% ../../nbs/core/27_shards.ipynb #8a1e1754
 import errno, json, math, os, shutil, threading, zlib
 from collections import deque
-from contextlib import closing
+from contextlib import ExitStack, closing
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 import numpy as np
 
-# %% ../../nbs/core/27_shards.ipynb #5d9e2a0d
+# %% ../../nbs/core/27_shards.ipynb #44568ad4
 SIZES = dict(F64=8, I64=8, U64=8, C64=8, F32=4, I32=4, U32=4, F16=2, BF16=2, I16=2, U16=2, F8_E4M3=1, F8_E5M2=1, F8_E4M3FNUZ=1, F8_E5M2FNUZ=1, F8_E8M0=1, I8=1, U8=1, BOOL=1) # bytes of an element
 _LONGEST = 100_000_000 # bytes of a header that the format allows
 
@@ -57,7 +57,7 @@ def tensors_in(path, file=''): # Safetensors file, what to call it
     if end!=size: raise ValueError(f'{path} is damaged: it has {size:,} bytes, and its header tells of {end:,}')
     return res,about
 
-# %% ../../nbs/core/27_shards.ipynb #4ca096f8
+# %% ../../nbs/core/27_shards.ipynb #8f8fb4e9
 _INDEX,_ENDING = '.safetensors.index.json','.safetensors'
 
 def _index(path): # Index file
@@ -113,7 +113,7 @@ class Checkpoint:
         "What tells whether files have changed: sizes and times"
         return [[o, *(lambda s: (s.st_size,s.st_mtime_ns))(os.stat(self.root/o))] for o in (*self.files,*self.beside)]
 
-# %% ../../nbs/core/27_shards.ipynb #7a76d8cf
+# %% ../../nbs/core/27_shards.ipynb #935fb256
 PIECE = 2**23 # bytes that are read at a time
 
 class Buffers(threading.local):
@@ -185,7 +185,7 @@ def in_turn(sources, n): # Iterators, how many of them at a time
         active.extend([source] if found else islice(sources, 1))
         yield from found
 
-# %% ../../nbs/core/27_shards.ipynb #e2ff64b3
+# %% ../../nbs/core/27_shards.ipynb #388abe31
 class Journal:
     "Records by key in a file that only grows; opened again, it has all that were written whole"
     def __init__(self, path, settings): # File, made if it is not there; a string that has to be the same
@@ -230,7 +230,7 @@ def _own(f):
     try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
     except BlockingIOError: raise ValueError(f'{f.name} is in use: another call writes this checkpoint') from None
 
-# %% ../../nbs/core/27_shards.ipynb #b50b5434
+# %% ../../nbs/core/27_shards.ipynb #9a5eac0b
 _PART = 2**26 # bytes that are copied in one job
 
 class _Shard:
@@ -278,13 +278,12 @@ class Rewriting:
     def __enter__(self):
         self.made = next((o for o in reversed([self.root,*self.root.parents]) if not o.exists()), None)  # the first folder that is new
         self.root.mkdir(parents=True, exist_ok=True)
-        try:
+        with ExitStack() as undo:
+            if self.made: undo.callback(shutil.rmtree, self.made)
             self.journal = Journal(self.journal_path, self.settings)
             if not self.journal.same: self._refuse()
             self._check_space()
-        except BaseException:
-            if self.made: shutil.rmtree(self.made)
-            raise
+            undo.pop_all()
         return self
 
     def _refuse(self):

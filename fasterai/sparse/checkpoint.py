@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sparsify_checkpoint']
 
-# %% ../../nbs/sparse/05_checkpoint.ipynb #2fca9517
+# %% ../../nbs/sparse/05_checkpoint.ipynb #23fd01c7
 import fnmatch, hashlib, json, math, os, re, threading, zlib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -24,7 +24,7 @@ from ..core.selection import Scores, _key, counted_kth
 from ..core.shards import PIECE, Buffers, Checkpoint, Rewriting, at_work, read_at, write_at
 from .sparsifier import check_sparsity, zero_
 
-# %% ../../nbs/sparse/05_checkpoint.ipynb #9893f2e1
+# %% ../../nbs/sparse/05_checkpoint.ipynb #dfe3c485
 _FLOATS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, F8_E4M3=torch.float8_e4m3fn, F8_E5M2=torch.float8_e5m2,
     F8_E4M3FNUZ=torch.float8_e4m3fnuz, F8_E5M2FNUZ=torch.float8_e5m2fnuz)
 _AXES = {2:'oi', 3:'oiw', 4:'oihw', 5:'oidhw'}
@@ -95,7 +95,7 @@ def _axes(tensors, given):
 
 def _turned(n): "Inputs first"; return 'io'+_AXES[n][2:]
 
-# %% ../../nbs/sparse/05_checkpoint.ipynb #afea0fd8
+# %% ../../nbs/sparse/05_checkpoint.ipynb #3b95487d
 _WORDS = {1:np.uint8, 2:np.uint16, 4:np.uint32, 8:np.uint64}
 _ALL = 'all' # blocks go
 _COPIES = 8 # as large as a piece, that scores and keys take, in float32 and more
@@ -213,7 +213,7 @@ class _Weight:
 
 _FNUZ = {torch.float8_e4m3fnuz:0x80, torch.float8_e5m2fnuz:0x80} # nan, where others have a negative zero
 
-# %% ../../nbs/sparse/05_checkpoint.ipynb #d94cd36d
+# %% ../../nbs/sparse/05_checkpoint.ipynb #6fdf17eb
 _STEP = 16 # bits that are counted in a pass
 
 def _count(weight, source, shift, found):
@@ -267,7 +267,7 @@ def _together(weights, k, table, protect):
         for o in members: res.pop(o)
     return res
 
-# %% ../../nbs/sparse/05_checkpoint.ipynb #51844a18
+# %% ../../nbs/sparse/05_checkpoint.ipynb #79d89fa2
 def _zero_lowest(weight, words, at, ties):
     "Zero what is below key `at`, and the first `ties` that equal it; how many ties are left to go"
     for some,keys in weight.chunks(words):
@@ -325,7 +325,7 @@ def _zero_groups(x, magnitude, zeros, gone):
         if gone is not None: keep |= ~gone
         x[:,:,j] *= keep
 
-# %% ../../nbs/sparse/05_checkpoint.ipynb #abc39250
+# %% ../../nbs/sparse/05_checkpoint.ipynb #71ed77d5
 def _fill(weight, source, target):
     "Write `weight` with its zeros, and say how many there are"
     gone,zeros = weight.gone,0
@@ -361,7 +361,7 @@ def _zero_entries(stored, keep, source, target):
     write_at(target, stored.start, buf)
     return int((x==0).sum())
 
-# %% ../../nbs/sparse/05_checkpoint.ipynb #13a5139c
+# %% ../../nbs/sparse/05_checkpoint.ipynb #e17cdaf0
 _FEW = 2**24 # blocks whose scores are kept
 
 def _scored(weight, source):
@@ -447,7 +447,7 @@ class _Tables:
             self.tick()
         return sum(np.frombuffer(zlib.decompress(self.out.journal.data(key(o))), np.int64) for o in weights)
 
-# %% ../../nbs/sparse/05_checkpoint.ipynb #718cb3eb
+# %% ../../nbs/sparse/05_checkpoint.ipynb #a7780706
 def _check_granularity(given):
     "`ValueError` if a file cannot tell the blocks"
     g = granularity_of(given)
