@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 import torch
 import torch.distributed as dist
-from .selection import _key
+from .selection import _key,counted_kth
 
 # %% ../../nbs/core/21_ranks.ipynb #b78cf136
 def several(): "Are there other processes?"; return dist.is_available() and dist.is_initialized() and dist.get_world_size()>1
@@ -147,22 +147,17 @@ BITS,PIECE = 11,2**17  # of a key that are counted in one round; entries that ar
 
 def _kth(sources, keys, k, bits): # What has a shard each; function of a source that yields its keys, piece by piece; which, from 1; size of a key
     "The `k`-th lowest key over all ranks, how many like it are among the `k` lowest, and how many there are"
-    top = (bits-1)//BITS*BITS
-    found = None
-    for shift in range(top, -1, -BITS):
-        tables,low = {},-2**(bits-1-top) if found is None else 0
+    low = -2**(bits-1-(bits-1)//BITS*BITS)
+    def count(shift, found):
+        tables = {}
         for o in sources:
             t = tables.setdefault(o.shard.groups if o.shard else (), torch.zeros(2**BITS, dtype=torch.int64, device=o.keep.device))
             for x in keys(o):
                 if found is not None: x = x[(x>>shift+BITS)==found]
                 digits = (x>>shift)-low if found is None else (x>>shift)&2**BITS-1
                 t += digits.bincount(minlength=2**BITS)
-        counts = sum(_added(t, groups).cpu() for groups,t in tables.items())
-        up_to = counts.cumsum(0)
-        at = int((up_to<k).sum())
-        k -= int(up_to[at]-counts[at])
-        found = at+low if found is None else found*2**BITS+at
-    return found,k,int(counts[at])
+        return sum(_added(t, groups).cpu() for groups,t in tables.items())
+    return counted_kth(count, k, bits, BITS, low)
 
 def _added(t, groups):
     for g in groups: dist.all_reduce(t, group=g)

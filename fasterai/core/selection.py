@@ -59,6 +59,24 @@ def lowest(scores:Tensor, k:int): # Scores [n], how many
     less,tie = scores<t, scores==t
     return less | tie & (tie.cumsum(0)<=k-less.sum())
 
+# %% ../../nbs/core/04_selection.ipynb #58c5c2ff
+def counted_kth(
+    count, # Function of a shift and the leading bits that are known (`None` at first): how often the `step` bits above the shift have each value [2**step]
+    k:int, # Which, from 1
+    bits:int, # Size of a number
+    step:int, # Bits that are counted in one pass
+    low:int=0, # What the first table begins with: below 0 for numbers with a sign
+):
+    "The `k`-th lowest of whole numbers, how many like it are among the `k` lowest, and how many there are"
+    found = None
+    for shift in range((bits-1)//step*step, -1, -step):
+        counts = count(shift, found)
+        up_to = counts.cumsum(0)
+        at = int((up_to<k).sum())
+        k -= int(up_to[at]-counts[at])
+        found = at+low if found is None else found*2**step+at
+    return found,k,int(counts[at])
+
 # %% ../../nbs/core/04_selection.ipynb #367ea591
 class Source:
     "`n` blocks, which of them are kept, and their scores when asked for"
