@@ -7,7 +7,7 @@ __all__ = ['VERSION', 'DTYPES', 'codecs', 'earlier', 'FIRST', 'checked_path', 'r
            'read_json', 'Entry', 'Codec', 'write_file', 'whole_numbers', 'File', 'reading', 'read_file', 'sealed',
            'unsealed']
 
-# %% ../../nbs/core/27_files.ipynb #549f8527
+# %% ../../nbs/core/27_files.ipynb #8ff41203
 import errno, hashlib, importlib, json, math, os, re, shutil, stat, tempfile, zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +21,7 @@ from .running import staged
 try: import fcntl
 except ImportError: fcntl = None  # Windows has no such locks
 
-# %% ../../nbs/core/27_files.ipynb #2daf9789
+# %% ../../nbs/core/27_files.ipynb #179f7df7
 _ODD = {stat.S_IFIFO:'a pipe', stat.S_IFSOCK:'a socket', stat.S_IFCHR:'a device', stat.S_IFBLK:'a device'}
 
 def checked_path(
@@ -38,7 +38,7 @@ def checked_path(
         if not os.access(target, os.W_OK): raise PermissionError(errno.EACCES, 'the file may not be written to', str(path))
     return target if path.is_symlink() else path
 
-# %% ../../nbs/core/27_files.ipynb #5e012632
+# %% ../../nbs/core/27_files.ipynb #e9455e29
 _LONG = 200 # bytes of a name; with what is added, 255 is the most on most systems
 
 def _part_name(target, token):
@@ -79,7 +79,7 @@ def _remove_if_dead(path):
         else: path.unlink()
     finally: os.close(fd)
 
-# %% ../../nbs/core/27_files.ipynb #4ac4e31e
+# %% ../../nbs/core/27_files.ipynb #a4bfd7b1
 def _take_place(new, fd, target):
     "Let `new`, which is open as `fd`, be `target`, with its permissions, once all of it is on the disk"
     if target.exists() and hasattr(os, 'fchmod'):
@@ -128,7 +128,7 @@ def replacing(
             new.unlink(missing_ok=True)
     _sync_folder(target.parent)
 
-# %% ../../nbs/core/27_files.ipynb #75c23dcb
+# %% ../../nbs/core/27_files.ipynb #8bde2aac
 @contextmanager
 def replacing_from(
     path, # Of a file to write
@@ -149,7 +149,7 @@ def replacing_from(
                 if fcntl is None: os.replace(o, target.parent/o.name)
     _sync_folder(target.parent)
 
-# %% ../../nbs/core/27_files.ipynb #937cbc63
+# %% ../../nbs/core/27_files.ipynb #4a5d1268
 class FileError(ValueError):
     "A file that this library did not write, that is damaged or of a later version, or that is of another model"
 
@@ -183,7 +183,7 @@ def read_json(
         if not level: return found
     raise ValueError(f'more than {deep} lists and dicts stand around each other')
 
-# %% ../../nbs/core/27_files.ipynb #acff231e
+# %% ../../nbs/core/27_files.ipynb #689134cc
 _KEY,_CODED,VERSION = 'fasterai','.fasterai',3 # in the header; the entry of what is coded; the first form had version 1, with plans for replaced layers 2
 _MOST = 2**48 # of any number in a header
 _AXES = 64 # at most, of a tensor of PyTorch
@@ -231,7 +231,7 @@ def _read_plain(take, dtype, shape):
 
 codecs['plain'] = Codec(_read_plain, lambda dtype, shape: math.prod(shape)*dtype.itemsize) # types that have no name in safetensors
 
-# %% ../../nbs/core/27_files.ipynb #8b4759ac
+# %% ../../nbs/core/27_files.ipynb #6fcbf7da
 def _text_of(o): return json.dumps(o, separators=(',',':'))
 
 def _header(text, entries, room=0):
@@ -307,7 +307,7 @@ def write_file(
     _check_names(tensors)
     with replacing(path) as f: staged(_write(f, kind, tensors, code, table), len(tensors), progress)
 
-# %% ../../nbs/core/27_files.ipynb #e973b597
+# %% ../../nbs/core/27_files.ipynb #5ef15e9e
 def whole_numbers(o, n:int|None=None)->bool: # Anything; how many
     "Is `o` a list of sizes?"
     return type(o) is list and (n is None or len(o)==n) and all(type(i) is int and 0<=i<_MOST for i in o)
@@ -393,11 +393,11 @@ def _unpacked(packed, most):
 _START = b'{"__metadata__":{"'+_KEY.encode()+b'":"'
 _ABOUT = re.compile(re.escape(_START)+rb'([a-z]{1,20}) ([0-9]{1,4}) ([0-9a-f]{16}) ')
 
-def _digested(f, start, head, about):
+def _digested(f, start, size, head, about):
     "Digest of all, with none in its place; a generator, which yields after each block"
     digest = hashlib.blake2b(digest_size=8)
     f.seek(start)
-    block = bytearray(_BLOCK)
+    block = bytearray(min(_BLOCK, size))
     while n := f.readinto(block):
         digest.update(memoryview(block)[:n])
         yield
@@ -425,7 +425,7 @@ def _read(f, path, most, known, progress):
     if about:
         kind,version = about[1].decode(),int(about[2])
         if version!=VERSION: raise FileError(f'{path} has version {version}, this library reads {VERSION} and earlier ones: it was written by a later one, or is damaged')
-        found = staged(_digested(f, 8+n, head, about), 1+size//_BLOCK, progress)
+        found = staged(_digested(f, 8+n, size, head, about), 1+size//_BLOCK, progress)
         if found!=about[3].decode(): raise damaged('its checksum differs')
     try:
         header = read_json(head)
@@ -481,7 +481,7 @@ def read_file(
         if kind is not None and file.kind!=kind and not (plain and file.kind=='plain'): raise FileError(f'{path} is of kind {file.kind!r}, and {kind!r} was expected')
         return {k:file.tensor(k) for k in file.entries},file.table
 
-# %% ../../nbs/core/27_files.ipynb #b46ed4fd
+# %% ../../nbs/core/27_files.ipynb #9e256c56
 _SEAL = 'checksum' # name of the tensor
 
 _PLAIN = str,int,float,type(None) # values that are no tensors
