@@ -5,7 +5,7 @@ import pytest, safetensors.torch, torch
 from torch import nn
 import damage
 from conformance import files as conformance
-from fasterai.core import files
+from fasterai.core import files, running
 from fasterai.core.files import FileError, checked_path, read_file, read_json, reading, replacing, replacing_from, sealed, unsealed, write_file
 from fasterai.core.plan import carrying, pruned_plan, receiving, steps_of
 from fasterai.misc.all import BN_Folder, FC_Decomposer
@@ -283,7 +283,7 @@ def test_limit_of_the_system(tmp_path):
 
 def test_killed(tmp_path):
     "The file is whole, and the next write clears up; `tests/conformance/files.py` kills more of them"
-    assert conformance.killed(tmp_path/'a', 2)[1]==0
+    assert conformance.killed(tmp_path/'a', 8)[1]==0
 
 def test_files_of_other_programs(tmp_path):
     "take their places together, the one that was asked for last; none after an error"
@@ -334,5 +334,28 @@ def test_states_of_techniques():
     for bad in ({**sealed(state), 'pace.last':torch.tensor(2)}, {**state, 'checksum':torch.zeros(8, dtype=torch.uint8)}, {**state, 'checksum':3}, {3:torch.tensor(3)}, {'pace.last':[3]}):
         with pytest.raises(FileError): technique.load_state_dict(bad)
     assert unsealed({})=={} and sealed({})=={}
+
+# --- bars
+
+def test_bars(tmp_path, monkeypatch):
+    "What takes longer than two seconds shows a bar, if it is wanted; what does not, none"
+    shown = []
+    def bar(it, show):
+        shown.append(show)
+        return it
+    monkeypatch.setattr(running, 'with_bar', bar)
+    do = dict(save_pruned=lambda o: save_pruned(Tied(), tmp_path/'a', progress=o), load_pruned=lambda o: load_pruned(tmp_path/'a', Tied(), progress=o),
+        save_compressed=lambda o: save_compressed(Tied(), tmp_path/'b', progress=o), load_compressed=lambda o: load_compressed(tmp_path/'b', Tied(), progress=o))
+    for f in do.values(): f(True)
+    assert not shown
+    clock = iter(range(10**6))
+    monkeypatch.setattr(running, 'perf_counter', lambda: next(clock)*3)
+    for f in do.values():
+        shown.clear()
+        f(True)
+        assert shown and all(shown)
+        shown.clear()
+        f(False)
+        assert shown and not any(shown)
 
 def test_one_error(): assert CompressedFileError is FileError and issubclass(FileError, ValueError)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'state_to_save', 'tied_in', 'save_model', 'load_model']
 
-# %% ../../nbs/core/28_saved.ipynb #7829da0d
+# %% ../../nbs/core/28_saved.ipynb #961fdaa5
 import json
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
@@ -17,7 +17,7 @@ from .plan import _DAMAGED, brought_to, check_fits, checked_plan, noted, plan_te
 from .running import at_home, check_module, followable, innermost, staged, undone
 from .surgery import _channels_last
 
-# %% ../../nbs/core/28_saved.ipynb #44a91a46
+# %% ../../nbs/core/28_saved.ipynb #7f060724
 def state_to_save(
     model:nn.Module, # Left as it is
     what:str, # How to call it, for one who gives something else
@@ -60,7 +60,7 @@ def save_model(
     if layouts: table['last'] = [k for k,v in state.items() if _channels_last(v)]
     write_file(path, kind, {k:v for k,v in state.items() if k not in tied}, table, code, progress)
 
-# %% ../../nbs/core/28_saved.ipynb #51a7d544
+# %% ../../nbs/core/28_saved.ipynb #f16fac87
 MODELS = 'pruned','compressed','ticket' # kinds of files of networks
 _BASE,_EACH,_LONG = 2**19,2**11,16 # bytes of text that are justified: in any file, for each tensor or module, for each channel
 
@@ -70,6 +70,7 @@ def _told(file):
     "Plan, and which tensors are one or have their channels last, of a file of a network"
     table = file.table
     if file.kind=='pruned' and file.version<3: table = _of_first_versions(file, table['fasterai.pruned'])
+    elif file.kind in ('plain','foreign'): raise FileError(f'{file.path} was not written by save_pruned or save_compressed: it tells nothing of how a network was made')
     elif file.kind not in MODELS: raise FileError(f'{file.path} was not written by save_pruned or save_compressed: it is of kind {file.kind!r}')
     if more := table.keys()-{'plan','tied','last'}: raise file.damaged(f'it tells {min(more)[:80]!r}, which is not known')
     return checked_plan(table['plan']) if 'plan' in table else {},table.get('tied', {}),table.get('last')

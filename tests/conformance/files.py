@@ -2,49 +2,54 @@
 
 N files of each kind (20,000 by default) are damaged: half of them by chance, and half by somebody who makes the checksum fit. Each is read the same or refused in words, within 2 seconds, and the network is as it was.
 `other` is what was read otherwise because its checksum was made to fit. Then a writer is killed 200 times (or N/100 times): the file is always an old or a new one, and nothing is left beside it."""
-import os, signal, subprocess, sys, tempfile, time, warnings
+import os, signal, sys, tempfile, time, warnings
 from pathlib import Path
 import numpy as np, torch
+from torch import nn
+from fasterai.prune.pruner import load_pruned, save_pruned
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import damage
 
-WRITER = '''
-import sys, torch
-from torch import nn
-from fasterai.prune.pruner import save_pruned
-torch.set_num_threads(1)
-model = nn.Sequential(*(nn.Linear(200, 200) for _ in range(8)))
-for i in range(10**6):
-    with torch.no_grad():
-        for p in model.parameters(): p.fill_(i)
-    save_pruned(model, sys.argv[1], progress=False)
-    if not i: print('ready', flush=True)
-'''
+def net(): return nn.Sequential(*(nn.Linear(200, 200) for _ in range(8)))
 
 def started(path):
-    "A process that writes `path` again and again, once it has done so"
-    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', WRITER, str(path)], stdout=subprocess.PIPE, text=True)
-    assert p.stdout.readline()=='ready\n'
-    return p
+    "A process that writes `path` again and again, once it has begun"
+    read,write = os.pipe()
+    if pid := os.fork():
+        os.close(write)
+        assert os.read(read, 1)
+        os.close(read)
+        return pid
+    try:
+        torch.set_num_threads(1)
+        model,i = net(),0
+        os.write(write, b'.')
+        while os.getppid()!=1:
+            i += 1
+            with torch.no_grad():
+                for p in model.parameters(): p.fill_(i)
+            save_pruned(model, path, progress=False)
+    finally: os._exit(1)
 
 def parts_beside(path): return [o.name for o in path.parent.iterdir() if o.name!=path.name]
 
 def killed(path, n, seed=0):
     "Kill a writer of `path` `n` times: how often something was left, and how often the file was not whole, or something still left after the next write"
-    from torch import nn
-    from fasterai.prune.pruner import load_pruned, save_pruned
+    save_pruned(net(), path)
     rng,left,bad = np.random.default_rng(seed),0,0
     for i in range(n):
-        p = started(path)
+        pid = started(path)
         time.sleep(float(rng.random())*.1)
-        p.send_signal(signal.SIGKILL)
-        p.wait()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
         left += bool(parts_beside(path))
-        model = nn.Sequential(*(nn.Linear(200, 200) for _ in range(8)))
+        model = net()
         try:
             load_pruned(path, model)
-            whole = len({float(p.min()) for p in model.parameters()}|{float(p.max()) for p in model.parameters()})==1
+            whole = not i or len({float(o) for p in model.state_dict().values() for o in (p.min(),p.max())})==1
         except ValueError: whole = False
+        with torch.no_grad():
+            for p in model.parameters(): p.fill_(-i-1)
         save_pruned(model, path)
         bad += not whole or bool(parts_beside(path))
     return left,bad
