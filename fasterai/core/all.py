@@ -5,6 +5,5 @@ from .context import contexts, erk, global_, lamp, local, uniform_plus
 from .schedule import (Schedule, agp, dsd, gradual, iterative, lin, one_cycle, one_shot, sched_agp, sched_dsd, sched_iterative, sched_one_cycle, sched_one_shot,
     schedules)  # `cos` is a name of math and torch: 'cos', or `from fasterai.core.schedule import cos`
 from .pace import Pace
-from .files import FileError
 from .graph import ChannelGraph, unknown_ops
 from .ops import op

@@ -403,7 +403,7 @@ def _check_told(model, attrs, was):
 
 def _is_alike(v, was, most):
     "Is `v` the same as `was`, but for whole numbers that are not beyond `most`?"
-    if type(was) is int: return type(v) is int and abs(v)<=max(abs(was), most)
+    if type(was) is int: return type(v) is int and (v==was or 0<v<=max(was, most))
     if isinstance(was, (tuple,list)): return type(v) is list and len(v)==len(was) and all(_is_alike(*o, most) for o in zip(v, was))
     if type(was) is dict: return type(v) is dict and v.keys()==was.keys() and all(_is_alike(v[k], o, most) for k,o in was.items())
     return type(v) is type(was) and type(v) in (str,float,bool,type(None)) and v==was
