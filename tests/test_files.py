@@ -105,6 +105,11 @@ def test_types(dtype, tmp_path):
     bits = lambda t: bytes(files._bytes_of(t))
     assert all(found[k].shape==v.shape and found[k].dtype==dtype and bits(found[k])==bits(v) for k,v in tensors.items())
 
+@pytest.mark.parametrize('kind,tensors', [('', {}), ('Net', {}), ('0'*16, {}), ('net', {'.fasterai':torch.ones(1)}), ('net', {'__metadata__':torch.ones(1)}), ('net', {'\ud800':torch.ones(1)}), ('net', {3:torch.ones(1)}), ('net', {'a':3})])
+def test_what_has_no_place_in_a_file(kind, tensors, tmp_path):
+    with pytest.raises(ValueError): write_file(tmp_path/'a', kind, tensors)
+    assert not list(tmp_path.iterdir())
+
 def test_small_files_stay_small(tmp_path):
     "The outer form takes about a hundred bytes more than that of version 1 did"
     model = load_compressed(OLD/'compressed_1', old_net(1))

@@ -303,7 +303,8 @@ def write_file(
     progress:bool=True, # Show a bar for what takes longer than two seconds
 ):
     "Write `tensors` and `table`. The same of both give the same bytes"
-    tensors = {k:v for k,v in tensors.items()}
+    if not re.fullmatch('[a-z]{1,20}', kind): raise ValueError(f'kind is a word of small letters, not {kind!r}')
+    tensors = dict(tensors)
     _check_names(tensors)
     with replacing(path) as f: staged(_write(f, kind, tensors, code, table), len(tensors), progress)
 
