@@ -15,6 +15,7 @@ from torch import nn
 from .core import ranks
 from .core.brought import warn
 from .core.pace import Driver, Technique, Training, attach, first_two
+from .core.files import sealed
 from .core.plan import note_plan, receiving
 from .core.registry import an
 from .distill.training import Distill
@@ -134,7 +135,7 @@ class TechniqueCallback(Driver, pl.Callback):
     def teardown(self, trainer, pl_module, stage):
         if self.stack is not None: self.stack.close()
 
-    def state_dict(self): return self.technique.state_dict()
+    def state_dict(self): return sealed(self.technique.state_dict())
     def load_state_dict(self, state): self.technique.load_state_dict(state)
 
 # %% ../nbs/96_lightning.ipynb #850db2a4

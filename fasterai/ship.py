@@ -15,13 +15,14 @@ import pandas as pd
 import torch
 from torch import nn
 from .analyze.counts import BATCHES,_each_batch,_valid,answers,latency,loader_of,most_likely,n_macs,n_params,running,scores_of,speedup
+from .core.files import checked_path
 from .core.brought import warn
 from .core.evidence import repeatable
 from .core.pace import whole_number
 from .core.registry import an
 from .core.running import SLIPS,at_home,call_with,explained,inputs_for,inputs_that_run,plain_model,tensors_of,untouched,with_bar
 from .core.surgery import copy_of
-from .export.onnx_file import ONNXFile,checked_path,export_onnx
+from .export.onnx_file import ONNXFile,export_onnx
 from .export.program import checked_model
 from .export.runtimes import Job,calibration_inputs
 from .misc.bn_folding import BN_Folder

@@ -13,8 +13,8 @@ from functools import wraps
 from pathlib import Path
 import torch
 from torch import nn
-from safetensors.torch import load_file, save_file
 from .core.brought import warn
+from .core.files import read_file, write_file
 from .core.pace import Driver, Training, attach, first_two, two_of, without_labels
 from .core.plan import as_text, cut_to, read_plan
 from .distill.training import Distill
@@ -54,7 +54,7 @@ class TechniqueCallback(Driver, TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         if state.global_step:
             path = state.read_from/self._called if hasattr(state, 'read_from') else self._file(args, state)
-            if path.exists(): self.technique.load_state_dict(load_file(path))
+            if path.exists(): self.technique.load_state_dict(read_file(path, 'state', plain=True)[0])
             elif self.technique.remembers:
                 warn(f'training goes on after step {state.global_step}, and nothing is known of what {self.technique.called} did before: there is no {path}')
         def sample():
@@ -87,7 +87,7 @@ class TechniqueCallback(Driver, TrainerCallback):
         if not args.should_save or not found: return
         path = self._file(args, state)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k:v.detach().contiguous() for k,v in found.items()}, path)
+        write_file(path, 'state', found)
 
     def on_train_end(self, args, state, control, **kwargs): self._leave()
 
@@ -170,5 +170,7 @@ def cut_like(
     if not isinstance(model, nn.Module): raise TypeError(f'cut_like(model, folder) takes the model first, not {type(model).__name__}')
     found = sorted(Path(folder).glob(f'fasterai-{Prune.name}-*.safetensors'))
     if not found: raise ValueError(f'no PruneCallback has written to {folder}')
-    cut_to(model, read_plan(as_text(load_file(found[0])['pruner.plan'])))
+    state,_ = read_file(found[0], 'state', plain=True)
+    if 'pruner.plan' not in state: raise ValueError(f'{found[0]} tells nothing of what was cut')
+    cut_to(model, read_plan(as_text(state['pruner.plan'])))
     return model

@@ -533,7 +533,7 @@ def test_save_and_load(tmp_path):
     small = pickle.loads(pickle.dumps(copy.deepcopy(small)))
     assert not any('pruned' in k for k in small.state_dict())
     save_pruned(small, tmp_path/'a.safetensors')
-    fresh = load_pruned(tmp_path/'a.safetensors', make().float())
+    fresh = load_pruned(tmp_path/'a.safetensors', make())
     assert all(torch.equal(v, fresh.state_dict()[k]) and v.dtype==fresh.state_dict()[k].dtype for k,v in small.state_dict().items())
     assert torch.equal(fresh(X.double()), small(X.double())) and str(fresh)==str(small) and pruned_plan(fresh)==pruned_plan(small)
     save_pruned(fresh, tmp_path/'b.safetensors')

@@ -1,5 +1,5 @@
 "Sensitivity: exact values, models that come back untouched, scans that go on, targets that meet a budget"
-import itertools, math
+import importlib, itertools, math
 from copy import deepcopy
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from fasterai.quantize.weight_sharing import KMeansQuantizer
 from fasterai.sparse.sparsifier import Sparsifier
 from tiny import WRAPPERS
 
+sens = importlib.import_module('fasterai.analyze.sensitivity')  # its name is that of the function, too
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 class Residual(nn.Module):
@@ -144,33 +145,59 @@ def test_resume_from_a_file(model, tmp_path):
     with pytest.raises(KeyboardInterrupt): sensitivity(model, f, [50,60], resume=path)
     with open(path, 'a') as o: o.write('sparsity wei')  # cut off in the middle of a line
     s = sensitivity(model, f, [50,60,70], resume=path)
-    assert len(calls)==7+5*3-5 and s.to_df().equals(sensitivity(model, total, [50,60,70]).to_df())
+    assert len(calls)==7+1+5*3-5 and s.to_df().equals(sensitivity(model, total, [50,60,70]).to_df())
     n = len(calls)
     again = sensitivity(model, f, [50,60,70], resume=path)
-    assert len(calls)==n and again.dense==s.dense and again.to_df().equals(s.to_df())
+    assert len(calls)==n+1 and again.dense==s.dense and again.to_df().equals(s.to_df())
     s.to_csv(tmp_path/'copy.csv')
-    assert sensitivity(model, f, [60], resume=tmp_path/'copy.csv').to_df().equals(s.to_df()) and len(calls)==n
+    assert sensitivity(model, f, [60], resume=tmp_path/'copy.csv').to_df().equals(s.to_df()) and len(calls)==n+2
     assert pd.read_csv(path).layer.nunique()==5
 
 def test_resume_from_a_result(model):
     calls = []
     f = lambda m: calls.append(1) or total(m)
-    s = sensitivity(model, f, [50], layer_type=nn.Conv2d)
-    assert len(sensitivity(model, f, [50,70], resume=s).to_df())==10 and len(calls)==1+4+5+1
+    s = sensitivity(model, f, [50])
+    assert len(sensitivity(model, f, [50,70], resume=s).to_df())==10 and len(calls)==1+5+1+5
+
+def f_of(data, by=1.):
+    "An evaluate that has its data in a closure"
+    return lambda m: by*float(m(data).double().abs().sum())
 
 def test_resume_refuses_another(model, tmp_path):
-    path = tmp_path/'scan.csv'
-    s = sensitivity(model, total, [50], resume=path)
+    "What differs is named, before anything is evaluated, and the file stays as it is"
+    path,evaluate = tmp_path/'scan.csv',f_of(X)
+    s = sensitivity(model, evaluate, [50], resume=path)
     before = path.read_bytes()
-    for how in (dict(kind='pruning'), dict(granularity='filter'), dict(criteria='random')):
-        with pytest.raises(ValueError, match='another kind or another model'): sensitivity(model, total, [50], resume=path, **how)
-        with pytest.raises(ValueError, match='another kind or another model'): sensitivity(model, total, [50], resume=s, **how)
+    def refused(match, evaluate=evaluate, **how):
+        for earlier in (path,s):
+            with pytest.raises(ValueError, match=match): sensitivity(model, evaluate, [50], resume=earlier, **how)
+        assert path.read_bytes()==before
+    refused('kind', kind='pruning'), refused('granularity is weight there, and filter here', granularity='filter')
+    refused('criteria is large_final there, and random here', criteria='random'), refused('layer_type is any there, and Conv2d here', layer_type=nn.Conv2d)
+    refused('higher_is_better is True there, and False here', higher_is_better=False)
+    refused('the function `evaluate`', f_of(X+1)), refused('the function `evaluate`', f_of(X, 2.)), refused('the function `evaluate`', lambda m: evaluate(m)+1)
+    assert sensitivity(model, f_of(X.clone()), [50], resume=path).metrics==s.metrics
+    other = [1.]
+    def hidden(m): return other[0]*total(m)
+    sensitivity(model, hidden, [50], resume=tmp_path/'other.csv')
+    other[0] = 2.
+    with pytest.raises(ValueError, match='the untouched model gives .* now, and gave'): sensitivity(model, hidden, [50], resume=tmp_path/'other.csv')
     model.stem.weight.data[0,0,0,0] += 1
-    with pytest.raises(ValueError, match='another kind or another model'): sensitivity(model, total, [50], resume=path)
-    assert path.read_bytes()==before
+    refused('the model is another one')
     path.write_text('something else\n')
     with pytest.raises(ValueError, match='no file of a sensitivity scan'): sensitivity(model, total, [50], resume=path)
     assert path.read_text()=='something else\n'
+
+@pytest.mark.parametrize('bad,says', [(lambda r: r[:-1], 'its checksum differs|fields'), (lambda r: r.replace(',50,', ',60,'), 'its checksum differs'), ('stem,50,nan', 'its metric is .nan., and a finite number'), ('stem,50,inf', 'finite'), ('stem,50,1_0', 'finite'),
+    ('stem,500,1.0', 'no level 500'), ('stems,50,1.0', "no layer 'stems'"), ('stem,x,1.0', 'its level is'), ('stem,50,' + '9'*5000, 'finite'), ('stem', 'fields')])
+def test_rows_of_files(bad, says, model, tmp_path):
+    "A row that cannot be is refused with its line"
+    path = tmp_path/'scan.csv'
+    s = sensitivity(model, total, [50], resume=path)
+    lines = path.read_bytes().decode().split('\r\n')
+    lines[2] = bad(lines[2]) if callable(bad) else sens._line(sens._row(s.setting, *bad.split(','))).removesuffix('\r\n')
+    path.write_bytes('\r\n'.join(lines).encode())
+    with pytest.raises(ValueError, match=rf'scan.csv, line 3: .*({says})'): sensitivity(model, total, [50], resume=path)
 
 # What is refused
 

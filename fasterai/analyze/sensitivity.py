@@ -7,10 +7,11 @@ __all__ = ['kinds', 'sensitivities_to_png', 'Sensitivity', 'sensitivity', 'perfo
            'sensitivity_to_png', 'sensitivities_to_csv']
 
 # %% ../../nbs/analyze/02_sensitivity.ipynb #bd37fe8e
-import csv,inspect,math,os,zlib
+import csv,dis,hashlib,inspect,io,math,os,re,zlib
 from collections.abc import Iterable,Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import CodeType,FunctionType,MethodType
 from itertools import groupby
 import numpy as np
 import torch
@@ -18,13 +19,14 @@ from torch import nn
 from .budget import allocate,isotonic,least_damage
 from .times import resized,seen_inputs
 from .counts import check_models,latency,n_nonzero,running,stored,with_bar
-from ..core.brought import told,warn
+from ..core.brought import _INSTALLED,told,warn
+from ..core.files import FileError,_bytes_of,checked_path,replacing
 from ..core.criteria import criteria_of,large_final,needs
 from ..core.granularity import granularity_name, has_axes
 from ..core.needs import Known
 from ..core.registry import did_you_mean,named,spelled
 from ..core.graph import ChannelGraph,layer_of
-from ..core.running import inputs_that_run,plain_model
+from ..core.running import inputs_that_run,plain_model,tensors_of
 from ..core.liveness import spare_last
 from ..core.evidence import check_seen,evidence,first_inputs
 from ..core.selection import Scores,check_percent,n_of,rounded_gone
@@ -39,6 +41,7 @@ from ..quantize.weight_sharing import KMeansQuantizer,_bits_and_left,bits_by_nam
 from ..sparse.sparsifier import Sparsifier,_types,find_sides,parts_of
 
 # %% ../../nbs/analyze/02_sensitivity.ipynb #98c38f04
+def _called(criteria): return criteria.__name__ if getattr(criteria, '__module__', '').startswith('fasterai.') else f'{criteria.__name__}-{_fingerprint(criteria)}'
 def _known_types(model): return tuple({type(m) for m in model.modules() if has_axes(m)})
 
 def _check_now(criteria):
@@ -60,7 +63,7 @@ class _Sparsity:
         else: check_seen(criteria, parts_of(self.sp.layers), self.model, first_inputs(data, self.model))
         self.sp._sides = find_sides(self.model, self.sp.layers, example_inputs)
         self.layers = {o.name:o for o in self.sp.layers}
-        self.said = f'{granularity_name(granularity)} {criteria.__name__}'
+        self.said = dict(granularity=granularity_name(granularity), criteria=_called(criteria))
     def held(self, name):
         "What is changed with a layer"
         o = self.layers[name]
@@ -135,7 +138,7 @@ class _Pruning:
         for gs in self.sets.values():
             for g in gs: g.values = group_scores(g, self.graph, self.criteria, self.pruner._known)
         self.pruner.about.forget_data()
-        self.layers,self.said = self.sets,f'channels {self.criteria.__name__}'
+        self.layers,self.said = self.sets,dict(criteria=_called(self.criteria))
     def classes(self, name, level, round_to=None):
         "Classes of channels that go at `level`"
         gone = []
@@ -249,7 +252,7 @@ class _Bits:
         names = [n for n in bits if wanted(layer_of(n))]
         if out := {n:how for n,how in out.items() if wanted(n)}: warn(told(out))
         if not names: raise ValueError(f'the model has no layer of type {", ".join(t.__name__ for t in layer_type)} whose weights could share values; it has {", ".join(sorted({type(m).__name__ for m in _holders(self.model)}))}')
-        self.layers,self.said = {n.removesuffix('.weight'):n for n in names},'k-means'
+        self.layers,self.said = {n.removesuffix('.weight'):n for n in names},{}
     def held(self, name): return [self.model.get_parameter(self.layers[name])]
     @contextmanager
     def alone(self, name): yield
@@ -280,7 +283,7 @@ class _Int8:
         self.found = Calibration(model, data)
         self.layers = {o.name:o for o in self.found.layers if self._wanted(o)}
         if not self.layers: raise ValueError(f'no layer of this {type(model).__name__} can be in int8: {self._said()}')
-        self.said,self._ms = 'static',{}
+        self.said,self._ms = {},{}
     def _wanted(self, o):
         "Can layer `o` be in int8, in place, and was it asked for?"
         return not o.why and o.owner and (self.layer_type is None or isinstance(self.modules[o.owner], self.layer_type))
@@ -371,6 +374,68 @@ class _Both:
                 res += np.where(b>0, self.bits.n_bytes(o, b, n, outputs if axis is None else kept[:,axis]), n*size)
         return res
 
+# %% ../../nbs/analyze/02_sensitivity.ipynb #9bd805e8
+_CONSTANTS = bool,int,float,complex,str,bytes,type(None),type(...),slice,torch.dtype,torch.device
+
+def _fingerprint(*values):
+    "A few digits that tell functions, data and other values apart"
+    digest = hashlib.blake2b(digest_size=6)
+    for o in values: _feed(digest, o, set())
+    return digest.hexdigest()
+
+def _feed(digest, o, seen):
+    "Let `digest` know of `o`"
+    digest.update(f'<{type(o).__qualname__}>'.encode())
+    if isinstance(o, torch.Tensor):
+        digest.update(f'{o.dtype} {tuple(o.shape)}'.encode())
+        digest.update(_bytes_of(o))
+    elif isinstance(o, np.ndarray): digest.update(f'{o.dtype} {o.shape}'.encode()+o.tobytes())
+    elif isinstance(o, _CONSTANTS): digest.update(repr(o).encode())
+    elif isinstance(o, type): digest.update(f'{o.__module__}.{o.__qualname__}'.encode())
+    elif isinstance(o, (set,frozenset)): digest.update(' '.join(sorted(map(repr, o))).encode())
+    elif id(o) not in seen:
+        seen.add(id(o))
+        for v in _inside(o): _feed(digest, v, seen)
+
+def _is_installed(f): return f.__code__.co_filename.startswith(_INSTALLED) or f.__module__.partition('.')[0]=='fasterai'
+
+def _inside(o):
+    "What is told of `o`, which is no plain value"
+    if isinstance(o, tuple): return o
+    if isinstance(o, (list,dict)): return tensors_of(o)
+    if isinstance(o, CodeType): return o.co_code,o.co_names,o.co_varnames,*o.co_consts
+    if isinstance(o, partial): return o.func,o.args,*o.keywords.items()
+    if isinstance(o, MethodType): return o.__func__,o.__self__
+    if isinstance(o, FunctionType): return _used_by(o)
+    if isinstance(o, nn.Module): return ()
+    if hasattr(o, 'dls'): return o.dls.valid,
+    if hasattr(o, 'dataset'): return _of_loader(o)
+    own = [v for v in getattr(o, '__dict__', {}).values() if isinstance(v, (torch.Tensor,FunctionType))]
+    return *own,*([type(o).__call__] if isinstance(getattr(type(o), '__call__', None), FunctionType) else [])
+
+def _of_loader(o):
+    "What is told of a loader without drawing from it"
+    data = o.dataset
+    size = len(data) if hasattr(data, '__len__') else None
+    return type(data),size,getattr(o, 'batch_size', getattr(o, 'bs', None)),*(getattr(data, 'tensors', None) or (tensors_of(data) if isinstance(data, (list,tuple)) else ()))
+
+def _codes(code): return [code,*(c for o in code.co_consts if isinstance(o, CodeType) for c in _codes(o))]
+
+def _used_by(f):
+    "Code of `f`, its defaults, and values of names that it reads and does not set"
+    if _is_installed(f): return f.__module__,f.__qualname__,f.__defaults__,*(c.cell_contents for c in f.__closure__ or () if _is_full(c))
+    steps = [o for c in _codes(f.__code__) for o in dis.get_instructions(c)]
+    told = lambda *ops: {o.argval for o in steps if o.opname in ops}
+    kept = {k:c for k,c in zip(f.__code__.co_freevars, f.__closure__ or ()) if k not in told('STORE_DEREF')}
+    read = sorted(told('LOAD_GLOBAL','LOAD_NAME')-told('STORE_GLOBAL'))
+    values = [f.__globals__[k] for k in read if k in f.__globals__ and not inspect.ismodule(f.__globals__[k])]
+    return f.__code__,f.__defaults__,*(f.__kwdefaults__ or {}).items(),*(c.cell_contents for c in kept.values() if _is_full(c)),*values
+
+def _is_full(cell):
+    try: cell.cell_contents
+    except ValueError: return False  # a name that has no value yet
+    return True
+
 # %% ../../nbs/analyze/02_sensitivity.ipynb #cf8bcfca
 def _checksum(model):
     "CRC-32 of all that is stored of `model`"
@@ -378,11 +443,13 @@ def _checksum(model):
     for k,t in stored(model).items(): crc = zlib.crc32(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), zlib.crc32(k.encode(), crc))
     return f'{crc:08x}'
 
+def _in_line(setting): return ' '.join(f'{k}={str(v).replace(" ", "")}' for k,v in setting.items())
+
 class Sensitivity:
     "A metric by layer and level; what `sensitivity` gives"
     def __init__(self, how, setting, higher_is_better):
-        self.how,self.setting,self.higher_is_better = how,setting,higher_is_better
-        self.kind,self.layer_type,self.dense = setting.split()[0],how.layer_type,None
+        self.how,self.setting,self.higher_is_better = how,_in_line(setting),higher_is_better
+        self.kind,self.checksum,self.layer_type,self.dense = setting['kind'],setting['model'],how.layer_type,None
         self.metrics = {o:{} for o in how.layers}
         self._costs = {}
     def __repr__(self): return f'Sensitivity({self.kind}: {sum(map(len, self.metrics.values()))} measurements of {len(self.metrics)} layers, untouched {self.dense:g})'
@@ -395,11 +462,8 @@ class Sensitivity:
         df.attrs.update(kind=self.kind, untouched=self.dense)
         return df
     def to_csv(self, path): # File, replaced if there is one
-        "Write what `resume` of `sensitivity` reads: setting, layer, level, metric; the first row is the untouched model"
-        with open(path, 'w', newline='', encoding='utf-8') as f:
-            w = csv.writer(f)
-            w.writerow(_HEAD)
-            for o,l,v in self._rows(): w.writerow((self.setting, o, l, repr(v)))
+        "Write what `resume` of `sensitivity` reads: setting, layer, level, metric, checksum of the row; the first row is the untouched model. What is nan or infinite is left out"
+        with replacing(path) as f: f.write(''.join(map(_line, [_HEAD,*(_row(self.setting, *o) for o in self._rows() if math.isfinite(o[2]))])).encode())
     def _rows(self):
         if self.dense is not None: yield '',0,self.dense
         for o,ms in self.metrics.items(): yield from ((o,l,v) for l,v in ms.items())
@@ -444,7 +508,7 @@ class Sensitivity:
         "`other`, if both can share a budget"
         if not isinstance(other, Sensitivity): raise ValueError(f'beside is what sensitivity(model, evaluate, kind=\'int8\') gives, not {other!r}')
         if self.kind!='pruning' or other.kind not in ('int8','bits'): raise ValueError(f"a budget is shared by a scan of pruning and one of int8 or bits, pruning.targets(…, beside=int8), not by {self.kind} and {other.kind}")
-        if self.setting.split()[-1]!=other.setting.split()[-1] or self.how.model is not other.how.model: raise ValueError('beside is a scan of another model')
+        if self.checksum!=other.checksum or self.how.model is not other.how.model: raise ValueError('beside is a scan of another model')
         if self.higher_is_better!=other.higher_is_better or not math.isclose(self.dense, other.dense, rel_tol=1e-3): raise ValueError(f'the two scans are of different metrics: untouched, {self.dense:g} and {other.dense:g}')
         return other
 
@@ -476,7 +540,7 @@ class Sensitivity:
     def _choices(self): return {o:sorted(ms, reverse=not self.how.ascending) for o,ms in self.metrics.items()}
     def _check_budget(self, what):
         if what not in self.how.budgets: raise ValueError(f'{what!r} is no budget of kind {self.kind!r}: {did_you_mean(what, self.how.budgets)}')
-        if _checksum(self.how.model)!=self.setting.split()[-1]: raise ValueError('the model has changed since it was measured: ask for targets before, or measure a copy')
+        if _checksum(self.how.model)!=self.checksum: raise ValueError('the model has changed since it was measured: ask for targets before, or measure a copy')
     def _inputs(self, inputs): return self.inputs if inputs is None else inputs_that_run(self.how.model, inputs)
     def _cost(self, what, inputs):
         self._check_budget(what)
@@ -490,22 +554,65 @@ class Sensitivity:
         return self._costs[k][0]
 
 # %% ../../nbs/analyze/02_sensitivity.ipynb #f267c00d
-_HEAD = ['setting','layer','level','metric']
+_HEAD = ['setting','layer','level','metric','check']
+_MOST = 2**26 # bytes of a file that are read
+_NUMBER = re.compile(r'-?[0-9]{1,40}(\.[0-9]{0,40})?(e[+-]?[0-9]{1,4})?')
 
-def _read(path, setting):
+def _row(*values):
+    "A row with its checksum"
+    row = [repr(o) if isinstance(o, float) else str(o) for o in values]
+    return [*row, hashlib.blake2b(_line(row).encode(), digest_size=4).hexdigest()]
+
+def _line(row):
+    f = io.StringIO()
+    csv.writer(f).writerow(row)
+    return f.getvalue()
+
+def _read(path, setting, layers):
     "Rows (layer, level, metric) of a file that `setting` may go on with; a line that was cut off is dropped from it"
-    if not os.path.exists(path): return []
-    with open(path, 'r+', newline='', encoding='utf-8') as f:
-        text = f.read()
-        whole = text[:text.rfind('\n')+1]
-        rows = list(csv.reader(whole.splitlines()))
-        if text and (not rows or rows[0]!=_HEAD): raise ValueError(f'{path} is no file of a sensitivity scan: its first line is {text[:60].splitlines()[0]!r}, not {",".join(_HEAD)!r}')
-        other = next((o for o,*_ in rows[1:] if o!=setting), None)
-        if other: raise ValueError(f'{path} is a scan of another kind or another model: it has {other!r}, and this is {setting!r}')
-        if whole!=text:
-            f.seek(len(whole.encode()))
+    if not os.path.exists(checked_path(path)): return []
+    with open(path, 'r+b') as f:
+        data = f.read(_MOST+1)
+        if len(data)>_MOST: raise FileError(f'{path} has more than {_MOST:,} bytes: it is no file of a sensitivity scan')
+        whole = data[:data.rfind(b'\r\n')+2] if b'\r\n' in data else b''
+        first = data[:60].decode('utf-8', 'replace').splitlines()
+        if data and whole.split(b'\r\n')[0].decode('utf-8', 'replace')!=','.join(_HEAD) and not _line(_HEAD).encode().startswith(data):
+            earlier = ' of an earlier version, which did not note data and function: measure anew, into another file' if data.startswith(b'setting,layer,level,metric\r\n') else ''
+            raise FileError(f'{path} is no file of a sensitivity scan{earlier}: its first line is {"".join(first[:1])!r}, not {",".join(_HEAD)!r}')
+        rows,seen = [],set()
+        for i,line in enumerate(whole.split(b'\r\n')[1:-1], 2):
+            try: row = _checked_row(line, setting, layers)
+            except ValueError as e: raise FileError(f'{path}, line {i}: {e}') from e
+            if row[:2] in seen: raise FileError(f'{path}, line {i}: level {row[1]} of {row[0] or "the untouched model"} comes twice')
+            seen.add(row[:2])
+            rows.append(row)
+        if whole!=data:
+            f.seek(len(whole))
             f.truncate()
-    return [(o, float(l) if '.' in l or 'e' in l else int(l), float(v)) for _,o,l,v in rows[1:]]
+    return rows
+
+def _checked_row(line, setting, layers):
+    "Layer, level and metric of a line; `ValueError` if it is none of this scan"
+    try: found = next(csv.reader([line.decode()]), [])
+    except (csv.Error,UnicodeDecodeError) as e: raise ValueError(f'it cannot be read ({e})') from e
+    if len(found)!=len(_HEAD): raise ValueError(f'it has {len(found)} fields, and {len(_HEAD)} were expected')
+    if _row(*found[:-1])!=found or _line(found).encode()!=line+b'\r\n': raise ValueError('its checksum differs')
+    said,layer,level,metric,_ = found
+    if said!=setting: raise ValueError(f'this is another scan: {_differences(said, setting)}')
+    for what,o in (('level',level),('metric',metric)):
+        if not _NUMBER.fullmatch(o) or not math.isfinite(float(o)): raise ValueError(f'its {what} is {o[:40]!r}, and a finite number was expected')
+    level = float(level) if '.' in level or 'e' in level else int(level)
+    if layer not in layers and layer: raise ValueError(f'there is no layer {layer[:80]!r}: {did_you_mean(layer, layers)[:300]}')
+    if (level!=0) if not layer else not 0<level<=100: raise ValueError(f'there is no level {level}')
+    return layer,level,float(metric)
+
+_DIGESTS = dict(model='the model', data='data', evaluate='the function `evaluate`, or the data that it uses', loss='the loss function')
+
+def _differences(said, setting):
+    "What differs between two settings, in words"
+    there,here = (dict(o.split('=', 1) if '=' in o else (o,'') for o in s.split(' ')) for s in (said,setting))
+    if there.keys()!=here.keys(): return f'it has {said[:200]!r}, and this is {setting!r}'
+    return ', '.join(_DIGESTS[k]+(' is another one' if k!='data' else ' are others') if k in _DIGESTS else f'{k} is {there[k][:80]} there, and {here[k]} here' for k in here if there[k]!=here[k])
 
 def _metric(evaluate, model):
     with _put_back(list(model.buffers())), running(model): v = evaluate(model)  # which may have trained batch statistics
@@ -549,14 +656,18 @@ def sensitivity(
         if o not in inspect.signature(make).parameters: raise ValueError(f'{o} has no meaning for kind {kind!r}')
     check_held((n,p) for n,p in plain_model(model).named_parameters() if is_sharded(p))
     how = make(plain_model(model), levels, **given)
-    res = Sensitivity(how, f'{kind} {how.said} {_checksum(how.model)}', higher_is_better)
+    checksum = _checksum(how.model)
+    types = 'any' if layer_type is None else '+'.join(sorted(o.__name__ for o in layer_type))
+    setting = dict(kind=kind, **how.said, layer_type=types, higher_is_better=higher_is_better, data=_fingerprint(data), loss=_fingerprint(loss_func), evaluate=_fingerprint(evaluate), model=checksum)
+    res = Sensitivity(how, setting, higher_is_better)
     res.inputs = None if example_inputs is None else inputs_that_run(how.model, example_inputs)
-    _go_on(res, resume)
+    before = _earlier(res, resume)
     with _log(res, resume) as note:
+        dense = _metric(evaluate, model)
+        if not math.isfinite(dense): raise ValueError(f'evaluate(model) gives {dense} for the untouched model: nothing can be compared with that')
+        if _checksum(how.model)!=checksum: raise ValueError('evaluate has changed the weights of the model: it has to leave them as they are')
+        _go_on(res, resume, before, dense)
         if res.dense is None:
-            dense = _metric(evaluate, model)
-            if not math.isfinite(dense): raise ValueError(f'evaluate(model) gives {dense} for the untouched model: nothing can be compared with that')
-            if _checksum(how.model)!=res.setting.split()[-1]: raise ValueError('evaluate has changed the weights of the model: it has to leave them as they are')
             res.dense = dense
             note('', 0, dense)
         todo = [(o,l) for o,ms in res.metrics.items() for l in levels if l not in ms]
@@ -569,26 +680,37 @@ def sensitivity(
                     note(name, level, res.metrics[name][level])
     return res
 
-def _go_on(res, resume):
-    "Take over what was measured before: from a file, or together with an earlier result"
-    if isinstance(resume, Sensitivity):
-        if resume.setting!=res.setting: raise ValueError(f'the earlier result is of another kind or another model: {resume.setting!r}, and this is {res.setting!r}')
-        res.dense,res.metrics = resume.dense,{o:resume.metrics.setdefault(o, {}) for o in res.metrics}
-    elif resume is not None:
-        for o,l,v in _read(resume, res.setting):
-            if not o: res.dense = v
-            elif o in res.metrics: res.metrics[o][l] = v
+_SAME = 1e-5 # of a metric: machines differ in its last digits
+
+def _earlier(res, resume):
+    "Rows (layer, level, metric) that were measured before; `ValueError` if that was another scan"
+    if resume is None: return []
+    if not isinstance(resume, Sensitivity): return _read(resume, res.setting, res.metrics)
+    if resume.setting!=res.setting: raise ValueError(f'the earlier result is of another scan: {_differences(resume.setting, res.setting)}')
+    return [*resume._rows()]
+
+def _go_on(res, resume, before, dense):
+    "Take over what was measured `before`: from a file, or together with an earlier result"
+    was = next((v for o,_,v in before if not o), None)
+    if was is not None and not math.isclose(was, dense, rel_tol=_SAME):
+        raise ValueError(f'the untouched model gives {dense!r} now, and gave {was!r} in {"the earlier result" if isinstance(resume, Sensitivity) else resume}: data or function are others, or what it gives is not the same each time')
+    res.dense = was
+    if isinstance(resume, Sensitivity): res.metrics = {o:resume.metrics.setdefault(o, {}) for o in res.metrics}
+    else:
+        for o,l,v in before:
+            if o: res.metrics[o][l] = v
 
 @contextmanager
 def _log(res, resume):
     "Function that adds a row to the file, if there is one"
     if resume is None or isinstance(resume, Sensitivity): yield lambda *row: None
     else:
-        with open(resume, 'a', newline='', encoding='utf-8') as f:
+        with open(resume, 'ab') as f:
             def note(o, l, v):
-                csv.writer(f).writerow((res.setting, o, l, repr(v)))
+                if not math.isfinite(v): return
+                f.write(_line(_row(res.setting, o, l, v)).encode())
                 f.flush()
-            if not f.tell(): csv.writer(f).writerow(_HEAD)
+            if not f.tell(): f.write(_line(_HEAD).encode())
             yield note
 
 # %% ../../nbs/analyze/02_sensitivity.ipynb #b5e09ef7

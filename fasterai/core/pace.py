@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 from .brought import warn
+from .files import unsealed
 from .registry import misfit
 from .running import inputs_of, innermost, map_parts, plain, tensors_of
 from .schedule import due, n_due, schedule_of
@@ -180,6 +181,7 @@ class Technique:
     def state_dict(self): "What it takes to go on with the same bits: tensors by name"; return {}
     def load_state_dict(self, state): # What `state_dict` of a technique with the same arguments gave
         "Go on from there when training begins"
+        state = unsealed(state, f'the state of {self.title}')
         strange = next((k for k in state if not k.startswith(self.parts)), None)
         if strange is not None:
             those = f'whose names begin with {", ".join(self.parts)}' if self.parts else 'which has none'

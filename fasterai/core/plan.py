@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['pruned_plan', 'steps_of', 'remember_plan', 'size', 'flag', 'conv_checks', 'describes', 'parts_of', 'takes_parameters',
            'give_parameter', 'remember_parts', 'was_folded', 'kept_of', 'renamed', 'renames', 'name_now', 'plan_text',
-           'read_plan', 'as_bytes', 'as_text', 'repeats', 'refill', 'note_parts', 'check_fits', 'brought_to', 'cut_to',
-           'note_plan', 'carrying', 'receiving']
+           'read_plan', 'checked_plan', 'as_bytes', 'as_text', 'repeats', 'refill', 'note_parts', 'check_fits',
+           'brought_to', 'noted', 'cut_to', 'note_plan', 'carrying', 'receiving']
 
 # %% ../../nbs/core/19_plan.ipynb #a277f326
 import importlib, json, re
@@ -14,13 +14,15 @@ from collections import OrderedDict
 from contextlib import contextmanager
 from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import torch
 from torch import nn, Tensor
 from .registry import an,did_you_mean
 from .running import SLIPS, plain_model, undone
 from .graph import layer_of
-from .surgery import _add_bias, _channels_last, _named, _sub, apply_plan, check_plan
+from .files import FileError, read_json, sealed, unsealed
+from .sizes import is_layer
+from .surgery import _add_bias, _channels_last, _named, _sub, _told_by_weight, apply_plan, check_plan
 
 # %% ../../nbs/core/19_plan.ipynb #efa253af
 def pruned_plan(
@@ -369,19 +371,34 @@ def _check_form(step):
         if not _has_form(step[k], form): raise ValueError(f'{_DAMAGED}its {k} are no such thing: {str(step[k])[:80]}')
     if more := step.keys()-forms.keys(): raise ValueError(f'{_DAMAGED}it has {min(more)[:80]!r}')
 
+_STEPS = 500 # at most; each takes the time of a look at the model
+
 def read_plan(
     text:str, # What `plan_text` gave
 )->dict: # A plan, and what else was told
     "The plan that `text` tells; `ValueError` if it tells none"
-    try: plan = json.loads(text)
-    except (ValueError,RecursionError) as e: raise ValueError(f'{_DAMAGED}{type(e).__name__}: {str(e)[:80]}') from e
+    try: plan = read_json(text)
+    except ValueError as e: raise ValueError(f'{_DAMAGED}{str(e)[:200]}') from e
+    return checked_plan(plan)
+
+def checked_plan(
+    plan, # What JSON told
+)->dict:
+    "`plan`, if it is one; `ValueError` if it is not"
     if not _has_form(plan, {str:object}) or not _has_form(plan.get('before', []), [{str:object}]): raise ValueError(f'{_DAMAGED}its steps are no dicts')
+    if len(plan.get('before', []))>_STEPS: raise ValueError(f'{_DAMAGED}it has {len(plan["before"]):,} steps, and {_STEPS} are the most')
     for step in [{k:v for k,v in plan.items() if k in (*_CUT,'dropped')}, *plan.get('before', ())]: _check_form(step)
     return plan
 
 # %% ../../nbs/core/19_plan.ipynb #3cc0bee5
 def as_bytes(text:str)->Tensor: "A text as a tensor of its bytes"; return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-def as_text(t:Tensor)->str: "The text of `as_bytes`"; return bytes(t.cpu().numpy()).decode()
+def as_text(
+    t:Tensor, # As from `as_bytes`
+)->str:
+    "Its text; `FileError` if it is none"
+    if t.dtype is not torch.uint8 or t.dim()!=1: raise FileError(f'the text is damaged: its bytes are {t.dtype} of shape {tuple(t.shape)}')
+    try: return bytes(t.cpu().numpy()).decode()
+    except UnicodeDecodeError as e: raise FileError(f'the text is damaged: {e}') from e
 
 # %% ../../nbs/core/19_plan.ipynb #e7b4522f
 def _opened(cut, model):
@@ -414,9 +431,20 @@ def _opened_attrs(name, attrs, own, most):
         if k not in own or not _is_alike(v, own[k], most): raise ValueError(f'{_DAMAGED}{_sub(name, k)[:80]} cannot be {str(v)[:80]}')
     return attrs
 
+_SIZES = 'num_heads','unflattened_size','num_features','num_channels','num_groups','normalized_shape' # attributes of torch's modules that cuts change, and weights may not tell
+
+def _check_told(model, attrs, was):
+    "`ValueError` if layers got attributes other than those that their weights tell, once they are cut"
+    for n,o in attrs.items():
+        m = model.get_submodule(n)
+        if not (is_layer(m) or type(m).__module__.startswith('torch.')): continue  # who writes a module of his own knows its sizes
+        told = {k:vars(m)[k] for k in _SIZES if k in vars(m)} | (_told_by_weight(m) if is_layer(m) else {})
+        for k,v in o.items():
+            if vars(m)[k]!=was[n][k] and (k not in told or vars(m)[k]!=told[k]): raise ValueError(f'{_DAMAGED}{_sub(n, k)[:80]} cannot be {str(v)[:80]}')
+
 def _is_alike(v, was, most):
     "Is `v` the same as `was`, but for whole numbers that are not beyond `most`?"
-    if type(was) is int: return type(v) is int and abs(v)<=max(abs(was), most)
+    if type(was) is int: return type(v) is int and (v==was or 0<v<=max(was, most))
     if isinstance(was, (tuple,list)): return type(v) is list and len(v)==len(was) and all(_is_alike(*o, most) for o in zip(v, was))
     if type(was) is dict: return type(v) is dict and v.keys()==was.keys() and all(_is_alike(v[k], o, most) for k,o in was.items())
     return type(v) is type(was) and type(v) in (str,float,bool,type(None)) and v==was
@@ -504,7 +532,9 @@ def _repeat(model, step, likes, undo):
         importlib.import_module('fasterai.prune.blocks')
         _again['dropped'](model, step['dropped'], undo)
     cut = _opened(step, model)
+    was = {n:{k:vars(model.get_submodule(n))[k] for k in o} for n,o in cut['attrs'].items()}
     apply_plan(model, cut)
+    _check_told(model, cut['attrs'], was)
     return cut
 
 def _put_back(t, data, grad):
@@ -533,32 +563,44 @@ def note_parts(
     undo.callback(back)
 
 def check_fits(
-    state:dict, # Tensors by name
+    state:Mapping, # What has a shape and a dtype, by name
     model:nn.Module, # Made as the one that they are of
-    whole:bool=True, # Has `state` all that the model has?
+    whole:bool=True, # Has `state` all that the model has, with the same types? Else floats are converted
+    new=(), # Names of tensors of layers that are new, whose floats are of the type that comes
 ):
     "`ValueError` unless `model` takes `state`"
-    own = model.state_dict()
-    wrong = [k for k in own if k not in state] or [k for k in state if k not in own] if whole else []
-    if wrong: raise ValueError(f'the file is of another architecture: {wrong[0]} is in only one of it and this {type(model).__name__}')
+    own,kind = model.state_dict(),type(model).__name__
+    def refuse(why): raise ValueError(f'the file is of another architecture: {why}')
+    said = lambda dtype: str(dtype).removeprefix('torch.')
+    if whole:
+        for k in own:
+            if k not in state: refuse(f'it has no {k!r}, which this {kind} has; {did_you_mean(k, [o for o in state if o not in own])[:300]}')
+        for k in state:
+            if k not in own: refuse(f'it has {k[:200]!r}, which this {kind} has not; {did_you_mean(k, own)[:300]}')
     named = _named(model)
     for k,v in own.items():
         if k not in state or not isinstance(v, Tensor): continue
-        if k in named and state[k].shape!=v.shape: raise ValueError(f'the file is of another architecture: {k} has shape {tuple(state[k].shape)}, {tuple(v.shape)} was expected')
-        if state[k].dtype!=v.dtype and not (state[k].is_floating_point() and v.is_floating_point()):
-            raise ValueError(f'the file is of another architecture: {k} is {state[k].dtype}, {v.dtype} was expected')
+        there = state[k]
+        if (whole or k in named) and tuple(there.shape)!=tuple(v.shape): refuse(f'{k} has shape {tuple(there.shape)} there, {tuple(v.shape)} here')
+        if there.dtype==v.dtype: continue
+        floats = there.dtype.is_floating_point and v.dtype.is_floating_point
+        if not floats: refuse(f'{k} is {said(there.dtype)} there, {said(v.dtype)} here')
+        if whole and k not in new: refuse(f'{k} is {said(there.dtype)} there, {said(v.dtype)} here; convert the model first')
 
-def _fill(model, likes, n):
-    "Give new layers memory, where there were `n` numbers in the model before"
+def _names_in(model, likes): return {_sub(n, k):t for n,m in model.named_modules() if m in likes for own in (m._parameters,m._buffers) for k,t in own.items() if t is not None}
+
+def _fill(model, likes, n, state):
+    "Give new layers memory, where there were `n` numbers in the model before; floats as those of `state`"
     made = [m for m in model.modules() if m in likes]
     numbers = lambda o: sum(t.numel() for t in (*o._parameters.values(),*o._buffers.values()) if t is not None)
     if sum(map(numbers, made))>2*n+2*len(made): raise ValueError(f'{_DAMAGED}new layers would have {sum(map(numbers, made)):,} numbers, and the model has {n:,}')  # whole numbers come with a step for each output, and two ends
-    for m in made: m._apply(lambda t: _filled(t, likes[m]), recurse=False)
+    dtypes = {id(t):state[k].dtype for k,t in _names_in(model, likes).items() if k in (state or {})}
+    for m in made: m._apply(lambda t: _filled(t, likes[m], dtypes.get(id(t), likes[m].dtype)), recurse=False)
 
-def _filled(t, like):
+def _filled(t, like, dtype):
     if not t.is_floating_point(): return torch.zeros_like(t, device=like.device)
     last = like.last and t.dim()==4
-    return torch.zeros_like(t, device=like.device, dtype=like.dtype, memory_format=torch.channels_last if last else torch.preserve_format)
+    return torch.zeros_like(t, device=like.device, dtype=dtype, memory_format=torch.channels_last if last else torch.preserve_format)
 
 _SAME = 'kept','biases','dropped','replaced','unsaved' # what makes two steps the same
 def _marks(steps): return [json.dumps([_told(o).get(k) for k in _SAME], sort_keys=True) for o in steps]
@@ -568,6 +610,12 @@ def _left(model, plan):
     have,steps = steps_of(pruned_plan(model)),steps_of(plan)
     if _marks(have)!=_marks(steps[:len(have)]): raise ValueError(f'this {type(model).__name__} was cut already, and in another way: give a fresh one of the original architecture')
     return have,steps[len(have):]
+
+def _repeated(model, step, likes, undo):
+    "`_repeat`; whatever goes wrong is the plan's fault"
+    try: return _repeat(model, step, likes, undo)
+    except ValueError: raise
+    except SLIPS as e: raise ValueError(f'{_DAMAGED}{type(e).__name__}: {str(e)[:200]}') from e
 
 @contextmanager
 def brought_to(
@@ -582,11 +630,38 @@ def brought_to(
     n = sum(t.numel() for t in (*model.parameters(),*model.buffers()))
     with undone() as undo:
         note_parts(undo, model)
-        for step in steps: have = [*have,_repeat(model, step, likes, undo)]
-        if state is not None: check_fits(state, model, whole)
-        _fill(model, likes, n)
+        for step in steps: have = [*have,_repeated(model, step, likes, undo)]
+        if state is not None: check_fits(state, model, whole, _names_in(model, likes))
+        _fill(model, likes, n, state)
         if have or '_pruned' in vars(model): model._pruned = _of_steps(have)
         yield bool(steps)
+
+_WIDE = 2**20 # channels of a layer, and numbers of channels in a plan, that are noted without a model to compare them with
+
+def _counted(cut):
+    "A cut as it was read, with numbers in place of text, of a model that is not there as it was before"
+    if 'kept' not in cut: return cut
+    kept,left = {},_WIDE
+    for n,dims in cut['kept'].items():
+        shape = cut['sizes'].get(n, ())
+        kept[n] = {}
+        for d,text in dims.items():
+            if not d.isdecimal() or len(d)>2 or int(d)>=len(shape) or not 0<=shape[int(d)]<=left: raise ValueError(f'{_DAMAGED}{n[:80]} is cut, and its size is not told')
+            kept[n][int(d)] = _unranged(text, shape[int(d)])
+            left -= len(kept[n][int(d)])
+    return {**cut, 'kept':kept}
+
+@contextmanager
+def noted(
+    model:nn.Module, # Of the form that comes from `plan`, in whatever way it got there
+    plan:dict, # As from `read_plan`
+):
+    "Inside, `model` knows of `plan`; so it stays, unless an error comes out"
+    steps = list(map(_counted, steps_of(plan)))
+    with undone() as undo:
+        undo.callback(refill, vars(model), dict(vars(model)))
+        model._pruned = _of_steps(steps)
+        yield
 
 def cut_to(
     model:nn.Module, # Of the original architecture, or as it was after some of the steps; changed in place
@@ -606,7 +681,7 @@ def note_plan(
     "Note in `meta` how `model` was made, and `states`"
     plan = pruned_plan(model)
     found = states | dict(plan=as_bytes(plan_text(plan))) if steps_of(plan) else states
-    if found: meta[_KEY] = found
+    if found: meta[_KEY] = sealed(found)
 
 @contextmanager
 def carrying(
@@ -628,7 +703,7 @@ class _Take:
     "Cuts `model` to what comes, and puts the rest into `found`; a copy of the model has one that cuts the copy"
     def __init__(self, model, found, replaces): self.model,self.found,self.replaces = model,found,replaces
     def __call__(self, state, prefix, meta, *args):
-        self.found.update(meta.get(_KEY, {}))
+        self.found.update(unsealed(meta.get(_KEY, {}), 'what the checkpoint tells of us'))
         if (text := self.found.pop('plan', None)) is None: return
         plan,model = read_plan(as_text(text)),self.model
         mine = {k.removeprefix(prefix):v for k,v in state.items() if k.startswith(prefix)}

@@ -16,8 +16,6 @@ from functools import partial
 import numpy as np
 import torch
 from torch import nn,Tensor
-from safetensors import SafetensorError,safe_open
-from safetensors.torch import save_file
 from ..core.context import context_of,local
 from ..core.criteria import criteria_of,reducers
 from ..core.obs import Reader,best_removed,removal_costs
@@ -34,71 +32,34 @@ from ..core.proof import TOLERANCE,check_same,random_like
 from ..core.selection import Scores,Source,check_percent,in_percent,n_of
 from ..core.pool import Pool, select_each
 from ..core.schedule import check_rises,schedule_of
-from ..core.plan import as_bytes,brought_to,note_parts,plan_text,pruned_plan,read_plan,refill,remember_plan,steps_of
+from ..core.plan import as_bytes,note_parts,plan_text,pruned_plan,refill,remember_plan,steps_of
+from ..core.saved import load_model,save_model
 from ..repair.repair import Teacher,_batches,_given
 from .targets import Counted,Target,Timed,Widths,losses
-from ..core.surgery import _channels_last,_pick,_sub,apply_plan,check_copyable,follow_cut,legal,reshaped,without
+from ..core.surgery import _pick,_sub,apply_plan,check_copyable,follow_cut,legal,reshaped,without
 
 # %% ../../nbs/prune/01_pruner.ipynb #29ec85b0
-_KEY = 'fasterai.pruned'
-
 def save_pruned(
     model:nn.Module, # As `Pruner`, `drop_blocks`, `BN_Folder`, `FC_Decomposer`, `Conv_Decomposer` and `Quantizer` left it, in any order
-    path, # File to write
+    path, # File to write, replaced when all is written
+    progress:bool=True, # Show a bar for what takes longer than two seconds
 ):
-    "Write the parameters and buffers of `model` and how it was made, as safetensors"
+    "Write the parameters and buffers of `model`, and how it was made, as [safetensors](../core/27_files.ipynb)"
     model = plain_model(model)
     check_held((k,v) for k,v in model.state_dict().items() if isinstance(v, Tensor))
     if unsaved := [o['unsaved'] for o in steps_of(pruned_plan(model)) if 'unsaved' in o]: raise ValueError(unsaved[0])
-    state,tensors,tied,seen = model.state_dict(),{},{},{}
-    for k,v in state.items():
-        if not isinstance(v, Tensor): raise ValueError(f'{k} of the state_dict is {an(type(v).__name__)}: only tensors can be saved')
-        key = (v.data_ptr(),v.shape,v.stride(),v.dtype) if v.numel() else k
-        if key in seen: tied[k] = seen[key]
-        else: seen[key],tensors[k] = k,v.detach().contiguous().clone()
-    save_file(tensors, path, metadata={_KEY:plan_text(pruned_plan(model), tied=tied, last=[k for k,v in state.items() if _channels_last(v)], version=2)})  # one key: the order of several is random
+    save_model(model, path, 'pruned', 'save_pruned takes (model, path): the model', layouts=True, progress=progress)
 
-def _format(t, last): return {4:torch.channels_last, 5:torch.channels_last_3d}.get(t.dim(), torch.contiguous_format) if last else torch.contiguous_format
-
-def _read(path):
-    "Tensors and plan of file `path`, and the names of tensors whose channels come last in memory"
-    try:
-        with safe_open(path, 'pt') as f:
-            text = (f.metadata() or {}).get(_KEY)
-            if text is None: raise ValueError(f'{path} was not written by save_pruned: it tells nothing of what was cut')
-            state = {k:f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e: raise ValueError(f'{path} is no safetensors file, or is damaged: {e}') from e
-    plan = read_plan(text)
-    version,tied,last = plan.pop('version', None),plan.pop('tied', None),plan.pop('last', None)
-    if version not in (1,2): raise ValueError(f'{path} was written by a later version, or is damaged: its version is {str(version)[:20]}')
-    if type(tied) is not dict or any(type(o) is not str or o not in state or k in state for k,o in tied.items()): raise ValueError(f'{path} is damaged: of what is tied, some is not there')
-    told = version==1 if last is None else type(last) is list and all(type(k) is str for k in last)
-    if not told: raise ValueError(f'{path} is damaged: where channels come last is not told')
-    return state | {k:state[o] for k,o in tied.items()},plan,last
-
-@at_home()
 def load_pruned(
-    path, # File that `save_pruned` wrote
-    model:nn.Module, # Fresh, of the original architecture; cut in place
-):
-    """Make `model` as the file says, and load its parameters and buffers. Nothing is run from the file. `ValueError` if it is of another architecture, or is damaged; after an error,
-    `model` is as it was"""
-    given,model = model,followable(model, resizes=True)
-    empty = [n for n,p in model.named_parameters() if p.is_meta]
+    path, # File that `save_pruned` or `save_compressed` wrote
+    model:nn.Module, # Of the original architecture, which is made as the one in the file was, or of that form already; written to in place
+    progress:bool=True, # Show a bar for what takes longer than two seconds
+)->nn.Module:
+    """Make `model` as the file says, load its parameters and buffers, and return it. Nothing is run from the file. `FileError`, a `ValueError`, if it is of another architecture or of other types, or is damaged;
+    after an error, `model` is as it was"""
+    empty = [n for n,p in followable(model, resizes=True).named_parameters() if p.is_meta]
     if empty: raise ValueError(f'{empty[0]} is on the meta device, where it has no values: `model.to_empty(device=…)` first')
-    check_held(model.named_parameters())
-    state,plan,last = _read(path)
-    was = {t.data_ptr() for t in (*model.parameters(),*model.buffers())}
-    with brought_to(model, plan, state), undone() as undo:
-        for k,v in model.state_dict(keep_vars=True).items():
-            if v.dtype!=state[k].dtype: v.data = v.data.to(state[k].dtype)
-            if last is not None and (k in last)!=(_channels_last(v) is not None): v.data = v.data.clone(memory_format=_format(v, k in last))  # layouts decide on the last bits of outputs
-            if v.data_ptr() in was: undo.callback(v.data.copy_, v.data.clone())
-        own = model.state_dict()
-        own.update(state)  # keeps what versions its modules have
-        try: model.load_state_dict(own)
-        except RuntimeError as e: raise ValueError(f'{path} is of another architecture: {e}') from e
-    return given
+    return load_model(path, model, 'load_pruned takes (path, model): the model', progress)
 
 # %% ../../nbs/prune/01_pruner.ipynb #b93522ca
 def _check(model, new, graph, plan):

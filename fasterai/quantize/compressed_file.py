@@ -6,19 +6,18 @@
 __all__ = ['CompressedFileError', 'save_compressed', 'load_compressed', 'compression_report']
 
 # %% ../../nbs/quantize/05_compressed_file.ipynb #9bd94efa
-import hashlib,json,math,os,struct,zlib
-from pathlib import Path
+import hashlib,math,os,struct
 import constriction
 import numpy as np
 import torch
 from torch import nn,Tensor
-from ..core.brought import check_held,not_finite,warn
-from ..core.registry import did_you_mean
-from ..core.running import check_module, innermost
+from ..core.brought import not_finite,warn
+from ..core.files import FIRST,Codec,Entry,File,FileError,_unpacked,codecs,earlier,read_json,reading,whole_numbers
+from ..core.running import innermost
+from ..core.saved import load_model,save_model,state_to_save
 
 # %% ../../nbs/quantize/05_compressed_file.ipynb #548222ac
-class CompressedFileError(ValueError):
-    "A file that `save_compressed` did not write, that is damaged, or that is of another model"
+CompressedFileError = FileError
 
 # %% ../../nbs/quantize/05_compressed_file.ipynb #b617a138
 class _Writer:
@@ -241,97 +240,65 @@ def _read_tensor(take, dtype, shape, positions, *values):
     return torch.from_numpy(words.view(f'i{words.itemsize}')).view(dtype).reshape(shape)
 
 # %% ../../nbs/quantize/05_compressed_file.ipynb #b590fa46
-_MAGIC,_VERSION,_RATIO = b'\x89fasterai\r\n\x1a\n',1,32
-_TAIL = struct.Struct('<I8s')
-
-def _state(model):
-    "Parameters and buffers of `model`, or of what is inside of its wrappers, by name"
-    model = innermost(model)
-    check_module(model, 'save_compressed takes (model, path), load_compressed (path, model): the model')
-    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-    state = model.state_dict(keep_vars=True)
-    for k,v in state.items():
-        if not isinstance(v, Tensor) or k not in own: raise ValueError(f'{k} of the state_dict is no parameter or buffer: only those can be saved and loaded')
-    check_held(state)
-    return {k:own[k] for k in state}
-
-def _tied(state):
-    "Name of the first tensor that is the same, by name of those that repeat one"
-    first,tied = {},{}
-    for k,v in state.items():
-        key = (v.data_ptr(),v.shape,v.stride(),v.dtype,v.device) if v.numel() else k
-        if first.setdefault(key, k)!=k: tied[k] = first[key]
-    return tied
-
-class _Hashed:
-    "A file whose bytes are counted into a digest"
-    def __init__(self, f): self.f,self.digest = f,hashlib.blake2b(digest_size=8)
-    def write(self, b):
-        self.digest.update(b)
-        self.f.write(b)
-
-def _write(f, state):
-    tied,entries,f = _tied(state),[],_Hashed(f)
-    f.write(_MAGIC+bytes([_VERSION]))
-    for k,v in state.items():
-        if k in tied: entries.append([k,tied[k]])
-        else:
-            layout,parts = _write_tensor(v)
-            for o in parts: f.write(o)
-            entries.append([k,str(v.dtype).removeprefix('torch.'),list(v.shape),*layout])
-    text = json.dumps(entries, separators=(',',':')).encode()
-    head = next(o for o in (zlib.compress(text, level) for level in (9,0)) if len(o)*_RATIO>=len(text))
-    f.write(head)
-    f.write(struct.pack('<I', len(head)))
-    f.f.write(f.digest.digest())
-
-def save_compressed(
-    model:nn.Module, # Left as it is
-    path, # File to write, replaced only when all is written
-):
-    """Write the parameters and buffers of `model` to one small file, bit for bit: the third stage of Deep Compression (arXiv 1510.00149, section 4), with an arithmetic coder in place of Huffman's. Tied ones
-    are written once. `ValueError` for what is no plain tensor (`get_extra_state`, lazy, sparse or meta tensors)"""
-    state,path = _state(model),Path(os.path.realpath(path))
-    if found := not_finite({k:v for k,v in state.items() if isinstance(v, nn.Parameter)}): warn(f'{found}: they are written as they are')
-    if path.is_dir(): raise IsADirectoryError(f'{path} is a directory: a file is asked for')
-    new = path.with_name(f'.{path.name}.{os.urandom(4).hex()}.part')
-    try:
-        with open(new, 'xb') as f: _write(f, state)
-        os.replace(new, path)
-    finally: new.unlink(missing_ok=True)
-
-# %% ../../nbs/quantize/05_compressed_file.ipynb #e6968cc3
-def _ints(o, n=None, least=0): return isinstance(o, list) and (n is None or len(o)==n) and all(type(i) is int and least<=i<2**48 for i in o)
-
-def _valid(entry, seen):
-    "Whether an entry of the header is of the form that `save_compressed` writes"
-    if not isinstance(entry, list) or len(entry) not in (2,6,8) or not isinstance(entry[0], str) or not isinstance(entry[1], str) or entry[0] in seen: return False
-    if len(entry)==2: return len(seen.get(entry[1], ()))>2
-    _,dtype,shape,positions,*values = entry
-    if dtype not in _DTYPES or not all(map(_ints, entry[2:])) or len(shape)>64 or (n := _count(_DTYPES[dtype], shape))>=2**48: return False
-    width = np.dtype(_word(_DTYPES[dtype])).itemsize
-    if len(entry)==6: return not positions and _valid_values(n, width, *values)
-    return len(positions)==5 and positions[1]<2 and sum(positions[3:])<=n and all(_valid_values(o, width, *values[2*i:2*i+2]) for i,o in enumerate(positions[3:]))
-
 def _valid_values(n, width, book, sizes):
     if not n or not book: return not book and len(sizes)==(width if n else 0) and all(o<=n for o in sizes)
     k,*entries = book
     return 0<k<=min(n, _BOOK) and len(entries)==width and all(o<=k for o in entries) and len(sizes)==len(_at_planes(k)) and all(o<=n for o in sizes)
 
-def _size(entry):
+def _valid(dtype, shape, positions, *values):
+    "Is this a layout as `_write_tensor` gives it, of a tensor of that type and shape?"
+    n,width = _count(dtype, shape),np.dtype(_word(dtype)).itemsize
+    if not all(map(whole_numbers, (positions,*values))) or len(values)!=(4 if positions else 2): return False
+    if not positions: return _valid_values(n, width, *values)
+    return len(positions)==5 and positions[1]<2 and sum(positions[3:])<=n and all(_valid_values(o, width, *values[2*i:2*i+2]) for i,o in enumerate(positions[3:]))
+
+def _shares(positions, *values):
     "Bytes of positions, code books and values"
-    _,_,_,positions,*values = entry
     return sum(positions[:1]),sum(sum(o[1:]) for o in values[::2]),sum(map(sum, values[1::2]))
 
-def _entries(f, path):
-    "Entries of the header of open file `f`, after the digest of all was checked"
-    size = os.fstat(f.fileno()).st_size
-    least = len(_MAGIC)+1+_TAIL.size
-    start = f.read(len(_MAGIC)+1)
-    if start[:-1]!=_MAGIC[:len(start)-1] or not start: raise CompressedFileError(f'{path} was not written by save_compressed')
-    bad = lambda why: CompressedFileError(f'{path} is damaged: {why}')
+def _n_bytes(dtype, shape, *layout):
+    if not _valid(dtype, shape, *layout): raise ValueError('it is not told how the tensor is coded')
+    return sum(_shares(*layout))
+
+codecs['arithmetic'] = Codec(_read_tensor, _n_bytes)
+
+def _coded(t):
+    "Codec, layout, and parts, of tensor `t`"
+    layout,parts = _write_tensor(t)
+    return 'arithmetic',layout,parts
+
+def save_compressed(
+    model:nn.Module, # Left as it is
+    path, # File to write, replaced when all is written
+    progress:bool=True, # Show a bar for what takes longer than two seconds
+):
+    """Write the parameters and buffers of `model` to one small file, bit for bit: the third stage of Deep Compression (arXiv 1510.00149, section 4), with an arithmetic coder in place of Huffman's. Tied ones
+    are written once. How the model was cut, folded or decomposed is told as well. `ValueError` for what is no plain tensor (`get_extra_state`, lazy, sparse or meta tensors)"""
+    state = state_to_save(innermost(model), _TAKES)
+    if found := not_finite({k:v for k,v in state.items() if isinstance(v, nn.Parameter)}): warn(f'{found}: they are written as they are')
+    save_model(model, path, 'compressed', _TAKES, _coded, progress=progress)
+
+_TAKES = 'save_compressed takes (model, path), load_compressed (path, model): the model'
+
+def load_compressed(
+    path, # File that `save_compressed` or `save_pruned` wrote
+    model:nn.Module, # Of the original architecture, which is made as the one in the file was, or of that form already, on any device; written to in place
+    progress:bool=True, # Show a bar for what takes longer than two seconds
+)->nn.Module:
+    """Load parameters and buffers, bit for bit, and return `model`. Nothing is run from the file. `FileError`, a `ValueError`, if it is damaged, foreign, or of a model with other names, shapes, types or ties; `model`
+    is then as it was. Weights that are tied in the file alone get equal values"""
+    return load_model(path, model, _TAKES, progress)
+
+# %% ../../nbs/quantize/05_compressed_file.ipynb #e6968cc3
+_TAIL = struct.Struct('<I8s')
+
+def _first_version(f, path, most):
+    "`File` of open file `f`, as version 1 was written"
+    size,start = os.fstat(f.fileno()).st_size,f.read(len(FIRST)+1)
+    least = len(FIRST)+1+_TAIL.size
+    bad = lambda why: FileError(f'{path} is damaged: {why}')
     if size<least: raise bad('it is cut short')
-    if start[-1]!=_VERSION: raise CompressedFileError(f'{path} has version {start[-1]}, this library reads {_VERSION}: it was written by a later one, or is damaged')
+    if start[-1]!=1: raise FileError(f'{path} has version {start[-1]} of a form that had version 1 alone: it is damaged')
     digest,left = hashlib.blake2b(start, digest_size=8),size-8-len(start)
     while left>0 and (part := f.read(min(left, 1<<20))):
         digest.update(part)
@@ -341,80 +308,46 @@ def _entries(f, path):
     if digest.digest()!=want: raise bad('its checksum differs')
     if n>size-least: raise bad('its header is longer than the file')
     f.seek(size-_TAIL.size-n)
-    unzip = zlib.decompressobj()
-    try:
-        text = unzip.decompress(f.read(n), _RATIO*n+1)
-        entries = json.loads(text) if unzip.eof and len(text)<=_RATIO*n else None
-    except (zlib.error,ValueError,RecursionError) as e: raise bad(f'its header cannot be read ({e})') from e
-    if not isinstance(entries, list): raise bad('its header is no list')
-    seen = {}
-    for o in entries:
-        if not _valid(o, seen): raise bad(f'entry {len(seen)} of its header is wrong')
-        seen[o[0]] = o
-    if least+n+sum(sum(_size(o)) for o in entries if len(o)>2)!=size: raise bad('the lengths in its header do not add up to its own')
-    return entries
+    try: entries,tied,end = _first_entries(read_json(_unpacked(f.read(n), most)))
+    except ValueError as e: raise bad(str(e)) from e
+    if end+n+_TAIL.size!=size: raise bad('the lengths in its header do not add up to its own')
+    return File(f, path, 'compressed', 1, entries, dict(tied=tied))
 
-def _check_fits(entries, state, model, path):
-    "`CompressedFileError` unless the file has just the tensors of the model"
-    name,tied = type(model).__name__,_tied(state)
-    def refuse(why): raise CompressedFileError(f'{path} is of another model: {why}')
-    theirs = {o[0]:o for o in entries}
-    for k in state:
-        if k not in theirs: refuse(f'it has no {k!r}, which this {name} has; {did_you_mean(k, [o for o in theirs if o not in state])[:300]}')
-    for k,o in theirs.items():
-        if k not in state: refuse(f'it has {k!r}, which this {name} has not; {did_you_mean(k, state)[:300]}')
-        dtype,shape = (o if len(o)>2 else theirs[o[1]])[1:3]
-        if shape!=list(state[k].shape): refuse(f'{k} has shape {tuple(shape)} there, {tuple(state[k].shape)} here')
-        if _DTYPES[dtype] is not state[k].dtype: refuse(f'{k} is {dtype} there, {str(state[k].dtype)[6:]} here; convert the model first')
-    root = lambda k: theirs[k][1] if len(theirs[k])==2 else k
-    for k,o in tied.items():
-        if root(k)!=root(o): refuse(f'this {name} ties {k} and {o}, the file has two different tensors')
-    for k,v in state.items():
-        if v.numel() and any(s==0 and n>1 for s,n in zip(v.stride(), v.shape)): raise ValueError(f'{k} is an expanded view: it cannot be written to')
+def _first_entries(told):
+    "Entries, which tensors are one, and where the last ends, of a header of version 1"
+    if type(told) is not list: raise ValueError('its header is no list')
+    entries,tied,at = {},{},len(FIRST)+1
+    for i,o in enumerate(told):
+        wrong = ValueError(f'entry {i} of its header is wrong')
+        if type(o) is not list or len(o)<2 or type(o[0]) is not str or type(o[1]) is not str or o[0] in entries or o[0] in tied: raise wrong
+        name,what,*rest = o
+        if not rest:
+            if what not in entries: raise wrong
+            tied[name] = what
+            continue
+        shape,*layout = rest
+        if what not in _DTYPES or not whole_numbers(shape) or len(shape)>64 or _count(_DTYPES[what], shape)>=2**48: raise wrong
+        try: size = _n_bytes(_DTYPES[what], shape, *layout)
+        except (ValueError,TypeError) as e: raise wrong from e
+        entries[name] = Entry(_DTYPES[what], tuple(shape), at, size, 'arithmetic', tuple(layout))
+        at += size
+    return entries,tied,at
 
-_HELD = 1<<26  # bytes of decoded tensors that wait until the last one has been checked
-
-def load_compressed(
-    path, # File that `save_compressed` wrote
-    model:nn.Module, # Of the architecture that was saved, on any device; written to in place
-):
-    """Load parameters and buffers, bit for bit, and return `model`. Nothing is run from the file. `CompressedFileError` if it is damaged, foreign, or of a model with other names, shapes, types or ties; `model`
-    is then as it was. Weights that are tied in the file alone get equal values"""
-    state = _state(model)
-    with open(path, 'rb') as f:
-        entries = _entries(f, path)
-        _check_fits(entries, state, model, path)
-        starts,at,held,room = {},len(_MAGIC)+1,{},_HELD
-        for o in entries:
-            if len(o)>2: starts[o[0]],at = at,at+sum(_size(o))
-        for write in (False,True):  # all is decoded before anything is written, and what there is no room for is decoded again
-            for name,*rest in entries:
-                if len(rest)==1:
-                    if write and state[name] is not state[rest[0]]: state[name].detach().copy_(state[rest[0]].detach())
-                    continue
-                if name in held: t = held.pop(name)
-                else:
-                    f.seek(starts[name])
-                    try: t = _read_tensor(f.read, _DTYPES[rest[0]], *rest[1:])
-                    except (AssertionError,CompressedFileError) as e: raise CompressedFileError(f'{path} is damaged: {name} cannot be read ({e})') from e
-                if write: state[name].detach().copy_(t)
-                elif t.nbytes<=room: held[name],room = t,room-t.nbytes
-    return model
+earlier[FIRST] = _first_version
 
 # %% ../../nbs/quantize/05_compressed_file.ipynb #d920dfd9
 def compression_report(
-    path, # File that `save_compressed` wrote
+    path, # File that `save_compressed` or `save_pruned` wrote
 ):
     """DataFrame of the bytes in file `path`, as in the paper's tables 1 to 5: a row a tensor, the header, and the total, which is the size of the file. `positions` (with signs), `code_book`, `values` and their sum
     `bytes`; `before` is the plain tensor's; `bits` a weight; `ratio` is `before/bytes`"""
     import pandas as pd
-    with open(path, 'rb') as f: entries = _entries(f, path)
+    with reading(path, known='save_compressed or save_pruned') as file: entries,tied = file.entries,file.table.get('tied', {})
     rows = []
-    for o in entries:
-        if len(o)==2: rows.append((f'{o[0]} = {o[1]}', 0, 0, 0, 0, 0, 0))
-        else:
-            dtype,n = _DTYPES[o[1]],math.prod(o[2])
-            rows.append((o[0],n,sum(o[3][3:]) if o[3] else n,*_size(o),n*dtype.itemsize))
+    for k,e in entries.items():
+        n,positions = math.prod(e.shape),e.layout[0] if e.codec=='arithmetic' else ()
+        rows.append((k,n,sum(positions[3:]) if positions else n,*(_shares(*e.layout) if e.codec=='arithmetic' else (0,0,e.size)),e.n_bytes))
+    rows += [(f'{k} = {o}', 0, 0, 0, 0, 0, 0) for k,o in tied.items()]
     d = pd.DataFrame(rows, columns=['tensor','weights','nonzero','positions','code_book','values','before']).set_index('tensor')
     d['bytes'] = d.positions+d.code_book+d['values']
     total = d.sum()

@@ -8,7 +8,6 @@ __all__ = ['MANY', 'most_updates', 'Tickets', 'Sparsify', 'Keep']
 # %% ../../nbs/sparse/02_training.ipynb #523c877a
 from pathlib import Path
 from torch import nn
-from safetensors.torch import save_file, save_model
 from ..core.context import context_of
 from ..core.criteria import criteria_of
 from ..core.evidence import check_seen, check_trained, found_now
@@ -16,7 +15,9 @@ from ..core.granularity import granularity_of
 from ..core import ranks
 from ..core.pace import Pace, Technique, check_schedule, check_updates, clear_state, put, two_of, whole_number, within
 from ..core.brought import warn
+from ..core.files import write_file
 from ..core.running import plain_model
+from ..core.saved import save_model
 from ..core.schedule import schedule_of
 from ..core.selection import in_percent
 from .sparsifier import Sparsifier, check_round_to, hold_zeros, parts_of
@@ -85,7 +86,7 @@ class Tickets:
         if cut: state = {k:ranks.whole(x) for k,x in state.items()}
         if path is None or not ranks.writes(): return
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k:x.contiguous() for k,x in state.items()}, path) if cut else save_model(model, str(path))
+        write_file(path, 'ticket', state) if cut else save_model(model, path, 'ticket', 'the model')
 
     def rewind(self, model, sparsifier, optimizer=None, folder=None):
         "Set `model` back, with the zeros of now; with an optimizer, in the middle of training: it begins anew, and the ticket goes into `folder`"
