@@ -190,7 +190,7 @@ def test_what_cannot_be_described(tmp_path):
     m[-1] = Own(16, 4)
     remember_parts(m, was, 'hand')
     for o in (m, copy.deepcopy(m), done(m, 'prune'), done(m, 'fold')):
-        with pytest.raises(ValueError, match='what hand made of the Sequential cannot be saved: 14: a Own cannot be described'): save_pruned(o, tmp_path/'a')
+        with pytest.raises(ValueError, match='what hand made of the Sequential cannot be saved: 14: an Own cannot be described'): save_pruned(o, tmp_path/'a')
     whole = FC_Decomposer().decompose(nn.Linear(16, 16), .7, example_inputs=torch.randn(2, 16))
     with pytest.raises(ValueError, match='the model itself was replaced, by a Sequential'): save_pruned(whole, tmp_path/'a')
     assert not (tmp_path/'a').exists()

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np
 import torch
 from torch import Tensor
+from .registry import an
 from .running import staged
 try: import fcntl
 except ImportError: fcntl = None  # Windows has no such locks
@@ -259,7 +259,7 @@ def _sealed(digest, head):
 def _check_names(tensors):
     for k,v in tensors.items():
         if not isinstance(k, str) or k in (_CODED,'__metadata__') or re.search('[\ud800-\udfff]', k): raise ValueError(f'{k!r} is no name for a tensor in a file')
-        if not isinstance(v, Tensor): raise ValueError(f'{k} is a {type(v).__name__}: only tensors can be written')
+        if not isinstance(v, Tensor): raise ValueError(f'{k} is {an(type(v).__name__)}: only tensors can be written')
 
 def _plain(t): return 'plain',(),[_bytes_of(t)]
 
@@ -524,7 +524,7 @@ def _as_bytes(t): return t.cpu() if isinstance(t, Tensor) and t.dtype is torch.u
 
 def _check_tensors(found, what, deep=0):
     "`FileError` unless there are tensors by name, or dicts of them"
-    if not isinstance(found, Mapping) or deep>2: raise FileError(f'{what} is damaged: tensors by name were expected, not a {type(found).__name__}')
+    if not isinstance(found, Mapping) or deep>2: raise FileError(f'{what} is damaged: tensors by name were expected, not {an(type(found).__name__)}')
     for k,v in found.items():
         if not isinstance(k, str): raise FileError(f'{what} is damaged: {str(k)[:80]} is no name')
         if not isinstance(v, (Tensor,*_PLAIN)): _check_tensors(v, what, deep+1)

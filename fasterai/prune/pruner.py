@@ -20,7 +20,7 @@ from ..core.context import context_of,local
 from ..core.criteria import criteria_of,reducers
 from ..core.obs import Reader,best_removed,removal_costs
 from ..core.needs import Known,needed
-from ..core.registry import an,did_you_mean,spelled
+from ..core.registry import did_you_mean,spelled
 from ..core.graph import OUTPUT,ChannelGraph,layer_of
 from .left import LAST,add_row,counted,fixed,left_of_zeros,made_by,missing,rows_of,some,in_words
 from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes

@@ -10,7 +10,7 @@ import hashlib,math,os,struct
 import constriction
 import numpy as np
 import torch
-from torch import nn,Tensor
+from torch import nn
 from ..core.brought import not_finite,warn
 from ..core.files import FIRST,Codec,Entry,File,FileError,_unpacked,codecs,earlier,read_json,reading,whole_numbers
 from ..core.running import innermost

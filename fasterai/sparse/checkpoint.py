@@ -6,7 +6,7 @@
 __all__ = ['sparsify_checkpoint']
 
 # %% ../../nbs/sparse/05_checkpoint.ipynb #23fd01c7
-import fnmatch, hashlib, json, math, os, re, threading, zlib
+import fnmatch, hashlib, json, math, mmap, os, re, threading, zlib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..core.brought import _some, check_scores, much_less, warn
-from ..core.context import CONTEXT_NEEDS, context_needs, context_of
+from ..core.context import context_needs, context_of
 from ..core.criteria import criteria_of, criterias
 from ..core.evidence import _wide
 from ..core.granularity import block, blocks, granularity_name, granularity_of, pattern
@@ -160,7 +160,7 @@ class _Weight:
 
     def _whole(self, source, target):
         with self.whole_one:
-            buf = np.empty(self.stored.size, np.uint8)
+            buf = np.frombuffer(mmap.mmap(-1, max(self.stored.size, 1)), np.uint8)[:self.stored.size]  # given back at once, as that of an allocator may not be
             read_at(source, self.stored.start, buf, last=bool(target))
             whole,first = torch.from_numpy(buf).view(self.dtype).view(self.shape),0
             for a,b in self._ends() if self.cut else [(0,None)]:
