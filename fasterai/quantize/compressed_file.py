@@ -8,15 +8,14 @@ __all__ = ['save_compressed', 'load_compressed', 'compression_report']
 # %% ../../nbs/quantize/05_compressed_file.ipynb #9bd94efa
 import hashlib,json,math,os,struct,zlib
 from pathlib import Path
-import numpy as np
 from torch import nn,Tensor
 from ..core.brought import check_held,not_finite,warn
 from ..core.registry import did_you_mean
 from ..core.running import check_module, innermost
-from .codecs import CompressedFileError,_BOOK,_DTYPES,_at_planes,_count,_read_tensor,_word,_write_tensor
+from .codecs import CompressedFileError,_DTYPES,_count,_ints,_nonzero,_read_tensor,_sizes,_valid_layout,_write_tensor
 
 # %% ../../nbs/quantize/05_compressed_file.ipynb #b590fa46
-_MAGIC,_VERSION,_RATIO = b'\x89fasterai\r\n\x1a\n',1,32
+_MAGIC,_VERSION,_RATIO = b'\x89fasterai\r\n\x1a\n',2,32
 _TAIL = struct.Struct('<I8s')
 
 def _state(model):
@@ -51,9 +50,9 @@ def _write(f, state):
     for k,v in state.items():
         if k in tied: entries.append([k,tied[k]])
         else:
-            layout,parts = _write_tensor(v)
+            codec,layout,parts = _write_tensor(v)
             for o in parts: f.write(o)
-            entries.append([k,str(v.dtype).removeprefix('torch.'),list(v.shape),*layout])
+            entries.append([k,str(v.dtype).removeprefix('torch.'),list(v.shape),codec,*layout])
     text = json.dumps(entries, separators=(',',':')).encode()
     head = next(o for o in (zlib.compress(text, level) for level in (9,0)) if len(o)*_RATIO>=len(text))
     f.write(head)
@@ -76,27 +75,19 @@ def save_compressed(
     finally: new.unlink(missing_ok=True)
 
 # %% ../../nbs/quantize/05_compressed_file.ipynb #e6968cc3
-def _ints(o, n=None, least=0): return isinstance(o, list) and (n is None or len(o)==n) and all(type(i) is int and least<=i<2**48 for i in o)
-
 def _valid(entry, seen):
     "Whether an entry of the header is of the form that `save_compressed` writes"
-    if not isinstance(entry, list) or len(entry) not in (2,6,8) or not isinstance(entry[0], str) or not isinstance(entry[1], str) or entry[0] in seen: return False
+    if not isinstance(entry, list) or len(entry)<2 or not isinstance(entry[0], str) or not isinstance(entry[1], str) or entry[0] in seen: return False
     if len(entry)==2: return len(seen.get(entry[1], ()))>2
-    _,dtype,shape,positions,*values = entry
-    if dtype not in _DTYPES or not all(map(_ints, entry[2:])) or len(shape)>64 or (n := _count(_DTYPES[dtype], shape))>=2**48: return False
-    width = np.dtype(_word(_DTYPES[dtype])).itemsize
-    if len(entry)==6: return not positions and _valid_values(n, width, *values)
-    return len(positions)==5 and positions[1]<2 and sum(positions[3:])<=n and all(_valid_values(o, width, *values[2*i:2*i+2]) for i,o in enumerate(positions[3:]))
+    _,dtype,shape,*coded = entry
+    if dtype not in _DTYPES or not _ints(shape) or len(shape)>64 or _count(_DTYPES[dtype], shape)>=2**48: return False
+    return len(coded)>1 and _valid_layout(_DTYPES[dtype], shape, *coded)
 
-def _valid_values(n, width, book, sizes):
-    if not n or not book: return not book and len(sizes)==(width if n else 0) and all(o<=n for o in sizes)
-    k,*entries = book
-    return 0<k<=min(n, _BOOK) and len(entries)==width and all(o<=k for o in entries) and len(sizes)==len(_at_planes(k)) and all(o<=n for o in sizes)
+def _named(entry):
+    "Entries of version 1 name no codec: theirs is `columns`, with one block"
+    return [*entry[:3],'columns',entry[3:]] if isinstance(entry, list) and len(entry)>3 and isinstance(entry[3], list) else entry
 
-def _size(entry):
-    "Bytes of positions, code books and values"
-    _,_,_,positions,*values = entry
-    return sum(positions[:1]),sum(sum(o[1:]) for o in values[::2]),sum(map(sum, values[1::2]))
+def _size(entry): return _sizes(entry[4:])
 
 def _entries(f, path):
     "Entries of the header of open file `f`, after the digest of all was checked"
@@ -106,7 +97,7 @@ def _entries(f, path):
     if start[:-1]!=_MAGIC[:len(start)-1] or not start: raise CompressedFileError(f'{path} was not written by save_compressed')
     bad = lambda why: CompressedFileError(f'{path} is damaged: {why}')
     if size<least: raise bad('it is cut short')
-    if start[-1]!=_VERSION: raise CompressedFileError(f'{path} has version {start[-1]}, this library reads {_VERSION}: it was written by a later one, or is damaged')
+    if not 1<=start[-1]<=_VERSION: raise CompressedFileError(f'{path} has version {start[-1]}, this library reads 1 to {_VERSION}: it was written by a later one, or is damaged')
     digest,left = hashlib.blake2b(start, digest_size=8),size-8-len(start)
     while left>0 and (part := f.read(min(left, 1<<20))):
         digest.update(part)
@@ -123,6 +114,7 @@ def _entries(f, path):
     except (zlib.error,ValueError,RecursionError) as e: raise bad(f'its header cannot be read ({e})') from e
     if not isinstance(entries, list): raise bad('its header is no list')
     seen = {}
+    entries = [*map(_named, entries)]
     for o in entries:
         if not _valid(o, seen): raise bad(f'entry {len(seen)} of its header is wrong')
         seen[o[0]] = o
@@ -147,7 +139,7 @@ def _check_fits(entries, state, model, path):
     for k,v in state.items():
         if v.numel() and any(s==0 and n>1 for s,n in zip(v.stride(), v.shape)): raise ValueError(f'{k} is an expanded view: it cannot be written to')
 
-_HELD = 1<<26  # bytes of decoded tensors that wait until the last one has been checked
+_HELD = 1<<26  # bytes of decoded tensors that wait until the last one has been checked, or twice the largest one's
 
 def load_compressed(
     path, # File that `save_compressed` wrote
@@ -159,7 +151,7 @@ def load_compressed(
     with open(path, 'rb') as f:
         entries = _entries(f, path)
         _check_fits(entries, state, model, path)
-        starts,at,held,room = {},len(_MAGIC)+1,{},_HELD
+        starts,at,held,room = {},len(_MAGIC)+1,{},max([_HELD]+[2*v.nbytes for v in state.values()])
         for o in entries:
             if len(o)>2: starts[o[0]],at = at,at+sum(_size(o))
         for write in (False,True):  # all is decoded before anything is written, and what there is no room for is decoded again
@@ -189,7 +181,7 @@ def compression_report(
         if len(o)==2: rows.append((f'{o[0]} = {o[1]}', 0, 0, 0, 0, 0, 0))
         else:
             dtype,n = _DTYPES[o[1]],math.prod(o[2])
-            rows.append((o[0],n,sum(o[3][3:]) if o[3] else n,*_size(o),n*dtype.itemsize))
+            rows.append((o[0],n,_nonzero(o[4:], n),*_size(o),n*dtype.itemsize))
     d = pd.DataFrame(rows, columns=['tensor','weights','nonzero','positions','code_book','values','before']).set_index('tensor')
     d['bytes'] = d.positions+d.code_book+d['values']
     total = d.sum()
