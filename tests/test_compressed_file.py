@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import prune
 from fasterai.core.running import innermost
 from fasterai.prune.pruner import Pruner
-from fasterai.quantize import compressed_file as cf
+from fasterai.quantize import codecs, compressed_file as cf
 from fasterai.quantize.compressed_file import CompressedFileError, compression_report, load_compressed, save_compressed
 from fasterai.sparse.sparsifier import Sparsifier
 from tiny import WRAPPERS
@@ -198,8 +198,8 @@ def test_refuses_foreign_files(tmp_path):
         for f in (lambda p: load_compressed(p, net), compression_report):
             with pytest.raises(CompressedFileError, match='was not written by save_compressed'): f(tmp_path/o)
     save_compressed(net, tmp_path/'m')
-    (tmp_path/'later').write_bytes(cf._MAGIC+b'\x02'+(tmp_path/'m').read_bytes()[len(cf._MAGIC)+1:])
-    with pytest.raises(CompressedFileError, match='version 2, this library reads 1'): load_compressed(tmp_path/'later', net)
+    (tmp_path/'later').write_bytes(cf._MAGIC+b'\x03'+(tmp_path/'m').read_bytes()[len(cf._MAGIC)+1:])
+    with pytest.raises(CompressedFileError, match='version 3, this library reads 1 to 2'): load_compressed(tmp_path/'later', net)
     with pytest.raises(FileNotFoundError): load_compressed(tmp_path/'nowhere', net)
 
 def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
@@ -278,7 +278,8 @@ def damaged(data, rng):
             at[last] = [at[last]+int(rng.integers(-3, 4)), int(rng.integers(-9, 2**20)), 2**31, 2**62, 10**30, -1, 0, at[last]*2, True, 1.5, None, 'x', [], [[[]]]][rng.integers(14)]
         return joined(sections, entries),True
     if kind==6:  # bytes move from one part to the next: all lengths still add up
-        sizes = [(o,0) for e in entries if len(e)>2 for o in (e[3],) if o]+[(o,i) for e in entries if len(e)>2 for o in e[5::2] for i in range(len(o))]
+        blocks = [o for e in entries if len(e)>2 for o in (e[4:] if isinstance(e[3], str) else [e[3:]])]
+        sizes = [(o[0],0) for o in blocks if o[0]]+[(o,i) for block in blocks for o in block[2::2] for i in range(len(o))]
         (a,i),(c,j) = (sizes[k] for k in rng.integers(len(sizes), size=2))
         n = int(rng.integers(0, 9))
         a[i],c[j] = a[i]+n,c[j]-n
@@ -294,14 +295,27 @@ def pinned_net():
     w = np.where((i>>np.uint32(28))<2, (i>>np.uint32(20)&np.uint32(7)).astype(np.float32)-3.5, np.float32(0)).reshape(40, 50)
     return Bag(torch.from_numpy(w), torch.from_numpy(i[:300].astype(np.float32)/2**32), torch.arange(100)%7)
 
-ENTRIES = [["t0", "float32", [40, 50], [92, 0, 10, 124, 127], [4, 4, 4, 4, 4], [32], [4, 4, 4, 4, 4], [32]], ["t1", "float32", [300], [], [], [300, 300, 300, 112]], ["t2", "int64", [100], [16, 1, 0, 85, 0], [], [56, 0, 0, 0, 0, 0, 0, 0], [], []]]
-DIGEST = '3d7513577c3bf4c83089bd40bf82b5a6e4b528ebfdf0a76e91d5ea8b3154aa63'
+FIRST = [["t0", "float32", [40, 50], [92, 0, 10, 124, 127], [4, 4, 4, 4, 4], [32], [4, 4, 4, 4, 4], [32]], ["t1", "float32", [300], [], [], [300, 300, 300, 112]], ["t2", "int64", [100], [16, 1, 0, 85, 0], [], [56, 0, 0, 0, 0, 0, 0, 0], [], []]]
+FIRST_DIGEST = '3d7513577c3bf4c83089bd40bf82b5a6e4b528ebfdf0a76e91d5ea8b3154aa63'
+DIGEST = '8e84904c5cc53fbca70945df5ad3e139838a0057ea9a399d0d635ef5cf3a7469'
 
 def test_format_is_pinned(tmp_path):
-    "Files of this version are the same everywhere and stay readable: a change of a single bit needs another version"
+    "Files of this version are the same everywhere and stay readable: a change of a single bit needs another version or codec"
     save_compressed(pinned_net(), tmp_path/'m')
     sections,entries = split((tmp_path/'m').read_bytes())
-    assert entries==ENTRIES and hashlib.sha256(sections).hexdigest()==DIGEST
+    assert entries==FIRST and hashlib.sha256(sections).hexdigest()==DIGEST
+
+def test_first_version_is_read(tmp_path):
+    "Its entries named no codec"
+    net,sections = pinned_net(),cf._MAGIC+b'\1'
+    for t,first in zip(net.state_dict().values(), FIRST):
+        layout,data = codecs._write_block(codecs._CODECS['columns'], codecs._bits(t), tuple(t.shape), bool(first[3]), t.is_floating_point())
+        assert layout==first[3:]
+        sections += data
+    assert hashlib.sha256(sections).hexdigest()==FIRST_DIGEST
+    (tmp_path/'first').write_bytes(joined(sections, FIRST))
+    same(snap(load_compressed(tmp_path/'first', scrambled(pinned_net()))), snap(net))
+    assert compression_report(tmp_path/'first').loc['total', 'nonzero']==124+127+300+85
 
 def test_rare_values(tmp_path):
     "A code book is complete, however late its last value comes"

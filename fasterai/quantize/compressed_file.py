@@ -12,7 +12,7 @@ from torch import nn,Tensor
 from ..core.brought import check_held,not_finite,warn
 from ..core.registry import did_you_mean
 from ..core.running import check_module, innermost
-from .codecs import CompressedFileError,_DTYPES,_count,_ints,_nonzero,_read_tensor,_sizes,_valid_layout,_write_tensor
+from .codecs import CompressedFileError,_DTYPES,_count,_ints,_n_bytes,_nonzero,_read_tensor,_sizes,_write_tensor
 
 # %% ../../nbs/quantize/05_compressed_file.ipynb #b590fa46
 _MAGIC,_VERSION,_RATIO = b'\x89fasterai\r\n\x1a\n',2,32
@@ -52,7 +52,7 @@ def _write(f, state):
         else:
             codec,layout,parts = _write_tensor(v)
             for o in parts: f.write(o)
-            entries.append([k,str(v.dtype).removeprefix('torch.'),list(v.shape),codec,*layout])
+            entries.append([k,str(v.dtype).removeprefix('torch.'),list(v.shape),*(layout[0] if codec=='columns' else (codec,*layout))])
     text = json.dumps(entries, separators=(',',':')).encode()
     head = next(o for o in (zlib.compress(text, level) for level in (9,0)) if len(o)*_RATIO>=len(text))
     f.write(head)
@@ -81,10 +81,11 @@ def _valid(entry, seen):
     if len(entry)==2: return len(seen.get(entry[1], ()))>2
     _,dtype,shape,*coded = entry
     if dtype not in _DTYPES or not _ints(shape) or len(shape)>64 or _count(_DTYPES[dtype], shape)>=2**48: return False
-    return len(coded)>1 and _valid_layout(_DTYPES[dtype], shape, *coded)
+    try: return _n_bytes(coded[0], _DTYPES[dtype], shape, *coded[1:])>=0
+    except (TypeError,ValueError): return False
 
 def _named(entry):
-    "Entries of version 1 name no codec: theirs is `columns`, with one block"
+    "Entries that name no codec, as in version 1, are of `columns`, which has one block"
     return [*entry[:3],'columns',entry[3:]] if isinstance(entry, list) and len(entry)>3 and isinstance(entry[3], list) else entry
 
 def _size(entry): return _sizes(entry[4:])
@@ -162,7 +163,7 @@ def load_compressed(
                 if name in held: t = held.pop(name)
                 else:
                     f.seek(starts[name])
-                    try: t = _read_tensor(f.read, _DTYPES[rest[0]], *rest[1:])
+                    try: t = _read_tensor(rest[2], f.read, _DTYPES[rest[0]], rest[1], *rest[3:])
                     except (AssertionError,CompressedFileError) as e: raise CompressedFileError(f'{path} is damaged: {name} cannot be read ({e})') from e
                 if write: state[name].detach().copy_(t)
                 elif t.nbytes<=room: held[name],room = t,room-t.nbytes
