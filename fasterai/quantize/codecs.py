@@ -7,7 +7,6 @@ __all__ = ['CompressedFileError']
 
 # %% ../../nbs/quantize/04_codecs.ipynb #7862eb3e
 import math,zlib
-from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 import constriction
 import numpy as np
@@ -291,8 +290,8 @@ def _by_row(inputs, places, rate, segments, run):
 
 class _Rows:
     "Row by row, in lanes if there are many"
-    numbers,blocks = 7,True
-    def small(self): return _SMALL
+    numbers,blocks = 7,True         # of positions in a layout; whether large tensors are cut
+    def small(self): return _SMALL  # symbols that a coder takes one after the other
     def write(self, signs, shape, signed, tail):
         "Sizes, direction, lag and counts, and bytes that begin with the signs, before `tail`"
         if not signs.any(): return [0]*self.numbers,tail
