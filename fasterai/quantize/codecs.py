@@ -587,9 +587,11 @@ def _cuts(codec, shape, sparse):
     step = -(-shape[0]//blocks)
     return [(i*row,min(i+step, shape[0])*row,(min(step, shape[0]-i),*shape[1:])) for i in range(0, shape[0], step)]
 
-def _threaded(f, items):
+_SPARSE,_DENSE = 4,16  # most threads: a block of a sparse tensor takes up to 170 MB of memory, of a dense one 40
+
+def _threaded(f, items, sparse):
     "Results of `f` for each of `items`, in their order"
-    threads = min(len(items), torch.get_num_threads())
+    threads = min(len(items), torch.get_num_threads(), _SPARSE if sparse else _DENSE)
     if threads<2: return [f(*o) for o in items]
     with ThreadPoolExecutor(threads) as pool: return list(pool.map(lambda o: f(*o), items))
 
@@ -634,7 +636,7 @@ def _write_tensor(t):
     dense = not sparse and len(words)<=_SMALL  # both are the same
     for name in ('columns','rows') if sparse and narrow else ('columns',) if dense else ('rows',):
         cuts = _cuts(_CODECS[name], shape, sparse)
-        tries.append((name,*zip(*_threaded(lambda a,b,shape: _write_block(_CODECS[name], words[a:b], shape, sparse, signed), cuts))))
+        tries.append((name,*zip(*_threaded(lambda a,b,shape: _write_block(_CODECS[name], words[a:b], shape, sparse, signed), cuts, sparse))))
     return min(tries, key=lambda o: sum(map(len, o[2]))+_NAME*(o[0]!='columns'))
 
 def _read_tensor(name, take, dtype, shape, *layout):
@@ -642,7 +644,7 @@ def _read_tensor(name, take, dtype, shape, *layout):
     codec,signed,words = _CODECS[name],_signed(dtype),np.zeros(_count(dtype, shape), _word(dtype))
     if not len(words): return torch.zeros(shape, dtype=dtype, device='cpu')
     items = [(take(sum(_sizes([o]))),*cut,o) for o,cut in zip(layout, _cuts(codec, _shape(dtype, shape), layout[0][0]))]
-    try: _threaded(lambda data,a,b,shape,o: _read_block(codec, data, shape, words[a:b], signed, *o), items)
+    try: _threaded(lambda data,a,b,shape,o: _read_block(codec, data, shape, words[a:b], signed, *o), items, bool(layout[0][0]))
     except AssertionError as e: raise CompressedFileError(f'what is coded makes no sense ({e})') from e
     if dtype is torch.bool and words.max(initial=0)>1: raise CompressedFileError('a bool is neither 0 nor 1')
     return torch.from_numpy(words.view(f'i{words.itemsize}')).view(dtype).reshape(shape)
