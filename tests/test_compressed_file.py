@@ -7,7 +7,7 @@ from torch.nn.utils import prune
 from fasterai.core import files
 from fasterai.core.running import innermost
 from fasterai.prune.pruner import Pruner
-from fasterai.quantize import compressed_file as cf
+from fasterai.quantize import codecs, compressed_file as cf
 from fasterai.quantize.compressed_file import CompressedFileError, compression_report, load_compressed, save_compressed
 from fasterai.sparse.sparsifier import Sparsifier
 from damage import joined, parts
@@ -246,8 +246,10 @@ def damaged(data, rng):
     "One of many ways to damage a file, and whether its checksum fits"
     kind,b = rng.integers(8),bytearray(data)
     *about,head,body,table = parts(data)
-    entries = table['coded']['arithmetic']
-    def sealed(body, entries, packed=None): return joined(*about, head, body, {**table, 'coded':{'arithmetic':entries}}, packed),True
+    runs = table['coded']
+    run = rng.integers(len(runs))
+    entries = runs[run][1]
+    def sealed(body, entries, packed=None): return joined(*about, head, body, {**table, 'coded':[[c,entries if i==run else o] for i,(c,o) in enumerate(runs)]}, packed),True
     if kind==0: return bytes(b[:rng.integers(len(b))]),False
     if kind==1:
         for _ in range(rng.integers(1, 9)): b[rng.integers(len(b))] ^= 1<<int(rng.integers(8))
@@ -269,7 +271,8 @@ def damaged(data, rng):
             at[last] = [at[last]+int(rng.integers(-3, 4)), int(rng.integers(-9, 2**20)), 2**31, 2**62, 10**30, -1, 0, at[last]*2, True, 1.5, None, 'x', [], [[[]]]][rng.integers(14)]
         return sealed(body, entries)
     if kind==6:  # bytes move from one part to the next: all lengths still add up
-        sizes = [(o,0) for e in entries for o in (e[3],) if o]+[(o,i) for e in entries for o in e[5::2] for i in range(len(o))]
+        blocks = [o for e in entries for o in e[3:]]
+        sizes = [(o[0],0) for o in blocks if o[0]]+[(o,i) for block in blocks for o in block[2::2] for i in range(len(o))]
         (a,i),(c,j) = (sizes[k] for k in rng.integers(len(sizes), size=2))
         n = int(rng.integers(0, 9))
         a[i],c[j] = a[i]+n,c[j]-n
@@ -285,14 +288,14 @@ def pinned_net():
     w = np.where((i>>np.uint32(28))<2, (i>>np.uint32(20)&np.uint32(7)).astype(np.float32)-3.5, np.float32(0)).reshape(40, 50)
     return Bag(torch.from_numpy(w), torch.from_numpy(i[:300].astype(np.float32)/2**32), torch.arange(100)%7)
 
-ENTRIES = [["t0", "float32", [40, 50], [92, 0, 10, 124, 127], [4, 4, 4, 4, 4], [32], [4, 4, 4, 4, 4], [32]], ["t1", "float32", [300], [], [], [300, 300, 300, 112]], ["t2", "int64", [100], [16, 1, 0, 85, 0], [], [56, 0, 0, 0, 0, 0, 0, 0], [], []]]
-DIGEST = '3d7513577c3bf4c83089bd40bf82b5a6e4b528ebfdf0a76e91d5ea8b3154aa63'
+FIRST = [["t0", "float32", [40, 50], [92, 0, 10, 124, 127], [4, 4, 4, 4, 4], [32], [4, 4, 4, 4, 4], [32]], ["t1", "float32", [300], [], [], [300, 300, 300, 112]], ["t2", "int64", [100], [16, 1, 0, 85, 0], [], [56, 0, 0, 0, 0, 0, 0, 0], [], []]]
+DIGEST = '8e84904c5cc53fbca70945df5ad3e139838a0057ea9a399d0d635ef5cf3a7469'
 
 def test_format_is_pinned(tmp_path):
-    "Files of this version are the same everywhere and stay readable: a change of a single bit needs another version"
+    "Files of this version are the same everywhere and stay readable: a change of a single bit needs another version or codec"
     save_compressed(pinned_net(), tmp_path/'m')
     *_,body,table = parts((tmp_path/'m').read_bytes())
-    assert table=={'coded':{'arithmetic':ENTRIES}} and hashlib.sha256(files.FIRST+b'\x01'+body).hexdigest()==DIGEST  # as version 1 began
+    assert table=={'coded':[['columns',[[*o[:3],o[3:]] for o in FIRST]]]} and hashlib.sha256(files.FIRST+b'\x02'+body).hexdigest()==DIGEST
 
 def test_rare_values(tmp_path):
     "A code book is complete, however late its last value comes"
@@ -306,12 +309,12 @@ def test_wrong_at_the_very_end(sparsity, tmp_path, monkeypatch):
     net = nn.Sequential(*(nn.Linear(30, 30) for _ in range(4)))
     if sparsity: Sparsifier(net, 'weight', 'local', layer_type=nn.Linear).sparsify_model(sparsity)
     round_trip(net, fresh := nn.Sequential(*(nn.Linear(30, 30) for _ in range(4))), tmp_path/'m')
-    codec,before,seen = files.codecs['arithmetic'],snap(fresh),[]
+    codec,before,seen = files.codecs['columns'],snap(fresh),[]
     def fails(*args):
         seen.append(1)
         if len(seen)==8: raise CompressedFileError('at the end')
         return codec.read(*args)
-    monkeypatch.setitem(files.codecs, 'arithmetic', codec._replace(read=fails))
+    monkeypatch.setitem(files.codecs, 'columns', codec._replace(read=fails))
     save_compressed(scrambled(net), tmp_path/'m')
     with pytest.raises(CompressedFileError, match='3.bias cannot be read .at the end'): load_compressed(tmp_path/'m', fresh)
     same(snap(fresh), before)

@@ -8,7 +8,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = '''house graph spellings brought surgery exact pruner pruner_unseen pruner_random prune_callback callback resume doors threads folding decompose distill regularize weight_sharing compressed_file repair obs_data admm blocks targets zoo'''.split()
+TESTS = '''house graph spellings brought surgery exact pruner pruner_unseen pruner_random prune_callback callback resume doors threads folding decompose distill regularize weight_sharing codecs compressed_file repair obs_data admm blocks targets zoo'''.split()
 NOTEBOOKS,KERNELS = 'nbs/core','15_kernels'
 TOOLS = 'pytest hypothesis nbdev'.split()
 SHOWN = 'torch torchvision fastai safetensors constriction tensorly numpy'.split()

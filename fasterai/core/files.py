@@ -280,11 +280,12 @@ def _write(f, kind, tensors, code, table):
     for k in raw:
         out.write(_bytes_of(tensors[k]))
         yield
-    done = {}
+    done = []  # a codec, and the entries in turn that it wrote
     for k,v in coded.items():
         codec,layout,parts = (code or _plain)(v)
         for o in parts: out.write(o)
-        done.setdefault(codec, []).append([k,str(v.dtype).removeprefix('torch.'),[*v.shape],*layout])
+        if not done or done[-1][0]!=codec: done.append([codec,[]])
+        done[-1][1].append([k,str(v.dtype).removeprefix('torch.'),[*v.shape],*layout])
         yield
     if coded:
         told = _text_of({**table, 'coded':done}).encode()
@@ -360,12 +361,11 @@ def _entries(head, start, size):
 
 def _coded_entries(told, start, end):
     "Entries of what is coded, which fill the file from `start` to `end`"
-    if type(told) is not dict: raise ValueError('what is coded is not told')
+    if type(told) is not list or any(type(o) is not list or len(o)!=2 or type(o[0]) is not str or type(o[1]) is not list for o in told): raise ValueError('what is coded is not told')
     found,at = {},start
-    for codec,each in told.items():
+    for codec,each in told:
         if codec not in codecs: importlib.import_module(_ROOM)
         if codec not in codecs: raise ValueError(f'{codec[:40]!r} is no code that is known: {", ".join(codecs)} are')
-        if type(each) is not list: raise ValueError('what is coded is not told')
         for o in each:
             if type(o) is not list or len(o)<3 or type(o[0]) is not str or type(o[1]) is not str or o[1] not in DTYPES or not whole_numbers(o[2]) or len(o[2])>_AXES or o[0] in found:
                 raise ValueError(f'entry {len(found)} of what is coded is wrong')

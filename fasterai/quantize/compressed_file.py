@@ -7,265 +7,19 @@ __all__ = ['CompressedFileError', 'save_compressed', 'load_compressed', 'compres
 
 # %% ../../nbs/quantize/05_compressed_file.ipynb #9bd94efa
 import hashlib,math,os,struct
-import constriction
-import numpy as np
-import torch
+from functools import partial
 from torch import nn
 from ..core.brought import not_finite,warn
 from ..core.files import FIRST,Codec,Entry,File,FileError,_unpacked,codecs,earlier,read_json,reading,whole_numbers
 from ..core.running import innermost
 from ..core.saved import load_model,save_model,state_to_save
+from .codecs import _CODECS,_DTYPES,_count,_n_bytes,_nonzero,_read_tensor,_sizes,_write_tensor
 
 # %% ../../nbs/quantize/05_compressed_file.ipynb #548222ac
 CompressedFileError = FileError
 
-# %% ../../nbs/quantize/05_compressed_file.ipynb #b617a138
-class _Writer:
-    "Arithmetic coder: what goes in comes out again, so that one model serves writer and reader"
-    def __init__(self): self.coder = constriction.stream.queue.RangeEncoder()
-    def bits(self, b, p):
-        self.coder.encode(b.astype(np.int32), constriction.stream.model.Bernoulli(perfect=False), p)
-        return b
-    def symbols(self, s, freq):
-        self.coder.encode(s.astype(np.int32), constriction.stream.model.Categorical(freq, perfect=False))
-        return s
-    def done(self): return self.coder.get_compressed().astype('>u4').tobytes().rstrip(b'\0')
-
-class _Reader:
-    "The other direction: numbers handed in say only how many are to be read"
-    def __init__(self, data): self.coder = constriction.stream.queue.RangeDecoder(np.frombuffer(data+bytes(-len(data)%4), '>u4').astype(np.uint32))
-    def bits(self, b, p): return self.coder.decode(constriction.stream.model.Bernoulli(perfect=False), p)
-    def symbols(self, s, freq): return self.coder.decode(constriction.stream.model.Categorical(freq, perfect=False), len(s))
-
-# %% ../../nbs/quantize/05_compressed_file.ipynb #e712e982
-def _code_symbols(coder, s, k):
-    "Write or read `s`, symbols below `k`; their frequencies are learnt on the way"
-    seen,at,step = np.full(k, min(.5, 16/k)),0,32
-    while at<len(s):
-        part = s[at:at+step]
-        part[:] = coder.symbols(part, seen)
-        seen += np.bincount(part, minlength=k)
-        at,step = at+step,min(step+step//2, 1<<18)
-
-# %% ../../nbs/quantize/05_compressed_file.ipynb #a66c6fdc
-_LEVELS = 22
-
-def _blocks(rows, cols):
-    "Ends of blocks of columns, the first ones smaller: as many as time allows"
-    n = rows*cols
-    k = min(8, max(1, (min(4096, n//32)+n//4096)//rows))
-    return sorted({*np.ceil(cols*(1.5**np.arange(k+1)-1)/(1.5**k-1)).astype(int).tolist()})
-
-def _code_signs(coder, m, lag, signed):
-    "Write or read `m`, a matrix of 0, 1 for what is above and 2 for what is below zero, row by row in blocks of columns; `lag` tells which earlier row is alike"
-    rows,cols = m.shape
-    ones,all_ = np.repeat(np.minimum(1.5*2.**np.arange(1-_LEVELS, 1), .9)*4, 4),np.full(4*_LEVELS, 4.)
-    below,some = np.full(9, 1.),np.full(9, 2.)
-    none,ends = np.zeros(cols, np.uint8),_blocks(rows, cols)
-    by_row,seen,total,n = np.zeros(rows),0,0,0
-    for a,b in zip(ends, ends[1:]):
-        mean = (total+.4)/(n+8)
-        rate = (by_row+8*mean)/(seen+8)
-        own,expected,near,near_expected = np.zeros(b-a),0.,2*cols*mean,2*cols*mean
-        for r in range(rows):
-            part = m[r,a:b]
-            before,alike = (m[r-o,a:b] if 0<o<=r else none[a:b] for o in (1,lag))
-            s = (own+8*mean)*(rate[r]*near/near_expected/(expected+8*mean))
-            level = (s.view(np.int64)>>52)-(1024-_LEVELS)
-            context = np.minimum(np.maximum(level, 0), _LEVELS-1)*4+2*(before>0)+(alike>0)
-            hit = coder.bits(part>0, (ones/all_)[context])>0
-            at = hit.nonzero()[0]
-            got = len(at)
-            ones += np.bincount(context[at], minlength=len(ones))
-            all_ += np.bincount(context, minlength=len(all_))
-            if got:
-                part[at] = 1+_code_below(coder, part[at]==2, (3*before+alike)[at], below, some) if signed else 1
-                by_row[r] += got
-            own *= .99
-            own += hit
-            expected = expected*.99+rate[r]
-            near,near_expected = .9*near+.2*cols*mean+got, .9*near_expected+.2*cols*mean+rate[r]*(b-a)
-            total,n = total+got,n+b-a
-        seen += b-a
-
-def _code_below(coder, bits, context, ones, all_):
-    "Write or read `bits`, which are as likely as they were so far in their `context`"
-    bits = coder.bits(bits, (ones/all_)[context])>0
-    ones += np.bincount(context[bits], minlength=len(ones))
-    all_ += np.bincount(context, minlength=len(all_))
-    return bits
-
-# %% ../../nbs/quantize/05_compressed_file.ipynb #14e1ee40
-def _lag(m):
-    "Distance of the rows of `m` that are most alike, as those of an image's pixels one above the other are; 0 if none are"
-    m = m[:,::1+m.size//2**20]
-    x = m-m.mean(1, keepdims=True)*(m.mean(0)/max(m.mean(), 1e-9))
-    alike = np.fft.irfft((np.abs(np.fft.rfft(x, 2*len(x), axis=0))**2).sum(1))[:1+len(x)//2]
-    lag = 2+int(alike[2:].argmax()) if len(alike)>2 else 0
-    return lag if lag and alike[lag]>.02*alike[0] else 0
-
-def _matrix(signs, shape, axis):
-    "Rows in the order of writing: input weights (`axis` 1) or output units (`axis` 0)"
-    m = signs.reshape(shape[0] if shape else 1, -1)
-    return np.ascontiguousarray(m.T if axis else m)
-
-def _write_signs(signs, shape, signed):
-    "Direction and lag of the positions, and their bytes: the shorter of two directions"
-    best = None
-    for axis in (1,0):
-        m = _matrix(signs, shape, axis)
-        if best and (m.size>2**18 or 1 in m.shape): break
-        w,lag = _Writer(),_lag(m>0)
-        _code_signs(w, m, lag, signed)
-        data = w.done()
-        if best is None or len(data)<len(best[1]): best = (axis,lag),data
-    return best
-
-def _read_signs(data, shape, n, axis, lag, signed):
-    m = _matrix(np.zeros(n, np.uint8), shape, axis)
-    _code_signs(_Reader(data), m, lag, signed)
-    return (m.T if axis else m).reshape(-1)
-
-# %% ../../nbs/quantize/05_compressed_file.ipynb #e85124e7
-def _entropy(counts):
-    "Bytes that it takes to write symbols that occur so often, and to learn how often"
-    c = counts[counts>0]
-    return float(-(c*np.log2(c/c.sum())).sum()+len(c)*np.log2(c.sum()+1)/2)/8+4 if len(c) else 0.
-
-def _cost(plane, k=256): return min(_entropy(np.bincount(plane, minlength=k)), len(plane))
-
-def _planes(words, turn=False):
-    "Bytes of equal weight together; `turn` moves the sign of floats behind, so that the first byte is the exponent"
-    one,top = words.dtype.type(1),words.dtype.type(8*words.itemsize-1)
-    if turn: words = (words<<one)|(words>>top)
-    return [(words>>words.dtype.type(8*i)).astype(np.uint8) for i in range(words.itemsize)]
-
-def _unplanes(planes, dtype, turn=False):
-    words,one,top = np.zeros(len(planes[0]), dtype),dtype(1),dtype(8*np.dtype(dtype).itemsize-1)
-    for i,o in enumerate(planes): words |= o.astype(dtype)<<dtype(8*i)
-    return (words>>one)|(words<<top) if turn else words
-
-def _write_plane(symbols, k=256):
-    "The bytes of `symbols`, coded if that is shorter"
-    if _cost(symbols, k)<len(symbols):
-        w = _Writer()
-        _code_symbols(w, symbols, k)
-        if len(coded := w.done())<len(symbols): return coded
-    return symbols.tobytes()
-
-def _read_plane(data, n, k=256):
-    if len(data)==n: return np.frombuffer(data, np.uint8)
-    symbols = np.zeros(n, np.uint8)
-    _code_symbols(_Reader(data), symbols, k)
-    return symbols
-
-# %% ../../nbs/quantize/05_compressed_file.ipynb #8605eaa8
-_BOOK = 1<<16
-
-def _book_of(words):
-    "The different values of `words` in ascending order and the place of each word among them; `None` if they are too many to pay"
-    book,most = np.unique(words[::1+len(words)//_BOOK]),min(_BOOK, len(words)//2)
-    for i in range(0, len(words), _BOOK):
-        if len(book)>most: return
-        part = words[i:i+_BOOK]
-        new = part[book[np.searchsorted(book, part).clip(max=len(book)-1)]!=part]
-        if len(new): book = np.union1d(book, new)
-    if len(book)>most: return
-    at = np.empty(len(words), np.uint16)
-    for i in range(0, len(words), _BOOK): at[i:i+_BOOK] = np.searchsorted(book, words[i:i+_BOOK])
-    return book,at
-
-def _at_planes(k): return (max(k, 2),) if k<=256 else (256,256)
-
-def _write_values(words, turn):
-    "Layout and parts of `words`: a code book and places in it, or the bytes as they are, whatever is shorter"
-    if not len(words): return [[],[]],[]
-    plain,found = _planes(words, turn),_book_of(words)
-    if found:
-        (book,at),k = found,len(found[0])
-        places = _planes(at)[:len(_at_planes(k))]
-        entries = _planes(book, turn)
-        if sum(map(_cost, entries))+sum(map(_cost, places))<sum(map(_cost, plain)):
-            entries,places = [_write_plane(o) for o in entries],[_write_plane(o, n) for o,n in zip(places, _at_planes(k))]
-            return [[k,*map(len, entries)],[*map(len, places)]],[*entries,*places]
-    parts = [_write_plane(o) for o in plain]
-    return [[],[*map(len, parts)]],parts
-
-def _read_values(take, n, book, sizes, dtype, turn):
-    if not n: return np.zeros(0, dtype)
-    if not book: return _unplanes([_read_plane(take(o), n) for o in sizes], dtype, turn)
-    k,*entries = book
-    entries = _unplanes([_read_plane(take(o), k) for o in entries], dtype, turn)
-    at = _unplanes([_read_plane(take(o), n, m) for o,m in zip(sizes, _at_planes(k))], np.uint16)
-    if at.max(initial=0)>=k: raise CompressedFileError('a place lies outside of the code book')
-    return entries[at]
-
-# %% ../../nbs/quantize/05_compressed_file.ipynb #cb243829
-_WORDS = {1:np.uint8, 2:np.uint16, 4:np.uint32, 8:np.uint64}
-_DTYPES = {str(o).removeprefix('torch.'):o for o in vars(torch).values() if isinstance(o, torch.dtype) and not str(o).startswith('torch.q')}
-
-def _word(dtype): return _WORDS[dtype.itemsize//2 if dtype.is_complex else dtype.itemsize]
-def _signed(dtype): return dtype.is_floating_point or dtype.is_complex
-def _count(dtype, shape): return math.prod(shape)*(2 if dtype.is_complex else 1)
-def _bits(t): return t.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().view(_word(t.dtype))
-
-def _write_tensor(t):
-    "Layout and parts of a tensor: positions and signs of what is not zero if that pays, code books and values"
-    words,shape,signed = _bits(t),(*t.shape,2) if t.is_complex() else t.shape,_signed(t.dtype)
-    signs = (words!=0).view(np.uint8)
-    nnz = int(np.count_nonzero(signs))
-    if _entropy(np.array([nnz, len(words)-nnz]))>=(len(words)-nnz)*words.itemsize:
-        layout,parts = _write_values(words, signed)
-        return [[],*layout],parts
-    if signed: signs += (words>>words.dtype.type(8*words.itemsize-1)).astype(np.uint8)
-    where,data = _write_signs(signs, shape, signed)
-    (up,over),(down,under) = (_write_values(words[signs==o], signed) for o in (1,2))
-    below = int(np.count_nonzero(signs==2))
-    return [[len(data),*where,nnz-below,below],*up,*down],[data,*over,*under]
-
-def _read_tensor(take, dtype, shape, positions, *values):
-    "The other direction: `take` gives the next bytes of the file"
-    n,word,signed = _count(dtype, shape),_word(dtype),_signed(dtype)
-    if not n: return torch.zeros(shape, dtype=dtype, device='cpu')
-    if positions:
-        size,axis,lag,*counts = positions
-        signs = _read_signs(take(size), (*shape,2) if dtype.is_complex else shape, n, axis, lag, signed)
-        words = np.zeros(n, word)
-        for k,count,book,sizes in zip((1,2), counts, values[::2], values[1::2]):
-            at = signs==k
-            if np.count_nonzero(at)!=count: raise CompressedFileError('the number of positions is another')
-            words[at] = _read_values(take, count, book, sizes, word, signed)
-    else: words = _read_values(take, n, *values, word, signed)
-    if dtype is torch.bool and words.max(initial=0)>1: raise CompressedFileError('a bool is neither 0 nor 1')
-    return torch.from_numpy(words.view(f'i{words.itemsize}')).view(dtype).reshape(shape)
-
 # %% ../../nbs/quantize/05_compressed_file.ipynb #b590fa46
-def _valid_values(n, width, book, sizes):
-    if not n or not book: return not book and len(sizes)==(width if n else 0) and all(o<=n for o in sizes)
-    k,*entries = book
-    return 0<k<=min(n, _BOOK) and len(entries)==width and all(o<=k for o in entries) and len(sizes)==len(_at_planes(k)) and all(o<=n for o in sizes)
-
-def _valid(dtype, shape, positions, *values):
-    "Is this a layout as `_write_tensor` gives it, of a tensor of that type and shape?"
-    n,width = _count(dtype, shape),np.dtype(_word(dtype)).itemsize
-    if not all(map(whole_numbers, (positions,*values))) or len(values)!=(4 if positions else 2): return False
-    if not positions: return _valid_values(n, width, *values)
-    return len(positions)==5 and positions[1]<2 and sum(positions[3:])<=n and all(_valid_values(o, width, *values[2*i:2*i+2]) for i,o in enumerate(positions[3:]))
-
-def _shares(positions, *values):
-    "Bytes of positions, code books and values"
-    return sum(positions[:1]),sum(sum(o[1:]) for o in values[::2]),sum(map(sum, values[1::2]))
-
-def _n_bytes(dtype, shape, *layout):
-    if not _valid(dtype, shape, *layout): raise ValueError('it is not told how the tensor is coded')
-    return sum(_shares(*layout))
-
-codecs['arithmetic'] = Codec(_read_tensor, _n_bytes)
-
-def _coded(t):
-    "Codec, layout, and parts, of tensor `t`"
-    layout,parts = _write_tensor(t)
-    return 'arithmetic',layout,parts
+for _o in _CODECS: codecs[_o] = Codec(partial(_read_tensor, _o), partial(_n_bytes, _o))
 
 def save_compressed(
     model:nn.Module, # Left as it is
@@ -276,7 +30,7 @@ def save_compressed(
     are written once. How the model was cut, folded or decomposed is told as well. `ValueError` for what is no plain tensor (`get_extra_state`, lazy, sparse or meta tensors)"""
     state = state_to_save(innermost(model), _TAKES)
     if found := not_finite({k:v for k,v in state.items() if isinstance(v, nn.Parameter)}): warn(f'{found}: they are written as they are')
-    save_model(model, path, 'compressed', _TAKES, _coded, progress=progress)
+    save_model(model, path, 'compressed', _TAKES, _write_tensor, progress=progress)
 
 _TAKES = 'save_compressed takes (model, path), load_compressed (path, model): the model'
 
@@ -327,9 +81,9 @@ def _first_entries(told):
             continue
         shape,*layout = rest
         if what not in _DTYPES or not whole_numbers(shape) or len(shape)>64 or _count(_DTYPES[what], shape)>=2**48: raise wrong
-        try: size = _n_bytes(_DTYPES[what], shape, *layout)
+        try: size = _n_bytes('columns', _DTYPES[what], shape, layout)
         except (ValueError,TypeError) as e: raise wrong from e
-        entries[name] = Entry(_DTYPES[what], tuple(shape), at, size, 'arithmetic', tuple(layout))
+        entries[name] = Entry(_DTYPES[what], tuple(shape), at, size, 'columns', (layout,))
         at += size
     return entries,tied,at
 
@@ -345,8 +99,8 @@ def compression_report(
     with reading(path, known='save_compressed or save_pruned') as file: entries,tied = file.entries,file.table.get('tied', {})
     rows = []
     for k,e in entries.items():
-        n,positions = math.prod(e.shape),e.layout[0] if e.codec=='arithmetic' else ()
-        rows.append((k,n,sum(positions[3:]) if positions else n,*(_shares(*e.layout) if e.codec=='arithmetic' else (0,0,e.size)),e.n_bytes))
+        n = math.prod(e.shape)
+        rows.append((k,n,*((_nonzero(e.layout, n),*_sizes(e.layout)) if e.codec in _CODECS else (n,0,0,e.size)),e.n_bytes))
     rows += [(f'{k} = {o}', 0, 0, 0, 0, 0, 0) for k,o in tied.items()]
     d = pd.DataFrame(rows, columns=['tensor','weights','nonzero','positions','code_book','values','before']).set_index('tensor')
     d['bytes'] = d.positions+d.code_book+d['values']
