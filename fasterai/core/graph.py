@@ -122,6 +122,7 @@ class _Facts:
         self.ties,self.pins,self.splits,self.fixes = [],[],[],[]  # (a, b, why, pins before); (ids, why); labels; (labels, dims, why)
         self.uses,self.bound,self.partly,self.issued,self.splits_at = [],{},set(),{},{}  # `partly` bound: not yet for all indices
         self.maybe = []  # ties that hold only between what can be removed
+        self.crowds,self.lone = [],[]  # (labels, numbers of heads, why); (labels, the same for all heads, why)
         self.kept = set()  # where numbers are in memory that stay there and none of which is 0
         self.made,self.linears = [],[]  # by linear layers: (channels made, read), and the same by range
         self.mixes,self.sized,self.reshapes,self.unknown = [],[],[],{}
@@ -173,6 +174,14 @@ class _Facts:
     def end(self, l, why):
         "Labels `l` end here: what is made of them has other channels or none, and reaches the output"
         self.mixes.append((l,why,None))
+
+    def crowd(self, l, heads, why):
+        "Channels of labels `l` are places of `heads`: either whole heads go, or the same places of all"
+        self.crowds.append((l,heads,why))
+
+    def serve_all(self, l, one, why):
+        "Channels of labels `l` are places of heads, and go with `one`, which all heads share, unless whole heads go"
+        self.lone.append((l,one,why))
 
     def new(self, like):
         "New numbers where `like` has some"
@@ -313,43 +322,56 @@ class _Shared(_Facts):
             while dims!=(dims:=set().union(*(_varying(l) for _,l in group))):  # until no others vary along one of these dimensions
                 group += [o for o in todo if dims & set(_varying(o[1]))]
                 todo = [o for o in todo if not dims & set(_varying(o[1]))]
-            for base,like in self.kinds(group, dims, why):
-                bound |= self.align(base, like, parts, why, kind)
+            for base,like,heads in self.kinds(group, dims, why):
+                bound |= self.align(base, like+heads, parts, why, kind)
+                for _,l in like: self.tie(base, l, why)
                 out.append(base if same and len(like)==1 else self.fresh(base, why))
         for p in parts: self.hold({k:j for k,j in p.par.items() if k not in bound}, why)
         return out
 
     def kinds(self, group, dims, why):
-        "Of the labels in `group`, which vary along `dims`, those that become the same channels, each time with the largest of them"
+        "Of the labels in `group`, which vary along `dims`, those that become the same channels, each time with the largest of them, and those that number heads of these"
         base = max((l for _,l in group), key=lambda l: len(_varying(l)))
         if set(_varying(base))==dims:
             last = max(dims)  # channels of a head, if `dims` are heads and channels
             for _,l in group:
-                if last not in _varying(l): self.pin(l, f'numbers heads, {why}')
+                if last not in _varying(l): self.crowd(base, l, why)
+            heads = [(k,l) for k,l in group if last not in _varying(l)]
             group = [(k,l) for k,l in group if last in _varying(l)]
-            if len({k for k,_ in group})==len(group): return [(base,group)]  # one of each part
+            if len({k for k,_ in group})==len(group): return [(base,group,heads)]  # one of each part
         kinds = {tuple(_varying(l)):l for _,l in group}  # along other dimensions: each for itself, and `align` fixes what they share
-        return [(l,[o for o in group if tuple(_varying(o[1]))==v]) for v,l in kinds.items()]
+        return [(l,[o for o in group if tuple(_varying(o[1]))==v],[]) for v,l in kinds.items()]
 
     def align(self, base, group, parts, why, kind):
-        "Tie `base` to the other labels of its `group` and to the parameters among `parts`, whose keys it returns"
+        "Tie `base`, which meets the labels of its `group`, to the parameters among `parts`, whose keys it returns"
         dims,bound = set(_varying(base)),set()
         for k,p in enumerate(parts):
             mine = [l for i,l in group if i==k]
             for key,j in p.par.items():
                 if not dims & set(_varying(j)): continue
-                if max(dims) not in _varying(j):  # one value a head, not a channel: it stays, and so must what it counts
-                    self.fix(base, _varying(j), why)
+                if max(dims) not in _varying(j):  # one value a head, not a channel
+                    heads = self.new((j>=0).long())
+                    self.crowd(base, heads, why)
+                    self.use(*key, j.flatten(), heads.flatten(), why, 'affine', p.kind or kind)
+                    bound.add(key)
                     continue
-                rows,ids = j,self.squash(base, _varying(j), why)
+                rows,ids = j,self.of_all_heads(base, j, why)
                 if rows.shape!=ids.shape: rows,ids = torch.broadcast_tensors(rows, ids)
                 self.use(*key, rows.flatten(), ids.flatten(), why, 'affine', p.kind or kind)
                 mine.append(j)
                 bound.add(key)
             known = set().union(*(_varying(l) for l in mine))
             self.fix(base, [d for d in dims-known if p.shape[d]>1], f'meets a tensor of fixed size, {why}')
-        for _,l in group: self.tie(base, l, why)
         return bound
+
+    def of_all_heads(self, base, j, why):
+        "Numbers for entries `j` of a parameter that meet channels `base`: the same, or one for each place, if the parameter serves all heads"
+        like,more = _varying(j),[d for d in _varying(base) if j.shape[d]==1]
+        if not more or min(more)>max(like) or self.squash_is_sure(base, more): return self.squash(base, like, why)
+        one = self.new((base.amax(more, keepdim=True)>0).long())
+        self.serve_all(base, one, why)
+        return one
+    def squash_is_sure(self, base, dims): "Are channels the same along `dims` anyway?"; return all((base==base.narrow(d, 0, 1)).all() for d in dims)
 
     def made_by_linear(self, outs, ins): self.made.append((outs,ins))
 
@@ -568,7 +590,11 @@ class _Trace(Watch, _Shared):
         for at,is_known in zip((start,stop), known):
             if is_known: continue
             n = min(abs(at), l.shape[d])
-            self.pin(l.narrow(d, 0, n) if at>=0 else l.narrow(d, l.shape[d]-n, n), c.why)
+            self.stay(l.narrow(d, 0, n) if at>=0 else l.narrow(d, l.shape[d]-n, n), d, c.why)
+    def stay(self, l, d, why):
+        "Nothing of labels `l` may go along `d`; but what goes along other dimensions leaves these"
+        if any(e!=d for e in _varying(l)): self.fix(l, [d], why)
+        else: self.pin(l, why)
     def spread(self, t, ids):
         "Tensor `t` follows the sizes of labels `ids`"
         known = self.shadows.get(t) or _Shadow(tuple(t.shape))
@@ -679,10 +705,20 @@ def indexed(c):
     "Dimensions that the indices of an `index` are for"
     return c.dims() if c.name=='index_select' else places_of(c)[0]
 
+_FEW = 16  # places in a list that the code writes down
+
+def _from_end(c):
+    "How many entries a list of places counts from the end, as `x[:, [-2]]` does; 0 if it is none"
+    given = [o for o in c.a.get('indices', ()) if o is not None]
+    if len(given)!=1 or given[0].dtype!=torch.long or given[0].is_meta or not 0<given[0].numel()<=_FEW: return 0
+    return max(-int(given[0].min()), 0) if int(given[0].max())<0 else 0
+
 @channels('index')
 def _indexed(tr, c):
-    acts = indexed(c)
-    for l in c.x.ids: tr.fix(l, acts, c.why)
+    acts,n = indexed(c),_from_end(c)
+    for l in c.x.ids:
+        if n and l.shape[acts[0]]>1: tr.stay(l.narrow(acts[0], l.shape[acts[0]]-n, n), acts[0], c.why)
+        else: tr.fix(l, acts, c.why)
     for o in (*c.lists.get('indices', []), *([c.get('index')] if c.get('index') else [])):
         for l in o.ids: tr.pin(l, c.why)
     full = lambda l: l.expand([c.x.shape[d] if d in acts else n for d,n in enumerate(l.shape)])
@@ -825,6 +861,7 @@ def _joined(tr, c):
     d = c.a['dim']%n
     if c.name=='stack': parts = [p.each(lambda l: l.unsqueeze(d), (*p.shape[:d],1,*p.shape[d:])) for p in parts]
     parts = [p for p in parts if p.shape!=(0,)]  # cat has always skipped these
+    if c.name!='stack': parts = [p for p in parts if p.shape[d]] or parts
     if all(p.par and not p.ids for p in parts): return _side_by_side(tr, c, parts, d)
     if not any(p.ids for p in parts): return [tr.hold(p.par, c.why) for p in parts]
     if any(len(p.along(d))>1 for p in parts): raise _Unknown
@@ -991,14 +1028,17 @@ def _reduced(tr, c):
     dims,keep = c.dims(),len(c.x.shape)==outs[0].dim()
     ids = []
     for l in c.x.ids:
-        if not set(dims)&set(_varying(l)): ids.append(l)
+        ends,rest = ([d for d in _varying(l) if (d in dims)==o] for o in (True,False))
+        if not ends: ids.append(l)
         elif adds_slices(l, c):  # what is at one place in each meets
             l,whole = tr.squash(l, set(range(l.dim()))-set(dims), c.why),l
             if not summed_by(c): tr.mix(whole, dims, c.why)
             ids.append(tr.fresh(l, c.why))
-        else:
-            tr.fix(l, set(_varying(l))-set(dims), c.why)
-            if not summed_by(c): tr.end(l, c.why)
+        elif rest:  # one number for each head is left
+            ids.append(tr.new((l.amax(ends, keepdim=True)>0).long()))
+            tr.crowd(l, ids[-1], c.why)
+            if not summed_by(c): tr.mix(l, ends, c.why)
+        elif not summed_by(c): tr.end(l, c.why)
     stays = lambda l: not set(dims)&set(_varying(l))
     ends = {k:j for k,j in c.x.par.items() if not stays(j)}
     if len({name for name,_ in ends})>1: tr.hold(ends, c.why)  # parameters that are multiplied and summed over, as in a spectral norm
@@ -1172,7 +1212,9 @@ def _multiplied(tr, c):
     if a.par and b.par: a = tr.as_input(a, -1, c.why)
     if b.par: ids = _weighed(tr, c, a, b, -1, -2, -1)
     elif a.par: ids = _weighed(tr, c, b, a, -2, -1, -2)
-    else: ids = _contracted(tr, c, a, b.each(lambda l: l.transpose(-1,-2), (*b.shape[:-2],b.shape[-1],b.shape[-2])))
+    else:
+        ids,heads = _contracted(tr, c, a, b.each(lambda l: l.transpose(-1,-2), (*b.shape[:-2],b.shape[-1],b.shape[-2])))
+        ids += heads
     tr.put(c.y, _biased(tr, c, _Shadow(tuple(c.y.shape), ids), bias, -1))
 
 def _weighed(tr, c, x, w, d, i, o):
@@ -1184,35 +1226,80 @@ def _weighed(tr, c, x, w, d, i, o):
     return [*x.beside(d), new]
 
 def _contracted(tr, c, a, b):
-    "Labels of the product of activations `a` and `b` over the last dimension of both"
+    "Labels of the product of activations `a` and `b` over the last dimension of both; and those that number its heads"
     for l in a.along(-1)+b.along(-1):
         tr.fix(l, [l.dim()-2], c.why)
-        tr.end(l, c.why)  # how many are summed often sets a scale
+        tr.mix(l, [l.dim()-1], c.why)  # how many are summed often sets a scale
     ends = [_Shadow((*o.shape[:-2],1,o.shape[-1]), [tr.squash(l, [d for d in range(l.dim()) if d!=l.dim()-2], c.why) for l in o.along(-1)]) for o in (a,b)]
-    for l in tr.meet(ends, c.why, kind='mul'): tr.fix(l, range(l.dim()-1), c.why)
+    heads = [h for l in _summed(tr, *ends, c.why) for h in _heads_of(tr, l, c.why)]
     rows = _Shadow((*a.shape[:-1],1), a.beside(-1))
     cols = _Shadow((*b.shape[:-2],1,b.shape[-2]), [l.transpose(-1,-2) for l in b.beside(-1)])
-    return tr.meet([rows,cols], c.why, same=True, kind='mul')
+    return _in_each_head(tr, rows, cols, c.why),heads
+
+def _summed(tr, a, b, why):
+    "Labels of what is summed over, of shadows `a` and `b`: the same channels, or one of them serves all heads of the other"
+    if len(a.ids)==len(b.ids)==1:
+        (l,one),other = (a.ids+b.ids,b) if len(_varying(a.ids[0]))>len(_varying(b.ids[0])) else (b.ids+a.ids,a)
+        more = set(_varying(l))-set(_varying(one))
+        if more and set(_varying(one))<=set(_varying(l)) and l.dim()-1 in _varying(one):
+            tr.serve_all(l, one, why)
+            tr.fix(l, [d for d in more if other.shape[d]>1], f'meets a tensor of fixed size, {why}')
+            return [l]
+    return tr.meet([a,b], why, kind='mul')
+
+def _heads_of(tr, l, why):
+    "Numbers of the heads that channels of labels `l` are places of, if there are several"
+    if not [d for d in _varying(l) if d<l.dim()-1]: return []
+    heads = tr.new((l.amax(-1, keepdim=True)>0).long())
+    tr.crowd(l, heads, why)
+    return [heads]
+
+def _in_each_head(tr, rows, cols, why):
+    "Labels of a product of activations, of which `rows` has those of its rows and of heads, and `cols` those of its columns"
+    n,made = len(rows.shape),[]
+    for one in [l for l in cols.ids if _varying(l)==[n-1]]:
+        heads = [l for l in rows.ids if max(_varying(l), default=n)<n-2]
+        if len(heads)!=1: continue
+        grid = tr.new((heads[0]*one>0).long())  # the channels of a value are read in each head
+        tr.crowd(grid, heads[0], why)
+        tr.serve_all(grid, one, why)
+        made.append((grid,heads[0],one))
+    drop = {id(o) for _,*old in made for o in old}
+    rest = [_Shadow(o.shape, [l for l in o.ids if id(l) not in drop]) for o in (rows,cols)]
+    return [*(grid for grid,*_ in made),*tr.meet(rest, why, same=True, kind='mul')]
 
 def _for_each(o, n):
     "Keys or values `o`, each head of which `n` heads of queries read"
+    if o.shape[-3]==1: return o
     heads = lambda l: l.repeat_interleave(n, -3) if l.shape[-3]>1 else l
     return o.each(heads, (*o.shape[:-3],n*o.shape[-3],*o.shape[-2:]))
+
+def _masked_heads(tr, c, heads, shape):
+    "Numbers of `heads` of scores of that `shape`, after what is added to these"
+    for k in ('attn_mask','attn_bias'):
+        if (o := c.get(k)) is None: continue
+        mask = tr.unexpanded(o, c.a[k]).lift(len(shape))
+        if heads: heads = tr.meet([_Shadow(shape, heads),mask], c.why)
+        else:
+            tr.hold(o.par, c.why)
+            for l in o.ids: tr.pin(l, c.why)
+    return heads
 
 @channels('attention')
 def _attended(tr, c):
     "Queries and keys are tied; a value's channel passes. The scale depends on how many there are"
-    q,k,v = (c.get(o) for o in ('query','key','value'))
+    q,*others = (c.get(o) for o in ('query','key','value'))
+    k,v = (tr.unexpanded(o, c.a[name]) for o,name in zip(others, ('key','value')))
+    if k.shape[-2:]!=others[0].shape[-2:] or v.shape[-2:]!=others[1].shape[-2:]: raise _Unknown
     if len(q.shape)>2 and k.shape[-3] and (each := q.shape[-3]//k.shape[-3])>1: k,v = (_for_each(o, each) for o in (k,v))
-    if any(o.par for o in (q,k,v)) or q.shape[:-2]!=k.shape[:-2]: raise _Unknown
-    for o in (c.get('attn_mask'), c.get('attn_bias')):
-        if o:
-            tr.hold(o.par, c.why)
-            for l in o.ids: tr.pin(l, c.why)
-    scores = _contracted(tr, c, q, k)
+    fits = len(q.shape)==len(k.shape) and all(m in (1,n) for n,m in zip(q.shape[:-2], k.shape[:-2]))
+    if any(o.par for o in (q,k,v)) or not fits: raise _Unknown
+    scores,heads = _contracted(tr, c, q, k)
     for l in scores: tr.pin(l, c.why)
+    heads = _masked_heads(tr, c, heads, (*q.shape[:-1],k.shape[-2]))
     for l in v.ids: tr.fix(l, [l.dim()-2], c.why)
-    tr.put_ids(c.y, v.beside(-2))
+    rows,cols = _Shadow((*q.shape[:-1],1), heads),_Shadow((*v.shape[:-2],1,v.shape[-1]), v.beside(-2))
+    tr.put_ids(c.y, _in_each_head(tr, rows, cols, c.why))
 
 @channels('embedding')
 def _embedded(tr, c):
@@ -1291,7 +1378,7 @@ def _layer_normed(tr, c):
     n = len(c.x.shape)
     dims = list(range(n-len(c.a['normalized_shape']), n))
     for l in c.x.ids:
-        if set(dims)&set(_varying(l)): tr.mix(l, range(l.dim()), c.why)
+        if set(dims)&set(_varying(l)): tr.mix(l, dims, c.why)
     _normalized(tr, c, dims)
 
 @channels('group_norm')
@@ -1334,8 +1421,10 @@ class ChannelGraph:
     def __init__(self,
         model:nn.Module, # Any model that runs; left as it is
         example_inputs=None, # A tensor, a tuple of arguments or a dict of keyword arguments; found by `example_inputs_for` if not given
+        heads:bool=False, # Do whole heads of attention go? By default they do where the size of a head is fixed, and else the same places of all heads
     ):
         check_shapes(model)
+        self.by_heads = heads
         self.example_inputs = example_inputs_for(model) if example_inputs is None else example_inputs
         try: tr = self._traced(model, True)
         except _NEEDS_VALUES: tr = self._with_values(model)  # the code asks for values, or minds what they are
@@ -1423,9 +1512,9 @@ class ChannelGraph:
         "Classes from ties; then what is pinned"
         pairs,pins = tr.settle()
         self._root = connected(tr.n, *pairs)
-        self._tie_heads(tr.maybe, pins)
+        pins = self._settle_heads(tr, pins)
         whole = [fix for fix in tr.fixes if self._tie_along(*fix)]
-        for l,why in tr.splits: pins += self._grid(l, why)
+        for l,why in tr.splits: pins += self._grid(l, why, pins if self.heads else [])
         for l,dims,why in tr.fixes:
             if self._varies(l, dims): pins.append((l[l>0],why))
         for l,_,why in whole:
@@ -1435,6 +1524,66 @@ class ChannelGraph:
         for i,(ids,why) in enumerate(pins):
             if why==OUTPUT: self._pin[self._root[ids]] = i  # says all: nobody asks for these
         self._pin[0] = -1  # no channel
+
+    def _settle_heads(self, tr, pins):
+        "Tie the places of heads, or the heads of places: all pins then, and fixes are added to `tr`. `heads` has the numbers of heads that go as a whole"
+        whole,self.heads = self._whole_heads(tr, pins),[]
+        one = lambda l: self._root[l[l>0]][:1].tolist()
+        crowds = [(l,h,why,k in whole) for k,(l,h,why) in enumerate(tr.crowds)]
+        numbers = torch.zeros(len(self._root), dtype=torch.bool, device='cpu')
+        for l,*_,goes in crowds:
+            if goes: numbers[self._root[l]] = True
+        numbers[0] = False
+        lone = [(a,b,why,bool(numbers[one(a)].any())) for a,b,why in tr.lone]
+        maybe = [o for o in tr.maybe if not numbers[self._root[o[0]]].any()]
+        self._tie_heads(maybe, pins)
+        ties = [(l,h) for l,h,_,goes in crowds if goes]+[(a,b) for a,b,_,goes in lone if not goes]
+        self._root = self._tied(ties, self._root)
+        self.heads = [h[h>0] for _,h,_,goes in crowds if goes]
+        for l,h,why,goes in crowds:
+            if goes: continue
+            pins.append((h[h>0],f'numbers heads, {why}'))
+            tr.fix(l, _varying(h), why)
+        return pins+[(b[b>0],f'serves all heads, {why}') for _,b,why,goes in lone if goes]
+
+    def _tied(self, ties, root):
+        "`root` where, besides, labels of each pair that are not 0 are tied"
+        flat = [torch.broadcast_tensors(a, b) for a,b in ties]
+        if not flat: return root
+        a,b = (torch.cat([o[k].flatten() for o in flat]) for k in (0,1))
+        both = (a>0)&(b>0)
+        return connected(len(root), a[both], b[both], root)
+
+    def _whole_heads(self, tr, pins):
+        """Which crowds of `tr` lose whole heads: those where places are fixed, as by a rotary embedding, and heads are not; or, if that is
+        asked for, all"""
+        if not tr.crowds: return set()
+        n,root = tr.n,self._root
+        tokens = torch.arange(n, n+len(tr.crowds), device='cpu')
+        family = torch.cat([root,tokens])
+        ends = [(tokens[k].expand(len(o)),o) for k,(l,h,_) in enumerate(tr.crowds) for o in (root[l[l>0]],root[h[h>0]])]
+        family = connected(len(family), *(torch.cat(o) for o in zip(*ends)), family)[n:].tolist()
+        if self.by_heads: return set(range(len(tr.crowds)))
+        by_places = [(l,l.narrow(d, 0, 1)) for l,h,_ in tr.crowds for d in _varying(h)]+[(a,b) for a,b,_ in tr.lone]
+        free = {True:self._free(tr, pins, [(l,h) for l,h,_ in tr.crowds]), False:self._free(tr, pins, by_places)}
+        heads,places = ({},{})
+        for k,f in enumerate(family):
+            heads[f] = heads.get(f, True) and free[True][k][1]>1
+            places[f] = places.get(f, True) and free[False][k][0]==free[False][k][1]
+        return {k for k,f in enumerate(family) if heads[f] and not places[f]}
+
+    def _free(self, tr, pins, ties):
+        "If labels are tied as in `ties`: for each crowd how many classes it has, and how many of these are left if sizes that are fixed are"
+        was,base = self._root,self._tied(ties, self._root)
+        self._root = base
+        try:
+            for fix in tr.fixes: self._tie_along(*fix)
+            fixed = torch.zeros(len(base), dtype=torch.bool, device='cpu')
+            for ids in [*(o for o,_ in pins),*(l for l,dims,_ in tr.fixes if self._varies(l, dims))]: fixed[self._root[ids]] = True
+            fixed[0] = True
+            left = [self._root[l].unique() for l,*_ in tr.crowds]
+            return [(len(base[l[l>0]].unique()),int((~fixed[o]).sum())) for (l,*_),o in zip(tr.crowds, left)]
+        finally: self._root = was
 
     def _tie_heads(self, ties, pins):
         "Heads whose sizes attributes tell change along with what their layer reads, unless that cannot change"
@@ -1490,9 +1639,10 @@ class ChannelGraph:
             if l.shape[d]>1: differ |= (r!=r.narrow(d, 0, 1)).any(d, keepdim=True)
         return l[differ&(l>0)].unique()
 
-    def _grid(self, l, why):
-        "Channels `l`, split over several dimensions, can only go along one of them: the last that still varies; what is pinned by that"
+    def _grid(self, l, why, known):
+        "Channels `l`, split over several dimensions, can only go along one of them: the last that still varies, but for pins that are `known`; what is pinned by that"
         r,pins = self._root[l],[]
+        for ids,_ in known: r = r.masked_fill(torch.isin(r, self._root[ids]), 0)
         for d in [d for d in _varying(r) if (r!=r.narrow(d, 0, 1)).any()][:-1]:
             a,b = (o.flatten() for o in torch.broadcast_tensors(r, r.narrow(d, 0, 1)))
             both = (a>0)&(b>0)

@@ -20,6 +20,7 @@ from torch import nn, Tensor
 from .registry import did_you_mean
 from .running import SLIPS, plain_model, undone
 from .graph import layer_of
+from .sizes import is_config
 from .surgery import _add_bias, _channels_last, _named, _sub, apply_plan, check_plan
 
 # %% ../../nbs/core/19_plan.ipynb #efa253af
@@ -370,7 +371,9 @@ def _opened_dims(name, dims, shapes, sizes):
 def _opened_attrs(name, attrs, own, most):
     "Attributes of a module, each of which it has, with numbers in the place of numbers"
     for k,v in attrs.items():
-        if k not in own or not _is_alike(v, own[k], most): raise ValueError(f'{_DAMAGED}{_sub(name, k)[:80]} cannot be {str(v)[:80]}')
+        holder,_,inside = k.partition('.')
+        there = vars(own[holder]) if inside and is_config(own.get(holder)) else own
+        if (inside or k) not in there or not _is_alike(v, there[inside or k], most): raise ValueError(f'{_DAMAGED}{_sub(name, k)[:80]} cannot be {str(v)[:80]}')
     return attrs
 
 def _is_alike(v, was, most):
@@ -483,6 +486,8 @@ def note_parts(
 ):
     "Let `undo` give `model` back its modules, attributes, parameters and buffers"
     dicts = [(d,dict(d)) for m in model.modules() for d in (vars(m),m._parameters,m._buffers,m._modules)]
+    configs = {id(o):o for m in model.modules() for o in vars(m).values() if is_config(o)}
+    dicts += [(vars(o),dict(vars(o))) for o in configs.values()]
     tensors = [(t,t.data,t.grad if t.is_leaf else None) for t in (*model.parameters(),*model.buffers()) if not nn.parameter.is_lazy(t)]
     def back():
         for o in tensors: _put_back(*o)

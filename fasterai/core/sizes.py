@@ -20,7 +20,7 @@ class Attr:
     module: str # Name of the module
     path: tuple # Name of the attribute, then places inside of it, as in `('dims',0)`
     def __str__(self):
-        inside = ''.join(f'[{o!r}]' for o in self.path[1:])
+        inside = ''.join(f'[{o!r}]' for o in self.path[1:]) if self.path[0]!='config' else ''.join(f'.{o}' for o in self.path[1:])
         return f'{self.module}.{self.path[0]}{inside}' if self.module else f'{self.path[0]}{inside}'
 
 @dataclass(eq=False)
@@ -170,9 +170,15 @@ def _same(a, b):
     if isinstance(a, (list,tuple)): return len(a)==len(b) and all(map(_same, a, b))
     return isinstance(a, (int,float,str)) and a==b
 
+def is_config(
+    o, # What a module holds
+)->bool:
+    "Is `o` a configuration, an object that holds sizes and has a method `to_dict`, as those of transformers?"
+    return not isinstance(o, (type,nn.Module)) and callable(getattr(type(o), 'to_dict', None)) and hasattr(o, '__dict__')
+
 class _Attributes:
     "The attributes of a model, as numbers that tell: from `start` to `stop`"
-    def __init__(self, modules, by): self.modules,self.by,self.was = modules,by,[] # By name
+    def __init__(self, modules, by): self.modules,self.by,self.was,self.configs = modules,by,[],set() # By name
     def start(self):
         for name,m in self.modules.items():
             if is_layer(m): self.tell_layer(name, m)
@@ -180,8 +186,14 @@ class _Attributes:
     def tell(self, name, m):
         for k in vars(m).keys()-_OWN:
             v = vars(m)[k]
+            if is_config(v): self.tell_config(name, k, v)
             new = _telling(v, lambda n,path: Told(n, Attr(name, path), self.by), (k,))
             if new is not v: self.put(m, k, v, new)
+    def tell_config(self, name, k, config):
+        if id(config) in self.configs: return  # modules share it
+        self.configs.add(id(config))
+        for key,v in list(vars(config).items()):
+            if type(v) is int: self.put(config, key, v, Told(v, Attr(name, (k,key)), self.by))
     def tell_layer(self, name, m):
         if m._parameters.get('weight') is None: return
         weight = f'{name}.weight' if name else 'weight'

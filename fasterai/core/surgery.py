@@ -21,7 +21,7 @@ from .registry import did_you_mean
 from .graph import ChannelGraph
 from .running import SLIPS,Where,tensors_of,call_with,held,plain,untouched
 from .ops import of_model
-from .sizes import Attr,Axis,Watching,evaluate,is_layer
+from .sizes import Attr,Axis,Watching,evaluate,is_config,is_layer
 
 # %% ../../nbs/core/10_surgery.ipynb #9ab53a14
 def kept_by(
@@ -140,7 +140,7 @@ class _Fitting:
         "What `attr` is in the model; `None` if it is not there, as it may be in a model that has not run"
         found = vars(self.model.get_submodule(attr.module))
         try:
-            for k in attr.path: found = found[k]
+            for k in attr.path: found = vars(found)[k] if is_config(found) else found[k]
         except (KeyError,IndexError): return None
         return found
     def holds(self, e):
@@ -162,6 +162,9 @@ class _Fitting:
         for attr,n in self.values.items():
             if self.now(attr) in (None,n): continue
             own,(k,*inside) = changes.setdefault(attr.module, {}),attr.path
+            if is_config(vars(self.model.get_submodule(attr.module))[k]):
+                own['.'.join(attr.path)] = n
+                continue
             own[k] = _replaced(own[k] if k in own else vars(self.model.get_submodule(attr.module))[k], inside, n)
         return changes
 
@@ -313,10 +316,12 @@ def _put_anew(m):
             own[k] = t
 
 def _mend(m, attrs):
-    for k,v in attrs.items():
-        was = getattr(m, k, None)
+    for name,v in attrs.items():
+        *inside,k = name.split('.')  # of a configuration that `m` holds
+        owner = getattr(m, inside[0]) if inside else m
+        was = getattr(owner, k, None)
         if was is None or was==v: continue
-        setattr(m, k, _alike(v, was))
+        setattr(owner, k, _alike(v, was))
 
 def _alike(v, was):
     "`v` in lists, tuples and sizes as `was` is"
