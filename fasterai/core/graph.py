@@ -1526,7 +1526,7 @@ class ChannelGraph:
         self._pin[0] = -1  # no channel
 
     def _settle_heads(self, tr, pins):
-        "Tie the places of heads, or the heads of places: all pins then, and fixes are added to `tr`. `heads` has the numbers of heads that go as a whole"
+        "Tie the places of heads, or the heads of places: all pins then, and fixes are added to `tr`. `heads` has the numbers of heads that go as a whole, `places` labels of the channels of others, with numbers of their heads"
         whole,self.heads = self._whole_heads(tr, pins),[]
         one = lambda l: self._root[l[l>0]][:1].tolist()
         crowds = [(l,h,why,k in whole) for k,(l,h,why) in enumerate(tr.crowds)]
@@ -1540,6 +1540,7 @@ class ChannelGraph:
         ties = [(l,h) for l,h,_,goes in crowds if goes]+[(a,b) for a,b,_,goes in lone if not goes]
         self._root = self._tied(ties, self._root)
         self.heads = [h[h>0] for _,h,_,goes in crowds if goes]
+        self.places = [(l,h) for l,h,_,goes in crowds if not goes]
         for l,h,why,goes in crowds:
             if goes: continue
             pins.append((h[h>0],f'numbers heads, {why}'))

@@ -57,7 +57,7 @@ def _joined_plans(a, b):
     "Plan `b`, counted from where plan `a` counts from"
     attrs = {m:{**a['attrs'].get(m, {}), **b['attrs'].get(m, {})} for m in {**a['attrs'], **b['attrs']}}
     biases = list(dict.fromkeys([*a['biases'], *b['biases']]))
-    more = {k:v for k,v in a.items() if k in ('dropped','before')}  # blocks that went as a whole: names in the rest are those that layers have without
+    more = {k:v for k,v in a.items() if k in ('dropped','before','config')}  # blocks that went as a whole: names in the rest are those that layers have without
     return dict(kept=_joined_kept(a['kept'], b['kept']), sizes={**b['sizes'], **a['sizes']}, attrs=attrs, biases=biases, widths={**b['widths'], **a['widths']}, **more)
 
 def remember_plan(
@@ -324,6 +324,7 @@ def _has_form(o, form):
 
 def _check_form(step):
     forms = dict(replaced=_REPLACED) if 'replaced' in step else dict(unsaved=str) if 'unsaved' in step else _CUT|dict(dropped=_DROPPED) if 'dropped' in step else _CUT
+    if 'config' in step and forms.keys()>=_CUT.keys(): forms = forms|dict(config={str:int})
     for k,form in forms.items():
         if k not in step: raise ValueError(f'{_DAMAGED}it has no {k}')
         if not _has_form(step[k], form): raise ValueError(f'{_DAMAGED}its {k} are no such thing: {str(step[k])[:80]}')
@@ -336,7 +337,7 @@ def read_plan(
     try: plan = json.loads(text)
     except (ValueError,RecursionError) as e: raise ValueError(f'{_DAMAGED}{type(e).__name__}: {str(e)[:80]}') from e
     if not _has_form(plan, {str:object}) or not _has_form(plan.get('before', []), [{str:object}]): raise ValueError(f'{_DAMAGED}its steps are no dicts')
-    for step in [{k:v for k,v in plan.items() if k in (*_CUT,'dropped')}, *plan.get('before', ())]: _check_form(step)
+    for step in [{k:v for k,v in plan.items() if k in (*_CUT,'dropped','config')}, *plan.get('before', ())]: _check_form(step)
     return plan
 
 # %% ../../nbs/core/19_plan.ipynb #3cc0bee5
@@ -443,7 +444,7 @@ def _replace(model, told, likes):
         if hasattr(m, 'affine'): m.affine = True
 
 # %% ../../nbs/core/19_plan.ipynb #45bc3053
-_again = {} # functions of a model, what a step tells beside a cut, and a stack to undo it: blocks that are dropped
+_again = {} # functions of a model and what a step tells beside a cut: blocks that are dropped, with a stack to undo it, and the configuration
 
 def repeats(
     name:str, # What a step calls it
@@ -465,6 +466,9 @@ def _repeat(model, step, likes, undo):
         _again['dropped'](model, step['dropped'], undo)
     cut = _opened(step, model)
     apply_plan(model, cut)
+    if 'config' in step:
+        importlib.import_module('fasterai.prune.configs')
+        _again['config'](model, step['config'])
     return cut
 
 def _put_back(t, data, grad):

@@ -128,8 +128,13 @@ class _Fitting:
         for e in self.sure:
             for attr,other in e.alone(): asked.setdefault(attr, []).append(evaluate(other, self.number))
         self.values = {attr:max(ns) for attr,ns in asked.items() if None not in ns}  # where they differ, more channels stay
+        decided = {*asked}
+        while attr := next((o for o in map(partial(self.last_open, decided), self.sure) if o), None):
+            self.search(attr, [e for e in self.sure if attr in e.attrs and decided.issuperset({*e.attrs}-{attr})])
+            decided.add(attr)
         for e in self.sure:
-            for attr in [] if self.holds(e) else [o for o in e.attrs if o not in asked]: self.search(attr)
+            for attr in [] if self.holds(e) else [o for o in e.attrs if o not in decided]:
+                self.search(attr, [e for e in self.sure if attr in e.attrs])
         return [e for e in self.sure if not self.holds(e)]
 
     def number(self, leaf):
@@ -146,9 +151,12 @@ class _Fitting:
     def holds(self, e):
         a,b = evaluate(e.a, self.number),evaluate(e.b, self.number)
         return a is None or b is None or a==b
-    def search(self, attr):
-        "A number for `attr` with which all of its equations hold, if there is one"
-        mine = [e for e in self.sure if attr in e.attrs]
+    def last_open(self, decided, e):
+        "The attribute of `e` that is not `decided`, if it is the only one and `e` does not hold"
+        rest = [o for o in e.attrs if o not in decided]
+        if len(rest)==1 and not self.holds(e): return rest[0]
+    def search(self, attr, mine):
+        "A number for `attr` with which the equations `mine` hold, if there is one"
         was = self.now(attr) or 0
         share = [was*self.left[o]//len(self.rows[o]) for e in mine for o in e.axes if len(self.rows[o])]
         for n in (*share,*range(was, 0, -1)):  # what has shrunk as the channels have is likelier
