@@ -1028,16 +1028,16 @@ def _reduced(tr, c):
     dims,keep = c.dims(),len(c.x.shape)==outs[0].dim()
     ids = []
     for l in c.x.ids:
-        ends,rest = ([d for d in _varying(l) if (d in dims)==o] for o in (True,False))
-        if not ends: ids.append(l)
+        summed,rest = ([d for d in _varying(l) if (d in dims)==o] for o in (True,False))
+        if not summed: ids.append(l)
         elif adds_slices(l, c):  # what is at one place in each meets
             l,whole = tr.squash(l, set(range(l.dim()))-set(dims), c.why),l
             if not summed_by(c): tr.mix(whole, dims, c.why)
             ids.append(tr.fresh(l, c.why))
         elif rest:  # one number for each head is left
-            ids.append(tr.new((l.amax(ends, keepdim=True)>0).long()))
+            ids.append(tr.new((l.amax(summed, keepdim=True)>0).long()))
             tr.crowd(l, ids[-1], c.why)
-            if not summed_by(c): tr.mix(l, ends, c.why)
+            if not summed_by(c): tr.mix(l, summed, c.why)
         elif not summed_by(c): tr.end(l, c.why)
     stays = lambda l: not set(dims)&set(_varying(l))
     ends = {k:j for k,j in c.x.par.items() if not stays(j)}
@@ -1513,12 +1513,10 @@ class ChannelGraph:
         pairs,pins = tr.settle()
         self._root = connected(tr.n, *pairs)
         pins = self._settle_heads(tr, pins)
-        whole = [fix for fix in tr.fixes if self._tie_along(*fix)]
+        for fix in tr.fixes: self._tie_along(*fix)
         for l,why in tr.splits: pins += self._grid(l, why, pins if self.heads else [])
         for l,dims,why in tr.fixes:
-            if self._varies(l, dims): pins.append((l[l>0],why))
-        for l,_,why in whole:
-            if len(self._root[l[l>0]].unique())==1: pins.append((l[l>0],why))  # nothing could go by itself
+            if self._varies(l, dims) or self._is_one(l): pins.append((l[l>0],why))
         self._why,self._pin = [why for _,why in pins],torch.full([tr.n], -1, device='cpu')
         for i,(ids,_) in reversed(list(enumerate(pins))): self._pin[self._root[ids]] = i
         for i,(ids,why) in enumerate(pins):
@@ -1580,7 +1578,7 @@ class ChannelGraph:
         try:
             for fix in tr.fixes: self._tie_along(*fix)
             fixed = torch.zeros(len(base), dtype=torch.bool, device='cpu')
-            for ids in [*(o for o,_ in pins),*(l for l,dims,_ in tr.fixes if self._varies(l, dims))]: fixed[self._root[ids]] = True
+            for ids in [*(o for o,_ in pins),*(l for l,dims,_ in tr.fixes if self._varies(l, dims) or self._is_one(l))]: fixed[self._root[ids]] = True
             fixed[0] = True
             left = [self._root[l].unique() for l,*_ in tr.crowds]
             return [(len(base[l[l>0]].unique()),int((~fixed[o]).sum())) for (l,*_),o in zip(tr.crowds, left)]
@@ -1624,13 +1622,14 @@ class ChannelGraph:
         r = self._root[l]
         return any((r!=r.narrow(d, 0, 1)).any() for d in dims)
 
+    def _is_one(self, l): "Do all of labels `l` go together, so that nothing would be left?"; return len(self._root[l[l>0]].unique())==1
+
     def _tie_along(self, l, dims, why):
-        "Where sizes along `dims` are fixed, what stands at one place of the other dimensions of labels `l` goes together: whole heads. Was there anything to tie?"
-        if len(dims)==len(_varying(l)) or not self._varies(l, dims): return False
+        "Where sizes along `dims` are fixed, what stands at one place of the other dimensions of labels `l` goes together: whole heads"
+        if len(dims)==len(_varying(l)) or not self._varies(l, dims): return
         first = l.amax(dims, keepdim=True)
         a,b = (o.flatten() for o in torch.broadcast_tensors(l, first))
         self._root = connected(len(self._root), a[a>0], b[a>0], self._root)
-        return True
 
     def _mixed(self, l, dims):
         "Channels of `l` that depend on others along `dims`: not those that only go together with these. All, if these are `None`"

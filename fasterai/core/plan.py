@@ -71,7 +71,7 @@ def remember_plan(
 # %% ../../nbs/core/19_plan.ipynb #2382e5af
 _MOST = 2**31-1 # of a size
 _FAR = 2**16 # of a step, or of a border, which takes memory when a layer runs
-_ROOMS = 'prune.blocks','misc.bn_folding','quantize.int8' # modules of ours that know more kinds, and how blocks are dropped
+_ROOMS = 'core.attention','prune.blocks','misc.bn_folding','quantize.int8' # modules of ours that know more kinds, and how blocks are dropped
 
 def size(v):
     "`v`, if it is a whole number that may be a size"

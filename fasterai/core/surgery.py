@@ -311,10 +311,20 @@ def apply_plan(
         p = state[name]
         if optimizer is not None: _cut_state(optimizer, p, p.shape, dims)
         _cut_tensor(p, dims)
+    if any('.' in k for o in plan['attrs'].values() for k in o): own_configs(model)
     told = {n:_told_by_weight(m) for n,m in model.named_modules() if is_layer(m)}
     for where,attrs in [*told.items(), *plan['attrs'].items()]: _mend(model.get_submodule(where), attrs)
     for m in model.modules(): _put_anew(m)
     return model
+
+def own_configs(
+    model:nn.Module, # Changed in place
+):
+    "Let `model` have copies of the configurations that its modules hold: other models may share these"
+    memo = {}
+    for m in model.modules():
+        for k,v in [*vars(m).items()]:
+            if is_config(v): vars(m)[k] = copy.deepcopy(v, memo)
 
 def _put_anew(m):
     "The compiler of PyTorch 2.5 asks for new sizes only where a module's dict of tensors was written to"

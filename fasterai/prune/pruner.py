@@ -18,6 +18,7 @@ import torch
 from torch import nn,Tensor
 from safetensors import SafetensorError,safe_open
 from safetensors.torch import save_file
+from ..core.attention import has_zero_head,own_attentions
 from ..core.context import context_of,local
 from ..core.criteria import criteria_of,large_final,reducers
 from ..core.obs import Reader,best_removed,removal_costs
@@ -38,7 +39,7 @@ from ..core.pool import Pool, select_each
 from ..core.plan import as_bytes,brought_to,note_parts,plan_text,pruned_plan,read_plan,refill,remember_plan,steps_of
 from ..repair.repair import Teacher,_batches,_given
 from .targets import Counted,Target,Timed,Widths,losses
-from ..core.surgery import _channels_last,_pick,_sub,apply_plan,check_copyable,follow_cut,legal,reshaped,without
+from ..core.surgery import _channels_last,_pick,_sub,apply_plan,check_copyable,copy_of,follow_cut,legal,reshaped,without
 
 # %% ../../nbs/prune/01_pruner.ipynb #29ec85b0
 _KEY = 'fasterai.pruned'
@@ -144,7 +145,9 @@ def _smaller(model, inputs, verify):
     graph,n,notes = ChannelGraph(model, inputs),0,[]
     yield
     if zero_heads(model, graph):
-        new,_,n,notes = yield from _without_dead(model, ChannelGraph(model, inputs, heads=True), verify)
+        own = model
+        if any(isinstance(m, nn.MultiheadAttention) and has_zero_head(m) for m in model.modules()): own_attentions(own := copy_of(model), has_zero_head)
+        new,_,n,notes = yield from _without_dead(own, ChannelGraph(own, inputs, heads=True), verify)
         if n: model,graph = new,ChannelGraph(new, inputs)
     new,left,more,told = yield from _without_dead(model, graph, verify)
     if n and not more: told = []
@@ -683,6 +686,7 @@ class Pruner:
         self.bystanders = Bystanders(self.model, inputs)
         with self.bystanders.aside():
             check_runs(self.model, inputs)
+            if self.by_heads and self.pruning_ratio.get('heads'): own_attentions(self.model)
             self.graph = ChannelGraph(self.model, inputs, heads=self.by_heads)
             self.kinds = Kinds(self.graph)
             self.groups = self._groups()
