@@ -401,6 +401,8 @@ def _line():
     while frame.f_back and not of_model(frame.f_code.co_filename): frame = frame.f_back
     return f'{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}'
 
+_KINDS = 2,3  # of what one layer makes: keys and values, or queries as well
+
 class Telling(Watching):
     "Runs along with a `trace` and has each number say where it comes from"
     def __init__(self, trace):
@@ -550,7 +552,7 @@ class Telling(Watching):
         if name=='unflatten': given = _argument(args, kwargs, 2, 'sizes')
         else: given = args[1:] or tuple(kwargs[k] for k in ('size','shape') if k in kwargs)
         if len(given)==1 and isinstance(given[0], (tuple,list)): given = given[0]
-        if not all(_is_known(o) or int(o) in (-1,1) for o in given if isinstance(o, int)): return False
+        if not all(_is_known(o) or int(o) in (-1,1,*_KINDS) for o in given if isinstance(o, int)): return False
         leaves = [leaf for o in given if isinstance(o, Told) for leaf in _leaves(o.source)]
         return bool(leaves) and all(isinstance(o, Attr) for o in leaves)
 

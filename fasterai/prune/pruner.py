@@ -497,6 +497,15 @@ def _whole(pruner, optimizer):
         note_parts(undo, model)
         yield
 
+@contextmanager
+def _own_heads(model, wanted):
+    "Inside, and after it unless an error comes out, each `nn.MultiheadAttention` of `model` can lose heads, if that is `wanted`"
+    with undone() as undo:
+        if wanted:
+            note_parts(undo, model)
+            own_attentions(model)
+        yield
+
 _ALIKE = str.maketrans('oOlI', '0011')  # letters that are taken for numbers
 
 class Pruner:
@@ -684,9 +693,8 @@ class Pruner:
         given = self.example_inputs if example_inputs is None else example_inputs
         inputs = first_inputs(self.data, self.model) if given is None and self.data is not None else inputs_for(self.model, given)
         self.bystanders = Bystanders(self.model, inputs)
-        with self.bystanders.aside():
+        with self.bystanders.aside(), _own_heads(self.model, self.by_heads and self.pruning_ratio.get('heads')):
             check_runs(self.model, inputs)
-            if self.by_heads and self.pruning_ratio.get('heads'): own_attentions(self.model)
             self.graph = ChannelGraph(self.model, inputs, heads=self.by_heads)
             self.kinds = Kinds(self.graph)
             self.groups = self._groups()
