@@ -61,7 +61,7 @@ def _refusals():
 
 def _made(model, changes):
     "A model like `model`, as its configuration with `changes` makes it, without values of parameters; `None` if it makes none"
-    here = threading.get_ident()
+    here,refused = threading.get_ident(),_refusals()
     def empty(module, name, p):
         if threading.get_ident()==here and p is not None and not p.is_meta: return nn.Parameter(p.to('meta'), p.requires_grad)
     hook = register_module_parameter_registration_hook(empty)
@@ -69,13 +69,13 @@ def _made(model, changes):
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter('ignore')
             return type(model)(_with(model.config, changes))
-    except _refusals(): return None
+    except refused: return None
     finally: hook.remove()
 
 def _tensors(model): return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 def _differences(model, other, used):
-    "Where `other` is not as `model`: (name, size here, size there)"
+    "Where `other` is not as `model`: (name, size here, size there); names of attributes are pairs"
     mine,theirs = _tensors(model),_tensors(other)
     found = [(n,None,None) for n in mine.keys()^theirs.keys()]
     for n in mine.keys()&theirs.keys():
@@ -85,10 +85,12 @@ def _differences(model, other, used):
     modules = dict(other.named_modules())
     for n,k in used:
         a,b = getattr(model.get_submodule(n), k, None),getattr(modules.get(n), k, None)
-        if a!=b: found.append((f'{n}.{k}',a,b))
+        if a!=b: found.append(((n,k),a,b))
     return found
 
 # %% ../../nbs/prune/05_configs.ipynb #c0nf0009
+def _lacking(wrong): "How many tensors only one of two models has, as with fewer layers"; return sum(want is now is None for _,want,now in wrong)
+
 _MOST_TRIALS = 400
 _ROUNDING = 64 # units in the last place: where memory lies decides on the order of sums
 
@@ -105,9 +107,10 @@ class _Search:
         return None if made is None else _differences(self.model, made, self.used)
 
     def found(self):
-        "Does all fit, with `changes`?"
+        "Do all shapes fit, with `changes`? An attribute that does not may not matter: a run tells"
         while self.wrong and any(map(self.better, (self.smaller(),self.told(),self.both()))): pass
-        return self.wrong==[]
+        self.wrong = [o for o in self.wrong if type(o[0]) is str]
+        return not self.wrong
 
     def better(self, candidates):
         "Take the first of `candidates` with which more fits; was there one?"
@@ -116,7 +119,7 @@ class _Search:
             wrong = self.wrong_with({**self.changes, **change})
             if wrong==self.wrong: self.idle.append(change)
             else: self.matter.update(change)
-            if wrong is None or len(wrong)>=len(self.wrong): continue
+            if wrong is None or len(wrong)>=len(self.wrong) or _lacking(wrong)>_lacking(self.wrong): continue
             self.changes.update(change)
             self.wrong = wrong
             return True
