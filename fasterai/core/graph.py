@@ -1214,7 +1214,7 @@ def _multiplied(tr, c):
     elif a.par: ids = _weighed(tr, c, b, a, -2, -1, -2)
     else:
         ids,heads = _contracted(tr, c, a, b.each(lambda l: l.transpose(-1,-2), (*b.shape[:-2],b.shape[-1],b.shape[-2])))
-        ids += heads
+        ids += [h for h in heads if not _numbered(tr, ids, h, c.why)]
     tr.put(c.y, _biased(tr, c, _Shadow(tuple(c.y.shape), ids), bias, -1))
 
 def _weighed(tr, c, x, w, d, i, o):
@@ -1253,6 +1253,12 @@ def _heads_of(tr, l, why):
     heads = tr.new((l.amax(-1, keepdim=True)>0).long())
     tr.crowd(l, heads, why)
     return [heads]
+
+def _numbered(tr, ids, heads, why):
+    "Do some of labels `ids` vary along `heads` already? These number them then"
+    inside = [l for l in ids if set(_varying(heads))<=set(_varying(l))]
+    for l in inside: tr.crowd(l, heads, why)
+    return bool(inside)
 
 def _in_each_head(tr, rows, cols, why):
     "Labels of a product of activations, of which `rows` has those of its rows and of heads, and `cols` those of its columns"
@@ -1513,8 +1519,12 @@ class ChannelGraph:
         pairs,pins = tr.settle()
         self._root = connected(tr.n, *pairs)
         pins = self._settle_heads(tr, pins)
-        for fix in tr.fixes: self._tie_along(*fix)
-        for l,why in tr.splits: pins += self._grid(l, why, pins if self.heads else [])
+        self._root = self._tied(self._along(tr), self._root)
+        known = [ids.flatten() for ids,_ in pins] if self.heads else []
+        for l,why in tr.splits:
+            found = self._grid(l, why, torch.cat(known) if known else None)
+            pins += found
+            known += [ids.flatten() for ids,_ in found] if known else []
         for l,dims,why in tr.fixes:
             if self._varies(l, dims) or self._is_one(l): pins.append((l[l>0],why))
         self._why,self._pin = [why for _,why in pins],torch.full([tr.n], -1, device='cpu')
@@ -1576,7 +1586,7 @@ class ChannelGraph:
         was,base = self._root,self._tied(ties, self._root)
         self._root = base
         try:
-            for fix in tr.fixes: self._tie_along(*fix)
+            self._root = self._tied(self._along(tr), base)
             fixed = torch.zeros(len(base), dtype=torch.bool, device='cpu')
             for ids in [*(o for o,_ in pins),*(l for l,dims,_ in tr.fixes if self._varies(l, dims) or self._is_one(l))]: fixed[self._root[ids]] = True
             fixed[0] = True
@@ -1624,12 +1634,9 @@ class ChannelGraph:
 
     def _is_one(self, l): "Do all of labels `l` go together, so that nothing would be left?"; return len(self._root[l[l>0]].unique())==1
 
-    def _tie_along(self, l, dims, why):
-        "Where sizes along `dims` are fixed, what stands at one place of the other dimensions of labels `l` goes together: whole heads"
-        if len(dims)==len(_varying(l)) or not self._varies(l, dims): return
-        first = l.amax(dims, keepdim=True)
-        a,b = (o.flatten() for o in torch.broadcast_tensors(l, first))
-        self._root = connected(len(self._root), a[a>0], b[a>0], self._root)
+    def _along(self, tr):
+        "Where sizes along some dimensions are fixed, what stands at one place of the other dimensions of labels goes together, as in whole heads: pairs to tie"
+        return [(l,l.amax(dims, keepdim=True)) for l,dims,_ in tr.fixes if len(dims)<len(_varying(l)) and self._varies(l, dims)]
 
     def _mixed(self, l, dims):
         "Channels of `l` that depend on others along `dims`: not those that only go together with these. All, if these are `None`"
@@ -1640,9 +1647,12 @@ class ChannelGraph:
         return l[differ&(l>0)].unique()
 
     def _grid(self, l, why, known):
-        "Channels `l`, split over several dimensions, can only go along one of them: the last that still varies, but for pins that are `known`; what is pinned by that"
+        "Channels `l`, split over several dimensions, can only go along one of them: the last that still varies, but for channels that are pinned, if these are `known`; what is pinned by that"
         r,pins = self._root[l],[]
-        for ids,_ in known: r = r.masked_fill(torch.isin(r, self._root[ids]), 0)
+        if known is not None:
+            fixed = torch.zeros(len(self._root), dtype=torch.bool, device='cpu')
+            fixed[self._root[known]] = True
+            r = r.masked_fill(fixed[r], 0)
         for d in [d for d in _varying(r) if (r!=r.narrow(d, 0, 1)).any()][:-1]:
             a,b = (o.flatten() for o in torch.broadcast_tensors(r, r.narrow(d, 0, 1)))
             both = (a>0)&(b>0)
