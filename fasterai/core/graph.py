@@ -599,8 +599,13 @@ class _Trace(Watch, _Shared):
         "Tensor `t` follows the sizes of labels `ids`"
         known = self.shadows.get(t) or _Shadow(tuple(t.shape))
         ids = [_lift(l, t.dim()) for l in ids]
-        new = [l for l in ids if not any(set(_varying(l))&set(_varying(o)) for o in (*known.ids,*known.par.values()))]
-        if new: self.put(t, _Shadow(tuple(t.shape), [*known.ids,*new], known.par, known.kind, known.direct, known.mixed))
+        numbers = lambda l: [o for o in known.ids if set(_varying(o))<set(_varying(l))]  # of heads, expanded to the places of each
+        apart = lambda l: [o for o in (*known.ids,*known.par.values()) if set(_varying(o))&set(_varying(l)) and not any(o is h for h in numbers(l))]
+        new = [l for l in ids if not apart(l)]
+        inside = [(l,h) for l in new for h in numbers(l)]
+        for l,h in inside: self.crowd(l, h, f'expanded in {self.where() or "the model"}')
+        kept = [o for o in known.ids if not any(o is h for _,h in inside)]
+        if new: self.put(t, _Shadow(tuple(t.shape), [*kept,*new], known.par, known.kind, known.direct, known.mixed))
     def put_ids(self, t, ids): self.put(t, _Shadow(tuple(t.shape), ids))
     def count(self, call, n, weights):
         "`n` multiply-accumulates, of the layer that has the first of the arguments `weights` that is a parameter"
