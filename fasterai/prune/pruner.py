@@ -24,7 +24,7 @@ from ..core.criteria import criteria_of,large_final,reducers
 from ..core.obs import Reader,best_removed,removal_costs
 from ..core.needs import Known,needed
 from ..core.registry import did_you_mean
-from ..core.graph import OUTPUT,ChannelGraph,layer_of
+from ..core.graph import OUTPUT,SINGLE,ChannelGraph,layer_of
 from .configs import follow_config
 from .kinds import KINDS,Kinds
 from .left import LAST,add_row,counted,fixed,left_of_zeros,made_by,missing,rows_of,some,in_words
@@ -150,7 +150,9 @@ def _smaller(model, inputs, verify):
         new,_,n,notes = yield from _without_dead(own, ChannelGraph(own, inputs, heads=True), verify)
         if n: model,graph = new,ChannelGraph(new, inputs)
     new,left,more,told = yield from _without_dead(model, graph, verify)
-    if n and not more: told = []
+    if n:  # a channel that is single now is the last of several
+        left = [{**o, 'why':LAST} if o['why']==SINGLE else o for o in left]
+        if not more: told = []
     return new,left,n+more,list(dict.fromkeys(notes+told)),graph
 
 def zero_heads(
