@@ -147,7 +147,7 @@ def test_few_graphs_and_few_cuts(monkeypatch):
     "The channels are followed once, and a cut is tried only where the number of channels changes"
     import fasterai.prune.pruner as module
     graphs,cuts = [],[]
-    monkeypatch.setattr(module, 'ChannelGraph', lambda *a, f=module.ChannelGraph: (graphs.append(1), f(*a))[1])
+    monkeypatch.setattr(module, 'ChannelGraph', lambda *a, f=module.ChannelGraph, **kw: (graphs.append(1), f(*a, **kw))[1])
     monkeypatch.setattr(module, 'legal', lambda *a, f=module.legal, **kw: (cuts.append(1), f(*a, **kw))[1])
     fit(learner(), 10, PruneCallback(50, 'lin', n_updates=200))
     assert len(graphs)==1 and len(cuts)==4

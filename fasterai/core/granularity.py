@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['layer_axes', 'granularities', 'no_class', 'axes_of', 'has_axes', 'numbered_by', 'Blocks', 'Answers', 'block',
-           'pattern', 'granularity_of', 'available', 'granularity_name', 'blocks', 'n_heads', 'head_parts']
+           'pattern', 'granularity_of', 'available', 'granularity_name', 'blocks', 'Entries', 'n_heads',
+           'has_known_heads', 'head_parts']
 
 # %% ../../nbs/core/01_granularity.ipynb #1af55bca
 import inspect, re
@@ -284,6 +285,25 @@ class _Viewed(Answers):
     def fold(self, x): return super().fold(x.reshape(self.shape))
     def spread(self, flags, scores=None): return super().spread(flags).expand(self.shape).reshape(self.whole)
 
+class Entries(Answers):
+    "Blocks of entries along one dimension of a weight, wherever they are"
+    def __init__(self,
+        shape, # Of the weight
+        dim:int, # Of the weight
+        number:Tensor, # For each entry along `dim` the block that it belongs to, -1 for none
+    ):
+        self.shape,self.dim,self.number,self.n = tuple(shape),dim,number,int(number.max())+1
+        places = [(number==i).nonzero().flatten() for i in range(self.n)]
+        self.padded = len({len(o) for o in places})>1
+        self.at = nn.utils.rnn.pad_sequence(places, batch_first=True, padding_value=-1)
+    def fold(self, x):
+        rows = x.movedim(self.dim, 0).flatten(1)[self.at.clamp(min=0).to(x.device)]
+        return (rows.masked_fill((self.at<0)[...,None].to(x.device), float('nan')) if self.padded else rows).flatten(1)
+    def spread(self, flags, scores=None):
+        number = self.number.to(flags.device)
+        mask = flags[number.clamp(min=0)].masked_fill(number<0, -1 if flags.dtype==torch.int8 else 0)
+        return mask.view([-1 if d==self.dim else 1 for d in range(len(self.shape))]).expand(self.shape)
+
 _head_counts = 'num_heads','n_heads','num_attention_heads','n_head','heads'
 _projections = ('q_proj','k_proj','v_proj'), ('query','key','value'), ('to_q','to_k','to_v')
 _outs = 'out_proj','o_proj','proj'
@@ -301,6 +321,13 @@ def _split_rows(mod, attr, k, n):
     if w.shape[0]%(k*n):
         raise ValueError(f'{w.shape[0]} rows of {attr} do not split into {k}×{n} heads: grouped queries have no heads of their own')
     return mod, attr, _Viewed(w.shape, (k,n,w.shape[0]//(k*n),*w.shape[1:]), (1,))
+
+def has_known_heads(m:nn.Module): # Any module
+    "Is `m` an attention layer of a known form, each of whose heads has queries, keys and values of its own?"
+    if n_heads(m) is None: return False
+    try: head_parts(m)
+    except ValueError: return False
+    return True
 
 def head_parts(m:nn.Module): # Attention layer
     "The weights that the heads of `m` are made of, and their biases: (module, attribute, `Blocks`), (module, attribute, `Blocks`)"

@@ -219,6 +219,15 @@ def op(
 @op('higher_order::cond')
 def _either(pred, true_fn, false_fn, operands=()): return (true_fn if pred else false_fn)(*operands)
 
+@op('_grouped_mm')
+def _by_expert(self, mat2, offs=None, bias=None, out_dtype=None):
+    "Each row times the matrix of its group: rows of one expert stand together, up to its entry of `offs`"
+    if offs is None: return torch.matmul(self, mat2)
+    row,start,out = torch.arange(len(self), device=self.device)[:,None],0,0
+    for w,stop in zip(mat2, offs):
+        out,start = out+torch.matmul(self, w)*((row>=start)&(row<stop)),stop
+    return out
+
 # %% ../../nbs/core/07_ops.ipynb #0p500016
 def plain_of(
     func, # An operation in place, or into `out`

@@ -21,7 +21,7 @@ from .registry import an,did_you_mean
 from .running import SLIPS, plain_model, undone
 from .graph import layer_of
 from .files import FileError, read_json, sealed, unsealed
-from .sizes import is_layer
+from .sizes import is_config, is_layer
 from .surgery import _add_bias, _channels_last, _named, _sub, _told_by_weight, apply_plan, check_plan
 
 # %% ../../nbs/core/19_plan.ipynb #efa253af
@@ -58,7 +58,7 @@ def _joined_plans(a, b):
     "Plan `b`, counted from where plan `a` counts from"
     attrs = {m:{**a['attrs'].get(m, {}), **b['attrs'].get(m, {})} for m in {**a['attrs'], **b['attrs']}}
     biases = list(dict.fromkeys([*a['biases'], *b['biases']]))
-    more = {k:v for k,v in a.items() if k in ('dropped','before')}  # blocks that went as a whole: names in the rest are those that layers have without
+    more = {k:v for k,v in a.items() if k in ('dropped','before','config')}  # blocks that went as a whole: names in the rest are those that layers have without
     return dict(kept=_joined_kept(a['kept'], b['kept']), sizes={**b['sizes'], **a['sizes']}, attrs=attrs, biases=biases, widths={**b['widths'], **a['widths']}, **more)
 
 def remember_plan(
@@ -72,7 +72,7 @@ def remember_plan(
 # %% ../../nbs/core/19_plan.ipynb #2382e5af
 _MOST = 2**31-1 # of a size
 _FAR = 2**16 # of a step, or of a border, which takes memory when a layer runs
-_ROOMS = 'prune.blocks','misc.bn_folding','quantize.int8' # modules of ours that know more kinds, and how blocks are dropped
+_ROOMS = 'core.attention','prune.blocks','misc.bn_folding','quantize.int8' # modules of ours that know more kinds, and how blocks are dropped
 
 def size(v):
     "`v`, if it is a whole number that may be a size"
@@ -366,6 +366,7 @@ def _has_form(o, form):
 
 def _check_form(step):
     forms = dict(replaced=_REPLACED) if 'replaced' in step else dict(unsaved=str) if 'unsaved' in step else _CUT|dict(dropped=_DROPPED) if 'dropped' in step else _CUT
+    if 'config' in step and forms.keys()>=_CUT.keys(): forms = forms|dict(config={str:int})
     for k,form in forms.items():
         if k not in step: raise ValueError(f'{_DAMAGED}it has no {k}')
         if not _has_form(step[k], form): raise ValueError(f'{_DAMAGED}its {k} are no such thing: {str(step[k])[:80]}')
@@ -387,7 +388,7 @@ def checked_plan(
     "`plan`, if it is one; `ValueError` if it is not"
     if not _has_form(plan, {str:object}) or not _has_form(plan.get('before', []), [{str:object}]): raise ValueError(f'{_DAMAGED}its steps are no dicts')
     if len(plan.get('before', []))>_STEPS: raise ValueError(f'{_DAMAGED}it has {len(plan["before"]):,} steps, and {_STEPS} are the most')
-    for step in [{k:v for k,v in plan.items() if k in (*_CUT,'dropped')}, *plan.get('before', ())]: _check_form(step)
+    for step in [{k:v for k,v in plan.items() if k in (*_CUT,'dropped','config')}, *plan.get('before', ())]: _check_form(step)
     return plan
 
 # %% ../../nbs/core/19_plan.ipynb #3cc0bee5
@@ -428,7 +429,9 @@ def _opened_dims(name, dims, shapes, sizes):
 def _opened_attrs(name, attrs, own, most):
     "Attributes of a module, each of which it has, with numbers in the place of numbers"
     for k,v in attrs.items():
-        if k not in own or not _is_alike(v, own[k], most): raise ValueError(f'{_DAMAGED}{_sub(name, k)[:80]} cannot be {str(v)[:80]}')
+        holder,_,inside = k.partition('.')
+        there = vars(own[holder]) if inside and is_config(own.get(holder)) else own
+        if (inside or k) not in there or not _is_alike(v, there[inside or k], most): raise ValueError(f'{_DAMAGED}{_sub(name, k)[:80]} cannot be {str(v)[:80]}')
     return attrs
 
 _SIZES = 'num_heads','unflattened_size','num_features','num_channels','num_groups','normalized_shape' # attributes of torch's modules that cuts change, and weights may not tell
@@ -511,7 +514,7 @@ def _replace(model, told, likes):
         if settle is not None: settle(model)
 
 # %% ../../nbs/core/19_plan.ipynb #45bc3053
-_again = {} # functions of a model, what a step tells beside a cut, and a stack to undo it: blocks that are dropped
+_again = {} # functions of a model and what a step tells beside a cut: blocks that are dropped, with a stack to undo it, and the configuration
 
 def repeats(
     name:str, # What a step calls it
@@ -535,6 +538,9 @@ def _repeat(model, step, likes, undo):
     was = {n:{k:vars(model.get_submodule(n))[k] for k in o} for n,o in cut['attrs'].items()}
     apply_plan(model, cut)
     _check_told(model, cut['attrs'], was)
+    if 'config' in step:
+        importlib.import_module('fasterai.prune.configs')
+        _again['config'](model, step['config'])
     return cut
 
 def _put_back(t, data, grad):
@@ -556,6 +562,8 @@ def note_parts(
 ):
     "Let `undo` give `model` back its modules, attributes, parameters and buffers"
     dicts = [(d,dict(d)) for m in model.modules() for d in (vars(m),m._parameters,m._buffers,m._modules)]
+    configs = {id(o):o for m in model.modules() for o in vars(m).values() if is_config(o)}
+    dicts += [(vars(o),dict(vars(o))) for o in configs.values()]
     tensors = [(t,t.data,t.grad if t.is_leaf else None) for t in (*model.parameters(),*model.buffers()) if not nn.parameter.is_lazy(t)]
     def back():
         for o in tensors: _put_back(*o)

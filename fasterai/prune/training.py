@@ -29,7 +29,7 @@ class Prune(Technique):
     pruner = next = pace = None
     @old_arguments
     def __init__(self,
-        pruning_ratio, # Percentage of the original channels at the end, or a dict of them by layer
+        pruning_ratio, # Percentage of the original channels at the end, or a dict of them: see `Pruner`
         schedule='agp', # When: a `Schedule`, a function f(start, end, pos), or a name of `schedules`; it may not fall
         context='local', # Where: see `Pruner`
         criteria='large_final', # What: see `Pruner`
@@ -88,6 +88,8 @@ class Prune(Technique):
 
     def end(self, k, n): self._tell_early(self.pace, k, n)
 
-    def leave(self): self.pruner.about.forget()
+    def leave(self):
+        self.pruner.about.forget()
+        self.pruner.follow_config()
 
     def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('pruner','next','pace','training')}

@@ -15,7 +15,7 @@ from numbers import Real
 import torch
 from torch import nn, Tensor
 from ..core.granularity import Answers, axes_of, blocks, granularity_name, granularity_of, has_axes
-from ..core.granularity import head_parts, n_heads, no_class
+from ..core.granularity import Entries, has_known_heads, head_parts, n_heads, no_class
 from ..core.needs import Known, needed
 from ..core.registry import did_you_mean
 from ..core.running import at_home, check_scripts, inputs_that_run, plain_model, undone
@@ -89,6 +89,7 @@ class Later(Source):
 class Layer:
     "A layer's parts, and which of its blocks are kept"
     left = None # How many blocks are kept, where that is known
+    beside = None # Of heads that were found by the flow of data: biases, as (name, head of each entry, dimension)
     def __init__(self, name, parts, criteria):
         w,b = parts[0].w,parts[0].blocks
         self.n,self.name,self.parts,self.criteria,self.shapes = b.n,name,parts,criteria,[p.w.shape for p in parts]
@@ -295,7 +296,7 @@ def _wanted(model, granularity, types):
     "Name and module of each layer that is to be sparsified: of `types`, or for `head` with attention"
     if granularity!='head': return [(n,m) for n,m in model.named_modules() if isinstance(m, types)]
     any_type = types==(nn.Conv2d,)  # nobody has chosen one
-    return [(n,m) for n,m in model.named_modules() if n_heads(m) is not None and (any_type or isinstance(m, types))]
+    return [(n,m) for n,m in model.named_modules() if has_known_heads(m) and (any_type or isinstance(m, types))]
 
 def _layer_parts(names, name, m, granularity):
     "The parts of each `Layer` that is in `m`: one for the heads of an attention layer, else one for each weight"
@@ -304,9 +305,52 @@ def _layer_parts(names, name, m, granularity):
     split = lambda w: blocks(granularity, w.shape, axes, name or type(m).__name__) if w.numel() else None
     return [[_part(names, mod, attr, split, axes)] for mod,attr in _weights(m)]
 
-def find_layers(model, granularity, layer_type, criteria):
+def _heads_in(model, graph):
+    "For each set of heads that go together: what to call it, and for each of its weights and biases (name, dimension, head of each entry, role)"
+    numbers = torch.cat([torch.zeros(0, dtype=torch.long, device='cpu'),*graph.heads])
+    heads,own,found = graph.classes(numbers).unique(),{n for n,_ in model.named_parameters()},{}
+    heads = heads[heads>0]
+    parts = [(s,torch.isin(c, heads),c) for s in graph.slices if s.name in own and s.grid is None for c in [graph.classes(s.ids)]]
+    sets = {}
+    for s,mine,c in parts:
+        if s.role!='out' or not mine.any(): continue
+        for k in c[mine].unique().tolist(): sets.setdefault(k, []).append(s.name)
+    for k,names in sets.items(): found.setdefault(tuple(dict.fromkeys(names)), []).append(k)
+    for names,ks in found.items():
+        ks = torch.tensor(sorted(ks), device='cpu')
+        here = []
+        for s,_,c in parts:
+            at = torch.searchsorted(ks, c).clamp(max=len(ks)-1)
+            number = torch.where(ks[at]==c, at, -1)
+            if (number>=0).any(): here.append((s.name,s.dim,number,s.role if s.kind!='bias' else 'bias'))
+        most = {n:int((number>=0).sum()) for n,_,number,role in here if role=='out'}
+        places = {n for n,k in most.items() if k>len(ks) or max(most.values())==len(ks)}  # not what has one number for each head
+        yield _common([layer_of(n) for n in names if n in places]),len(ks),[o for o in here if o[3]!='out' or o[0] in places]
+
+def _common(layers):
+    "Name of the module that `layers` are in; of a single one its own"
+    first,*rest = [o.split('.') for o in dict.fromkeys(layers)]
+    n = next((i for i,k in enumerate(first) if any(o[i:i+1]!=[k] for o in rest)), len(first))
+    return '.'.join(first[:n])
+
+def _followed_heads(model, criteria, example_inputs):
+    "A `Layer` for each attention in which `model` has whole heads by the flow of data"
+    layers = []
+    for name,n,parts in _heads_in(model, ChannelGraph(model, inputs_that_run(model, example_inputs), heads=True)):
+        weights = [_entries(model, *o[:3]) for o in parts if o[3] in ('out','in')]
+        layer = Layer(name, weights, criteria)
+        layer.beside = [(o,number,dim) for o,dim,number,role in parts if role=='bias']
+        layers.append(layer)
+    return layers
+
+def _entries(model, name, dim, number):
+    mod,attr = _owner(model, name)
+    return Part(mod, attr, name, '', Entries(getattr(mod, attr).shape, dim, number))
+
+def find_layers(model, granularity, layer_type, criteria, example_inputs=None):
     """Each layer of `layer_type` (each attention layer, for `head`) as a `Layer`, where a shared weight comes once; and by name how the weights of others are
     computed, which are left out"""
+    if granularity=='head' and not any(map(has_known_heads, model.modules())) and (found := _followed_heads(model, criteria, example_inputs)): return found,{}
     names,seen,res,out,empty = {id(p):n for n,p in model.named_parameters()},set(),[],{},[]
     head,types = granularity=='head',_types(layer_type)
     for n,m in _wanted(model, granularity, types):
@@ -328,7 +372,7 @@ def _nothing(model, head, types, out, empty):
     if out: return f'nothing is left to sparsify: {told(out)}'
     if head and (there := sorted({type(m).__name__ for m in model.modules() if n_heads(m) is not None})):
         return f'the model has no attention layer of layer_type {", ".join(t.__name__ for t in types)}: those that it has are of {", ".join(there)}'
-    if head: return 'the model has no attention layer of a known form (MultiheadAttention, a fused qkv, or separate projections)'
+    if head: return 'the model has no attention, by the flow of its data, whose heads could go as a whole'
     what = f'the model has no layer of type {", ".join(t.__name__ for t in types)}'
     be = lambda names: f'{", ".join(names[:5])} {"is" if len(names)==1 else "are"}'
     if empty: return f'{what} with weights: {be(empty)} empty'
@@ -428,6 +472,10 @@ def find_sides(model, layers, example_inputs=None):
     names = {id(p):n for n,p in params.items()}
     for o in layers:
         if o.parts[0].axes: continue
+        for name,number,dim in o.beside or ():
+            rows = (number>=0).nonzero().flatten()
+            _side(sides, model, name).add(o, number[rows], rows, dim)
+        if o.beside is not None: continue
         for mod,attr,b in head_parts(model.get_submodule(o.name))[1]:
             if id(getattr(mod, attr)) not in names: continue  # computed from others
             heads = b.spread(torch.arange(b.n, device='cpu'))
@@ -831,7 +879,7 @@ class Sparsifier:
         self.granularity,self.context,self.criteria = granularity_of(granularity),context_of(context),criteria_of(criteria)
         self.round_to,self.example_inputs,self.data,self.loss_func = round_to,example_inputs,repeatable(data, counted=repair),check_loss(loss_func)
         with still(self.model):
-            self.layers,out = find_layers(self.model, self.granularity, layer_type, self.criteria)
+            self.layers,out = find_layers(self.model, self.granularity, layer_type, self.criteria, example_inputs)
             self._stays = [self._computed(n, how) for n,(how,_) in out.items()]
         self._check_finite()
         if self.criteria.f not in criterias.values():
