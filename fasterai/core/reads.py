@@ -14,6 +14,7 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from .ops import PRODUCTS, Call, Watch, recurrent_weights
+from .recurrent import StepByStep
 from .running import Where, call_with, untouched
 
 # %% ../../nbs/core/23_reads.ipynb #9ef522fa
@@ -296,7 +297,7 @@ def reads_of(
 )->tuple[list[Read],dict]:
     "The reads of a run in eval mode, in order; and by name of a parameter that is read in another way, what that operation means, and which it is"
     seen = _Map(model)
-    with untouched(model), seen: call_with(model, inputs)
+    with untouched(model), StepByStep(), seen: call_with(model, inputs)
     for o in seen.reads: o.summed &= o.n_readers==1
     return seen.reads,seen.others
 
@@ -344,7 +345,7 @@ def follow(
     summed=(), # Keys of `Read`s whose sums are wanted
 ):
     "Run `model` in eval mode as far as needed, and hand over what is `wanted`"
-    with untouched(model), _Gather(model, wanted, take, summed):
+    with untouched(model), StepByStep(), _Gather(model, wanted, take, summed):
         try: call_with(model, inputs)
         except _Enough: pass
 

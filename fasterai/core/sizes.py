@@ -11,6 +11,7 @@ from dataclasses import dataclass,field
 import torch
 from torch import nn,Tensor
 from .ops import of_model
+from .recurrent import by_layers,gates_of
 from .running import _OWN,_Plain
 
 # %% ../../nbs/core/07_sizes.ipynb #addefd8a
@@ -118,7 +119,7 @@ for _name,_sign in dict(add='+', sub='-', mul='*', floordiv='//', mod='%').items
 
 # %% ../../nbs/core/07_sizes.ipynb #320c1ba0
 _LAYERS = (nn.modules.conv._ConvNd,nn.Linear,nn.modules.batchnorm._NormBase,nn.LayerNorm,nn.GroupNorm,nn.Embedding,nn.EmbeddingBag,
-    nn.PReLU,nn.MultiheadAttention,nn.RNNBase)
+    nn.PReLU,nn.MultiheadAttention,nn.RNNBase,nn.RNNCellBase)
 def is_layer(
     m:nn.Module, # Any module
 ):
@@ -183,6 +184,9 @@ class _Attributes:
             new = _telling(v, lambda n,path: Told(n, Attr(name, path), self.by), (k,))
             if new is not v: self.put(m, k, v, new)
     def tell_layer(self, name, m):
+        if gates_of(m):
+            for k in ('hidden_size','proj_size'):
+                if v := vars(m).get(k): self.put(m, k, v, Told(v, Attr(name, (k,)), self.by))
         if m._parameters.get('weight') is None: return
         weight = f'{name}.weight' if name else 'weight'
         for k,dim in _counted(m).items():
@@ -300,11 +304,11 @@ def _computed_with(name, args, kwargs):
     given = _argument(args, kwargs, 0, 'data') if name in ('tensor','as_tensor','scalar_tensor') else ()
     return given if isinstance(given, (tuple,list)) else [given]
 
-_MADE = {f'{new}{o}' for new in ('','new_') for o in ('zeros','ones','full','empty')}
+_MADE = {f'{new}{o}' for new in ('','new_') for o in ('zeros','ones','full','empty')} | {'new'}
 
 def _made(name, args, kwargs, out):
     "Sizes of a tensor that is made of nothing"
-    given = args[1:] if name.startswith('new_') else args
+    given = args[1:] if name.startswith('new') else args
     if 'size' in kwargs: given = (kwargs['size'],)
     if given and isinstance(given[0], (tuple,list)): given = given[0]
     if len(given)!=out.dim(): return []
@@ -367,6 +371,7 @@ class Equation:
     where: str # Name of the module that was running
     line: str # Where in the code
     sizing: Sizing = None # The operation, unless it is a comparison
+    said: str = '' # In words, if it is neither
     def __post_init__(self):
         ends = [*_leaves(self.a), *_leaves(self.b)]
         self.attrs = list(dict.fromkeys(o for o in ends if isinstance(o, Attr)))
@@ -374,6 +379,7 @@ class Equation:
     @property
     def told(self):
         "In words"
+        if self.said: return self.said
         known = _written(self.a) if self.sure else f'the number {self.a}'
         if self.sizing: return f'{self.sizing} counts on {known}'
         return f'{self.where or "the model"} ({self.line}) compares {_written(self.b)} with {known}'
@@ -426,7 +432,7 @@ class Telling(Watching):
         if n==0: return n
         name,known = about or self.about(t)
         if name is not None: return Axis(n, param=(name,dim)) if stop is None else None
-        labels = [o for o in known.ids if o.shape[dim]>1] if known else []
+        labels = [self.trace.first_set(o, dim) for o in known.ids if o.shape[dim]>1] if known else []
         if labels: return Axis(n, labels, dim, None, stop)
         if t.layout==torch.strided and t.shape[dim]>1 and t.stride(dim)==0: return None  # expanded: goes with what it meets
         par = {k:rows for k,rows in known.par.items() if rows.shape[dim]>1} if known else {}
@@ -441,8 +447,8 @@ class Telling(Watching):
         for o in _computed_with(name, args, kwargs):
             if type(o) is Told: self.measured(o)
         if name in self.trace.doors: self.trace.hand_out(name, args)
-        out = self.call(func, types, args, kwargs)
-        if name in _MADE and isinstance(out, Tensor): self.spread(_made(name, args, kwargs, out))
+        out = self.call(by_layers(func), types, args, kwargs)
+        if name in _MADE and isinstance(out, Tensor): self.make(_made(name, args, kwargs, out))
         if name=='__len__' and self.tried is None and (of := self.trace.names.get(id(args[0]))):
             self.lengths.setdefault(of, _line())
         if name in ('numel','nelement') and type(out) is int:
@@ -465,6 +471,24 @@ class Telling(Watching):
         for p,axis in zip(places, axes):
             if p.given is not None and int(p.given)==p.n: self.equate(p.given, axis, sizing)
         if name in ('expand','expand_as','broadcast_to'): self.spread(places)
+
+    def make(self, places):
+        "A tensor is made of nothing"
+        self.spread(places)
+        if not places or not _of_attributes(places[-1].given): return
+        last = places[-1]
+        if last.of.dim()>1 and last.dim==last.of.dim()-1 and last.n in self.trace.widths: self.make_state(last, places[:-1])
+
+    def make_state(self, last, others):
+        "It is as long as units are many, which an attribute tells: it has channels of its own there, which go along with what they meet, for each layer and direction"
+        told = {p.dim:p.n for p in others if not isinstance(p.given, Told) or _of_attributes(p.given)}  # others are as many as inputs
+        shape = [told.get(d, 1) for d in range(last.dim)]
+        if math.prod(shape)>_MOST: return
+        labels = self.trace.new_units(shape, last.n)
+        self.trace.spread(last.of, [labels])
+        where,line = self.where(),_line()
+        said = f'{where or "the model"} ({line}) makes a state of {_written(last.given.source)} units'
+        self.equations += [Equation(last.given.source, Axis(last.n, [l]), True, where, line, None, said) for l in labels.flatten(0, -2)]
 
     def spread(self, places):
         "What is expanded to a size that counts channels, or made with it, has these channels there"
@@ -556,4 +580,7 @@ class Telling(Watching):
         if not alike: return None
         return start==0 or all(_is_known(o.start) for o in alike), all(o.stop is None or _is_known(o.stop) for o in alike)
 
+def _of_attributes(n):
+    "Do attributes tell number `n`?"
+    return isinstance(n, Told) and any(isinstance(o, Attr) for o in _leaves(n.source))
 def _is_known(n): return isinstance(n, Told) and n.source is not None

@@ -24,6 +24,7 @@ from ..core.obs import Reader,best_removed,removal_costs
 from ..core.needs import Known,needed
 from ..core.registry import did_you_mean
 from ..core.graph import OUTPUT,ChannelGraph,layer_of
+from ..core.recurrent import gates_of
 from .left import LAST,add_row,counted,fixed,left_of_zeros,made_by,missing,rows_of,some,in_words
 from ..core.running import Bystanders,at_home,call_with,check_runs,check_shapes
 from ..core.running import followable,inputs_for,plain_model,staged,tensors_of,undone,untouched
@@ -762,12 +763,14 @@ class Pruner:
     def _groups(self):
         "The groups that may lose channels; what else makes channels is `kept`"
         self.modules,every = dict(self.model.named_modules()),tied_groups(self.model, self.graph)
-        groups = [g for g in every if not any(map(self._spared, g.layers))]
+        groups = [g for g in every if not any(map(self._spared, g.layers)) and not self._untold(g)]
         for g in every:
             for s in g.slices:
+                if s.kind=='state': continue  # the units of a recurrent layer are those of its other weight
                 mine = torch.isin(self.graph.classes(s.ids), g.classes)
                 layer = s.layer or s.name  # as `made_by` calls it
-                g.each[layer] = g.each.get(layer, 0)+int(mine.sum())/len(g.classes)
+                rows = gates_of(self.modules[s.layer]) if s.kind=='gates' else 1
+                g.each[layer] = g.each.get(layer, 0)+int(mine.sum())/len(g.classes)/max(rows, 1)
         self.kept = self._kept(every)
         if groups: return groups
         rows = {}
@@ -782,10 +785,15 @@ class Pruner:
         if self.layer_type is not None and not isinstance(self.modules.get(layer, self.model), types):
             return f'not of layer_type {", ".join(o.__name__ for o in types)}'
 
+    def _untold(self, g):
+        "Why group `g` cannot be ranked"
+        if self.about.of('x') and any(s.kind=='gates' for s in g.slices): return f'criteria {self.criteria.__name__!r} needs activations, which are not found for recurrent layers'
+
     def _kept(self, every):
         "For each layer how many channels it makes, and why some of them stay"
         tied,res = {},{}
         for g in every:
+            if why := self._untold(g): tied |= dict.fromkeys(g.classes.tolist(), why)
             for o in filter(self._spared, g.layers):
                 tied |= dict.fromkeys(g.classes.tolist(), f'tied to {o}, which is {self._spared(o)}')
         for o in made_by(self.model, self.graph):
