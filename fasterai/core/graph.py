@@ -19,7 +19,7 @@ from .ops import PRODUCTS,Call,Watch,channels,macs
 from .recurrent import GATES,begin_anew,gates_of,remembering,weights_of
 from .running import SLIPS,_Plain,Where,as_in_training,call_with,check_shapes,example_inputs_for
 from .running import inputs_that_run,plain_model,tensors_of,untouched
-from .sizes import Attr,Axis,Equation,OtherLength,Telling
+from .sizes import EQUALLY_MANY,Attr,Axis,Equation,OtherLength,Telling
 
 # %% ../../nbs/core/08_graph.ipynb #cd7ac894
 def connected(
@@ -852,7 +852,7 @@ def _count_units(tr, where, units):
     for k,ids in units.items():
         if not ids.all() or (where,k,first := int(ids[0])) in tr.counted: continue
         tr.counted.add((where,k,first))
-        said = f'all layers and directions of {where or "the model"} have as many units'
+        said = EQUALLY_MANY.format(where or 'the model')
         tr.telling.equations.append(Equation(Attr(where, (k,)), Axis(len(ids), [ids]), True, where, '', None, said))
 
 @channels('states')

@@ -175,7 +175,14 @@ class _Following(Watch):
     "Runs along with a model; `reads` gets each operation that reads a weight"
     def __init__(self, model):
         super().__init__()
-        self.owner,self.count = _Owner(model),Counter()
+        self.owner,self.count,self.by_step = _Owner(model),Counter(),[]
+    def __enter__(self):
+        self.by_step.append(StepByStep())
+        self.by_step[-1].__enter__()
+        return super().__enter__()
+    def __exit__(self, *args):
+        super().__exit__(*args)
+        self.by_step.pop().__exit__(*args)
     def name_read(self, call):
         "Name of the parameter that `call` reads as its weight, or `None`"
         found = read_by(call)
@@ -297,7 +304,7 @@ def reads_of(
 )->tuple[list[Read],dict]:
     "The reads of a run in eval mode, in order; and by name of a parameter that is read in another way, what that operation means, and which it is"
     seen = _Map(model)
-    with untouched(model), StepByStep(), seen: call_with(model, inputs)
+    with untouched(model), seen: call_with(model, inputs)
     for o in seen.reads: o.summed &= o.n_readers==1
     return seen.reads,seen.others
 
@@ -345,7 +352,7 @@ def follow(
     summed=(), # Keys of `Read`s whose sums are wanted
 ):
     "Run `model` in eval mode as far as needed, and hand over what is `wanted`"
-    with untouched(model), StepByStep(), _Gather(model, wanted, take, summed):
+    with untouched(model), _Gather(model, wanted, take, summed):
         try: call_with(model, inputs)
         except _Enough: pass
 

@@ -6,6 +6,7 @@
 __all__ = ['GATES', 'CELLS', 'gates_of', 'weights_of', 'by_layers', 'StepByStep', 'remembering', 'begin_anew', 'settled']
 
 # %% ../../nbs/core/07_recurrent.ipynb #0r500004
+from contextlib import contextmanager
 from inspect import signature
 import torch
 from torch import nn,Tensor
@@ -89,11 +90,21 @@ def by_layers(
     return (lambda *args: _cell(CELLS[name], *args)) if name in CELLS else func
 
 # %% ../../nbs/core/07_recurrent.ipynb #0r500026
+@contextmanager
+def _without(*libraries):
+    "Without libraries that have operations of their own: `'mkldnn'`, `'cudnn'`"
+    were = [getattr(torch._C, f'_get_{o}_enabled')() for o in libraries]
+    try:
+        for o in libraries: getattr(torch._C, f'_set_{o}_enabled')(False)
+        yield
+    finally:
+        for o,was in zip(libraries, were): getattr(torch._C, f'_set_{o}_enabled')(was)
+
 class StepByStep(TorchFunctionMode):
     "Recurrent layers run one product after the other"
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, '__name__', '') not in GATES: return func(*args, **(kwargs or {}))
-        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False): return func(*args, **(kwargs or {}))
+        with _without('mkldnn', 'cudnn'): return func(*args, **(kwargs or {}))
 
 # %% ../../nbs/core/07_recurrent.ipynb #0r500023
 def _kept(v, depth=2):
