@@ -3,6 +3,7 @@ import copy,random,warnings
 import pytest,torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence,pad_packed_sequence
+from fasterai.analyze.all import sensitivity
 from fasterai.core.graph import ChannelGraph
 from fasterai.core.proof import difference
 from fasterai.core.recurrent import begin_anew,by_layers,gates_of,remembering
@@ -268,3 +269,35 @@ def test_criteria_of_activations_leave_recurrent_layers():
     net = Both()
     with pytest.warns(UserWarning, match='activations, which are not found for recurrent layers'): Pruner(net, 50, criteria=loud, data=[(X.float(),)], example_inputs=X.float()).prune_model()
     assert sizes(net)=={'rnn':(8,0)} and net.inner.out_features==3
+
+@pytest.mark.parametrize('context', ['local','global'])
+def test_layers_and_directions_lose_equally_many(context):
+    "Also where some of them matter less"
+    torch.manual_seed(0)
+    net,x = Net(layers=2, both=True),X.float()
+    with torch.no_grad():
+        for n,p in net.rnn.named_parameters(): p.mul_(1+('l1' in n))
+    quiet(Pruner(net, 50, context, example_inputs=x).prune_model)
+    assert 0<net.rnn.hidden_size<HIDDEN and net(x).shape==(3,5,OUT)
+
+@pytest.mark.parametrize('what', ['params','macs'])
+def test_a_target_is_met(what):
+    torch.manual_seed(0)
+    class Wide(Net):
+        def __init__(self):
+            super().__init__()
+            self.rnn,self.fc = nn.LSTM(INPUTS, 40, 2, bidirectional=True, batch_first=True),nn.Linear(80, OUT)
+    net = Wide()
+    pruner = Pruner(net, example_inputs=X.float(), **{what:'50%'})
+    quiet(pruner.prune_model)
+    assert .95*pruner.met['asked']<pruner.met['left']<=pruner.met['asked'] and net.rnn.hidden_size<30
+
+def test_sensitivity_lists_them():
+    net = Net(layers=2, both=True)
+    scan = sensitivity(net, lambda m: m(X.float()).square().sum().item(), [25,50], kind='pruning', example_inputs=X.float(), progress=False)
+    assert set(scan.to_df().layer)=={'rnn'} and (scan.to_df().damage!=0).all() and sizes(net)=={'rnn':(HIDDEN,0)}
+    macs = sum(ChannelGraph(net, X.float()).macs().values())
+    half = copy.deepcopy(net)
+    Pruner(half, 50, example_inputs=X.float()).prune_model()
+    half_macs = sum(ChannelGraph(half, X.float()).macs().values())
+    assert scan.targets(macs=half_macs)=={'rnn':50} and half_macs<.5*macs
