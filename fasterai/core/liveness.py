@@ -410,7 +410,7 @@ def _grouped(c, table, i=0):
     elif c.meaning=='unroll':
         ws = [o for o in weights_of(c.seen['weights'], c.a['has_biases'])[:3] if o is not None]
         G,w = 1,ws[i].detach()[None]
-        x = c.known[i] if hasattr(c, 'known') else torch.full([w.shape[2],1], torch.nan)  # where its rule has failed
+        x = c.known[i] if hasattr(c, 'known') else torch.full([w.shape[2],1], torch.nan, device=w.device)  # where its rule has failed
     else:
         G,(k,l,_) = 1,PRODUCTS[c.name]
         a,b = c.seen[k],c.seen[l]

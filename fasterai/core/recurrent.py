@@ -121,14 +121,23 @@ def remembering(
     found = [m for m in model.modules() if gates_of(m)]
     if not found: return []
     def remembers(m):
+        if not _spares.get(getattr(type(m), 'reset', None), True): return False
         keeps = any(_kept(v) for k,v in vars(m).items() if k not in ('_parameters','_buffers','_modules'))
         return keeps and callable(f := getattr(m, 'reset', None)) and _needs_nothing(f) and any(o in found for o in m.modules())
     return [m for m in model.modules() if not type(m).__module__.startswith('torch.nn.') and remembers(m)]
 
+_spares = {}  # by function `reset`: does it leave parameters alone?
+
 @torch.no_grad()
 def begin_anew(model): # A module
-    "Have `model` forget the states that it keeps"
-    for m in remembering(model): m.reset()
+    "Have `model` forget the states that it keeps. A `reset` that writes to parameters is no such thing: what it did is undone, and it is not called again"
+    for m in remembering(model):
+        f = type(m).reset
+        were = [] if f in _spares else [(p,p.detach().clone()) for p in m.parameters()]
+        m.reset()
+        changed = [(p,was) for p,was in were if not torch.equal(p, was)]
+        for p,was in changed: p.copy_(was)
+        _spares.setdefault(f, not changed)
 
 # %% ../../nbs/core/07_recurrent.ipynb #0r500017
 def _with_zeros(a, b):
