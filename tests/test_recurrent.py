@@ -301,3 +301,36 @@ def test_sensitivity_lists_them():
     Pruner(half, 50, example_inputs=X.float()).prune_model()
     half_macs = sum(ChannelGraph(half, X.float()).macs().values())
     assert scan.targets(macs=half_macs)=={'rnn':50} and half_macs<.5*macs
+
+@pytest.mark.parametrize('how', ['written','listed','reshaped'])
+def test_states_that_are_put_together(how):
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden,self.cell,self.fc = HIDDEN,nn.GRUCell(INPUTS, HIDDEN),nn.Linear(HIDDEN, OUT)
+        def forward(self, x):
+            n,t = x.shape[:2]
+            h,outs,found = x.new_zeros(n, self.hidden),torch.zeros(n, t, self.hidden, dtype=x.dtype),[]
+            for i in range(t):
+                h = self.cell(x[:,i], h)
+                outs[:,i] = h
+                found.append(h)
+            if how=='reshaped': return self.fc(torch.stack(found, 1).view(-1, self.hidden)).view(n, t, -1)
+            return self.fc(outs if how=='written' else torch.stack(found, 1))
+    net = Steps().double().eval()
+    silence(net.cell, lambda n, most: [1,6])
+    small = lossless(net)
+    assert sizes(small)=={'cell':(6,0)} and small.hidden==6
+    quiet(Pruner(net, 50, example_inputs=X).prune_model)
+    assert net.hidden==net.fc.in_features==4 and net(LONGER).shape==(2,9,OUT)
+
+def test_lengths_as_inputs():
+    "How many sequences there are at each step is no question for a value"
+    class Lengths(Net):
+        def forward(self, x, lengths):
+            packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            return self.fc(torch.cat([*self.rnn(packed)[1][0][-2:]], -1))
+    net,lengths = Lengths(layers=2, both=True).double().eval(),torch.tensor([2,5,4])
+    silence(net.rnn, lambda n, most: [0,3])
+    small = quiet(Pruner().prune_model, net, (X,lengths))
+    assert sizes(small)=={'rnn':(6,0)} and (small(X,lengths)-net(X,lengths)).abs().max()<1e-6

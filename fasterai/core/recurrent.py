@@ -34,13 +34,23 @@ def weights_of(
     return weights[0],weights[1],rest[0] if rest else None,biases
 
 # %% ../../nbs/core/07_recurrent.ipynb #0r500009
+@contextmanager
+def _without(*libraries):
+    "Without libraries that have operations of their own: `'mkldnn'`, `'cudnn'`"
+    were = [getattr(torch._C, f'_get_{o}_enabled')() for o in libraries]
+    try:
+        for o in libraries: getattr(torch._C, f'_set_{o}_enabled')(False)
+        yield
+    finally:
+        for o,was in zip(libraries, were): getattr(torch._C, f'_set_{o}_enabled')(was)
+
 def _unroll(input, state, weights, kind, has_biases, reverse, batch_sizes):
     weights,state = list(weights),[o[None] for o in state]
     if reverse: weights,state = weights*2,[o.repeat(2, 1, 1) for o in state]  # the second direction of two
     hx = tuple(state) if kind=='lstm' else state[0]
     how = has_biases,1,0.,False,reverse
-    if batch_sizes is None: y,*last = getattr(torch._VF, kind)(input, hx, weights, *how, False)
-    else: y,*last = getattr(torch._VF, kind)(input, batch_sizes, hx, weights, *how)
+    args = (input,hx,weights,*how,False) if batch_sizes is None else (input,batch_sizes,hx,weights,*how)
+    with _without('cudnn'): y,*last = getattr(torch._VF, kind)(*args)  # which warns of weights that are not one piece of memory
     return [y.chunk(1+reverse, -1)[-1].contiguous(),*(o[-1].clone() for o in last)]
 
 def _pad_packed(data, batch_sizes, batch_first, padding_value, total_length):
@@ -90,16 +100,6 @@ def by_layers(
     return (lambda *args: _cell(CELLS[name], *args)) if name in CELLS else func
 
 # %% ../../nbs/core/07_recurrent.ipynb #0r500026
-@contextmanager
-def _without(*libraries):
-    "Without libraries that have operations of their own: `'mkldnn'`, `'cudnn'`"
-    were = [getattr(torch._C, f'_get_{o}_enabled')() for o in libraries]
-    try:
-        for o in libraries: getattr(torch._C, f'_set_{o}_enabled')(False)
-        yield
-    finally:
-        for o,was in zip(libraries, were): getattr(torch._C, f'_set_{o}_enabled')(was)
-
 class StepByStep(TorchFunctionMode):
     "Recurrent layers run one product after the other"
     def __torch_function__(self, func, types, args=(), kwargs=None):
