@@ -334,3 +334,15 @@ def test_lengths_as_inputs():
     silence(net.rnn, lambda n, most: [0,3])
     small = quiet(Pruner().prune_model, net, (X,lengths))
     assert sizes(small)=={'rnn':(6,0)} and (small(X,lengths)-net(X,lengths)).abs().max()<1e-6
+
+@pytest.mark.parametrize('form', ['all','last','view','directions','zeros','handed'])
+def test_in_steps(form):
+    "As a callback prunes: what is gone stays so, and the next step counts from there"
+    torch.manual_seed(0)
+    net,x = Net(form=form, layers=2, both=True),X.float()
+    pruner = Pruner(net, 75, example_inputs=x)
+    pruner.start(x)
+    for ratio,left in ((25,6),(50,4),(75,2)):
+        quiet(pruner.update, ratio)
+        assert net.rnn.hidden_size==net.hidden==left if form in ('zeros','directions') else net.rnn.hidden_size==left
+        assert net(LONGER.float()).shape[-1]==OUT
