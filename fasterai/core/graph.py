@@ -841,7 +841,7 @@ def _unrolled(tr, c):
     if hr is not None: tr.weigh(hr, {1: (units,'in','weight'), 0: (states[0],'out','weight')}, c.why)
     for b in biases: tr.weigh(b, {0: (rows,'affine','gates')}, c.why)
     for ids,o,t in zip(states, c.lists['state'], c.a['state']):
-        tr.meet([_Shadow((1,len(ids)), [_as_row(ids, 2)] if ids.any() else []),tr.unexpanded(o, t)], c.why.replace(c.op, 'a state that comes in', 1))
+        tr.meet([_Shadow((1,len(ids)), [_as_row(ids, 2)] if ids.any() else []),tr.unexpanded(o, t)], c.why.replace(c.op, 'a given state', 1))
     _count_units(tr, c.where, dict(hidden_size=units, **({} if hr is None else dict(proj_size=states[0]))))
     for ids,y in zip((states[0],*states), c.results):
         if ids.any(): tr.put_ids(y, [_as_row(tr.fresh(ids, c.why), y.dim())])
