@@ -188,14 +188,16 @@ class Remembers(nn.Module):
         self.reset()
     def reset(self): self.state = tuple(self.fc.weight.new_zeros(1, self.batch, self.n_hid//self.n_dirs) for _ in range(2))
     def forward(self, x):
-        if len(x)!=self.batch:
-            self.batch = len(x)
-            self.reset()
+        if len(x)>self.batch:  # a state for more samples begins with zeros
+            self.state = tuple(torch.cat([o,o.new_zeros(1, len(x)-self.batch, self.n_hid//self.n_dirs)], 1) for o in self.state)
+        if len(x)<self.batch: self.state = tuple(o[:,:len(x)].contiguous() for o in self.state)
+        self.batch = len(x)
         y,state = self.rnn(x, self.state)
         self.state = tuple(o.detach() for o in state)
         return self.fc(y)
 
-def test_a_state_that_is_kept():
+@pytest.mark.parametrize('batch', [1,3,6])
+def test_a_state_that_is_kept(batch):
     net = Remembers().double().eval()
     net.reset()
     net(X)
@@ -204,7 +206,8 @@ def test_a_state_that_is_kept():
     small = Pruner().prune_model(net, X)
     begin_anew(net)
     assert small.n_hid==6 and all((small(X)-net(X)).abs().max()<1e-6 for _ in range(2))  # the second goes on where the first ended
-    quiet(Pruner(net, 50, example_inputs=X).prune_model)
+    x = X if batch==3 else torch.cat([X,X]) if batch==6 else X[:1]
+    quiet(Pruner(net, 50, example_inputs=x).prune_model)
     assert net.n_hid==net.rnn.hidden_size==4 and net.n_dirs==1 and net(X).shape==(3,5,OUT)
 
 @pytest.mark.parametrize('how', [dict(kind=nn.LSTM, layers=2, both=True, proj=4),dict(kind=nn.GRU, form='zeros')])

@@ -485,7 +485,7 @@ class Telling(Watching):
     def make_state(self, last, others):
         "It is as long as units are many, which an attribute tells: it has channels of its own there, which go along with what they meet, for each layer and direction"
         told = {p.dim:p.n for p in others if not isinstance(p.given, Told) or _of_attributes(p.given)}  # others are as many as inputs
-        shape = [told.get(d, 1) for d in range(last.dim)]
+        shape = [told.get(d, 1) for d in range(last.dim-1)]+[1]  # next to the units are the samples
         if math.prod(shape)>_MOST: return
         labels = self.trace.new_units(shape, last.n)
         self.trace.spread(last.of, [labels])
