@@ -43,7 +43,7 @@ def resized(l):
     elif isinstance(l, nn.modules.batchnorm._NormBase) and l.weight is not None: l.num_features = len(l.weight)
     elif isinstance(l, nn.MultiheadAttention): l.embed_dim,l.head_dim = l.out_proj.weight.shape[1],l.out_proj.weight.shape[1]//l.num_heads
     elif isinstance(l, nn.Transformer): l.d_model = l.encoder.layers[0].linear1.weight.shape[1]
-    elif isinstance(l, nn.RNNBase): l.input_size = l.weight_ih_l0.shape[1]
+    elif isinstance(l, nn.RNNBase): l.input_size,l.hidden_size = l.weight_ih_l0.shape[1],l.weight_hh_l0.shape[1]
     elif type(l).__name__=='VisionTransformer': l.hidden_dim = len(l.conv_proj.weight)
     elif type(l).__name__=='RelativePositionalMultiHeadAttention': l.head_dim = l.merge.weight.shape[1]//l.n_heads
 
@@ -262,7 +262,7 @@ def SMALL(): return dict(  # network, input, classes that can be removed of each
                t=nn.Linear(7,6), u=nn.Linear(6,7), a=nn.Linear(12,9), b=nn.Linear(9,12), head=head(12)), seq, [12,6,0,9,12,0]),
     queries=(Net(lambda s,x: s.head(s.q+(s.wq(s.q)[None].expand(2,-1,-1) @ s.k(x).transpose(1,2)).softmax(-1) @ s.v(x)), q=P(4,8), wq=nn.Linear(8,6), k=nn.Linear(5,6),
                  v=nn.Linear(5,8), head=head(8)), seq, [8,6,6,8,0]),
-    lstm=(Net(lambda s,x: s.head(s.r(s.e(x))[0]), e=nn.Linear(5,6), r=nn.LSTM(6,8,batch_first=True), head=head(8)), seq, None),
+    lstm=(Net(lambda s,x: s.head(s.r(s.e(x))[0]), e=nn.Linear(5,6), r=nn.LSTM(6,8,batch_first=True), head=head(8)), seq, [6,8,8,0]),
     encoder=(nn.Sequential(nn.Linear(5,16), nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), head(16)), seq, [4,4,4,32,4,0]),
     transformer=(Net(lambda s,x: s.head(s.t(s.e(x),s.e(x))), e=nn.Linear(5,16), t=nn.Transformer(16, 4, 1, 1, 32, batch_first=True), head=head(16)), seq, None),
     other_widths=(Net(lambda s,x: (lambda h: s.head(s.t(h, s.k(x), s.v(x))[0]))(s.e(x)), e=nn.Linear(5,16), k=nn.Linear(5,6), v=nn.Linear(5,10),

@@ -36,6 +36,7 @@ from ..core.ranks import is_sharded
 from ..core.surgery import copy_of,kept_by,legal
 from ..legacy import old_function
 from ..prune.pruner import Pruner,group_scores
+from ..prune.targets import by_weight
 from ..quantize.int8 import Calibration,bytes_stored,int8_within,names_by_module,put_at,without_shortcut
 from ..quantize.weight_sharing import KMeansQuantizer,_bits_and_left,bits_by_name,check_bits
 from ..sparse.sparsifier import Sparsifier,_types,find_sides,parts_of
@@ -177,7 +178,7 @@ class _Pruning:
         if what=='latency': return _Clock(self.model, self.graph.example_inputs if inputs is None else inputs, size).cost
         if what=='macs':
             macs = (self.graph if inputs is None else ChannelGraph(self.model, inputs)).macs()
-            each = {f'{k}.weight':v for k,v in macs.items() if f'{k}.weight' in size.names}
+            each = {k:v for k,v in by_weight(self.model, macs).items() if k in size.names}
             return size.cost(each, sum(macs.values())-sum(each.values()))
         own = dict(self.model.named_parameters()) if what=='params' else stored(self.model)
         each = {k:t.numel()*(t.element_size() if what=='bytes' else 1) for k,t in own.items()}

@@ -8,7 +8,7 @@ __all__ = ['HeadAttention', 'has_zero_head', 'own_attention', 'own_attentions']
 # %% ../../nbs/core/28_attention.ipynb #a77e0003
 import torch
 import torch.nn.functional as F
-from torch import nn,Tensor
+from torch import nn
 from .plan import describes,flag,parts_of,remember_parts,size
 
 # %% ../../nbs/core/28_attention.ipynb #a77e0004

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
-from .ops import PRODUCTS,Call,Watch,channels,macs,recurrent_weights
+from .ops import PRODUCTS,Call,Watch,channels,macs
+from .recurrent import GATES,begin_anew,gates_of,remembering,weights_of
 from .running import SLIPS,_Plain,Where,as_in_training,call_with,check_shapes,example_inputs_for
 from .running import inputs_that_run,plain_model,tensors_of,untouched
-from .sizes import Axis,OtherLength,Telling
+from .sizes import EQUALLY_MANY,Attr,Axis,Equation,OtherLength,Telling
 
 # %% ../../nbs/core/08_graph.ipynb #cd7ac894
 def connected(
@@ -125,6 +126,10 @@ class _Facts:
         self.maybe = []  # ties that hold only between what can be removed
         self.crowds,self.lone = [],[]  # (labels, numbers of heads, why); (labels, the same for all heads, why)
         self.kept = set()  # where numbers are in memory that stay there and none of which is 0
+        self.n_sets,self.set_of = 0,torch.zeros(1, dtype=torch.long, device='cpu')  # hidden units of recurrent layers: which direction of which layer, by number
+        rnns = [o for o in self.modules.values() if gates_of(o)]
+        self.widths = {n for o in rnns for n in (o.hidden_size,getattr(o, 'proj_size', 0)) if n>1}  # of states
+        self.counted = set()  # attributes of recurrent layers whose units are known, with the first of these
         self.made,self.linears = [],[]  # by linear layers: (channels made, read), and the same by range
         self.mixes,self.sized,self.reshapes,self.unknown = [],[],[],{}
         self.order,self.macs,self.seen,self.counts,self.settled = {},Counter(),set(),'',[]
@@ -166,7 +171,7 @@ class _Facts:
     def fix(self, l, dims, why):
         "An operation counts on the sizes of labels `l` along `dims`: what varies along them has to stay, or goes together"
         dims = [d for d in dims if l.shape[d]>1]
-        if dims: self.fixes.append((l,dims,why))
+        if dims and (dims := [d for d in dims if d not in self.stacked(l)]): self.fixes.append((l,dims,why))
 
     def mix(self, l, dims, why):
         "Channels of labels `l` depend on each other along `dims`"
@@ -197,7 +202,44 @@ class _Facts:
         "New numbers for what was made from labels `base`, tied to its own"
         ids = self.new(base)
         self.tie(ids, base, why)
+        if self.n_sets: self.in_set(ids, self.sets(base))
         return ids
+
+    def sets(self, l):
+        "Which set of hidden units each channel of labels `l` is of, 0 for others"
+        if len(self.set_of)<self.n: self.set_of = torch.cat([self.set_of,torch.zeros(self.n, dtype=torch.long, device='cpu')])
+        return self.set_of[l]
+
+    def in_set(self, ids, which):
+        self.sets(ids)
+        self.set_of[ids] = which
+        self.set_of[0] = 0
+
+    def new_set(self, ids):
+        "Channels `ids` are hidden units, one set for each place along other dimensions than the last"
+        rows = ids.reshape(-1, ids.shape[-1])
+        self.in_set(rows, torch.arange(self.n_sets+1, self.n_sets+1+len(rows), device='cpu')[:,None])
+        self.n_sets += len(rows)
+
+    def new_units(self, shape, n):
+        "Numbers of `n` channels at each place of `shape`"
+        ids = self.new(torch.ones(*shape, n, dtype=torch.long, device='cpu'))
+        self.new_set(ids)
+        return ids
+
+    def stacked(self, l):
+        "Dimensions along which labels `l` have one set of hidden units after the other. Some of each set stay, so these dimensions do"
+        if not self.n_sets: return ()
+        s = self.sets(l)
+        if not s.all(): return ()
+        dims = [d for d in _varying(l) if (s!=s.narrow(d, 0, 1)).any()]
+        return dims if len(s.unique())==math.prod(l.shape[d] for d in dims) else ()
+
+    def first_set(self, l, dim):
+        "Labels `l`, the first only of sets of hidden units that are stacked along other dimensions than `dim`: as many are left of each"
+        for d in self.stacked(l):
+            if d!=dim%l.dim(): l = l.narrow(d, 0, 1)
+        return l
 
     def rows(self, n, d, dims):
         "The numbers from 0 to `n-1` along dimension `d` of `dims`"
@@ -385,6 +427,7 @@ class _Shared(_Facts):
     def heads(self, l, c):
         """Channels that a linear layer made are split over several dimensions. The sizes may come from its input, if that is as wide
         (`C // num_heads`), or from an attribute that queries, keys and values share: tie them, so that all change alike"""
+        if len(set(_varying(l))-set(self.stacked(l)))<2: return
         u = l[l>0].unique()
         for lo,hi,ins in self.linear_ranges():
             if not (len(u) and lo<=u[0] and u[-1]<hi): continue
@@ -436,10 +479,13 @@ def _shape_of_cat(c):
     if any(rest(o.shape)!=rest(shape) for o in others): return
     return [sum(o.shape[d] for o in c.a['tensors']) if i==d%len(shape) else n for i,n in enumerate(shape)]
 
-_OTHER_SHAPES = frozenset(('clone','cat','_softmax','_log_softmax','native_batch_norm','native_layer_norm',*_POOLS))
+_OTHER_SHAPES = frozenset(('fasterai::unroll','clone','cat','_softmax','_log_softmax','native_batch_norm','native_layer_norm',*_POOLS))
 
 def _other_empty_result(c, blank):
     "`_empty_result` of one of `_OTHER_SHAPES`"
+    if c.name=='fasterai::unroll':
+        x,state = c.a['input'],c.a['state']
+        return [blank(x, [*x.shape[:-1],state[0].shape[-1]]),*(blank(o, o.shape) for o in state)]
     x = c.a[c.first] if c.name!='cat' else c.a['tensors'][0]
     if c.spec.mutable or x.layout!=torch.strided or not x.is_floating_point(): return
     if c.name=='clone': return blank(x, x.shape) if c.a['memory_format'] is torch.contiguous_format else None
@@ -499,11 +545,13 @@ class _Trace(Watch, _Shared):
         if self.hollow and spec.takes==[]: return func(*args, **kwargs)  # it makes a tensor of nothing
         call = Call(func, spec, args, kwargs, self.shadow, self.where())
         call.out = self.compute(call, func, args, kwargs)
-        asked = call.counts or type(call.out) in (int,float)
+        asked = (call.counts or type(call.out) in (int,float)) and not self.asks_size(call)
         if self.hollow and (asked or type(call.out) is bool): raise _Asked
         if asked and not self.counts: self.counts,self.settled = call.why,list(self.order)
         if any(o.ids or o.par for o in call.shadows): self.follow(call)
         return call.out
+
+    def asks_size(self, call): "Does a recurrent layer ask how many sequences there are, which is no question for a value?"; return call.meaning=='ask' and gates_of(self.modules[call.where])>0
 
     def compute(self, call, func, args, kwargs):
         "What `func` gives, for those who want to know more than channel numbers"
@@ -585,6 +633,7 @@ class _Trace(Watch, _Shared):
         return _Shadow(tuple(1 if st==0 else n for n,st in zip(o.shape, t.stride())), o.ids, o.par, o.kind, o.direct, o.mixed)
     def slice_at(self, l, d, c):
         "A slice of labels `l` along `d`: what comes before a number in the code stays, or what comes after, if that counts from the end"
+        if d in self.stacked(l): return  # layers and directions of a recurrent layer
         start,stop = c.a.get('start') or 0,c.a.get('end')
         known = self.telling.explains_slice(start, stop) if self.telling and c.a.get('step')==1 else None
         if known is None: return self.fix(l, [d], c.why)
@@ -610,7 +659,7 @@ class _Trace(Watch, _Shared):
     def put_ids(self, t, ids): self.put(t, _Shadow(tuple(t.shape), ids))
     def count(self, call, n, weights):
         "`n` multiply-accumulates, of the layer that has the first of the arguments `weights` that is a parameter"
-        names = [name for k in weights if call.get(k) for name,_ in call.get(k).par]
+        names = [name for k in weights for o in (call.lists[k] if k in call.lists else [call.get(k)]) if o for name,_ in o.par]
         self.macs[layer_of(names[0]) if names else call.where] += n
 
 # %% ../../nbs/core/08_graph.ipynb #c9f2c894
@@ -662,7 +711,7 @@ def _pieces(tr, c):
     for l in c.x.along(d):
         if 'unbind' in c.name or len(set(sizes))>1 and not (tr.telling and tr.telling.explains_split()): tr.fix(l, [d], c.why)
         elif len(set(sizes))==1:
-            for o in l.split(sizes, d)[1:]: tr.tie(o, l.narrow(d, 0, sizes[0]), c.why)
+            for o in l.split(sizes, d)[1:] if d not in tr.stacked(l) else (): tr.tie(o, l.narrow(d, 0, sizes[0]), c.why)
     def piece(l, start, n):
         l = _shrink(l.narrow(d, start, n)) if l.shape[d]>1 else l
         return l.squeeze(d) if 'unbind' in c.name else l
@@ -811,21 +860,63 @@ def _aligned(tr, c):
         for l in o.ids: tr.pin(l, c.why)
     tr.put_ids(c.y, [l for l in x.ids if _varying(l)==[1]])
 
-@channels('recurrent')
-def _recurrent(tr, c):
-    "Only what comes in can be cut: the state keeps its size"
-    x = c.get('input')
-    readers,others = recurrent_weights(c.a, {**c.tensors, **c.lists})
-    if any(w.ids or not w.par for w in readers): raise _Unknown
-    states = [o for k,o in c.tensors.items() if k!='input' and not k.startswith('weight')]
-    for o in (*others,*states):
-        tr.hold(o.par, c.why)
-        for l in o.ids: tr.pin(l, c.why)
+def _as_row(ids, n): "Channels `ids` along the last of `n` dimensions"; return ids.view(*[1]*(n-1), -1)
+
+@channels('unroll')
+def _unrolled(tr, c):
+    "A hidden unit has a row for each gate, and what it gives is read at the next step. The state that comes in has as many"
+    x,(ih,hh,hr,biases) = c.get('input'),weights_of(c.lists['weights'], c.a['has_biases'])
+    if any(o.ids or not o.par for o in c.lists['weights']): raise _Unknown
+    if x.par: x = tr.as_input(x, -1, c.why)
+    rows = tr.issue(ih, 0)
+    gates = rows.view(GATES[c.a['kind']], -1)
+    tr.tie(gates, gates[:1], c.why)
+    units = gates[0]
+    states = [units if hr is None else tr.issue(hr, 0),units][:len(c.lists['state'])]
+    for ids in states:
+        if ids.all() and not tr.sets(ids).all(): tr.new_set(ids)
     ins = tr.take(x, -1, c.why)
-    for l in x.beside(-1): tr.pin(l, c.why)
-    for w in readers:
-        state = torch.zeros(w.shape[0], dtype=torch.long, device='cpu')
-        tr.weigh(w, {1: (ins,'in','weight'), 0: (state,'out','weight')}, c.why)
+    for o in (x,*c.lists['state']):
+        for l in o.beside(-1): tr.pin(l, c.why)
+    tr.weigh(ih, {1: (ins,'in','weight'), 0: (rows,'out','gates')}, c.why)
+    tr.weigh(hh, {1: (states[0],'in','weight'), 0: (rows,'out','state')}, c.why)
+    if hr is not None: tr.weigh(hr, {1: (units,'in','weight'), 0: (states[0],'out','weight')}, c.why)
+    for b in biases: tr.weigh(b, {0: (rows,'affine','gates')}, c.why)
+    for ids,o,t in zip(states, c.lists['state'], c.a['state']):
+        tr.meet([_Shadow((1,len(ids)), [_as_row(ids, 2)] if ids.any() else []),tr.unexpanded(o, t)], c.why.replace(c.op, 'a given state', 1))
+    _count_units(tr, c.where, dict(hidden_size=units, **({} if hr is None else dict(proj_size=states[0]))))
+    for ids,y in zip((states[0],*states), c.results):
+        if ids.any(): tr.put_ids(y, [_as_row(tr.fresh(ids, c.why), y.dim())])
+
+def _count_units(tr, where, units):
+    "A recurrent layer has one attribute for the units of all of its layers and directions"
+    if not tr.telling or not isinstance(tr.modules[where], nn.RNNBase): return
+    for k,ids in units.items():
+        if not ids.all() or (where,k,first := int(ids[0])) in tr.counted: continue
+        tr.counted.add((where,k,first))
+        said = EQUALLY_MANY.format(where or 'the model')
+        tr.telling.equations.append(Equation(Attr(where, (k,)), Axis(len(ids), [ids]), True, where, '', None, said))
+
+@channels('states')
+def _stacked(tr, c):
+    "States of layers and directions one after the other, each with units of its own"
+    parts,n = c.lists['tensors'],c.y.dim()
+    if any(o.par for o in parts): raise _Unknown
+    for o in parts:
+        for l in o.beside(-1): tr.pin(l, c.why)
+    ls = [o.along(-1) for o in parts]
+    if all(len(o)==1 for o in ls): return tr.put_ids(c.y, [torch.stack([l for l, in ls])])
+    for l in (l for o in ls for l in o): tr.pin(l, c.why)
+
+@channels('pack')
+def _packed(tr, c):
+    "Steps of sequences, and where they are over, are other dimensions than channels"
+    x,was = c.x,1+(c.name=='_pack_padded_sequence')  # so many dimensions tell the step and the sequence
+    tr.hold(x.par, c.why)
+    for l in x.ids: tr.fix(l, range(was), c.why)
+    flat = [l for l in x.ids if min(_varying(l))>=was]
+    y = c.results[0]
+    tr.put_ids(y, [l.reshape(*[1]*(y.dim()-l.dim()+was),*l.shape[was:]) for l in flat])
 
 @channels('pad')
 def _padded(tr, c):
@@ -1343,10 +1434,8 @@ def _macs_of_attention(c):
     q,k,v = (c.a[o].shape for o in ('query','key','value'))
     return math.prod(q[:-1])*k[-2]*(q[-1]+v[-1]),[]
 
-@macs('recurrent')
-def _macs_of_recurrent(c):
-    readers,others = recurrent_weights(c.a, c.a)
-    return math.prod(c.a['input'].shape[:-1])*sum(w.numel() for w in (*readers,*others) if w.dim()==2),['weight0']
+@macs('unroll')
+def _macs_of_recurrent(c): return math.prod(c.a['input'].shape[:-1])*sum(w.numel() for w in c.a['weights'] if w.dim()==2),['weights']
 
 # %% ../../nbs/core/08_graph.ipynb #738aac76
 _PARAMETERS = dict(weight='scale', bias='shift', running_mean='stat', running_var='stat')
@@ -1456,7 +1545,14 @@ class ChannelGraph:
         self._follow()
         for ids,why in self._for_others(tr): tr.pin(ids, why)
         self._solve(tr)
+        self._forget_states()
         self.mixes = [(ids,why) for l,why,dims in tr.mixes if len(ids:=self._mixed(l, dims))]
+
+    def _forget_states(self):
+        "States that the code makes, and no layer has met, count nothing"
+        met = torch.zeros(len(self._root), dtype=torch.bool, device='cpu')
+        for s in self.slices: met[self._root[s.ids]] = True
+        self.equations = [e for e in self.equations if not e.said or all(met[self._root[l]].any() for o in e.axes for l in o.labels)]
 
     def _with_values(self, model):
         "A `_Trace` of one forward that computes all"
@@ -1491,13 +1587,16 @@ class ChannelGraph:
 
     def _run(self, model, tr, inputs):
         "Trace a forward, and pin what leaves the model; the shapes of that"
-        with tr, tr.telling: out = call_with(model, inputs)
+        with tr, tr.telling:
+            begin_anew(model)
+            out = call_with(model, inputs)
         for o in map(tr.shadow, tensors_of(out)):
             for l in o.ids: tr.pin(l, OUTPUT)
             tr.hold(o.par, OUTPUT)
         if any(alive() is not None for *_,alive in tr.unread.values()): gc.collect()
         for ids,where,alive in tr.unread.values():
             if alive() is None: continue  # nothing has read it, and nothing will
+            if remembering(model) and all(tr.sets(l).all() for l in ids): continue  # a state, for the next call
             for l in ids: tr.pin(l, f'kept by {where or "the model"}')
         tr.unread.clear()
         return [tuple(o.shape) for o in tensors_of(out)]

@@ -16,7 +16,8 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from .graph import ChannelGraph,_Trace,_shape_of_product,_varying,adds_slices,indexed,mask_of,places_of,spatial_dims,summed_by
-from .ops import PRODUCTS,plain_of,recurrent_weights,values
+from .ops import PRODUCTS,plain_of,values
+from .recurrent import begin_anew,settled,weights_of
 from .running import SLIPS,_as_outside,drawing,untouched
 from .sizes import Telling
 
@@ -186,6 +187,28 @@ def _attend(c):
     if zero.dim()==y.dim() and all(a in (1,b) for a,b in zip(zero.shape, y.shape)): y.masked_fill_(zero, 0)
     return out
 
+@values('unroll')
+@_sure
+def _unroll(c):
+    "What is always the same, for sequences of any length"
+    x,state,ws = c.a['input'],c.a['state'],c.a['weights']
+    always = lambda t: _steady(t.reshape(-1, t.shape[-1]), [0])[0]
+    before,after,projected = settled(c.a['kind'], always(x), [always(o) for o in state], ws, c.a['has_biases'])
+    c.known = [o[:,None] for o in (always(x),before[0],projected)]
+    return [after[0].expand(*x.shape[:-1], -1).clone(),*(a.expand_as(o).clone() for a,o in zip(after, state))]
+
+@values('pack')
+@_sure
+def _pack(c):
+    "Each number stays what it is, or is at another place if that is not known"
+    sizes = c.a['lengths' if c.name=='_pack_padded_sequence' else 'batch_sizes']
+    x,bad = c.a[c.first],c.unknown_of(sizes).any()
+    if c.name!='_pack_padded_sequence': x = _only(x, c.a['padding_value'])
+    elif bad: x = _steady(x, [0,1])
+    out = _redo(c, **{c.first:x})
+    c.unknown = bool(bad)  # of how many there are
+    return out
+
 @values('reduce')
 def _reduce(c):
     x = c.a['self']
@@ -349,7 +372,7 @@ def _watch_and_round(c):
     return y.masked_fill_(x.isnan() if c.made_of_parameters else x!=0, torch.nan),mask
 
 @values('same', 'permute', 'view', 'expand', 'repeat', 'slice', 'split', 'strided', 'diagonal', 'roll', 'triangle', 'join', 'window', 'to_columns', 'pixel_shuffle',
-    'pixel_unshuffle', 'channel_shuffle', 'complex_view', 'edge_pad', 'nearest', 'resize', 'blank', 'like', 'copy', 'fill', 'zero')
+    'pixel_unshuffle', 'channel_shuffle', 'states', 'complex_view', 'edge_pad', 'nearest', 'resize', 'blank', 'like', 'copy', 'fill', 'zero')
 def _move(c): "What is unknown moves along"; return _plain(c)
 
 def _move_choice(c):
@@ -378,15 +401,16 @@ class Read:
 
 def _grouped(c, table, i=0):
     """Ids of inputs and outputs of weight and convolution or product `c`, its weight [groups, outputs, inputs, …], and the input's values
-    [groups, inputs, …]; of a recurrent operation for the `i`-th weight that reads its input"""
+    [groups, inputs, …]; of a recurrent layer for its `i`-th weight that is a matrix"""
     made,read = (next((v for v in table.values() if v[1]==role), None) for role in ('out','in'))
     if c.meaning in ('convolution','deformed'):
         w,x,G,back = c.seen['weight'].detach(),c.seen['input'],c.a['groups'],c.a.get('transposed', False)
         w = w.reshape(G, -1, *w.shape[1:]) if not back else w.reshape(G, -1, *w.shape[1:]).transpose(1, 2)
         x = x.movedim(1, 0)
-    elif c.meaning=='recurrent':
-        G,x = 1,c.seen['input'].movedim(-1, 0)
-        w = recurrent_weights(c.a, c.seen)[0][i].detach()[None]
+    elif c.meaning=='unroll':
+        ws = [o for o in weights_of(c.seen['weights'], c.a['has_biases'])[:3] if o is not None]
+        G,w = 1,ws[i].detach()[None]
+        x = c.known[i] if hasattr(c, 'known') else torch.full([w.shape[2],1], torch.nan, device=w.device)  # where its rule has failed
     else:
         G,(k,l,_) = 1,PRODUCTS[c.name]
         a,b = c.seen[k],c.seen[l]
@@ -468,7 +492,7 @@ class _Reading(_Trace):
         if isinstance(out, bool) and self.forced is not None:
             out = self.forced[len(self.told)] if len(self.told)<len(self.forced) else out
             self.told.append(out)
-        elif c.counts or c.meaning in _TELLS and any(o is not None and not isinstance(o, Tensor) for o in tree_leaves(out)): self.close()
+        elif c.counts or c.meaning in _TELLS and not self.asks_size(c) and any(o is not None and not isinstance(o, Tensor) for o in tree_leaves(out)): self.close()
         return out
 
     def close(self):
@@ -512,7 +536,7 @@ class _Reading(_Trace):
         "What depends on the input and does not show it by itself"
         for o in tree_leaves(out):
             if not isinstance(o, Tensor):
-                if o is not None and c.unknown and c.meaning in _TELLS: self.depends = self.depends or c.why
+                if o is not None and c.unknown and c.meaning in _TELLS and not self.asks_size(c): self.depends = self.depends or c.why
             elif o.layout!=torch.strided: self.depends = self.depends or c.why  # no place for a nan
             elif not _exact(o):
                 if tainted or c.unknown: self.taint(o)
@@ -538,7 +562,7 @@ class _Reading(_Trace):
         elif call.meaning=='reduce' and summed_by(call): self.sums += [l for l in call.x.ids if set(call.dims()) & set(_varying(l)) and not adds_slices(l, call)]
         whole = [t for t in self.tables if {v[1] for v in t.values()}=={'in','out'}]
         self.tables = []
-        for i,table in enumerate(whole if call.meaning=='recurrent' else whole[:1]): self.remember(call, table, i)
+        for i,table in enumerate(whole if call.meaning=='unroll' else whole[:1]): self.remember(call, table, i)
 
     def remember(self, c, table, i):
         ins,outs,w,x = _grouped(c, table, i)
@@ -550,7 +574,7 @@ class _Reading(_Trace):
             zero,const = ((lo==0)&(hi==0)).cpu(),torch.where(_level(lo, hi), hi, torch.nan).cpu()
         layer = self.own_layer(c)
         if not layer or (c.a.get('transposed') or any(c.a.get('padding', ()))): const = torch.full_like(const, torch.nan)
-        self.reads.append(Read(frozenset(n for o in c.tensors.values() for n,_ in o.par), layer, ins, outs, w, nonzero.cpu(), zero, const))
+        self.reads.append(Read(frozenset(n for o in (*c.tensors.values(),*c.lists.get('weights', [])[i:i+1]) for n,_ in o.par), layer, ins, outs, w, nonzero.cpu(), zero, const))
 
     @cached_property
     def owners(self): "How many modules own each parameter, by its id"; return Counter(id(o) for m in self.model.modules() for o in m._parameters.values())
@@ -588,7 +612,9 @@ def _run(model, tr, inputs):
         elif not _exact(o): tr.taint(o)
     tr.telling = Telling(tr)  # what follows a size does so here as well
     try:
-        with untouched(model, plain=False), _as_outside(model), tr, tr.telling, drawing(): _call(model, inputs)
+        with untouched(model, plain=False), _as_outside(model), tr, tr.telling, drawing():
+            begin_anew(model)
+            _call(model, inputs)
     except SLIPS as e: return f'{type(e).__name__}: {str(e).partition(chr(10))[0]}'  # any error may come of a nan
 
 def _one_way(model, graph):

@@ -83,6 +83,9 @@ _MEANINGS = dict(
     distance='_cdist_forward _euclidean_dist',
     embedding='embedding embedding_bag _embedding_bag _embedding_bag_forward_only',
     recurrent='mkldnn_rnn_layer _cudnn_rnn',
+    unroll='fasterai::unroll',  # see `core.recurrent`
+    states='fasterai::states',
+    pack='_pack_padded_sequence fasterai::pad_packed',
     weight_norm='_weight_norm_interface',
     # normalizations
     batch_norm='''batch_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional _native_batch_norm_legit_no_training _batch_norm_no_update
@@ -186,7 +189,7 @@ def _meaning_of(like):
     known = (*_MEANINGS, *(o for o in ops if '::' not in o))
     raise ValueError(f'{like!r} is neither an operation of the table nor a meaning: {did_you_mean(like, known)}')
 
-_WITH_WEIGHTS = frozenset('convolution deformed product attention distance embedding recurrent weight_norm fake_quantize'.split())
+_WITH_WEIGHTS = frozenset('convolution deformed product attention distance embedding recurrent unroll weight_norm fake_quantize'.split())
 
 def _needed(like):
     "Arguments that operation `like` cannot do without, but for its first: by these names a rule asks for them"

@@ -440,6 +440,7 @@ def _check_told(model, attrs, was):
     "`ValueError` if layers got attributes other than those that their weights tell, once they are cut"
     for n,o in attrs.items():
         m = model.get_submodule(n)
+        o = {k:v for k,v in o.items() if k in vars(m)}  # others are numbers of a configuration
         if not (is_layer(m) or type(m).__module__.startswith('torch.')): continue  # who writes a module of his own knows its sizes
         told = {k:vars(m)[k] for k in _SIZES if k in vars(m)} | (_told_by_weight(m) if is_layer(m) else {})
         for k,v in o.items():

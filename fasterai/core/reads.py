@@ -13,6 +13,7 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from .ops import PRODUCTS, Call, Watch, recurrent_weights
+from .recurrent import StepByStep
 from .running import Where, call_with, untouched
 
 # %% ../../nbs/core/23_reads.ipynb #9ef522fa
@@ -173,7 +174,14 @@ class _Following(Watch):
     "Runs along with a model; `reads` gets each operation that reads a weight"
     def __init__(self, model):
         super().__init__()
-        self.owner,self.count = _Owner(model),Counter()
+        self.owner,self.count,self.by_step = _Owner(model),Counter(),[]
+    def __enter__(self):
+        self.by_step.append(StepByStep())
+        self.by_step[-1].__enter__()
+        return super().__enter__()
+    def __exit__(self, *args):
+        super().__exit__(*args)
+        self.by_step.pop().__exit__(*args)
     def name_read(self, call):
         "Name of the parameter that `call` reads as its weight, or `None`"
         found = read_by(call)

@@ -29,6 +29,7 @@ from torch import nn,Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode,_get_current_dispatch_mode
 from torch.utils._pytree import tree_map
+from .recurrent import begin_anew
 from .registry import an
 
 # %% ../../nbs/core/06_running.ipynb #f62cec1c
@@ -509,8 +510,9 @@ def untouched(
 ):
     """Run `model` to look at it: `restored` afterwards, `at_home`, with all digits, uncompiled, on plain tensors, and so without
     fused attention, which would hide what happens inside. Nothing of that is seen by other threads. What is returned only to be kept
-    for the next call (`config.use_cache`) is not"""
+    for the next call (`config.use_cache`) is not. What was kept of earlier calls is forgotten (see `begin_anew`)"""
     with at_home(), restored(model, plain or None), _all_digits(model), _eager(model), _without_caches(model):
+        begin_anew(model)
         with _Plain(model) if plain else nullcontext(): yield
 
 def _copied(o): return plain(o).detach().clone() if isinstance(o, Tensor) else o

@@ -21,6 +21,7 @@ from .registry import an,did_you_mean
 from .graph import ChannelGraph
 from .running import SLIPS,Where,tensors_of,call_with,held,plain,untouched
 from .ops import of_model
+from .recurrent import begin_anew,gates_of
 from .sizes import Attr,Axis,Watching,evaluate,is_config,is_layer
 
 # %% ../../nbs/core/10_surgery.ipynb #9ab53a14
@@ -133,8 +134,8 @@ class _Fitting:
             self.search(attr, [e for e in self.sure if attr in e.attrs and decided.issuperset({*e.attrs}-{attr})])
             decided.add(attr)
         for e in self.sure:
-            for attr in [] if self.holds(e) else [o for o in e.attrs if o not in decided]:
-                self.search(attr, [e for e in self.sure if attr in e.attrs])
+            for attr in [o for o in e.attrs if o not in decided]:
+                if not self.holds(e): self.search(attr, [e for e in self.sure if attr in e.attrs])
         return [e for e in self.sure if not self.holds(e)]
 
     def number(self, leaf):
@@ -159,7 +160,7 @@ class _Fitting:
         "A number for `attr` with which the equations `mine` hold, if there is one"
         was = self.now(attr) or 0
         share = [was*self.left[o]//len(self.rows[o]) for e in mine for o in e.axes if len(self.rows[o])]
-        for n in (*share,*range(was, 0, -1)):  # what has shrunk as the channels have is likelier
+        for n in (*filter(None, share),*range(was, 0, -1)):  # what has shrunk as the channels have is likelier
             self.values[attr] = n
             if all(map(self.holds, mine)): return
         del self.values[attr]
@@ -273,7 +274,7 @@ def _told_by_weight(m):
         k,v = (E,E) if m._qkv_same_embed_dim else (m.k_proj_weight.shape[1],m.v_proj_weight.shape[1])
         return dict(embed_dim=E, kdim=k, vdim=v, head_dim=E//m.num_heads)
     if isinstance(m, nn.modules.conv._ConvNd): return _of_conv(m, w)
-    if isinstance(m, nn.RNNBase): return dict(input_size=_weight(m, 'weight_ih_l0').shape[1], hidden_size=m.hidden_size)
+    if gates_of(m): return _of_recurrent(m)
     if w is None:
         mean = getattr(m, 'running_mean', None)
         return {} if mean is None else dict(num_features=len(mean))
@@ -286,6 +287,12 @@ def _told_by_weight(m):
     if type(m).__name__=='DeformConv2d': return dict(in_channels=w.shape[1]*m.groups, out_channels=w.shape[0])
     if type(m).__name__=='Conv1D': return dict(nf=w.shape[1], **(dict(nx=w.shape[0]) if hasattr(m, 'nx') else {}))
     return {}
+
+def _of_recurrent(m):
+    "A hidden unit has a row for each gate"
+    end = '_l0' if isinstance(m, nn.RNNBase) else ''
+    w,projection = _weight(m, f'weight_ih{end}'),getattr(m, 'weight_hr_l0', None)
+    return dict(input_size=w.shape[1], hidden_size=w.shape[0]//gates_of(m), **({} if projection is None else dict(proj_size=projection.shape[0])))
 
 def _of_conv(m, w):
     "Depthwise: groups go with the channels; else as many groups as before"
@@ -314,7 +321,10 @@ def apply_plan(
     if any('.' in k for o in plan['attrs'].values() for k in o): own_configs(model)
     told = {n:_told_by_weight(m) for n,m in model.named_modules() if is_layer(m)}
     for where,attrs in [*told.items(), *plan['attrs'].items()]: _mend(model.get_submodule(where), attrs)
-    for m in model.modules(): _put_anew(m)
+    for m in model.modules():
+        _put_anew(m)
+        if isinstance(m, nn.RNNBase): m.flatten_parameters()  # one piece of memory, for cuDNN
+    begin_anew(model)  # states that are kept have the old size
     return model
 
 def own_configs(

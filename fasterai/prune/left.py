@@ -13,6 +13,7 @@ from torch import nn
 from ..core.graph import OUTPUT,ChannelGraph,layer_of
 from ..core.granularity import axes_of,has_axes
 from ..core.liveness import Liveness
+from ..core.recurrent import gates_of
 from ..core.running import untouched
 
 # %% ../../nbs/prune/00_left.ipynb #98e43bac
@@ -43,9 +44,10 @@ class Made:
         self.whole = model.get_submodule(layer_of(name))
         flat = _along(used_weight(model, name), dim)
         self.zero = (~flat.any(1) if flat.shape[1] else torch.zeros(len(flat), dtype=torch.bool, device='cpu')).cpu()
-        hidden = self.whole.hidden_size if isinstance(self.whole, nn.RNNBase) else 0
-        if hidden and len(ids)%hidden==0:  # a unit has a row for each gate
-            self.ids,self.zero = ids[:hidden],self.zero.view(-1, hidden).all(0)
+        if gates := gates_of(self.whole) if '_ih' in name else 0:  # a hidden unit has a row for each gate, also for the state
+            state = getattr(self.whole, name.removeprefix(f'{self.layer}.').replace('_ih', '_hh'), None)
+            if state is not None and len(state)==len(ids): self.zero &= ~state.detach().any(1).cpu()
+            self.ids,self.zero = ids.view(gates, -1)[0],self.zero.view(gates, -1).all(0)
 
 _WEIGHTS = 'weight','weight_orig','weight_v','parametrizations'  # or what it is computed from
 
@@ -56,7 +58,7 @@ def made_by(
     "A `Made` for each weight that makes channels, those that `graph` could not follow among them"
     own,found = dict(model.named_parameters()),{}
     for s in graph.slices:
-        if s.role=='out' and s.name in own: found.setdefault((s.name,s.dim), s.ids)
+        if s.role=='out' and s.kind!='state' and s.name in own: found.setdefault((s.name,s.dim), s.ids)
     used,names = {n for n,_ in found},{id(p):n for n,p in own.items()}
     seen = set(map(layer_of, used))
     for n,m in model.named_modules():
@@ -74,8 +76,7 @@ def fixed(
 ):
     "For each channel why it cannot be removed, '' for those that can"
     roots,classes = graph.roots(made.ids).tolist(),graph.classes(made.ids).tolist()
-    if isinstance(made.whole, nn.RNNBase): unknown = 'hidden units of recurrent layers stay'
-    elif made.name in graph.unused: unknown = 'it did not run with these inputs in eval mode, and may not fit the layers before it any more'
+    if made.name in graph.unused: unknown = 'it did not run with these inputs in eval mode, and may not fit the layers before it any more'
     elif graph.unknown and len(made.ids)>1: unknown = f'the graph does not follow its weight (unknown operations: {some(graph.unknown)})'
     elif len(made.ids)==1: unknown = LAST
     else: unknown = 'the graph does not follow its weight'

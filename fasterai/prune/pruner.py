@@ -23,6 +23,7 @@ from ..core.obs import Reader,best_removed,removal_costs
 from ..core.needs import Known,needed
 from ..core.registry import did_you_mean,spelled
 from ..core.graph import OUTPUT,SINGLE,ChannelGraph,layer_of
+from ..core.recurrent import gates_of
 from .configs import follow_config
 from .kinds import KINDS,Kinds
 from .left import LAST,add_row,counted,fixed,left_of_zeros,made_by,missing,rows_of,some,in_words
@@ -32,13 +33,13 @@ from ..core.brought import check_held,check_scores,check_values,falls_short,list
 from ..core.liveness import Liveness,spare_last
 from ..core.evidence import _wide,arrived,check_loss,check_seen,check_trained,evidence,first_inputs,found_now,repeatable,weight_of
 from ..core.proof import TOLERANCE,check_same,random_like
-from ..core.selection import Scores,Source,check_percent,in_percent,n_of
-from ..core.pool import Pool, select_each
+from ..core.selection import Scores,Source,check_percent,in_percent,n_of,rounded_gone
+from ..core.pool import Pool, select, select_each
 from ..core.schedule import check_rises,schedule_of
 from ..core.plan import as_bytes,note_parts,plan_text,pruned_plan,refill,remember_plan,steps_of
 from ..core.saved import load_model,save_model
 from ..repair.repair import Teacher,_batches,_given
-from .targets import Counted,Target,Timed,Widths,losses
+from .targets import Counted,Target,Timed,Widths,bundles,losses
 from ..core.surgery import _pick,_sub,apply_plan,check_copyable,copy_of,follow_cut,legal,reshaped,without
 
 # %% ../../nbs/prune/01_pruner.ipynb #29ec85b0
@@ -329,6 +330,7 @@ class _Aim:
     def __init__(self, pruner, **how): # With other tables and watches, in tests
         self.pruner,self.target,self.groups = pruner,pruner.target,pruner.groups
         kind = Timed if self.target.what=='latency' else Counted
+        self.bundle = np.array(bundles(pruner.graph, pruner.groups))
         self.meter,self.held = kind(self.target.what, pruner.model, pruner.graph, pruner.groups, pruner.round_to, **how),0
         for g in self.groups: g.values = g.held = None
 
@@ -359,7 +361,10 @@ class _Aim:
         p,groups = self.pruner,self.groups
         curves = [np.zeros(1) if g.barred else losses(p._score(g), g.readers) for g in groups]
         units = [math.lcm(self.meter.step(g.n), p.round_to) if p.round_to else self.meter.step(g.n) for g in groups]
-        return Widths(curves, [g.n for g in groups], [min(u, g.n) for u,g in zip(units, groups)], self.meter.estimate)
+        members = [np.flatnonzero(self.bundle==i) for i in range(self.bundle.max()+1)]
+        def joined(at): return sum(curves[i][:min(len(curves[j]) for j in at)] for i in at)
+        first = [groups[at[0]].n for at in members]
+        return Widths(list(map(joined, members)), first, [min(math.lcm(*(units[i] for i in at)), n) for at,n in zip(members, first)], lambda gone: self.meter.estimate(gone[:,self.bundle]))
 
     def nearest(self, choose, name, goal=None, tries=_CORRECTIONS):
         "In stages: of the widths that `choose` gives, for budgets that are corrected, those that are nearest to the target"
@@ -388,7 +393,7 @@ class _Aim:
     def tried(self, gone, name, loss):
         "The `_Found` without so many channels of each group; `None` if the code of the model insists on some, which are held then"
         p = self.pruner
-        by,ks = {g.name:g for g in self.groups},{(g.name,):int(k) for g,k in zip(self.groups, gone) if k}
+        by,ks = {g.name:g for g in self.groups},{(g.name,):int(k) for g,k in zip(self.groups, np.asarray(gone)[self.bundle]) if k}
         chosen = spare_last(p.graph, p._lowest(by, ks))
         new,plan,removed = legal(p.model, p.graph, chosen, why=p.counts_on)
         if len(removed)<len(chosen) and self.held<_TRIES:
@@ -813,12 +818,14 @@ class Pruner:
     def _groups(self):
         "The groups that may lose channels; what else makes channels is `kept`"
         self.modules,every = dict(self.model.named_modules()),tied_groups(self.model, self.graph)
-        groups = [g for g in every if not any(map(self._spared, g.layers))]
+        groups = [g for g in every if not any(map(self._spared, g.layers)) and not self._untold(g)]
         for g in every:
             for s in g.slices:
+                if s.kind=='state': continue  # the units of a recurrent layer are those of its other weight
                 mine = torch.isin(self.graph.classes(s.ids), g.classes)
                 layer = s.layer or s.name  # as `made_by` calls it
-                g.each[layer] = g.each.get(layer, 0)+int(mine.sum())/len(g.classes)
+                rows = gates_of(self.modules[s.layer]) if s.kind=='gates' else 1
+                g.each[layer] = g.each.get(layer, 0)+int(mine.sum())/len(g.classes)/max(rows, 1)
         self.kept = self._kept(every)
         if groups: return groups
         rows = {}
@@ -833,10 +840,15 @@ class Pruner:
         if self.layer_type is not None and not isinstance(self.modules.get(layer, self.model), types):
             return f'not of layer_type {", ".join(o.__name__ for o in types)}'
 
+    def _untold(self, g):
+        "Why group `g` cannot be ranked"
+        if self.about.of('x') and any(s.kind=='gates' for s in g.slices): return f'criteria {self.criteria.__name__!r} needs activations, which are not found for recurrent layers'
+
     def _kept(self, every):
         "For each layer how many channels it makes, and why some of them stay"
         tied,res = {},{}
         for g in every:
+            if why := self._untold(g): tied |= dict.fromkeys(g.classes.tolist(), why)
             for o in filter(self._spared, g.layers):
                 tied |= dict.fromkeys(g.classes.tolist(), f'tied to {o}, which is {self._spared(o)}')
         for o in made_by(self.model, self.graph):
@@ -992,8 +1004,24 @@ class Pruner:
         competing = {names:(sources(names), sum(gone[o] for o in names), k) for names,k in ks.items()}
         competing = {names:o for names,o in competing.items() if o[2]>o[1]}  # what is gone does not return
         select_each(list(competing.values()), True)
-        taken = [self._taken(by[name], (o.keep==0) & (by[name].keep!=0)) for names,(found,*_) in competing.items() for name,o in zip(names, found)]
+        found = {name:o for names,(some,*_) in competing.items() for name,o in zip(names, some)}
+        if self.context is not local: self._even(by, found)
+        taken = [self._taken(by[name], (o.keep==0) & (by[name].keep!=0)) for name,o in found.items()]
         return torch.cat(taken) if taken else torch.zeros(0, dtype=torch.long, device='cpu')
+
+    def _even(self, by, found): # Groups, and `Scores` of those that were chosen from, by name
+        "Groups of a bundle lose equally many: the mean of what was chosen"
+        together = {}
+        for g,i in zip(self.groups, bundles(self.graph, self.groups)):
+            if g.name in by: together.setdefault(i, []).append(g)
+        for gs in together.values():
+            gone = [found[g.name].gone if g.name in found else g.gone for g in gs]
+            if len(set(gone))<2: continue
+            k = max(round(sum(gone)/len(gs)), *(g.gone for g in gs))
+            if self.round_to: k = max(rounded_gone(gs[0].n, k, self.round_to), *(g.gone for g in gs))
+            for g in gs:
+                found[g.name] = Scores(self._score(g), g.keep.clone())
+                select([found[g.name]], g.gone, k, True)
 
     def _taken(self, g, go): # A group, and which of its classes have the lowest scores
         "The classes that go: those, or as many others if less is lost without them"
