@@ -536,7 +536,7 @@ def _repeat(model, step, likes, undo):
         importlib.import_module('fasterai.prune.blocks')
         _again['dropped'](model, step['dropped'], undo)
     cut = _opened(step, model)
-    was = {n:{k:vars(model.get_submodule(n))[k] for k in o} for n,o in cut['attrs'].items()}
+    was = {n:dict(vars(model.get_submodule(n))) for n in cut['attrs']}
     apply_plan(model, cut)
     _check_told(model, cut['attrs'], was)
     if 'config' in step:
