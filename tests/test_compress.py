@@ -139,6 +139,40 @@ def test_bits_are_those_of_the_file(tmp_path):
         model.weight.data = o.values
         assert 8*size(model, tmp_path)==pytest.approx(o.bits, rel=.06)
 
+# weighted k-means
+
+def least(x, h, k):
+    "The least weighted sum of squares, over all ways to cut the sorted data"
+    order = x.argsort()
+    v,w = x[order].double().tolist(),h[order].double().tolist()
+    def cost(a, b):
+        mean = sum(p*q for p,q in zip(v[a:b], w[a:b]))/sum(w[a:b])
+        return sum(q*(p-mean)**2 for p,q in zip(v[a:b], w[a:b]))
+    return min(sum(cost(a, b) for a,b in zip((0,*cuts), (*cuts,len(v)))) for cuts in itertools.combinations(range(1, len(v)), k-1))
+
+@pytest.mark.parametrize('seed', range(20))
+def test_weighted_kmeans_is_the_best_of_all_ways(seed):
+    gen = torch.Generator().manual_seed(seed)
+    x,h = torch.randn(9, generator=gen),torch.rand(9, generator=gen)**4*100
+    for k in (1,2,3,4): assert float((h*(x-kmeans(x, k, weight=h).shared)**2).sum())==pytest.approx(least(x, h, k), rel=1e-4, abs=1e-6)
+
+def test_weights_that_are_all_the_same_change_nothing():
+    torch.manual_seed(0)
+    for x in (torch.randn(5000), torch.randn(4, 700)):
+        for zeros in (False,True):
+            a,b = kmeans(x, 7, keep_zeros=zeros),kmeans(x, 7, keep_zeros=zeros, weight=torch.full_like(x, 3.))
+            assert torch.allclose(a.values, b.values, atol=1e-4)
+
+def test_what_counts_more_is_nearer():
+    torch.manual_seed(0)
+    x,h = torch.randn(20_000),torch.rand(20_000)**8
+    def harm(c): return float((h*(x-c.shared)**2).sum())
+    assert harm(kmeans(x, 8, weight=h*(1+9*(x>1))))>0 and harm(kmeans(x, 8, weight=h))<=harm(kmeans(x, 8)) and kmeans(x, 8, weight=1e-3+(x>0)).values.gt(0).sum()>=6
+
+@pytest.mark.parametrize('weight', [torch.ones(3), torch.tensor([1.,-1,1,1]), torch.tensor([1.,math.nan,1,1]), 2.], ids=str)
+def test_wrong_weights(weight):
+    with pytest.raises(ValueError, match='weight'): kmeans(torch.randn(4), 2, weight=weight)
+
 # networks of all kinds
 
 class Tagger(nn.Module):
