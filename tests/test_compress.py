@@ -3,7 +3,8 @@ import itertools, math, os, warnings
 from copy import deepcopy
 import numpy as np, pytest, torch
 from torch import nn
-from fasterai.quantize.all import Compressed, compress, kmeans, load_compressed, save_compressed
+from fasterai.quantize.all import kmeans, load_compressed, save_compressed
+from fasterai.quantize.compress import Compressed, compress
 from fasterai.quantize.rates import Coded, Rates
 from tiny import Net
 

@@ -106,11 +106,11 @@ def _alone(o, reads): # A `Read`
 
 def _even(model, reads, note):
     "Scale each layer that a normalization alone reads to outputs of variance 1, without a bias; names of the variances that are 1 now"
-    res = set()
+    res,params = set(),dict(model.named_parameters())
     for o in reads:
-        if not _alone(o, reads): continue
+        if o.name not in params or not _alone(o, reads) or o.late or o.row: continue
         parts = o.norm.parts
-        if not parts['running_var'] or o.late or o.row: continue
+        if not parts['running_var'] or not parts['running_mean'] or o.bias and o.bias not in params: continue
         w,var,mean = model.get_parameter(o.name),model.get_buffer(parts['running_var']),model.get_buffer(parts['running_mean'])
         if w.shape[o.dim]!=len(var): continue  # of a transposed convolution in groups, outputs do not lie along one dimension
         scale = (var.double()+parts['eps']).rsqrt()
@@ -301,7 +301,7 @@ class _Judge:
         "From 0 to 1, or more if `evaluate` finds it better"
         now = self.look(model)
         if self.evaluate: return now/self.first
-        same = [torch.as_tensor(a==b).float().flatten() if isinstance(a, Tensor) else torch.tensor([float(x==y) for x,y in zip(a, b)]) for a,b in zip(self.first, now)]
+        same = [torch.as_tensor(a==b).float().flatten() if isinstance(a, Tensor) else torch.tensor([float(x==y) for x,y in zip(a, b)], device='cpu') for a,b in zip(self.first, now)]
         return float(torch.cat([o.cpu() for o in same]).mean())
 
 _HELD = 4 # of so many batches, one is held out
@@ -354,7 +354,7 @@ def _to_agreement(network, judge, least, price):
     low,high,best,found = None,None,None,[]
     for _ in range(_LOOKS):
         yield from network.at(price)
-        found.append(judge(network.model))
+        found.append(judge())
         if found[-1]>=least: low,best = price,(price,None,*network.state())
         else: high = price
         if low and high and high/low<_CLOSE: break
@@ -398,23 +398,25 @@ def compress(
     """Zero and round the weights of `model`, so that the file of `save_compressed` is small: either of so many `bytes`, at little harm, or as small as `agreement` allows. Zeros stay zero. `ValueError` if that cannot
     be; after an error, `model` is as it was"""
     _check(data, bytes, agreement, answers, evaluate)
-    model = followable(model)
+    given,model = model,followable(model)
     check_values(model)
     check_weights(model.named_parameters(), 'they cannot be rounded')
     batches,held = (None if o is None else [_given(b, model) for b in _batches(o)] for o in (data,held))
     if held is None and batches is not None and agreement is not None and not evaluate: batches,held = _held_out(batches)
     for b in (*(batches or ())[:1],*(held or ())[:1]): check_runs(model, b)
-    judge = _Judge(model, held or [], answers or top1, evaluate) if held or evaluate else None
+    judged = given if evaluate else model
+    judge = _Judge(judged, held or [], answers or top1, evaluate) if held or evaluate else None
     with undone() as undo:
         def note(t): undo.callback(t.copy_, t.detach().clone())
         def work():
             network = _Network(model, batches or [], seed, note)
             yield
             price = _FIRST/sum(o.tensor.numel() for o in network.parts)
-            best = yield from _to_bytes(network, int(bytes), price) if bytes is not None else _to_agreement(network, judge, agreement, price)
+            search = _to_bytes(network, int(bytes), price) if bytes is not None else _to_agreement(network, lambda: judge(judged), agreement, price)
+            best = yield from search
             return network,best
         network,(price,n_bytes,numbers,rows) = staged(work(), 0, progress)
         for t,o in zip(network.tensors, numbers): t.copy_(o)
-        res = Compressed(network.size() if n_bytes is None else n_bytes, judge and judge(model), price, rows)
+        res = Compressed(network.size() if n_bytes is None else n_bytes, judge and judge(judged), price, rows)
     if network.made: warn(told(network.made, 'left as it was' if len(network.made)==1 else 'left as they were'))
     return res
