@@ -113,7 +113,7 @@ def peer(case, python, least):
         state = case.model.state_dict()
         save_file({k:v.contiguous() for k,v in state.items()}, before)
         with subprocess.Popen([python, '-c', PEER, before, after], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as job:
-            for qp in range(-16, -40, -1):
+            for qp in range(-18, -40, -1):
                 print(qp, file=job.stdin, flush=True)
                 n,model = int(job.stdout.readline()),deepcopy(case.model)
                 model.load_state_dict({**state, **load_file(after)})
