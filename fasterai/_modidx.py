@@ -3334,6 +3334,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fasterai/quantize/compress.py'),
                                             'fasterai.quantize.compress._Weight.__init__': ( 'quantize/compress.html#_weight.__init__',
                                                                                              'fasterai/quantize/compress.py'),
+                                            'fasterai.quantize.compress._Weight.factor': ( 'quantize/compress.html#_weight.factor',
+                                                                                           'fasterai/quantize/compress.py'),
                                             'fasterai.quantize.compress._Weight.flat': ( 'quantize/compress.html#_weight.flat',
                                                                                          'fasterai/quantize/compress.py'),
                                             'fasterai.quantize.compress._Weight.gap': ( 'quantize/compress.html#_weight.gap',
