@@ -309,8 +309,8 @@ class _Judge:
         "From 0 to 1, or more if `evaluate` finds it better"
         now = self.look(model)
         if self.evaluate: return now/self.first
-        same = [torch.as_tensor(a==b).float().flatten() if isinstance(a, Tensor) else torch.tensor([float(x==y) for x,y in zip(a, b)], device='cpu') for a,b in zip(self.first, now)]
-        return float(torch.cat([o.cpu() for o in same]).mean())
+        same = [s for a,b in zip(self.first, now) for s in ((a==b).flatten().tolist() if isinstance(a, Tensor) else [x==y for x,y in zip(a, b)])]
+        return sum(map(bool, same))/len(same)
 
 _HELD = 4 # of so many batches, one is held out
 
@@ -333,7 +333,7 @@ _FIRST = 1e-2 # of the outputs' variance, about, that all bits together cost at 
 _APART = 8. # from one price to the next until bytes or answers lie between two
 _CLOSE = 1.04 # of two prices that are close enough
 _NEAR = .99 # of the bytes that were asked for is near enough
-_LOOKS = 14 # prices that are tried, at most
+_LOOKS,_USUAL = 14,8 # prices that are tried, at most and as a rule
 
 def _between(known, low, high, goal):
     "The next price: where a line between two prices, or what was found there, meets `goal`"
@@ -423,7 +423,7 @@ def compress(
             search = _to_bytes(network, int(bytes), price) if bytes is not None else _to_agreement(network, lambda: judge(judged), agreement, price)
             best = yield from search
             return network,best
-        network,(price,n_bytes,numbers,rows) = staged(work(), 0, progress)
+        network,(price,n_bytes,numbers,rows) = staged(work(), _USUAL*sum(p.dim()>1 for p in model.parameters()), progress)
         for t,o in zip(network.tensors, numbers): t.copy_(o)
         res = Compressed(network.size() if n_bytes is None else n_bytes, judge and judge(judged), price, rows)
     if network.made: warn(told(network.made, 'left as it was' if len(network.made)==1 else 'left as they were'))
