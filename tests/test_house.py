@@ -29,6 +29,7 @@ RULES = [  # module                  ours                              others
     ('export/*',                    'core analyze legacy',            'torch numpy pandas onnx onnxruntime onnxscript openvino'),
     ('misc/*',                      'core legacy repair',             'torch numpy tensorly'),
     ('quantize/int8.py',            'core legacy analyze',            'torch pandas'),
+    ('quantize/compress.py',        'core repair',                    'torch pandas'),
     ('quantize/*',                  'core legacy',                    'torch numpy pandas torchao safetensors constriction'),
     ('repair/*',                    'core',                           'torch pandas'),
     ('prune/*',                     'core legacy repair analyze',     'torch numpy pandas safetensors'),

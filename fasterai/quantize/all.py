@@ -6,3 +6,4 @@ from .training import Quantize, Share
 from .kmeans_callback import KMeansCallback
 from .quantize_callback import FakeQuantizeCallback, QuantizeCallback
 from .compressed_file import CompressedFileError, compression_report, load_compressed, save_compressed
+from .compress import Compressed, top1

@@ -24,25 +24,34 @@ class Clusters(NamedTuple):
 # %% ../../nbs/quantize/01_kmeans.ipynb #e7890e66
 class _Sorted:
     "Rows of data in order, and their prefix sums; what is left `out` comes last, as inf, and is not counted"
-    def __init__(self, x, out): # [rows, n], mask or None
+    def __init__(self, x, out, weight=None): # [rows, n], mask or None, [rows, n] or None
         if out is not None: x = x.masked_fill(out, torch.inf)
-        v = (torch.from_numpy(np.sort(x.numpy())) if x.device.type=='cpu' else x.sort(1).values).double()
+        if weight is not None:
+            v,order = x.sort(1)
+            v,weight = v.double(),weight.gather(1, order).double()
+        else: v = (torch.from_numpy(np.sort(x.numpy())) if x.device.type=='cpu' else x.sort(1).values).double()
         self.n = torch.full_like(v[:,:1], x.shape[1], dtype=torch.long) if out is None else x.shape[1]-out.sum(1, keepdim=True)
         self.v,self.counted = v,v if out is None else v.masked_fill(v==torch.inf, 0)
         ends = torch.stack([self.counted[:,:1], v.gather(1, (self.n-1).clamp(min=0)).where(self.n>0, 0)])
         self.finite,top = bool(ends.isfinite().all()),ends.abs().amax(0)
         self.scale = torch.where(top>0, top/(2*top.frexp().mantissa), 1.) if x.dtype==torch.float64 else torch.ones_like(top)
         if x.dtype==torch.float64: self.v,self.counted = v/self.scale,self.counted/self.scale
-        self.S = torch.empty_like(v[:,:1]).expand(-1, 1+v.shape[1]).contiguous()
-        torch.cumsum(self.counted, 1, out=self.S[:,1:])
-        self.S[:,0] = 0
+        self.weight,self.weighed = weight,self.counted if weight is None else self.counted*weight
+        self.S,self.W = self._before(self.weighed),None if weight is None else self._before(weight)
+    def _before(self, v):
+        res = torch.empty_like(v[:,:1]).expand(-1, 1+v.shape[1]).contiguous()
+        torch.cumsum(v, 1, out=res[:,1:])
+        res[:,0] = 0
+        return res
+    def before(self, t): "The weight of all elements before the places `t`: their number, if all have the same"; return t.double() if self.W is None else self.W.gather(1, t.flatten(1)).view(t.shape)
+    def mass(self, t): "Weight of each interval between the places `t`"; return t.diff(dim=1) if self.W is None else self.W.gather(1, t).diff(dim=1)
     def sums(self, t): "Sum of each interval between the places `t`"; return self.S.gather(1, t).diff(dim=1)
     def below(self, c, right=False): "How many elements are less than each of `c` (with `right`, not more)"; return torch.searchsorted(self.v, c.contiguous(), right=right).minimum(self.n)
     def value(self, i): "The `i`-th lowest values"; return self.counted.gather(1, i.clamp(0, self.v.shape[1]-1))
 
-def _gain(S, a, b): # Sums before the places a and b, the places
+def _gain(S, a, b): # Sums before the places a and b, weights before these
     s,n = S[1]-S[0], b-a
-    return (s*s/n.clamp(min=1)).masked_fill_(n<0, -torch.inf)
+    return (s*s/n.clamp(min=torch.finfo(n.dtype).tiny)).masked_fill_(n<0, -torch.inf)
 
 # %% ../../nbs/quantize/01_kmeans.ipynb #1f5e15a9
 def _path(gains): # For each interval, gains [rows, to, from] of where it may end and begin; the first begins at the first place, the last ends at the last
@@ -67,7 +76,8 @@ def _cells(data, m): # `m` cells at most
 def _cut(data, e, k):
     "The best of the places `e` for `k` intervals"
     s,m = data.S.gather(1, e),e.shape[1]
-    gain = _gain((s[:,None],s[:,:,None]), e[:,None].double(), e[:,:,None].double())
+    n = data.before(e)
+    gain = _gain((s[:,None],s[:,:,None]), n[:,None], n[:,:,None])
     return torch.cat([e[:,:1], e.gather(1, _path([gain]*k)), e[:,-1:]], 1)
 
 def _move(data, t, stride, w=8): # Cuts, fraction of the way to its neighbours that a cut goes at most, strides to either side
@@ -77,7 +87,7 @@ def _move(data, t, stride, w=8): # Cuts, fraction of the way to its neighbours t
     mid = t[:,1:-1,None]
     P = torch.cat([mid-left.flip(2), mid, mid+right], 2)
     P = torch.cat([t[:,:1,None].expand_as(P[:,:1]), P, t[:,-1:,None].expand_as(P[:,:1])], 1)
-    s,p = data.S.gather(1, P.flatten(1)).view(P.shape),P.double()
+    s,p = data.S.gather(1, P.flatten(1)).view(P.shape),data.before(P)
     gains = _gain((s[:,:-1,None],s[:,1:,:,None]), p[:,:-1,None], p[:,1:,:,None])
     return torch.cat([t[:,:1], P[:,1:-1].gather(2, _path(gains.unbind(1))[...,None])[...,0], t[:,-1:]], 1)
 
@@ -111,7 +121,7 @@ def kmeans_pp(data, k, seed):
     c = [data.value((u[0]*data.n).long())]
     far = (data.counted-c[0]).square_().masked_fill_(data.v==torch.inf, 0)
     for o in u[1:]:
-        cum = far.cumsum(1)
+        cum = (far if data.weight is None else far*data.weight).cumsum(1)
         c.append(data.value(torch.searchsorted(cum, o*cum[:,-1:], right=True).minimum(data.n-1)))
         far = torch.minimum(far, (data.counted-c[-1]).square_())
     return _nearest(data, torch.cat(c, 1).sort(1).values)
@@ -125,13 +135,13 @@ def _means(data, t):
     t = torch.cat([t[:,:1], torch.where(t.diff(dim=1)==0, data.n, t[:,1:]).sort(1).values], 1)
     n,(r,m) = t.diff(dim=1),data.v.shape
     lengths = torch.cat([n, m-t[:,-1:]], 1).flatten()
-    sums = torch.segment_reduce(data.counted.flatten(), 'sum', lengths=lengths, unsafe=True).view(r, -1)[:,:-1]
-    c = (sums/n).maximum(data.value(t[:,:-1])).minimum(data.value(t[:,1:]-1))  # rounding does not leave the interval
+    sums = torch.segment_reduce(data.weighed.flatten(), 'sum', lengths=lengths, unsafe=True).view(r, -1)[:,:-1]
+    c = (sums/data.mass(t)).maximum(data.value(t[:,:-1])).minimum(data.value(t[:,1:]-1))  # rounding does not leave the interval
     return c.masked_fill(n==0, -torch.inf).cummax(1).values.masked_fill(data.n==0, 0)
 
 def _lloyd(data, t, max_iter):
     for _ in range(max_iter):
-        c = (data.sums(t)/t.diff(dim=1)).nan_to_num(nan=-torch.inf).cummax(1).values
+        c = (data.sums(t)/data.mass(t)).nan_to_num(nan=-torch.inf).cummax(1).values
         new = _nearest(data, c.clamp(min=data.value(0*data.n)))
         if torch.equal(new, t): break
         t = new
@@ -158,6 +168,16 @@ def _codes(last, x): # Highest element of each cluster but the last [rows, k-1],
     return torch.searchsorted(last, x.contiguous(), out_int32=True)
 
 # %% ../../nbs/quantize/01_kmeans.ipynb #2b2fbfc6
+_LEAST = 1e-6 # of the mean weight: what counts less is counted as that
+
+def _weights(weight, x):
+    "How much each element counts, in double precision; `ValueError` for what is no weight"
+    if not isinstance(weight, Tensor) or weight.shape!=x.shape: raise ValueError(f'weight has a number for each element of x, of shape {tuple(x.shape)}, not {tuple(weight.shape) if isinstance(weight, Tensor) else repr(weight)}')
+    weight = weight.detach().double()
+    if not bool((weight.isfinite() & (weight>=0)).all()): raise ValueError('a weight is a number, at least 0, and not infinite')
+    mean = weight.mean()
+    return torch.where(mean>0, weight/mean, 1).clamp(min=_LEAST)
+
 def kmeans(
     x:Tensor, # Data: [n], or [rows, n], of which each row is clustered by itself
     k:int, # How many values
@@ -165,6 +185,7 @@ def kmeans(
     keep_zeros:bool=False, # Leave zeros out, with a value and the code 0 of their own?
     max_iter:int=100, # Most of Lloyd's iterations
     seed:int=0, # For k-means++
+    weight:Tensor|None=None, # How much each element counts, of the shape of `x`; by default all count the same
 )->Clusters:
     "The `k` values that are nearest to `x`, and which of them each element has; `ValueError` if `x` has nan or inf"
     if not isinstance(k, int) or k<1: raise ValueError(f'k is a whole number of clusters, at least 1, not {k!r}')
@@ -174,7 +195,7 @@ def kmeans(
     rows = rows if rows.dtype==torch.float64 else rows.float()
     out = rows==0 if keep_zeros else None
     if rows.numel():
-        data = _Sorted(rows, out)
+        data = _Sorted(rows, out, None if weight is None else _weights(weight, x).view_as(rows))
         if not data.finite: raise ValueError(f'{int((~rows.isfinite()).sum())} of {rows.numel()} values are nan or inf')
         t = _distinct(data, _lloyd(data, init(data, k, seed), max_iter), k)
         values = (_means(data, t)*data.scale).to(x.dtype)
