@@ -23,6 +23,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'fasterai/analyze/budget.py')},
             'fasterai.analyze.counts': { 'fasterai.analyze.counts._agreement': ( 'analyze/counts.html#_agreement',
                                                                                  'fasterai/analyze/counts.py'),
+                                         'fasterai.analyze.counts._all_numbers': ( 'analyze/counts.html#_all_numbers',
+                                                                                   'fasterai/analyze/counts.py'),
                                          'fasterai.analyze.counts._answer': ('analyze/counts.html#_answer', 'fasterai/analyze/counts.py'),
                                          'fasterai.analyze.counts._as_tensors': ( 'analyze/counts.html#_as_tensors',
                                                                                   'fasterai/analyze/counts.py'),
