@@ -2347,6 +2347,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fasterai/export/onnx_file.py'),
                                            'fasterai.export.onnx_file._distinct': ( 'export/onnx_file.html#_distinct',
                                                                                     'fasterai/export/onnx_file.py'),
+                                           'fasterai.export.onnx_file._forget_layers': ( 'export/onnx_file.html#_forget_layers',
+                                                                                         'fasterai/export/onnx_file.py'),
                                            'fasterai.export.onnx_file._made': ( 'export/onnx_file.html#_made',
                                                                                 'fasterai/export/onnx_file.py'),
                                            'fasterai.export.onnx_file._makers': ( 'export/onnx_file.html#_makers',
