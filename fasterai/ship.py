@@ -9,6 +9,8 @@ __all__ = ['Steps', 'Shipped', 'ship']
 import inspect,os,tempfile,warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -16,10 +18,10 @@ import torch
 from torch import nn
 from .analyze.counts import BATCHES,_each_batch,_valid,answers,latency,loader_of,most_likely,n_macs,n_params,running,scores_of,speedup
 from .core.files import checked_path
-from .core.brought import warn
+from .core.brought import not_finite,statistics_of,warn
 from .core.evidence import repeatable
 from .core.pace import whole_number
-from .core.registry import an
+from .core.registry import an,did_you_mean
 from .core.running import SLIPS,at_home,call_with,explained,inputs_for,inputs_that_run,plain_model,tensors_of,untouched,with_bar
 from .core.surgery import copy_of
 from .export.onnx_file import ONNXFile,export_onnx
@@ -74,7 +76,8 @@ class _Road:
         found = answers(model, data=valid, correct=correct, progress=False)
         self.judged,self.notes = 'accuracy' if hasattr(found, 'right') else 'agreement',_data_notes(found)
         self.may_lose,score = may_lose,self.scores(self.start)[1]
-        if not np.isfinite(score): raise ValueError(f'nothing can be judged by these data: outputs of this {type(model).__name__} for them are no finite numbers')
+        nothing = self.judged=='agreement' and found.same and not found.same[0]  # nan agrees with nothing
+        if nothing or not np.isfinite(score): raise ValueError(f'nothing can be judged by these data: outputs of this {type(model).__name__} for them are no finite numbers')
         self.add('dense', model, self.start, latency(self.start, example_inputs=inputs, threads=threads, progress=False)[0], None, score, True, '')
 
     def ready(self, model):
@@ -91,7 +94,7 @@ class _Road:
             found = answers(self.start, called, data=self.valid, correct=self.correct, progress=False)
             return [100*o for o in (found.right.sum(1)/found.labels.sum()).tolist()]
         found = answers(self.first, called, data=self.valid, progress=False)
-        return 100.,_variance_kept(self.first, called, self.valid) if found.same is None else 100*found.same[1]/found.of
+        return 100.,_variance_kept(self.first, called, self.valid) if found.same is None else 100*found.same[1]/max(found.same[0], 1)
 
     def add(self, step, model, called, ms, faster, score, kept, why):
         size = dict(params=n_params(model), macs=n_macs(model, self.inputs), bytes=called.n_bytes)
@@ -131,7 +134,11 @@ _BLOCK = 16 # channels that ONNX Runtime takes at a time, on CPUs with AVX-512; 
 
 def _pruned(model, prune, fit, inputs, finetune, for_, progress):
     "A function that prunes a copy of `model`, and trains or repairs it; an error for what cannot be asked for comes at once"
-    by_name = isinstance(prune, Mapping) and not prune.keys().isdisjoint(inspect.signature(Pruner).parameters)
+    known,layers = inspect.signature(Pruner).parameters,dict(model.named_modules())
+    by_name = isinstance(prune, Mapping) and not prune.keys().isdisjoint(known)
+    if isinstance(prune, Mapping) and not by_name:
+        for k in prune:
+            if k not in layers and get_close_matches(str(k), known): raise ValueError(f'prune has {k!r}, which is no layer and no argument of `Pruner`: {did_you_mean(k, known)}')
     how = dict(criteria='obs', data=fit, repair=finetune is None, example_inputs=inputs, progress=progress) | (dict(prune) if by_name else dict(pruning_ratio=prune))
     ways = [dict(round_to=_BLOCK)|how,how] if for_=='latency' and 'round_to' not in how else [how]  # channels may be too few for blocks
     pruners = [Pruner(copy_of(model), **o) for o in ways]
@@ -238,11 +245,12 @@ def ship(
     if finetune is not None and prune is None: raise ValueError('finetune trains what was pruned: say how much, by prune=')
     whole_number('samples', samples, 1)
     if threads is not None: whole_number('threads', threads, 1)
-    if not isinstance(may_lose, (int,float)) or isinstance(may_lose, bool) or not may_lose>=0: raise ValueError(f'may_lose is a number of percentage points, 0 or more, not {may_lose!r}')
+    if not isinstance(may_lose, Real) or isinstance(may_lose, bool) or not may_lose>=0: raise ValueError(f'may_lose is a number of percentage points, 0 or more, not {may_lose!r}')
     model,split = checked_model(model),_valid(data) is not data
     if not split: data = repeatable(data)
     fit,judge = _to_fit(data, samples),repeatable(_valid(data if valid is None else valid))
     if next(iter(loader_of(judge)), None) is None: raise ValueError(f'{"data" if valid is None else "valid"} has no batches')
+    if found := not_finite({**dict(model.named_parameters()), **statistics_of(model)}): warn(found)
     first = copy_of(model).eval().cpu()
     inputs = _inputs_to_time(first, fit, example_inputs)
     fitted = _with_targets(fit)

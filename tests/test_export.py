@@ -286,6 +286,7 @@ def test_optimize_for_cpu(monkeypatch):
     with pytest.warns(FutureWarning, match='old spelling'), warnings_are('always'): assert accelerate_model_for_cpu(model, X) is model
     with pytest.raises(ValueError, match='is not one of compile, script, channels_last'): optimize_for_cpu(model, X, 'fast')
     with pytest.raises(ValueError, match="compile_mode is for backend='compile'"): optimize_for_cpu(model, X, 'script', 'max-autotune')
+    with pytest.raises(ValueError, match="compile_mode 'max-autotun' is not known: did you mean 'max-autotune"): optimize_for_cpu(model, X, compile_mode='max-autotun')
 
 def test_optimize_for_cpu_is_right(monkeypatch):
     "What gives something else with another number of samples is not returned, however fast"

@@ -3,6 +3,7 @@ import copy, sys
 import numpy as np, pytest, torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from fasterai.export.onnx_file import export_onnx
 from fasterai.export.runtimes import calibration_inputs, checked_runtimes, in_runtimes, runtimes
 from fasterai.prune.all import Pruner
 from fasterai.quantize.all import KMeansQuantizer
@@ -156,3 +157,12 @@ def test_threads(tmp_path, n):
     with pytest.raises(ValueError, match='threads is a whole number'): in_runtimes(net(), images(2), 'eager', tmp_path, threads=n)
 
 def test_names_in_any_order(): assert set(checked_runtimes({'onnx','eager'}))=={'onnx','eager'} and checked_runtimes('all')==[*runtimes]
+
+@pytest.mark.parametrize('mode', ['static','dynamic'])
+def test_the_file_that_is_measured_is_the_one_that_is_written(tmp_path, mode):
+    "Bytes of a table are those that `export_onnx` writes"
+    m = net().eval()
+    names = dict(static='onnx_static', dynamic='onnx_dynamic')[mode]
+    found,missing = in_runtimes(m, images(2), names, tmp_path, [(images(),)])
+    file = export_onnx(m, images(2), tmp_path/'m.onnx', quantize=True, quantize_mode=mode, calibration_data=[(images(),)] if mode=='static' else None)
+    assert not missing and found[names].n_bytes==file.n_bytes==(tmp_path/'m.onnx').stat().st_size

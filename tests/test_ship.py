@@ -223,3 +223,17 @@ def test_several_inputs(tmp_path):
     cat,cont = torch.arange(40)%5,torch.randn(40, 4)
     res = ship(Both(), (cat,cont,torch.arange(40)%3), tmp_path/'a.onnx', prune={'b':50}, may_lose=100, for_='bytes', **quick)
     assert res.steps.kept['prune and repair'] and res.model.b.out_features==12 and 'example_inputs' not in res.steps.why['decompose linear']
+
+def test_what_is_not_finite(net, tmp_path):
+    "Nan is no answer: data that give nothing else are refused, and weights that hold some are told"
+    with pytest.raises(ValueError, match='no finite numbers'): _Road(net, X[:1], [(X[:8],)], X[:8]*float('nan'), 'bytes', 1, most_likely, 1, tmp_path)
+    bad = copy.deepcopy(net)
+    bad[0].weight.data[0,0] = float('nan')
+    found = answers(net, bad, data=(X[:20],Y[:20]), progress=False)
+    assert found.right[0].sum()>10 and not found.right[1].any()
+    assert answers(net, bad, data=X[:20], progress=False).same==[20,0]
+    with pytest.warns(UserWarning, match='of 0.weight are nan or infinite'), pytest.raises(ValueError): ship(bad, X[:40], tmp_path/'m.onnx', prune=dict(ratio=50), progress=False)
+
+@pytest.mark.parametrize('prune', [dict(pruning_ration=50), dict(criterion='obs')])
+def test_a_misspelt_argument_of_pruner(net, tmp_path, prune):
+    with pytest.raises(ValueError, match='no layer and no argument of `Pruner`: did you mean'): ship(net, X[:40], tmp_path/'m.onnx', prune=prune, progress=False)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from fasterai.core.evidence import evidence, weight_of
 from fasterai.core.graph import ChannelGraph
+from fasterai.analyze.counts import _draws as draws_in_a_call
 from fasterai.core.running import OwnNumbers, call_with, restored, untouched
 from fasterai.distill.all import Distiller
 from fasterai.misc.all import BN_Folder, Conv_Decomposer, FC_Decomposer
@@ -200,6 +201,13 @@ def test_draws_of_a_model(name, context):
         assert all(map(torch.equal, random_states(), was))
     if not (name=='lstm' and IMAGES.is_cuda): assert torch.equal(*outs)  # cuDNN has numbers of its own
     assert not torch.equal(*[DRAWS[name](IMAGES.clone()) for _ in range(2)])  # it does draw
+
+QUIET = dict(attention=lambda x: F.scaled_dot_product_attention(x, x, x), rate=lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.), eval=lambda x: F.rrelu(x), p=lambda x: F.dropout(x, .5, False))
+
+@pytest.mark.parametrize('name', QUIET)
+def test_what_could_draw_and_does_not(name):
+    "A network with attention without dropout is timed as it is, with no mode of ours around it"
+    assert not draws_in_a_call(Net(lambda s, x: QUIET[name](x)).eval(), IMAGES)
 
 def random_states(): return [torch.get_rng_state(), *([] if IMAGES.device.type=='cpu' else [torch.get_device_module(IMAGES.device).get_rng_state()])]
 

@@ -217,7 +217,7 @@ def latency(
             last = _clocked(lambda: drew.append(_draws(m, inputs)), calls[i][1])  # its first call
             if drew[0]: calls[i] = _on_own_numbers(*calls[i])
             with explained(m, inputs):
-                for _ in range(warmup): last = _clocked(*calls[i])
+                for _ in range(warmup): last = min(last, _clocked(*calls[i]))  # one that was interrupted tells nothing
             first.append(last)
         often = [max(1, math.ceil(_LEAST/max(o, 1e-3))) for o in first]
         for turn in with_bar(range(repeats), progress):
@@ -246,7 +246,7 @@ def speedup(
     return median_interval(np.asarray(before)/np.asarray(after))
 
 # %% ../../nbs/analyze/01_counts.ipynb #d8ad8d44
-BATCHES = 'Data are batches (x, y), or dicts of inputs by name, as a DataLoader makes them of samples; where x is itself a list, as of images, a batch is ([image], y)'  # what to say of those that do not fit
+BATCHES = 'Data are batches (x, y), those of several inputs (x1, x2, y), or dicts of inputs by name, as a DataLoader makes them of samples; where x is itself a list, as of images, a batch is ([image], y)'  # what to say of those that do not fit
 
 _PIECE = 256 # samples of a batch, where the data is one large tensor
 
@@ -331,6 +331,8 @@ def class_axis(
         if rest.pop(axis)>1 and wide(rest)==wide(y.shape) and out.numel() and len(out)==len(y): return axis
     return None
 
+def _all_numbers(scores, axis): "Where no score is nan, which `argmax` takes for the highest"; return ~scores.isnan().any(axis)
+
 def most_likely(
     out, # Scores of a model: a tensor [n, classes, …] or [n, …, classes], or what has it as its first tensor
     y:torch.Tensor, # Labels, whole numbers, [n, …]
@@ -343,7 +345,7 @@ def most_likely(
         what = 'scores [n, classes, …] do not agree with whole labels [n, …]'
         raise ValueError(f'{what}: {was} and {tuple(y.shape)} of {y.dtype}; '
                          'pass a function correct(out, y) that tells which answers are right')
-    return scores.argmax(axis).view(y.shape)==y
+    return (scores.argmax(axis).view(y.shape)==y) & _all_numbers(scores, axis).view(y.shape)
 
 def _judged(correct, out, y):
     "What `correct` says of one batch, without the labels that are left out"
@@ -449,7 +451,8 @@ def _agreement(outs, xb, y):
     classes = first.is_floating_point() and first.dim()>1 and first.shape[axis]>1 and not numbers
     best = [o.argmax(axis) for o in scores] if classes else scores if _is_whole(first) else []  # whole numbers are answers themselves
     difference = [float((o.double()-first.double()).abs().max()) if o.numel() else 0. for o in scores]
-    return [int((o==best[0]).sum()) for o in best] or None, best[0].numel() if best else 0, difference
+    sure = [_all_numbers(o, axis) for o in scores] if classes else [torch.ones_like(o, dtype=torch.bool) for o in best]
+    return [int(((o==best[0]) & s & sure[0]).sum()) for o,s in zip(best, sure)] or None, best[0].numel() if best else 0, difference
 
 def answers(
     *models, # Left as they are, on one device

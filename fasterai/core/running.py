@@ -325,7 +325,8 @@ class OwnNumbers(Dispatch):
     def draw(self, func, args, kwargs):
         "The result of the random operation `func`"
         names = [o.name for o in func._schema.arguments]
-        given = dict(zip(names, args)) | kwargs
+        defaults = {o.name:o.default_value for o in func._schema.arguments if o.has_default_value()}  # PyTorch leaves them out here
+        given = defaults | dict(zip(names, args)) | kwargs
         device = next((o.device for o in tensors_of([*given.values()])), None) or torch.device(given.get('device') or 'cpu')
         idle = any(k in given and given[k] is not None and not isinstance(given[k], Tensor) and given[k]==v for k,v in _NEVER.items() if k!='p')
         if device.type=='meta' or idle or given.get('generator') is not None: return func(*args, **kwargs)

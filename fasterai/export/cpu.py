@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from ..analyze.counts import _called,latency,place_of,placed,running,speedup
 from ..core.brought import warn
+from ..core.registry import named
 from ..core.running import SLIPS,inputs_that_run,tensors_of
 from ..core.surgery import copy_of
 from .program import Arguments,allowed,checked_model,gap,outputs_of,reason_of
@@ -87,6 +88,9 @@ def optimize_for_cpu(
     if compile_mode=='default': compile_mode = None # as it was written in 0.4, also where nothing is compiled
     if backend not in _BACKENDS: raise ValueError(f'backend {backend!r} is not one of {", ".join(_BACKENDS)}')
     if compile_mode is not None and backend!='compile': raise ValueError(f"compile_mode is for backend='compile', not {backend!r}")
+    if compile_mode is not None:
+        from torch._inductor import list_mode_options  # takes a second
+        named('compile_mode', list_mode_options(), str(compile_mode))
     inner = checked_model(model, dynamic_batch, batch_axis)
     if away := {p.device.type for p in inner.parameters()}-{'cpu'}: raise ValueError(f'the model is on {min(away)}: move it to the CPU first')
     inputs = inputs_that_run(inner, sample)

@@ -209,6 +209,14 @@ def _check_ranges(path):
         if o.name.endswith('_scale') and not np.isfinite(onnx.numpy_helper.to_array(o)).all():
             raise ValueError(f'int8 has no range for {o.name.removesuffix("_scale")}: with calibration_data, its numbers are not all finite')
 
+def _forget_layers(path):
+    "Outputs of layers are others in int8"
+    onnx = needed('onnx')
+    file = onnx.load(os.fspath(path))
+    if told := [o for o in file.metadata_props if o.key==LAYERS]:
+        for o in told: file.metadata_props.remove(o)
+        onnx.save(file, os.fspath(path))
+
 def quantized(
     path, # Of a file of floats
     new, # Of the file to write
@@ -221,6 +229,7 @@ def quantized(
     with tempfile.TemporaryDirectory() as folder, _root_kept(), _told_of_int8(arguments):
         ready = f'{folder}/ready.onnx'
         quantization.quant_pre_process(os.fspath(path), ready, skip_symbolic_shape=True)
+        _forget_layers(ready)
         signed = dict(per_channel=True, weight_type=quantization.QuantType.QInt8)
         if mode=='dynamic':
             kinds = {o.op_type for o in needed('onnx').load(ready).graph.node}

@@ -6,7 +6,7 @@
 __all__ = ['Sparse', 'SparseLinear', 'SparseConv2d', 'sparse_for_cpu']
 
 # %% ../../nbs/export/07_sparse_cpu.ipynb #ad9021d3
-import torch
+import math,torch
 from torch import nn
 from torch.nn import functional as F
 from ..analyze.counts import latency,speedup
@@ -116,7 +116,7 @@ def _compare(row, old, new, inputs):
     apart = [_apart(a, b) for a,b in pairs if a.is_floating_point() and a.numel()]
     row.update(bytes_sparse=_n_bytes(new))
     if wrong := [o for o in apart if not o<=_ALLOWED]:  # also what is not a number
-        row['why'] = f'its outputs differ by {wrong[0]:.1e} of the largest'
+        row['why'] = 'its outputs are not all finite' if math.isnan(wrong[0]) else f'its outputs differ by {wrong[0]:.1e} of the largest'
         return
     ms = latency(old, new, example_inputs=inputs, repeats=_REPEATS, progress=False)
     ratio = speedup(*ms)
@@ -172,7 +172,7 @@ def _converted(old, first):
         rows.append(row)
         if why: continue
         if first.get(m) is None:
-            row['why'] = 'it gets its input by name' if m in first else 'it does not run with these inputs'
+            row['why'] = 'it gets its input by name' if m in first else 'it is not called: it does not run with these inputs, or another module reads its weight'
             continue
         sparse = _KINDS[_kind(m)](m).eval()
         _compare(row, m, sparse, first[m])

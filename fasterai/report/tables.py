@@ -356,7 +356,8 @@ def _runtime_notes(seen):
         a = by.get((_known[runtime].beside,stage), o)
         if a is o: continue
         s = speedup(a['ms'], o['ms'])
-        if s.low<=1: res.append(f'{stage}: {runtime} is {"slower" if s.high<1 else "no faster"} than {a["runtime"]} here, {_ratio(s)}')
+        if s.high<1: res.append(f'{stage}: {runtime} is slower than {a["runtime"]} here, {_ratio(s)}')
+        elif s.low<=1: res.append(f'{stage}: {runtime} is not faster than {a["runtime"]} for sure here: {_ratio(s)} is within the noise')
     return res
 
 def _timed(times, i):
