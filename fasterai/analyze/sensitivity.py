@@ -398,7 +398,7 @@ def _feed(digest, o, seen):
         seen.add(id(o))
         for v in _inside(o): _feed(digest, v, seen)
 
-def _is_installed(f): return f.__code__.co_filename.startswith(_INSTALLED) or f.__module__.partition('.')[0]=='fasterai'
+def _is_installed(f): return f.__code__.co_filename.startswith(_INSTALLED) or (f.__module__ or '').partition('.')[0]=='fasterai'
 
 def _inside(o):
     "What is told of `o`, which is no plain value"
