@@ -366,7 +366,7 @@ def test_the_right_spelling():
     with pytest.raises(ValueError, match='needs a model'): Pruner(None, 50)
     m = nn.Sequential(nn.Linear(3,8), nn.ReLU(), nn.Linear(8,8), nn.ReLU(), nn.Linear(8,2))
     for name in ('O',0,'o'):
-        with pytest.raises(ValueError, match=r"no layer .*did you mean '0'\? Allowed: 0, 2, 4$"): Pruner(m, {name:30})
+        with pytest.raises(ValueError, match=r"no layer .*did you mean '0'\? Allowed: 0, 2, 4, heads, neurons, hidden$"): Pruner(m, {name:30})
     with pytest.raises(ValueError, match='no layer like this Linear'): Pruner(m, 30, ignored_layers=nn.Linear(2,2))
     with pytest.raises(ValueError, match='did you mean .stem'): Pruner(fresh(Images), {'steem':30})
     for t,said in (('Linear','nn.Linear'), ((nn.Linear,'Conv2d'),'nn.Conv2d'), ('Lin','as nn.Conv2d'), (nn.Linear(2,2),'its type, Linear'), (3,'as nn.Conv2d')):

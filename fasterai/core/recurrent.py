@@ -94,7 +94,7 @@ def by_layers(
     func, # A function of PyTorch
 ):
     "A function that takes the same arguments and computes the same, one direction of a layer after the other; `func` itself, if it runs no recurrent layers"
-    name = getattr(func, '__name__', '')
+    name = getattr(func, '__name__', '').split('.')[0]  # `lstm.input` and `lstm.data` are operations of programs that `torch.export` wrote
     if name=='_pad_packed_sequence': return _padded
     if name in GATES: return lambda *args: _layers(name, *args)
     return (lambda *args: _cell(CELLS[name], *args)) if name in CELLS else func

@@ -463,7 +463,7 @@ class Telling(Watching):
         for o in _computed_with(name, args, kwargs):
             if type(o) is Told: self.measured(o)
         if name in self.trace.doors: self.trace.hand_out(name, args)
-        out = self.call(by_layers(func), types, args, kwargs)
+        out = self.call(func if kwargs else by_layers(func), types, args, kwargs)
         if name in _MADE and isinstance(out, Tensor): self.make(_made(name, args, kwargs, out))
         if name=='__len__' and self.tried is None and (of := self.trace.names.get(id(args[0]))):
             self.lengths.setdefault(of, _line())
