@@ -5,7 +5,7 @@
 MODEL is a network of torchvision (by default vgg16_bn: 138 million weights, in no order that a training would give them), or a trained one of trained.py: `reader`, `classifier`. STATE is one of
 `dense` (float32), `shared` (Deep Compression's case: linear layers 92 % zero and shared in 5 bits, the others 70 % zero and 8 bits) and `bfloat16`; by default all.
 
-MB/s are uncompressed bytes by wall-clock time, by as many threads as PyTorch has. General compressors get the safetensors file, whose bytes are all there is to read or write: zstd the whole of it (Python
+MB/s are uncompressed bytes by wall-clock time, the median of three calls, by as many threads as PyTorch has. General compressors get the safetensors file, whose bytes are all there is to read or write: zstd the whole of it (Python
 3.14, or the package `zstandard`), zlib and lzma, which take minutes, a part from its middle.
 """
 import lzma, os, sys, tempfile, time, zlib
@@ -37,10 +37,14 @@ def shared(model):
 
 STATES = dict(dense=lambda m: m, shared=shared, bfloat16=lambda m: m.bfloat16())
 
-def timed(f, *args):
-    start = time.perf_counter()
-    res = f(*args)
-    return res,time.perf_counter()-start
+def timed(f, *args, repeats=3):
+    "What `f` returns, and the median of its seconds"
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        res = f(*args)
+        seconds.append(time.perf_counter()-start)
+    return res,sorted(seconds)[repeats//2]
 
 def tell(label, size, plain, write, read, note=''):
     "A row: `size` bytes, of `plain` before; seconds"
@@ -70,7 +74,7 @@ def run(name, state):
         plain,write = timed(save, tensors)
         tell('safetensors', len(plain), n, write, timed(load, plain)[1], 'in memory')
     for label,pack,unpack,data in compressors(plain):
-        packed,write = timed(pack, data)
+        packed,write = timed(pack, data, repeats=1)
         _,read = timed(unpack, packed)
         tell(label, len(packed)*len(plain)/len(data), n, write*n/len(data), read*n/len(data), '' if len(data)==len(plain) else f'of {len(data)/1e6:.1f} MB')
 

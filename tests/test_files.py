@@ -5,7 +5,7 @@ import pytest, safetensors.torch, torch
 from torch import nn
 import damage
 from conformance import files as conformance
-from fasterai.core import files, running
+from fasterai.core import files, running, saved
 from fasterai.core.files import FileError, checked_path, read_file, read_json, reading, replacing, replacing_from, sealed, unsealed, write_file
 from fasterai.core.plan import carrying, pruned_plan, receiving, steps_of
 from fasterai.misc.all import BN_Folder, FC_Decomposer
@@ -136,21 +136,38 @@ def test_an_error_while_it_is_read(tmp_path, monkeypatch):
     "Whatever it is, and whenever: numbers, memory layouts, ties and gradients are as they were"
     save_pruned(FORMS['all'](Tied()), tmp_path/'a')
     save_compressed(Tied(), tmp_path/'b')
-    read = files.File.tensor
+    read = files.File._decoded
     for path in (tmp_path/'a',tmp_path/'b'):
         for at in range(6):
             left = [at]
-            def fails(self, name):
+            def fails(self, name, data):
                 left[0] -= 1
                 if left[0]<0: raise KeyboardInterrupt
-                return read(self, name)
+                return read(self, name, data)
             model = Tied(1).to(memory_format=torch.channels_last)
             model(X).sum().backward()
             before,grads,params = snap(model),[p.grad.clone() for p in model.parameters()],[*model.parameters()]
-            monkeypatch.setattr(files.File, 'tensor', fails)
+            monkeypatch.setattr(files.File, '_decoded', fails)
             with pytest.raises(KeyboardInterrupt): load_pruned(path, model)
             monkeypatch.undo()
             assert same(before, snap(model)) and all(a is b for a,b in zip(params, model.parameters())) and all(torch.equal(p.grad, g) for p,g in zip(params, grads)) and model.other.weight is model.head.weight
+
+@pytest.mark.parametrize('at', range(0, 16, 3))
+def test_an_interrupt_while_numbers_change_places(tmp_path, monkeypatch, at):
+    "In the middle of a tensor, too, what was there comes back"
+    save_compressed(Tied(), tmp_path/'a')
+    monkeypatch.setattr(saved, '_PART', 5)
+    copy,left = torch.Tensor.copy_,[at]
+    def fails(self, *args, **kwargs):
+        left[0] -= 1
+        if left[0]==-1: raise KeyboardInterrupt
+        return copy(self, *args, **kwargs)
+    model = Tied(1)
+    before = snap(model)
+    monkeypatch.setattr(torch.Tensor, 'copy_', fails)
+    with pytest.raises(KeyboardInterrupt): load_compressed(tmp_path/'a', model)
+    monkeypatch.undo()
+    assert left[0]<-1 and same(before, snap(model))
 
 # --- text of strangers
 

@@ -9,9 +9,11 @@ __all__ = ['VERSION', 'DTYPES', 'codecs', 'earlier', 'FIRST', 'checked_path', 'r
 
 # %% ../../nbs/core/27_files.ipynb #8ff41203
 import errno, hashlib, importlib, json, math, os, re, shutil, stat, tempfile, zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 import torch
@@ -316,21 +318,38 @@ def whole_numbers(o, n:int|None=None)->bool: # Anything; how many
     "Is `o` a list of sizes?"
     return type(o) is list and (n is None or len(o)==n) and all(type(i) is int and 0<=i<_MOST for i in o)
 
+_AHEAD = 1<<25 # bytes of a tensor that is decoded while another one is looked at
+
 class File:
     "An open file, of which all but the values of tensors has been checked"
     def __init__(self, f, path, kind, version, entries, table): self.f,self.path,self.kind,self.version,self.entries,self.table = f,path,kind,version,entries,table
     def damaged(self, why)->FileError: return FileError(f'{self.path} is damaged: {why}')
     def tensor(self, name:str)->Tensor:
         "The tensor of that name, on the CPU"
+        return self._decoded(name, self._coded(name))
+    def tensors(self, names)->Iterator[Tensor]: # Names
+        "The tensors of those names, in their order. Small ones that are coded are decoded ahead, in threads"
+        threads,ahead = torch.get_num_threads(),deque()
+        with ThreadPoolExecutor(threads) as pool:
+            for name in names:
+                e = self.entries[name]
+                later = e.codec and e.n_bytes<=_AHEAD
+                ahead.append(pool.submit(self._decoded, name, self._coded(name)).result if later else partial(self.tensor, name))
+                if len(ahead)>threads: yield ahead.popleft()()
+            while ahead: yield ahead.popleft()()
+    def _coded(self, name):
+        "The bytes of a tensor"
         e = self.entries[name]
         self.f.seek(e.at)
-        left = e.size
+        found = bytearray(e.size)
+        if self.f.readinto(found)!=e.size: raise self.damaged(f'{name} cannot be read (the file has become shorter)')
+        return found
+    def _decoded(self, name, data):
+        e,data = self.entries[name],memoryview(data)
         def take(n):
-            nonlocal left
-            left -= n
-            if left<0: raise ValueError('it is longer than its entry says')
-            found = bytearray(n)
-            if self.f.readinto(found)!=n: raise ValueError('the file has become shorter')
+            nonlocal data
+            if n>len(data): raise ValueError('it is longer than its entry says')
+            found,data = data[:n],data[n:]
             return found
         try:
             t = codecs[e.codec or 'plain'].read(take, e.dtype, e.shape, *e.layout)

@@ -117,16 +117,33 @@ def _check_ties(state, tied):
 
 def _format(t, last): return {4:torch.channels_last, 5:torch.channels_last_3d}.get(t.dim(), torch.contiguous_format) if last else torch.contiguous_format
 
+_PART = 1<<16 # numbers that change places at once
+
+def _exchange(v, t, undo):
+    "Exchange what `v` and `t` hold: new memory, in which `v` would be kept, takes longer to get than the rest. From wherever it comes to an end, `undo` gives `v` back what it had"
+    here,there,held = v.view(-1).split(_PART),t.view(-1).split(_PART),[]
+    def back():
+        for i,old in held:
+            for a,b in zip(here[:i], there): a.copy_(b)
+            here[i].copy_(old)
+    undo.callback(back)
+    for i,(a,b) in enumerate(zip(here, there)):
+        held[:] = [(i,a.clone())]
+        a.copy_(b)
+        b.copy_(held[0][1])
+
 def _filled(state, mine, file, tied, last, was, undo):
     "Write the tensors of `file` into those of `state`; a generator, which yields after each"
-    for k,v in state.items():
-        if k in mine: continue
-        t = file.tensor(tied.get(k, k))
+    own = [k for k in state if k not in mine]
+    for k,t in zip(own, file.tensors(tied.get(k, k) for k in own)):
+        v = state[k]
         if last is not None and (k in last)!=(_channels_last(v) is not None):
             undo.callback(setattr, v, 'data', v.data)
             v.data = v.data.clone(memory_format=_format(v, k in last))
-        if v.data_ptr() in was: undo.callback(v.detach().copy_, v.detach().to('cpu', copy=True))
-        v.detach().copy_(t)
+        if v.device.type=='cpu' and v.is_contiguous(): _exchange(v.detach(), t, undo)
+        else:
+            if v.data_ptr() in was: undo.callback(v.detach().copy_, v.detach().to('cpu', copy=True))
+            v.detach().copy_(t)
         yield
     for k,o in mine.items():
         if state[k] is state[o] or state[k].data_ptr()==state[o].data_ptr(): continue

@@ -240,7 +240,7 @@ def _lag(m):
 # %% ../../nbs/quantize/04_codecs.ipynb #b2fb876a
 _KERNEL = 64        # places: of more, each is an input of its own
 _SMALL = 1<<18      # symbols: up to so many, a coder that takes one after the other is fast enough, and saves the lanes' half bytes
-_MOST = 1<<14       # lanes: half of the time with as many, a step takes longer than calling NumPy for it, so that threads pay; half a byte for each is 0.7 % of a block's positions
+_MOST = 1<<14       # lanes: half of the time with as many, a step takes longer than calling NumPy for it, so that threads pay; half a byte for each is 1.4 % of a block's positions
 _SIDE = 16          # levels of an input or of a place, the middle one is the mean
 
 def _lanes(n, each): return min(max(n//each, 256), _MOST)
@@ -255,7 +255,7 @@ def _geometry(shape, axis):
 
 def _segments(cols, inputs, kernel):
     "Parts of the inputs that are coded at once; `(segments, inputs of each)`"
-    run = -(-inputs//max(1, min(inputs//8, _lanes(cols*inputs*kernel, 1<<10)//cols)))
+    run = -(-inputs//max(1, min(inputs//8, _lanes(cols*inputs*kernel, 1<<9)//cols)))
     return -(-inputs//run),run
 
 def _side(counts, each):
@@ -285,6 +285,28 @@ def _by_row(inputs, places, rate, segments, run):
     levels = padded.reshape(segments, run).T[:,None]+places.astype(int)[:,None]
     return levels.reshape(-1, segments)-_SIDE+int(_half_octaves(rate))
 
+_SLAB = 64 # columns that are turned at once, each of a byte: a line of the processor's cache
+
+def _turned(m, segments, run):
+    "Steps (an input's place in the kernel after the other), segments and columns of `m` (columns, inputs, places); what is not there is 0"
+    cols,inputs,kernel = m.shape
+    x = np.zeros((run*kernel,segments,cols), np.uint8)
+    for i in range(0, cols, _SLAB):
+        part = m[i:i+_SLAB]
+        slab = np.zeros((len(part),segments*run,kernel), np.uint8)
+        slab[:,:inputs] = part
+        x[:,:,i:i+_SLAB] = np.ascontiguousarray(slab.reshape(-1, segments, run, kernel).transpose(2,3,1,0)).reshape(run*kernel, segments, -1)
+    return x
+
+def _turned_back(x, segments, run):
+    "The other direction"
+    cols,kernel = x.shape[-1],len(x)//run
+    m = np.empty((cols,segments,run,kernel), np.uint8)
+    for i in range(0, cols, _SLAB):
+        slab = np.ascontiguousarray(x[:,:,i:i+_SLAB]).reshape(run, kernel, segments, -1)
+        m[i:i+_SLAB] = slab.transpose(3,2,0,1)
+    return m.reshape(cols, segments*run, kernel)
+
 class _Rows:
     "Row by row, in lanes if there are many"
     numbers,blocks = 7,True         # of positions in a layout; whether large tensors are cut
@@ -303,9 +325,7 @@ class _Rows:
         sides = [_side(np.count_nonzero(m, (0,2)), cols*kernel), _side(np.count_nonzero(m, (0,1)), cols*inputs)]
         levels = [np.full(n, _SIDE//2, np.uint8) if o is None else o for n,o in zip((inputs,kernel), sides)]
         up,down = (int(np.count_nonzero(m==o)) for o in (1,2))
-        x = np.zeros((cols,segments*run,kernel), np.uint8)
-        x[:,:inputs] = m
-        x = np.ascontiguousarray(x.reshape(cols, segments, run, kernel).transpose(2,3,1,0)).reshape(run*kernel, segments, cols)
+        x = _turned(m, segments, run)
         w = _Writer() if len(signs)<=_SMALL else _LaneWriter(segments*cols)
         _code_rows(w, x, inputs, kernel, width, lag, _by_row(*levels, (up+down)/len(signs), segments, run), signed)
         data = w.done(tail)
@@ -321,14 +341,13 @@ class _Rows:
         r = _Reader(source.take(size-sum(sides))) if n<=_SMALL else _LaneReader(source, segments*cols)
         _code_rows(r, x, inputs, kernel, width, lag, _by_row(*levels, (up+down)/n, segments, run), signed)
         r.done()
-        m = x.reshape(run, kernel, segments, cols).transpose(*((2,0,3,1) if axis else (3,2,0,1)))
-        m = m.reshape(segments*run, cols, kernel)[:inputs] if axis else m.reshape(cols, segments*run, kernel)[:,:inputs]
-        return m.reshape(-1)
+        if axis: return x.reshape(run, kernel, segments, cols).transpose(2,0,3,1).reshape(segments*run, cols, kernel)[:inputs].reshape(-1)
+        return _turned_back(x, segments, run)[:,:inputs].reshape(-1)
 
 def _wide(shape):
     "1 if outputs are too many for lanes of their own, and inputs are fewer"
     cols,inputs,*_ = _geometry(shape, 0)
-    return int(cols>2*_lanes(math.prod(shape), 1<<10) and inputs<cols)
+    return int(cols>2*_lanes(math.prod(shape), 1<<9) and inputs<cols)
 
 # %% ../../nbs/quantize/04_codecs.ipynb #a66c6fdc
 _OCTAVES = 22
@@ -571,7 +590,7 @@ def _bits(t): return t.detach().resolve_conj().resolve_neg().cpu().contiguous().
 _CODECS = dict(columns=_Columns(), rows=_Rows())  # by the name that a file tells
 _NAME = 16  # bytes that a codec of its own costs in the header of a small file
 _LONG = 1<<13  # rows: of more, only the rows' coder takes several at once
-_BLOCK,_CHUNK = 1<<24,1<<22  # words of a block of a sparse tensor, for 2**14 lanes of 2**10 each, and of a dense one
+_BLOCK,_CHUNK = 1<<23,1<<22  # words of a block of a sparse tensor, for 2**14 lanes of 2**9 each, and of a dense one
 
 def _cuts(codec, shape, sparse):
     "First and last word, and shape, of each block"
@@ -584,6 +603,7 @@ def _cuts(codec, shape, sparse):
     step = -(-shape[0]//blocks)
     return [(i*row,min(i+step, shape[0])*row,(min(step, shape[0]-i),*shape[1:])) for i in range(0, shape[0], step)]
 
+_PART = 1<<17 # words that stay in the processor's cache with all that is computed of them
 _SPARSE,_DENSE = 4,16  # most threads: a block of a sparse tensor takes up to 170 MB of memory, of a dense one 40
 
 def _threaded(f, items, sparse):
@@ -607,17 +627,26 @@ def _write_block(codec, words, shape, sparse, signed):
     where,data = codec.write(signs, shape, signed, data)
     return [where,*up,*down],data
 
+def _put(words, signs, found):
+    "Fill `words` with what was found for each sign, a cacheful at a time"
+    done = [0,0]
+    for i in range(0, len(words), _PART):
+        some,part = signs[i:i+_PART],words[i:i+_PART]
+        for j,values in enumerate(found):
+            at = np.flatnonzero(some==j+1)
+            part[at] = values[done[j]:done[j]+len(at)]
+            done[j] += len(at)
+
 def _read_block(codec, data, shape, words, signed, positions, *values):
     "Fill `words`, which are 0"
     source,n,word = _Source(data),len(words),words.dtype.type
     if not positions: words[:] = _read_values(source, n, *values, word, signed, codec.small())
     else:
         signs,counts = codec.read(source, shape, n, signed, *positions),positions[3:5]
-        at = np.flatnonzero(signs)
-        below = signs[at]>1
-        for some,count,book,sizes in zip((at[~below],at[below]), counts, values[::2], values[1::2]):
-            if len(some)!=count: raise FileError('the number of positions is another')
-            words[some] = _read_values(source, count, book, sizes, word, signed, codec.small())
+        for sign,count in zip((1,2), counts):
+            if np.count_nonzero(signs==sign)!=count: raise FileError('the number of positions is another')
+        found = [_read_values(source, count, book, sizes, word, signed, codec.small()) for count,book,sizes in zip(counts, values[::2], values[1::2])]
+        _put(words, signs, found)
     if bytes(source.data).strip(b'\0'): raise FileError('bytes are left')
 
 def _shape(dtype, shape): return (*shape,2) if dtype.is_complex else tuple(shape)
