@@ -1520,9 +1520,8 @@ def _slices(uses):
 
 def _check_own(model, tr):
     "`ValueError` if `model` has no `forward`, and its `__call__` computes with none of its parameters: it runs copies of its layers"
-    names = [n for n,_ in model.named_parameters()]
-    if not names or type(model).forward is not nn.Module.forward or any(n in tr.seen for n in names): return
-    inner = next(((n,m) for n,m in model.named_modules() if type(m).forward is not nn.Module.forward), None)
+    if tr.uses or type(model).forward is not nn.Module.forward: return
+    inner = next(((n,m) for n,m in model.named_modules() if type(m).forward is not nn.Module.forward and any(True for _ in m.parameters())), None)
     if inner is None: return
     raise ValueError(f'{an(type(model).__name__)} computes with none of its parameters when it is called, but with copies: '
                      f'pass its `.{inner[0]}`, {an(type(inner[1]).__name__)}, instead')
