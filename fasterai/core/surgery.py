@@ -22,7 +22,7 @@ from .graph import ChannelGraph
 from .running import SLIPS,Where,tensors_of,call_with,held,plain,untouched
 from .ops import of_model
 from .recurrent import begin_anew,gates_of
-from .sizes import Attr,Axis,Watching,evaluate,is_config,is_layer
+from .sizes import Axis,Watching,evaluate,is_config,is_layer
 
 # %% ../../nbs/core/10_surgery.ipynb #9ab53a14
 def kept_by(
