@@ -1086,6 +1086,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fasterai.core.graph._beside': ('core/graph.html#_beside', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._biased': ('core/graph.html#_biased', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._blocks': ('core/graph.html#_blocks', 'fasterai/core/graph.py'),
+                                     'fasterai.core.graph._check_own': ('core/graph.html#_check_own', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._combined': ('core/graph.html#_combined', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._complex': ('core/graph.html#_complex', 'fasterai/core/graph.py'),
                                      'fasterai.core.graph._contracted': ('core/graph.html#_contracted', 'fasterai/core/graph.py'),

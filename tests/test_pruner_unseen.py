@@ -481,3 +481,40 @@ def test_tied_embeddings_make_an_output():
         warnings.simplefilter('error')
         Pruner(m, 50, example_inputs=torch.randint(0, 50, (2,9))).prune_model()
     assert m.h.weight.shape==(50,4)
+
+# several of them have to be equally many
+
+def test_halves_of_attention_keep_as_many_as_what_goes_on():
+    "A value is split into heads, and joined again with the width of what came in: two numbers of channels that attributes do not tell"
+    def attend(m, x):
+        n,width,*size = x.shape
+        q,k,v = m.qkv(x).view(n, m.heads, 2*m.key+m.value, -1).split([m.key,m.key,m.value], dim=2)
+        v = v@((q*m.scale).transpose(-2, -1)@k).softmax(-1).transpose(-2, -1)
+        return x+m.proj(v.view(n, width, *size))
+    net = Net(lambda m,x: m.out(attend(m, F.relu(m.a(x)))), a=conv(3,16), qkv=conv(16,32), proj=conv(16,16), out=conv(16,3))
+    net.heads,net.key,net.value,net.scale = 2,4,8,.5
+    m = randomized(net)
+    with pytest.warns(UserWarning, match=r'4 did not go: .* counts on 16 channels'): Pruner(m, 20, example_inputs=XD).prune_model()
+    assert m.a.out_channels==m.proj.out_channels==14 and (m.key,m.value)==(4,7) and m(XD).shape==XD.shape
+
+# what is called is not what is there
+
+class Copying(nn.Module):
+    "An object around a network that runs a copy of it"
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+    def __call__(self, x): return copy.deepcopy(self.net)(x)
+
+@pytest.mark.parametrize('prune', [lambda m: Pruner(m, 50, example_inputs=XD).prune_model(), lambda m: Pruner().prune_model(m, XD)], ids=['ratio','zeros'])
+def test_an_object_that_runs_a_copy_names_the_network(prune):
+    m = Copying(randomized(nn.Sequential(conv(3,8), nn.ReLU(), conv(8,2))))
+    with pytest.raises(ValueError, match=r'a Copying computes with none of its parameters .* pass its `\.net`, a Sequential'): prune(m)
+    assert m.net[0].out_channels==8
+
+def test_an_object_that_runs_its_own_layers_is_a_model():
+    class Calling(Copying):
+        def __call__(self, x): return self.net(x)
+    m = Calling(randomized(nn.Sequential(conv(3,8), nn.ReLU(), conv(8,2))))
+    Pruner(m, 50, example_inputs=XD).prune_model()
+    assert m.net[0].out_channels==4

@@ -1,6 +1,6 @@
-"""Networks that others wrote: all of torchvision, and one or more architectures of each module of timm
+"""Networks that others wrote: all of torchvision, one or more architectures of each module of timm, and YOLO where ultralytics is installed
 
-`make zoo`, or `python tools/zoo.py [NAME...]`, prints a row for each: `resnet18` is torchvision's, `timm/resnet10t` is timm's.
+`make zoo`, or `python tools/zoo.py [NAME...]`, prints a row for each: `resnet18` is torchvision's, `timm/resnet10t` is timm's, `yolo/yolo11n` is a file of ultralytics.
 Weights, biases, scales and statistics are random, so that nothing is zero or equal by chance. The stages:
 
 - zero: two of five filters are zeroed, tied ones together; by hand where `Sparsifier(coupled=True)` refuses.
@@ -143,6 +143,13 @@ xception41 xception41p
 xcit_nano_12_p16_224 xcit_nano_12_p8_224
 '''.split()
 
+# a size of each version of YOLO, and of each task
+YOLO = '''
+yolov3-tiny yolov5n yolov5s yolov6n yolov8n yolov8s yolov9t yolov9s yolov10n yolov10s yolo11n yolo11s yolo12n yolo12s yolo26n yolo26s
+yolov8n-seg yolov8n-pose yolov8n-obb yolov8n-cls yolov8n-p2 yolov8n-ghost yolo11n-seg yolo11n-pose yolo11n-obb yolo11n-cls
+yolo12n-seg yolo12n-pose yolo12n-obb yolo26n-seg yolo26n-pose yolo26n-obb
+'''.split()
+
 # --- networks and their inputs
 
 @dataclass
@@ -258,9 +265,24 @@ def timm_network(full):
         if runs(model, (x,)): return Network(f'timm/{full}', kind, make, (x,), larger_of(model, x))
     raise ValueError(f'found no size of images that {full} runs with')
 
+def yolo_network(name):
+    "The `Network` that ultralytics makes of its file `name`.yaml"
+    from ultralytics import YOLO
+    def make(): return YOLO(f'{name}.yaml', verbose=False).model.eval()
+    inputs = (images(2, 3, 64, 64),)
+    return Network(f'yolo/{name}', YOLO(f'{name}.yaml', verbose=False).task, make, inputs, larger_of(make(), inputs[0]))
+
+FAMILIES = {'timm':timm_network, 'yolo':yolo_network}  # what others than torchvision make, by the prefix of its names
+PACKAGES = {'timm':'timm', 'yolo':'ultralytics'}
+
+def family_of(name):
+    "Whose network `name` is"
+    prefix = name.partition('/')[0]
+    return prefix if prefix in FAMILIES else 'torchvision'
+
 def network(name):
     "The `Network` of this name"
-    return timm_network(name.removeprefix('timm/')) if name.startswith('timm/') else torchvision_network(name)
+    return FAMILIES.get(family_of(name), torchvision_network)(name.partition('/')[2] or name)
 
 def randomize(model, seed=0):
     "`model` with random statistics, scales and shifts of its normalizations"
@@ -326,7 +348,7 @@ def place(e):
     "Where exception `e` was raised, and the last lines of the library and of the network on the way there"
     frames = traceback.extract_tb(e.__traceback__)
     def last(word): return [o for o in frames if word in o.filename][-1:]
-    picked = [frames[-1],*last('/fasterai/'),*last('/timm/'),*last('/torchvision/')]
+    picked = [frames[-1],*last('/fasterai/'),*last('/timm/'),*last('/torchvision/'),*last('/ultralytics/')]
     return ' < '.join(dict.fromkeys(f'{"/".join(Path(o.filename).parts[-3:])}:{o.lineno} {o.name}' for o in picked))
 
 def trained(model, net):
@@ -583,15 +605,15 @@ def shown(row):
 def summary(rows, missing=()):
     "How many rows are right, and the reasons of the others, the most frequent first"
     counts,lines = Counter(map(verdict, rows)),[]
-    for kind in ('timm','torchvision'):
-        mine = [o for o in rows if o['model'].startswith('timm/')==(kind=='timm')]
+    for kind in (*FAMILIES,'torchvision'):
+        mine = [o for o in rows if family_of(o['model'])==kind]
         if mine: lines.append(f"{kind}: {sum(verdict(o)=='right' for o in mine)} of {len(mine)} right")
     lines.append(', '.join(f'{counts[o]} {o}' for o in ('right','wrong','silent','short','refused','error','timeout')))
     lines.append(f"{sum('slow' in dict(o['problems']) for o in rows)} took more than {SLOW} s for a removal")
     whys = Counter()
     for row in rows: whys.update({f"{k}: {re.sub(r'[0-9][0-9.e+-]*', '#', why)[:160]}" for k,why in row['problems'] if k!='slow'})
     lines += [f'{n:4} × {why}' for why,n in whys.most_common()]
-    if missing: lines.append(f'{len(missing)} networks of timm were not tried: timm is not installed here')
+    for kind,n in Counter(map(family_of, missing)).items(): lines.append(f'{n} networks of {kind} were not tried: {PACKAGES[kind]} is not installed here')
     return '\n'.join(lines)
 
 # --- the run
@@ -630,18 +652,19 @@ def run(name, seconds, file, workers, dead={}):
 def processes():
     "Processes that start with what each of them needs"
     workers = multiprocessing.get_context('forkserver')
-    workers.set_forkserver_preload(['torchvision','fasterai.prune.pruner','fasterai.sparse.sparsifier','fasterai.misc.bn_folding',*(['timm'] if has_timm() else [])])
+    workers.set_forkserver_preload(['torchvision','fasterai.prune.pruner','fasterai.sparse.sparsifier','fasterai.misc.bn_folding',*[o for o in PACKAGES.values() if has(o)]])
     return workers
 
-def has_timm():
+def has(package):
+    "Is it installed?"
     from importlib.util import find_spec
-    return find_spec('timm') is not None
+    return find_spec(package) is not None
 
 def names():
-    "All of torchvision that fits, and the choice of timm"
+    "All of torchvision that fits, the choice of timm, and that of YOLO where ultralytics is installed"
     from torchvision import models
     def params(n): return next(iter(models.get_model_weights(n))).meta['num_params']
-    return [n for n in torchvision_kinds() if params(n)*4<MEMORY*1e6]+[f'timm/{o}' for o in TIMM]
+    return [n for n in torchvision_kinds() if params(n)*4<MEMORY*1e6]+[f'timm/{o}' for o in TIMM]+[f'yolo/{o}' for o in YOLO if has('ultralytics')]
 
 def stored(path):
     "Rows that file `path` has, the last of each network"
@@ -665,8 +688,8 @@ def main():
         return 0
     wanted = a.names or names()
     there = {} if a.again or a.names else stored(a.results)
-    missing = [] if has_timm() else [o for o in wanted if o.startswith('timm/') and o not in there]
-    if missing: print('timm is not installed here: torchvision alone is tried (make zoo installs it)', flush=True)
+    missing = [o for o in wanted if o not in there and family_of(o) in PACKAGES and not has(PACKAGES[family_of(o)])]
+    for kind in {family_of(o):0 for o in missing}: print(f'{PACKAGES[kind]} is not installed here: no network of {kind} is tried', flush=True)
     todo = [] if a.show else [o for o in wanted if o not in there and o not in missing]
     rows = [there[o] for o in wanted if o in there]
     if rows: print(f'{len(rows)} of {len(wanted)} rows are those of {a.results} (--again starts over)', flush=True)

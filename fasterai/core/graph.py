@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves,tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from .ops import PRODUCTS,Call,Watch,channels,macs
 from .recurrent import GATES,begin_anew,gates_of,remembering,weights_of
+from .registry import an
 from .running import SLIPS,_Plain,Where,as_in_training,call_with,check_shapes,example_inputs_for
 from .running import inputs_that_run,plain_model,tensors_of,untouched
 from .sizes import EQUALLY_MANY,Attr,Axis,Equation,OtherLength,Telling
@@ -1517,6 +1518,14 @@ def _slices(uses):
         for s in slices: s.ids = s.ids.clamp(min=0)
     return slices
 
+def _check_own(model, tr):
+    "`ValueError` if `model` has no `forward`, and its `__call__` computes with none of its parameters: it runs copies of its layers"
+    if tr.uses or type(model).forward is not nn.Module.forward: return
+    inner = next(((n,m) for n,m in model.named_modules() if type(m).forward is not nn.Module.forward and any(True for _ in m.parameters())), None)
+    if inner is None: return
+    raise ValueError(f'{an(type(model).__name__)} computes with none of its parameters when it is called, but with copies: '
+                     f'pass its `.{inner[0]}`, {an(type(inner[1]).__name__)}, instead')
+
 class ChannelGraph:
     "Which channels of `model` are the same channel, and which entries of its parameters belong to each"
     def __init__(self,
@@ -1534,6 +1543,7 @@ class ChannelGraph:
         tr.telling.only_again()
         self.counts,self.settled = tr.counts,tr.settled  # where values decided on sizes for the first time, and the layers before
         if self.idle: self._train(model, tr)
+        _check_own(model, tr)
         self.slices,self.order,self._names = _slices(tr.uses),list(tr.order),tr.names
         self.sized,self.unknown,self.unused = tr.sized,dict(tr.unknown),[n for n in tr.params if n not in tr.seen]
         tr.telling.settle()

@@ -22,7 +22,7 @@ from .graph import ChannelGraph
 from .running import SLIPS,Where,tensors_of,call_with,held,plain,untouched
 from .ops import of_model
 from .recurrent import begin_anew,gates_of
-from .sizes import Attr,Axis,Watching,evaluate,is_config,is_layer
+from .sizes import Axis,Watching,evaluate,is_config,is_layer
 
 # %% ../../nbs/core/10_surgery.ipynb #9ab53a14
 def kept_by(
@@ -191,19 +191,19 @@ class _Fitting:
             if not self.left[o] and len(self.rows[o]): yield self.rows[o][0].unique(),'nothing would be left of a piece of it'
 
     def missing(self, e, gone):
-        "Classes that have to stay for `e` to hold: as many as an attribute asks for, or else all of its axes"
+        "Classes that have to stay for `e` to hold: as many as one side lacks, if that is an axis, or else all of its axes"
         for a,axis in ((e.a,e.b),(e.b,e.a)):
-            if isinstance(axis, Axis) and isinstance(a, Attr): return self.first(axis, self.number(a), gone)
+            if isinstance(axis, Axis) and (n := evaluate(a, self.number))>self.left[axis]: return self.first(axis, n, gone)
         return self.all_of(e.axes, gone)
     def all_of(self, axes, gone):
         classes = _joined([self.rows[o] for o in axes]).unique()
         return classes[gone[classes]]
     def first(self, axis, n, gone):
-        "Classes of `gone` that have to stay for `axis` to have `n` entries: some if these are enough, or all"
+        "Classes of `gone` that have to stay for `axis` to have `n` entries, or a few more where several go together: some if these are enough, or all"
         every,fewer = self.all_of([axis], gone),gone.clone()
         left = lambda: int((~fewer[self.rows[axis]]).any(1).sum())
         for k,c in enumerate(every):
-            if left()>=n: return every[:k] if left()==n else every
+            if left()>=n: return every[:k]
             fewer[c] = False
         return every
 
