@@ -293,12 +293,12 @@ def test_what_is_no_epoch(wrong):
 
 def test_tickets_are_refused_early():
     for wrong in (3, 1, ['a']):
-        with pytest.raises(TypeError, match='save_tickets is True, or a folder, not'): Sparsify(50, lth=True, save_tickets=wrong)
+        with pytest.raises(TypeError, match='save_tickets must be True, False or a folder, not'): Sparsify(50, lth=True, save_tickets=wrong)
     m = net()
-    with pytest.raises(ValueError, match='save_tickets=True writes into the folder of the training, which has none: give a folder'): attach(Sparsify(50, lth=True, save_tickets=True), Training(m, sgd(m)), 2)
+    with pytest.raises(ValueError, match='save_tickets=True writes into the folder of the training, but this training has none: pass a folder'): attach(Sparsify(50, lth=True, save_tickets=True), Training(m, sgd(m)), 2)
     for wrong in (3, 'net'):
         m = net()
-        with pytest.raises(TypeError, match='model is a part of the model that is trained, an nn.Module, not'): attach(Sparsify(50, model=wrong), Training(m, sgd(m)), 2)
+        with pytest.raises(TypeError, match='model must be a part of the trained model, an nn.Module, not'): attach(Sparsify(50, model=wrong), Training(m, sgd(m)), 2)
 
 def test_tickets_of_a_loop(tmp_path):
     m = net()

@@ -463,8 +463,8 @@ class Half:
     def fold(self, x): return x
     def spread(self, flags): return flags
 
-@pytest.mark.parametrize('own,says', [(Bare(lambda *a: None), 'method fold'), (Bare(Half), r'fold lays out one block a row'), (object(), 'a granularity is a name'),
-    (Bare(type('Wrong', (OwnFilters,), dict(spread=lambda self, flags: flags[:1].view(1,1,1,1,1)))), 'spread gives a mask that broadcasts'), (Bare(type('Miscounts', (OwnFilters,), dict(n=99)), 1), 'n is 99')])
+@pytest.mark.parametrize('own,says', [(Bare(lambda *a: None), 'method fold'), (Bare(Half), r'fold must return one block per row'), (object(), 'a granularity must be a name'),
+    (Bare(type('Wrong', (OwnFilters,), dict(spread=lambda self, flags: flags[:1].view(1,1,1,1,1)))), 'spread must return a mask that broadcasts'), (Bare(type('Miscounts', (OwnFilters,), dict(n=99)), 1), 'n is 99')])
 def test_granularities_that_are_wrong(own, says):
     "Refused when it is bound, before anything is changed"
     if isinstance(own, Bare) and own.cls.__name__=='Wrong': own.args = 1,
