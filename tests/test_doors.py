@@ -312,7 +312,7 @@ def test_an_epoch_that_never_comes(how):
     "What is to be rewound to, and was never there, is told at the end"
     m = net()
     opt = sgd(m)
-    with pytest.warns(UserWarning, match='Sparsify has rewound nothing: training ended before rewind_epoch 2 began'):
+    with pytest.warns(UserWarning, match='Sparsify did not rewind: training ended before rewind_epoch 2 began'):
         with attach(Sparsify(50, schedule=Schedule(sched_iterative, .6), rewind_epoch=2, **{how:True}), Training(m, opt, 4), 4, epochs=False):
             for _ in range(4): step(m, opt)
     assert int((m[0].weight==0).sum())==m[0].weight.numel()//2

@@ -362,7 +362,7 @@ def test_patterns_of_the_user(cls, n, m, kind):
         assert all(torch.equal(mine.masks[k], v) for k,v in ours.masks.items()), share
         assert mine.reached()==ours.reached()
         assert mine.reached()==100*sum(int((~v).sum()) for v in mine.masks.values())/sum(v.numel() for v in mine.masks.values())
-    with pytest.raises(ValueError, match='Bare has .* % of zeros when every group obeys'): mine.sparsify_model(full+1)
+    with pytest.raises(ValueError, match='Bare reaches .* % of zeros when every group follows'): mine.sparsify_model(full+1)
 
 class OwnFilters:
     "Some filters at a time, as rows of a matrix"
