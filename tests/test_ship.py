@@ -138,7 +138,7 @@ class Words(nn.Module):
 IDS = torch.arange(48).view(8,6)%20
 
 @pytest.mark.parametrize('data, said', [([dict(ids=IDS[0])]*8, r'first sample of the data.*such as a DataLoader returns'), ([dict(ids=IDS.tolist())], "return_tensors='pt'"),
-    ([dict(ids=IDS),dict(ids=IDS[:,:4])], r'it takes ids as \[batch, 6\].*pad what has other sizes')])
+    ([dict(ids=IDS),dict(ids=IDS[:,:4])], r'it takes ids as \[batch, 6\].*pad inputs of other sizes')])
 def test_sentences_that_do_not_fit(tmp_path, data, said):
     "Samples in place of batches, lists in place of tensors, and lengths that differ, as tokenizers give them"
     with pytest.raises(ValueError, match=said): ship(Words(), data, tmp_path/'a.onnx', **quick)
