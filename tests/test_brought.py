@@ -294,7 +294,7 @@ def test_unfit_weights(kind, granularity):
 def test_meta_and_lazy():
     with pytest.raises(ValueError, match='0.weight has no shape yet'): Sparsifier(nn.Sequential(nn.LazyConv2d(8,3)))
     with torch.device('meta'): model = net()
-    with pytest.raises(ValueError, match='0.weight has no values, since it is on the meta device'): Sparsifier(model)
+    with pytest.raises(ValueError, match='0.weight is on the meta device and has no values'): Sparsifier(model)
 
 def test_layouts_that_are_fine():
     "Transposed, sliced, channels-last and permuted memory is memory of its own"
@@ -694,7 +694,7 @@ def test_sets_of_filters():
     def make(): return nn.Sequential(conv(3,64), conv(64,64,groups=16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64,4))
     model = make()
     sp = Sparsifier(model, 'filter', coupled=True, example_inputs=x)
-    with said('16 of 25 filters of 0 can be zeroed (its filters go together in 4 sets of 16'): sp.sparsify_model(40)
+    with said('16 of 25 filters of 0 can be zeroed (its filters are tied in 4 sets of 16'): sp.sparsify_model(40)
     assert {o['layer']:(o['channels'],o['asked'],o['zeroed']) for o in sp.left}=={'0':(64,25,16), '1':(64,25,16)}
     model = make()
     with silent(): sp = Sparsifier(model, 'filter', coupled=True, example_inputs=x).sparsify_model(50)

@@ -304,4 +304,4 @@ def test_experts_that_no_sample_went_to():
     ids=['coupled','fold','share','lossless'])
 def test_a_scripted_part(use):
     model = nn.Sequential(conv(3,8), nn.BatchNorm2d(8), torch.jit.script(nn.Sequential(conv(8,8,1), nn.ReLU())), conv(8,4,1)).eval()
-    with pytest.raises(ValueError, match='2 is a .* of TorchScript and keeps its shapes: use the module that it was made from'): use(model)
+    with pytest.raises(ValueError, match='2 is a .* of TorchScript, whose shapes are fixed: use the module that it was made from'): use(model)

@@ -294,7 +294,7 @@ def test_tensors_of_torch(gpu):
     assert 'the model does not run with it: NotImplementedError' in rows['b']['why']
     assert isinstance(new.a.weight, Pretended) and isinstance(new.a.weight, nn.Parameter) and type(new.b.weight) is nn.Parameter and not new.a.weight.requires_grad
     with torch.no_grad(): assert _apart(model(inputs()), new(inputs()))<=_allowed(half)
-    with pytest.raises(ValueError, match='a.weight is a Pretended of torch.float16, no plain tensor'): to_semi_structured(new, inputs())
+    with pytest.raises(ValueError, match='a.weight is a Pretended of torch.float16 and not a plain tensor'): to_semi_structured(new, inputs())
 
 def test_rows_with_gaps(gpu):
     "Torch views the rows of a semi-structured layer as a matrix, which those of a slice are not"
