@@ -551,7 +551,7 @@ def told():
 
 def raises(x): raise KeyError('oops')
 
-@pytest.mark.parametrize('f,says', [(raises, "fails .KeyError: 'oops'"), (lambda x,y: x, 'fails .TypeError'), (lambda x: None, 'gives NoneType, the operation float32 .2, 8'), (lambda x: x.mean(1), 'gives float32 .2, 6, 6'),
+@pytest.mark.parametrize('f,says', [(raises, "fails .KeyError: 'oops'"), (lambda x,y: x, 'fails .TypeError'), (lambda x: None, 'returns NoneType, but the operation returns float32 .2, 8'), (lambda x: x.mean(1), 'gives float32 .2, 6, 6'),
     (lambda x: x.double(), 'gives float64')])
 def test_functions_that_do_not_compute_the_same(f, says, told):
     told('brought::act')(f)
@@ -559,22 +559,22 @@ def test_functions_that_do_not_compute_the_same(f, says, told):
 
 def test_the_last_word_on_an_operation_counts(told):
     model = nn.Sequential(conv(3,8), Own(), conv(8,4)).eval()
-    with pytest.raises(ValueError, match="no argument 'dim', which the other has; it has x"):
+    with pytest.raises(ValueError, match="no argument 'dim', which the other operation has; its arguments are x"):
         told('brought::act', like='softmax')
         unknown_ops(model, x)
     told('brought::act')(lambda x: x.relu())
     assert unknown_ops(model, x)=={}
     told('brought::act', like='softmax')
     with pytest.raises(ValueError, match="no argument 'dim'"): unknown_ops(model, x)
-    with pytest.raises(ValueError, match='how weights are used is told by a function'): told('brought::act', like='linear')
+    with pytest.raises(ValueError, match='operations with weights need a function'): told('brought::act', like='linear')
 
-@pytest.mark.parametrize('args,says', [((3,), 'named with its library'), ((None,), 'named with its library'), (('a::b.c',), 'named with its library'), (('brought::act','rellu'), "did you mean 'relu'"),
-    (('brought::act','conv'), 'did you mean'), (('brought::act', 3), 'named with its library')])
+@pytest.mark.parametrize('args,says', [((3,), 'must include its library'), ((None,), 'must include its library'), (('a::b.c',), 'must include its library'), (('brought::act','rellu'), "did you mean 'relu'"),
+    (('brought::act','conv'), 'did you mean'), (('brought::act', 3), 'must include its library')])
 def test_what_an_operation_cannot_be(args, says):
     from fasterai.core.ops import op, ops
     before = dict(ops)
     with pytest.raises(ValueError, match=says): op(*args)
-    with pytest.raises(TypeError, match='decorates a function'): op('brought::act')(3)
+    with pytest.raises(TypeError, match='must decorate a function'): op('brought::act')(3)
     assert ops==before
 
 class Own(nn.Module):

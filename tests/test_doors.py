@@ -60,7 +60,7 @@ def test_training():
 
 @pytest.mark.parametrize('target', [-5, float('nan'), float('inf'), '40', None, [1,2], dict(a=-1)])
 def test_targets(target):
-    with pytest.raises(ValueError, match='not negative'): Pace('lin', target)
+    with pytest.raises(ValueError, match='of at least 0'): Pace('lin', target)
 
 def test_pace():
     for n_epoch in (0, 1.5, 'x'):

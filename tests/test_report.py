@@ -230,7 +230,7 @@ def test_segmentation_and_own_correctness():
     ((net(),5), {}, 'iterable of batches'), ((net(),[]), {}, 'data has no batches'), ((net(),iter([])), {}, 'data has no batches'), ((net(),X[:0]), {}, 'data has no batches'), ((net(),(X,torch.zeros(2, dtype=torch.long))), {}, 'differ in number'),
     ((net(),torch.tensor(1.)), {}, 'no axis'), ((net(),[(X,3)]), {}, 'labels of a batch must be tensors, not int'), ((net(),[('a','b')]), {}, 'inputs of a batch must be tensors, not str'), ((net(),[()]), {}, 'an empty tuple'), ((net(),'data'), {}, 'not a str'),
     ((net(),torch.utils.data.TensorDataset(X)), {}, 'pass a DataLoader of it'), ((net(),X), dict(correct=torch.eq), 'data has no labels'), ((dict(a=net(), b=3),), {}, 'nn.Module'), ((nn.LazyLinear(3),), {}, 'no shape yet'),
-    ((net(),net().to('meta')), dict(example_inputs=X), 'is on the meta device: load them first')])
+    ((net(),net().to('meta')), dict(example_inputs=X), 'is on the meta device and has no values: load them first')])
 def test_wrong_arguments(args, kwargs, says):
     with pytest.raises((ValueError,TypeError), match=says): report(*args, **kwargs)
 
