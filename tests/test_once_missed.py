@@ -295,7 +295,7 @@ def test_experts_that_no_sample_went_to():
     "They may read what the others read: that stays, and all batches still run"
     torch.manual_seed(0)
     model,few,many = Routed().eval(),torch.randn(1,6),torch.randn(64,6)
-    with pytest.warns(UserWarning, match='did not run, and may read or make what experts'): Pruner(model, 50, example_inputs=few).prune_model()
+    with pytest.warns(UserWarning, match='did not run, and may read or make the channels of experts'): Pruner(model, 50, example_inputs=few).prune_model()
     assert model(many).shape==(64,2)
     assert sum(f[0].out_features==12 for f in model.experts)==1 and model.i.out_features==16
 
