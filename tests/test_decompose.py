@@ -66,7 +66,7 @@ def test_peers_attention_runs(name):
 def test_peers_square_layers_do_not_grow():
     "Peers: 262,144 → 393,728"
     net = nn.Sequential(nn.Linear(512, 512, bias=False))
-    with pytest.warns(UserWarning, match='no layer was decomposed: 0: rank 384 would take 393,216 weights'): new = FC_Decomposer().decompose(net, .25)
+    with pytest.warns(UserWarning, match='no layer was decomposed: 0: rank 384 would have 393,216 weights'): new = FC_Decomposer().decompose(net, .25)
     assert count(new)==262_144
     assert count(FC_Decomposer().decompose(net, .75))==131_072
 
@@ -319,7 +319,7 @@ def test_budget_prefers_what_is_redundant():
     (dict(percent_removed=True), 'fraction'), (dict(energy_threshold=0.), 'above 0'), (dict(energy_threshold=95), 'did you mean 0.95'), (dict(percent_removed=.5, params=100), 'give one'),
     (dict(params=.5), 'whole number'), (dict(macs=0), 'whole number'), (dict(params=3), 'params can be [\\d,]+ at least'), (dict(macs=3), 'macs can be [\\d,]+ at least'),
     (dict(layers='hed'), "did you mean 'head'"), (dict(exclude=['hed']), "did you mean 'head'"), (dict(percent_removed={'hed':.5}), "did you mean 'head'"),
-    (dict(percent_removed={'head':.5}, layers='head'), 'not for it'), (dict(exclude=''), 'leaves no layer'), (dict(layers='tied'), 'tied cannot be decomposed: its weight or bias is tied'),
+    (dict(percent_removed={'head':.5}, layers='head'), 'already selects layers'), (dict(exclude=''), 'leaves no layer'), (dict(layers='tied'), 'tied cannot be decomposed: its weight or bias is tied'),
     (dict(percent_removed=.5, data=[]), 'data has no batch'), (dict(percent_removed=.5, data=torch.full((2,32), float('nan'))), 'not all finite')])
 def test_refused(args, says):
     net = nn.Sequential()

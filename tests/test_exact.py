@@ -362,7 +362,7 @@ def test_patterns_of_the_user(cls, n, m, kind):
         assert all(torch.equal(mine.masks[k], v) for k,v in ours.masks.items()), share
         assert mine.reached()==ours.reached()
         assert mine.reached()==100*sum(int((~v).sum()) for v in mine.masks.values())/sum(v.numel() for v in mine.masks.values())
-    with pytest.raises(ValueError, match='Bare has .* % of zeros when every group obeys'): mine.sparsify_model(full+1)
+    with pytest.raises(ValueError, match='Bare reaches .* % of zeros when every group follows'): mine.sparsify_model(full+1)
 
 class OwnFilters:
     "Some filters at a time, as rows of a matrix"
@@ -463,8 +463,8 @@ class Half:
     def fold(self, x): return x
     def spread(self, flags): return flags
 
-@pytest.mark.parametrize('own,says', [(Bare(lambda *a: None), 'method fold'), (Bare(Half), r'fold lays out one block a row'), (object(), 'a granularity is a name'),
-    (Bare(type('Wrong', (OwnFilters,), dict(spread=lambda self, flags: flags[:1].view(1,1,1,1,1)))), 'spread gives a mask that broadcasts'), (Bare(type('Miscounts', (OwnFilters,), dict(n=99)), 1), 'n is 99')])
+@pytest.mark.parametrize('own,says', [(Bare(lambda *a: None), 'method fold'), (Bare(Half), r'fold must return one block per row'), (object(), 'a granularity must be a name'),
+    (Bare(type('Wrong', (OwnFilters,), dict(spread=lambda self, flags: flags[:1].view(1,1,1,1,1)))), 'spread must return a mask that broadcasts'), (Bare(type('Miscounts', (OwnFilters,), dict(n=99)), 1), 'n is 99')])
 def test_granularities_that_are_wrong(own, says):
     "Refused when it is bound, before anything is changed"
     if isinstance(own, Bare) and own.cls.__name__=='Wrong': own.args = 1,

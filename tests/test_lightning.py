@@ -300,7 +300,7 @@ def test_epochs_to_rewind_to(tmp_path, how):
     if how['max_epochs']==4:
         with pytest.raises(ValueError, match='SparsifyCallback needs to know how long training is, and the data have no length: give the Trainer max_steps'): run(0, stream)
     elif how['max_epochs']==-1:  # nobody knows how long an epoch will be
-        with pytest.warns(UserWarning, match='SparsifyCallback has rewound nothing: training ended before rewind_epoch 8 began'): run(8, stream)
+        with pytest.warns(UserWarning, match='SparsifyCallback did not rewind: training ended before rewind_epoch 8 began'): run(8, stream)
 
 class Later(Inside):
     "Its network is made when training begins"

@@ -275,7 +275,7 @@ def test_models_that_draw_numbers(draw):
 def test_numbers_for_each_channel():
     "Fewer channels draw fewer numbers: the error says so"
     model = dead(Net(lambda s,x: s.b(F.dropout(s.a(x).relu(), .3, training=True)), a=conv(3,8), b=conv(8,4,1)), 'a')
-    with pytest.raises(ValueError, match='it draws random numbers'): Pruner().prune_model(model, x)
+    with pytest.raises(ValueError, match='the network draws random numbers'): Pruner().prune_model(model, x)
 
 class Routed(nn.Module):
     "Sends each sample to one of four experts"
@@ -295,7 +295,7 @@ def test_experts_that_no_sample_went_to():
     "They may read what the others read: that stays, and all batches still run"
     torch.manual_seed(0)
     model,few,many = Routed().eval(),torch.randn(1,6),torch.randn(64,6)
-    with pytest.warns(UserWarning, match='did not run, and may read or make what experts'): Pruner(model, 50, example_inputs=few).prune_model()
+    with pytest.warns(UserWarning, match='did not run, and may read or make the channels of experts'): Pruner(model, 50, example_inputs=few).prune_model()
     assert model(many).shape==(64,2)
     assert sum(f[0].out_features==12 for f in model.experts)==1 and model.i.out_features==16
 
@@ -304,4 +304,4 @@ def test_experts_that_no_sample_went_to():
     ids=['coupled','fold','share','lossless'])
 def test_a_scripted_part(use):
     model = nn.Sequential(conv(3,8), nn.BatchNorm2d(8), torch.jit.script(nn.Sequential(conv(8,8,1), nn.ReLU())), conv(8,4,1)).eval()
-    with pytest.raises(ValueError, match='2 is a .* of TorchScript and keeps its shapes: use the module that it was made from'): use(model)
+    with pytest.raises(ValueError, match='2 is a .* of TorchScript, whose shapes are fixed: use the module that it was made from'): use(model)

@@ -405,7 +405,7 @@ def test_interrupts(event, ex, criteria):
 # --- refused
 
 @pytest.mark.parametrize('args,said', [((120,),'from 0 to 100'), ((-1,),'from 0 to 100'), (('30',),'percent'), ((True,),'percent'), ((30,'agpp'),'agp'), ((30,'agp','golbal'),'global'), ((30,'agp','local','large_finl'),'large_final'),
-    (({'0':120},),'from 0 to 100'), ((30,'dsd'),'does not come back')])
+    (({'0':120},),'from 0 to 100'), ((30,'dsd'),'do not come back')])
 def test_refused_at_the_door(args, said):
     with pytest.raises(ValueError, match=said): PruneCallback(*args)
     with pytest.raises(ValueError, match='n_updates'): PruneCallback(30, n_updates=0)

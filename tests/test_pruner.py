@@ -471,7 +471,7 @@ def test_refused_before_anything_changes():
     with pytest.raises(ValueError, match='at least 1'): Pruner(m, 30, round_to=0)
     with pytest.raises(ValueError, match='needs a model'): Pruner(pruning_ratio=30)
     with pytest.raises(ValueError, match="did you mean '0'|no layer"): Pruner(m, 30, ignored_layers=['00'])
-    with pytest.raises(ValueError, match='may be 30 percent, written as a fraction, or 0.3 percent'): Pruner(m, .3)
+    with pytest.raises(ValueError, match='may mean 30 percent .as a fraction. or 0.3 percent'): Pruner(m, .3)
     assert Pruner(m, .3, unit='fraction').pruning_ratio==30
     assert all(torch.equal(v, was[k]) for k,v in m.state_dict().items())
 

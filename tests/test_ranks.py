@@ -132,7 +132,7 @@ def driven(c):
         warnings.simplefilter('always')
         hold_zeros(spread_out(copy.deepcopy(one), c))
     if not any('0 are held, and not those of the biases' in str(o.message) for o in told): return 'biases that are not held'
-    return '' if refused('go with filters', Sparsifier, spread_out(copy.deepcopy(one), c), 'row', **linear) else 'filters are not refused'
+    return '' if refused('to their biases and norms', Sparsifier, spread_out(copy.deepcopy(one), c), 'row', **linear) else 'filters are not refused'
 
 def adapters(c):
     "What adapts a student's layers is the same on each rank, which see other batches"

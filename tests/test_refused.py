@@ -57,7 +57,7 @@ def test_inputs(use, wrong):
 def test_batches_that_do_not_run():
     bad = torch.randn(2,5,6,6)
     for f in (lambda: answers(net(), data=(bad,Y)), lambda: told_right(net(), data=(bad,Y)), lambda: quick(net(), net(), (bad,Y))):
-        with pytest.raises(ValueError, match='(?s)takes 3 channels.*Data are batches'): f()
+        with pytest.raises(ValueError, match='(?s)takes 3 channels.*Data must be batches'): f()
     images = Net(lambda m,xs: torch.stack([m.a(x[None]).mean((2,3))[0] for x in xs]) if isinstance(xs, list) else 1/0, a=nn.Conv2d(3,4,3))
     with pytest.raises(ValueError, match=r'a batch is \(\[image\], y\)'): quick(images, copy.deepcopy(images), ([X[0]],))
     assert len(quick(images, copy.deepcopy(images), [([X[0]],)]))==len(quick(images, copy.deepcopy(images), example_inputs=([X[0]],)))==2
@@ -78,7 +78,7 @@ def test_no_model(use, given, tmp_path):
 def test_no_layers():
     for f in (lambda o: Pruner(net(), 40, ignored_layers=o), lambda o: Distiller(net(), 'Attention', o, '0'), lambda o: Distiller(net(), 'Attention', '0', o)):
         for o in (5, X, .5):
-            with pytest.raises(ValueError, match='(ignored_layers|activations_.*) takes layers, or their names'): f(o)
+            with pytest.raises(ValueError, match='(ignored_layers|activations_.*) must be layers or their names'): f(o)
     with pytest.raises(ValueError, match='ignored_layers takes layers'): fit(learner(), cbs=PruneCallback(40, ignored_layers=5))
 
 def test_no_optimizer():
@@ -199,7 +199,7 @@ def test_rounded(n, ratio, gone, context):
         assert n-m[0].out_channels==gone and p.left[0]['removed']==gone and p.left[0]['dead']==n*ratio//100
     else: assert one(p.prune_model, ('round_to=8',)) is m and p.left
     sp = Sparsifier(thin(n), 'filter', context, round_to=8)
-    one(lambda: sp.sparsify_model(ratio), ('round_to=8 keeps a multiple','See `left`'))
+    one(lambda: sp.sparsify_model(ratio), ('round_to=8 keeps a multiple','`left` of the Sparsifier'))
     assert any(o['zeroed']<o['asked'] for o in sp.left)
 
 def test_rounded_a_little():

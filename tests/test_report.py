@@ -228,9 +228,9 @@ def test_segmentation_and_own_correctness():
     ((net(),net(7)), dict(example_inputs=X), 'do not do the same'), ((net(),net()), dict(repeats=3), 'at least 6'), ((net(),net()), dict(repeats=True), 'at least 6'),
     ((net(),net()), dict(threads=0), 'threads'), ((net(),), dict(warmup=-1), 'warmup'), ((net(),[(X,torch.zeros(1, dtype=torch.long))]), dict(data=[1]), 'given twice'),
     ((net(),5), {}, 'iterable of batches'), ((net(),[]), {}, 'data has no batches'), ((net(),iter([])), {}, 'data has no batches'), ((net(),X[:0]), {}, 'data has no batches'), ((net(),(X,torch.zeros(2, dtype=torch.long))), {}, 'differ in number'),
-    ((net(),torch.tensor(1.)), {}, 'no axis'), ((net(),[(X,3)]), {}, 'labels of a batch are tensors, not int'), ((net(),[('a','b')]), {}, 'inputs of a batch are tensors, not str'), ((net(),[()]), {}, 'an empty tuple'), ((net(),'data'), {}, 'not a str'),
+    ((net(),torch.tensor(1.)), {}, 'no axis'), ((net(),[(X,3)]), {}, 'labels of a batch must be tensors, not int'), ((net(),[('a','b')]), {}, 'inputs of a batch must be tensors, not str'), ((net(),[()]), {}, 'an empty tuple'), ((net(),'data'), {}, 'not a str'),
     ((net(),torch.utils.data.TensorDataset(X)), {}, 'pass a DataLoader of it'), ((net(),X), dict(correct=torch.eq), 'data has no labels'), ((dict(a=net(), b=3),), {}, 'nn.Module'), ((nn.LazyLinear(3),), {}, 'no shape yet'),
-    ((net(),net().to('meta')), dict(example_inputs=X), 'is on the meta device: load them first')])
+    ((net(),net().to('meta')), dict(example_inputs=X), 'is on the meta device and has no values: load them first')])
 def test_wrong_arguments(args, kwargs, says):
     with pytest.raises((ValueError,TypeError), match=says): report(*args, **kwargs)
 
@@ -387,7 +387,7 @@ def test_labels_that_no_class_has():
 
 def test_correct_has_to_say_which():
     for correct in (lambda out, y: (out.argmax(1)==y).float().mean(), lambda out, y: 1, lambda out, y: out.argmax(1)):
-        with pytest.raises(ValueError, match='returns a tensor of booleans'): quick(net(), (IMAGES, torch.zeros(300, dtype=torch.long)), correct=correct)
+        with pytest.raises(ValueError, match='must return a tensor of booleans'): quick(net(), (IMAGES, torch.zeros(300, dtype=torch.long)), correct=correct)
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
 def test_weights_that_are_no_numbers(bad):
@@ -483,7 +483,7 @@ def test_labels_of_the_next_word():
     ids = torch.arange(24).view(4,6)%9
     for labels in (ids,ids.masked_fill(ids==3, -100)):
         rep = report(NextWord(), NextWord(), [dict(ids=ids, mask=torch.ones_like(ids), labels=labels)], repeats=6)
-        assert 'accuracy' not in rep and any('one place further' in o for o in rep.notes) and rep.of['before']==24
+        assert 'accuracy' not in rep and any('shifted by one position' in o for o in rep.notes) and rep.of['before']==24
     rep = report(NextWord(), [dict(ids=ids, labels=ids)], repeats=6, correct=lambda out, y: out[:,:-1].argmax(-1)==y[:,1:])
     assert rep.of.item()==20 and 'accuracy' in rep
     rep = report(NextWord(), [dict(ids=ids, mask=torch.ones_like(ids), labels=torch.ones_like(ids))], repeats=6)

@@ -198,7 +198,7 @@ def test_a_state_of_something_else_is_refused(tmp_path):
     learn.save('half')
     again = learner(tmp_path)
     again.load('half')
-    with pytest.raises(ValueError, match='was it made with another granularity'): fit(again, 4, SparsifyCallback(50, 'weight', criteria='movement'), start_epoch=2)
+    with pytest.raises(ValueError, match='was the state saved with another granularity'): fit(again, 4, SparsifyCallback(50, 'weight', criteria='movement'), start_epoch=2)
 
 def test_a_new_fit_begins_anew(tmp_path):
     "What is left of a fit that ended early is nothing to one that begins at its first epoch"

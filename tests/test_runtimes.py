@@ -143,7 +143,7 @@ def test_scores_are_not_rounded(tmp_path):
 def test_lengths_that_differ():
     "A file takes one length, and says so"
     batches = [dict(ids=torch.arange(2*n).view(2,n)%20) for n in (6,4)]
-    with pytest.raises(ValueError, match=r'it takes ids as \[batch, 6\].*pad what has other sizes'): report(Pair(), batches, runtimes='onnx', repeats=6)
+    with pytest.raises(ValueError, match=r'it takes ids as \[batch, 6\].*pad inputs of other sizes'): report(Pair(), batches, runtimes='onnx', repeats=6)
 
 def test_eager_is_as_the_others(tmp_path):
     "Without dropout, whatever the mode of the network; one that does not train is itself"

@@ -181,11 +181,11 @@ def test_resume_refuses_another(model, tmp_path):
     def hidden(m): return other[0]*total(m)
     sensitivity(model, hidden, [50], resume=tmp_path/'other.csv')
     other[0] = 2.
-    with pytest.raises(ValueError, match='the untouched model gives .* now, and gave'): sensitivity(model, hidden, [50], resume=tmp_path/'other.csv')
+    with pytest.raises(ValueError, match='metric of the untouched model is .* now, but was'): sensitivity(model, hidden, [50], resume=tmp_path/'other.csv')
     model.stem.weight.data[0,0,0,0] += 1
-    refused('the model is another one')
+    refused('the model differs')
     path.write_text('something else\n')
-    with pytest.raises(ValueError, match='no file of a sensitivity scan'): sensitivity(model, total, [50], resume=path)
+    with pytest.raises(ValueError, match='not a file of a sensitivity scan'): sensitivity(model, total, [50], resume=path)
     assert path.read_text()=='something else\n'
 
 @pytest.mark.parametrize('bad,says', [(lambda r: r[:-1], 'its checksum differs|fields'), (lambda r: r.replace(',50,', ',60,'), 'its checksum differs'), ('stem,50,nan', 'its metric is .nan., and a finite number'), ('stem,50,inf', 'finite'), ('stem,50,1_0', 'finite'),
@@ -201,12 +201,12 @@ def test_rows_of_files(bad, says, model, tmp_path):
 
 # What is refused
 
-@pytest.mark.parametrize('how,says', [(dict(kind='sparcity'), "did you mean 'sparsity'"), (dict(kind=3), 'kind is one of'), (dict(criteria='large_finale'), "did you mean 'large_final'"),
+@pytest.mark.parametrize('how,says', [(dict(kind='sparcity'), "did you mean 'sparsity'"), (dict(kind=3), 'kind must be one of'), (dict(criteria='large_finale'), "did you mean 'large_final'"),
     (dict(granularity='filtre'), "did you mean 'filter'"), (dict(kind='pruning', granularity='filter'), 'granularity has no meaning'), (dict(kind='bits', criteria='random'), 'criteria has no meaning'),
     (dict(levels=[]), 'at least one'), (dict(levels=[0,10]), 'above 0'), (dict(levels=50), 'several numbers'), (dict(levels='50'), 'several numbers'), (dict(levels=[101]), 'from 0 to 100'),
-    (dict(kind='pruning', levels=[101]), 'from 0 to 100'), (dict(kind='bits', levels=[9]), 'from 1 to 8'), (dict(granularity='2:4', levels=[60]), 'cannot be reached'), (dict(criteria='movement'), 'as they are'),
+    (dict(kind='pruning', levels=[101]), 'from 0 to 100'), (dict(kind='bits', levels=[9]), 'from 1 to 8'), (dict(granularity='2:4', levels=[60]), 'cannot be reached'), (dict(criteria='movement'), 'only the present weights'),
     (dict(criteria='wanda'), 'pass `data`'), (dict(data=X), 'needs no data'), (dict(layer_type=nn.Conv3d), 'no layer of type Conv3d'), (dict(kind='bits', layer_type=nn.Conv3d), 'no layer of type'),
-    (dict(kind='pruning', layer_type=nn.Conv3d), 'no channel'), (dict(evaluate=3), 'evaluate is a function'), (dict(levels=[.2,.5]), 'write 20, 50')], ids=range(22))
+    (dict(kind='pruning', layer_type=nn.Conv3d), 'no channel'), (dict(evaluate=3), 'evaluate must be a function'), (dict(levels=[.2,.5]), 'write 20, 50')], ids=range(22))
 def test_refused_before_anything_is_evaluated(model, how, says):
     before,calls = state(model),[]
     args = dict(dict(model=model, evaluate=lambda m: calls.append(1) or 0.), **how)
@@ -293,7 +293,7 @@ def test_latency_runs(model):
 def test_targets_refuse(model):
     s = sensitivity(model, total, [50,90])
     before = state(model)
-    for budget,says in ((dict(), 'one budget'), (dict(params=9, macs=9), 'one budget'), (dict(latency=1), 'Allowed: params, macs'), (dict(bytes=1), 'no budget of kind'), (dict(params=0), 'above 0'), (dict(params='half'), 'above 0'), (dict(params=1), 'least that is reachable')):
+    for budget,says in ((dict(), 'one budget'), (dict(params=9, macs=9), 'one budget'), (dict(latency=1), 'Allowed: params, macs'), (dict(bytes=1), 'has no budget'), (dict(params=0), 'above 0'), (dict(params='half'), 'above 0'), (dict(params=1), 'least that is reachable')):
         with pytest.raises(ValueError, match=says): s.targets(**budget)
     with pytest.raises(ValueError, match="did you mean 'stem'"): s.left('params', {'sten':50})
     with pytest.raises(ValueError, match='was not measured'): s.left('params', {'stem':40})

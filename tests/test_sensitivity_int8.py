@@ -197,9 +197,9 @@ def test_wrong_arguments(model):
     pruning,int8 = scans(model, loss, higher_is_better=False)
     other = sensitivity(deepcopy(model), loss, kind='int8', data=X, higher_is_better=False)
     metric = sensitivity(model, total, kind='int8', data=X, higher_is_better=False)
-    for make,said in [(lambda: sensitivity(model, loss, kind='int8'), 'takes data'), (lambda: sensitivity(model, loss, [4], kind='int8', data=X), r'are \[8\]'), (lambda: sensitivity(model, loss, kind='int8', data=X, criteria='large_final'), 'no meaning'),
+    for make,said in [(lambda: sensitivity(model, loss, kind='int8'), 'needs data'), (lambda: sensitivity(model, loss, [4], kind='int8', data=X), r'must be \[8\]'), (lambda: sensitivity(model, loss, kind='int8', data=X, criteria='large_final'), 'no meaning'),
                       (lambda: sensitivity(model, loss, kind='int8', data=X, layer_type=nn.LSTM), 'can be in int8'), (lambda: int8.targets(macs=3), 'Allowed: bytes, latency'), (lambda: pruning.targets(bytes=9e9, beside=3), "kind='int8'"),
                       (lambda: int8.targets(bytes=9e9, beside=pruning), r'pruning.targets\(…, beside=int8\)'), (lambda: pruning.targets(bytes=9e9, beside=other), 'another model'), (lambda: pruning.targets(bytes=9e9, beside=metric), 'different metrics'),
-                      (lambda: pruning.targets(bytes=1, beside=int8), 'least that is reachable'), (lambda: pruning.targets(macs=9, beside=int8), 'no budget of kind'),
+                      (lambda: pruning.targets(bytes=1, beside=int8), 'least that is reachable'), (lambda: pruning.targets(macs=9, beside=int8), 'has no budget'),
                       (lambda: in_int8(model, dict(head=4), X), 'KMeansQuantizer'), (lambda: in_int8(model, ['heat'], X), "did you mean 'head'"), (lambda: in_int8(model, 'head', X), r"\['head'\]")]:
         with pytest.raises(ValueError, match=said): make()

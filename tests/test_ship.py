@@ -137,8 +137,8 @@ class Words(nn.Module):
 
 IDS = torch.arange(48).view(8,6)%20
 
-@pytest.mark.parametrize('data, said', [([dict(ids=IDS[0])]*8, r'first sample of the data.*DataLoader makes them of samples'), ([dict(ids=IDS.tolist())], "return_tensors='pt'"),
-    ([dict(ids=IDS),dict(ids=IDS[:,:4])], r'it takes ids as \[batch, 6\].*pad what has other sizes')])
+@pytest.mark.parametrize('data, said', [([dict(ids=IDS[0])]*8, r'first sample of the data.*such as a DataLoader returns'), ([dict(ids=IDS.tolist())], "return_tensors='pt'"),
+    ([dict(ids=IDS),dict(ids=IDS[:,:4])], r'it takes ids as \[batch, 6\].*pad inputs of other sizes')])
 def test_sentences_that_do_not_fit(tmp_path, data, said):
     "Samples in place of batches, lists in place of tensors, and lengths that differ, as tokenizers give them"
     with pytest.raises(ValueError, match=said): ship(Words(), data, tmp_path/'a.onnx', **quick)
@@ -188,7 +188,7 @@ def test_what_numbers_have_in_common(batch):
     assert _variance_kept(nn.Linear(3, 1), nn.Linear(3, 1), batches)>=0
 
 def test_labels_of_none(net):
-    with pytest.raises(ValueError, match='no label of data.*-100'): answers(net, data=(X[:8],Y[:8]*0-100), progress=False)
+    with pytest.raises(ValueError, match='no label to compare with.*-100'): answers(net, data=(X[:8],Y[:8]*0-100), progress=False)
 
 def test_whole_numbers_are_answers(net):
     class Best(nn.Module):

@@ -97,7 +97,7 @@ def test_a_layer_alone(faster):
 def test_not_faster_is_dense(monkeypatch):
     monkeypatch.setattr(cpu, 'latency', lambda *models, repeats, **kwargs: np.array([[1.]*repeats,[1.1]*repeats]))
     model = mlp()
-    with pytest.warns(UserWarning, match='returned as it is, with dense layers: no layer is faster'): new,report = sparse_for_cpu(model, torch.randn(2, 16), report=True)
+    with pytest.warns(UserWarning, match='returned unchanged, with dense layers: no layer is faster'): new,report = sparse_for_cpu(model, torch.randn(2, 16), report=True)
     assert new is model and not report.is_sparse.any() and report.why[0].startswith('not faster: ×0.91')
 
 def test_network_that_is_not_faster_is_dense(monkeypatch):
@@ -121,7 +121,7 @@ def infinite():
     with torch.no_grad(): layer.weight[0,0] = torch.inf
     return layer
 
-@pytest.mark.parametrize('make, why', [(lambda: Odd(8, 8), 'forward of its own'), (hooked, 'hooks'), (infinite, 'finite'), (lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), 'computed'),
+@pytest.mark.parametrize('make, why', [(lambda: Odd(8, 8), 'overrides forward'), (hooked, 'hooks'), (infinite, 'finite'), (lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), 'computed'),
     (lambda: nn.Linear(8, 8), '0% of its weights')], ids=['forward','hook','infinite','computed','no zeros'])
 def test_layers_that_stay(make, why, faster):
     layer = make()
@@ -129,7 +129,7 @@ def test_layers_that_stay(make, why, faster):
         with torch.no_grad(): layer.weight[1:] = 0
     model = nn.Sequential(zeroed(nn.Linear(8, 8)), layer).eval()
     if why=='finite':
-        with pytest.warns(UserWarning, match='returned as it is'): _,report = sparse_for_cpu(model, torch.randn(2, 8), report=True)
+        with pytest.warns(UserWarning, match='returned unchanged'): _,report = sparse_for_cpu(model, torch.randn(2, 8), report=True)
         assert why in report.why[1]  # what it gives is no number, and cannot be compared
         return
     new,report = sparse_for_cpu(model, torch.randn(2, 8), report=True)
@@ -193,7 +193,7 @@ def test_compiled(faster):
 
 def test_export_is_refused(faster):
     model,x = mlp(),torch.randn(2, 16)
-    with pytest.raises(ValueError, match='export the network that this layer was made for'): torch.export.export(sparse_for_cpu(model, x), (x,))
+    with pytest.raises(ValueError, match='export the original network'): torch.export.export(sparse_for_cpu(model, x), (x,))
 
 def test_layers_that_get_inputs_by_name(faster):
     class Inside(nn.Module):
@@ -202,4 +202,4 @@ def test_layers_that_get_inputs_by_name(faster):
             self.l = nn.Linear(8, 8)
         def forward(self, x): return self.l(input=x)
     _,report = sparse_for_cpu(nn.Sequential(zeroed(Inside()), zeroed(nn.Linear(8, 8))), torch.randn(2, 8), report=True)
-    assert report.why[0]=='it gets its input by name' and report.is_sparse[1]
+    assert report.why[0]=='its input is passed by name' and report.is_sparse[1]

@@ -528,10 +528,10 @@ class Locked(nn.Module):
 def test_what_has_no_copy_is_shared():
     model,x = nn.Sequential(Locked()).eval(),torch.randn(2,3,8,8)
     with torch.no_grad(): model[0].a.weight[:3],model[0].a.bias[:3] = 0,0
-    with pytest.warns(UserWarning, match='share what cannot be copied: 0.lock, a lock, 0.numbers, a generator'): small = Pruner().prune_model(model, x)
+    with pytest.warns(UserWarning, match='share objects that cannot be copied: 0.lock, a lock, 0.numbers, a generator'): small = Pruner().prune_model(model, x)
     assert small[0].a.out_channels==5 and small[0].lock is model[0].lock and small[0].b is not model[0].b
     torch.testing.assert_close(small(x), model(x))
-    with pytest.warns(UserWarning, match='share what cannot be copied'): Pruner(model, 50, example_inputs=x).prune_model()
+    with pytest.warns(UserWarning, match='share objects that cannot be copied'): Pruner(model, 50, example_inputs=x).prune_model()
     assert model[0].a.out_channels==4
 
 @pytest.mark.parametrize('change', [lambda l: prune.l1_unstructured(l, 'weight_ih_l0', .3), lambda l: prune.random_structured(l, 'weight_ih_l0', .3, dim=1), lambda l: prune.l1_unstructured(l, 'weight_hh_l0', .3),

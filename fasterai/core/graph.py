@@ -24,10 +24,10 @@ from .sizes import EQUALLY_MANY,Attr,Axis,Equation,OtherLength,Telling
 
 # %% ../../nbs/core/08_graph.ipynb #cd7ac894
 def connected(
-    n, # How many numbers there are, 0 to `n-1`
+    n, # Number of numbers, 0 to `n-1`
     a, # LongTensor
     b, # LongTensor: number `a[i]` is connected to `b[i]`
-    root=None, # Result of an earlier call to go on from
+    root=None, # Result of an earlier call to continue from
 ):
     "Smallest number that each of `n` numbers is connected to"
     root = torch.arange(n, device='cpu') if root is None else root.clone()
@@ -72,15 +72,15 @@ def _view(l, a, b):
 # %% ../../nbs/core/08_graph.ipynb #b84716a5
 @dataclass
 class _Shadow:
-    "What is known of a tensor: which channels its dimensions number, and which parameters it is a view or a product of"
+    "The known facts about a tensor: its channels along each dimension, and the parameters that it is a view or a product of"
     shape: tuple # The tensor's
     ids: list = field(default_factory=list) # Labels: tensors of channel numbers, 0 for none
     par: dict = field(default_factory=dict) # (name, dim) of a parameter -> labels that are indices into that dim
-    kind: str = '' # What a parameter does: 'bias', 'scale', …
-    direct: bool = True # The parameter's own values, moved at most
+    kind: str = '' # Role of a parameter: 'bias', 'scale', …
+    direct: bool = True # Are they the parameter's own values, at most moved?
     mixed: frozenset = frozenset() # (name, dim) of parameters along which its entries depend on each other
-    key: int = 0 # To tell which tensors are never read
-    name: str = '' # Of the parameter, if it is one as it stands
+    key: int = 0 # Key for finding tensors that are never read
+    name: str = '' # Name, if it is an unchanged parameter
 
     def each(self, f, shape):
         "_Shadow of the given `shape` with `f` applied to all labels"
@@ -92,12 +92,12 @@ class _Shadow:
 @dataclass
 class Slice:
     "A dimension of a parameter or buffer that is indexed by channels"
-    name: str # Of the parameter, as in `model.named_parameters()`
-    dim: int # Of the parameter
+    name: str # Name of the parameter, as in `model.named_parameters()`
+    dim: int # Dimension of the parameter
     ids: torch.Tensor # A channel number for each index along `dim`, 0 where it is fixed
     role: str # 'out' produces the channels, 'in' consumes them, 'affine' has a value for each
     kind: str = '' # 'weight', 'bias', 'scale', 'shift', 'stat', 'mul', 'add', …
-    grid: torch.Tensor = None # Of a grouped convolution: the numbers each group reads or, transposed, makes, [groups, len(ids)]
+    grid: torch.Tensor = None # For a grouped convolution: the numbers that each group reads or, if transposed, makes, [groups, len(ids)]
     @property
     def layer(self): return layer_of(self.name)
 
@@ -107,13 +107,13 @@ def layer_of(name):
     return name.split('.parametrizations.')[0] if '.parametrizations.' in name else name.rpartition('.')[0]
 
 # %% ../../nbs/core/08_graph.ipynb #d18a1644
-OUTPUT = 'output of the model'  # why channels stay that are expected to
+OUTPUT = 'output of the model'  # the expected reason to keep channels
 SINGLE = 'a single channel'
 
 class _Unknown(Exception): "A rule does not cover this use of its operation"
 
 class _Facts:
-    "What the operations of a model say about its channels"
+    "The facts that the operations of a model state about its channels"
     def __init__(self, model):
         self.modules = dict(model.named_modules())
         named = [(n,p) for kind in ('_parameters','_buffers') for n,p in self.owned(kind) if p.is_floating_point() or p.is_complex()]
@@ -124,9 +124,9 @@ class _Facts:
         self.n = 1 # the next channel number
         self.ties,self.pins,self.splits,self.fixes = [],[],[],[]  # (a, b, why, pins before); (ids, why); labels; (labels, dims, why)
         self.uses,self.bound,self.partly,self.issued,self.splits_at = [],{},set(),{},{}  # `partly` bound: not yet for all indices
-        self.maybe = []  # ties that hold only between what can be removed
+        self.maybe = []  # ties that hold only between removable channels
         self.crowds,self.lone = [],[]  # (labels, numbers of heads, why); (labels, the same for all heads, why)
-        self.kept = set()  # where numbers are in memory that stay there and none of which is 0
+        self.kept = set()  # addresses of constant tensors of numbers without 0
         self.n_sets,self.set_of = 0,torch.zeros(1, dtype=torch.long, device='cpu')  # hidden units of recurrent layers: which direction of which layer, by number
         rnns = [o for o in self.modules.values() if gates_of(o)]
         self.widths = {n for o in rnns for n in (o.hidden_size,getattr(o, 'proj_size', 0)) if n>1}  # of states
@@ -146,7 +146,7 @@ class _Facts:
     def idle(self): "Parameters that nothing has used"; return [n for n,p in self.params.items() if n not in self.seen and isinstance(p, nn.Parameter)]
 
     def tie(self, a, b, why):
-        "Channels `a` and `b` (broadcast) go together; a negative number is none"
+        "Channels `a` and `b` (broadcast) are tied; a negative number means none"
         if a is not b: self.ties.append((a,b,why,len(self.pins)))
 
     def pin(self, ids, why):
@@ -154,7 +154,7 @@ class _Facts:
         self.pins.append((ids,why))
 
     def settle(self):
-        "Pairs of channels that are tied, and pins in the order in which they were said: these, and what is tied to something fixed"
+        "Pairs of tied channels, and pins in order: the stated ones, and channels tied to fixed ones"
         if not self.ties: return torch.zeros(2, 0, dtype=torch.long, device='cpu'),self.pins
         flat = [(a,b) if a.shape==b.shape else torch.broadcast_tensors(a, b) for a,b,*_ in self.ties]
         a,b = (torch.cat([o[k].reshape(-1) for o in flat]) for k in (0,1))
@@ -170,7 +170,7 @@ class _Facts:
         return torch.stack([a[~fixed],b[~fixed]]),pins
 
     def fix(self, l, dims, why):
-        "An operation counts on the sizes of labels `l` along `dims`: what varies along them has to stay, or goes together"
+        "An operation needs the sizes of labels `l` along `dims`: channels that vary along them stay, or are removed together"
         dims = [d for d in dims if l.shape[d]>1]
         if dims and (dims := [d for d in dims if d not in self.stacked(l)]): self.fixes.append((l,dims,why))
 
@@ -179,15 +179,15 @@ class _Facts:
         self.mixes.append((l,why,dims))
 
     def end(self, l, why):
-        "Labels `l` end here: what is made of them has other channels or none, and reaches the output"
+        "Labels `l` end here: the result has other channels or none, and reaches the output"
         self.mixes.append((l,why,None))
 
     def crowd(self, l, heads, why):
-        "Channels of labels `l` are places of `heads`: either whole heads go, or the same places of all"
+        "Channels of labels `l` are positions within `heads`: either whole heads are removed, or the same positions of all heads"
         self.crowds.append((l,heads,why))
 
     def serve_all(self, l, one, why):
-        "Channels of labels `l` are places of heads, and go with `one`, which all heads share, unless whole heads go"
+        "Channels of labels `l` are positions within heads, tied to `one`, which all heads share, unless whole heads are removed"
         self.lone.append((l,one,why))
 
     def new(self, like):
@@ -200,7 +200,7 @@ class _Facts:
         return ids
 
     def fresh(self, base, why):
-        "New numbers for what was made from labels `base`, tied to its own"
+        "New numbers for results made from labels `base`, tied to them"
         ids = self.new(base)
         self.tie(ids, base, why)
         if self.n_sets: self.in_set(ids, self.sets(base))
@@ -269,7 +269,7 @@ class _Facts:
         if role: self.uses.append(Slice(name, dim, vec, role, kind, grid))
 
     def hold(self, par, why):
-        "Parameters indexed by the labels of `par` keep their size"
+        "Keep the size of parameters indexed by the labels of `par`"
         for (name,dim),j in par.items():
             if self.in_order(j, n:=self.params[name].shape[dim]):
                 was = self.bound.setdefault((name,dim), self.none[:n])
@@ -280,25 +280,25 @@ class _Facts:
 
 # %% ../../nbs/core/08_graph.ipynb #2040f7c9
 class _Shared(_Facts):
-    "What most rules have in common"
+    "The common steps of most rules"
     def take(self, o, d, why):
         "The channel number at each index along dimension `d` of `o`, which a weight is about to consume"
         own,d = o.along(d),d%len(o.shape)
         if len(own)!=1:
-            for l in own: self.pin(l, f'two kinds of channels meet, {why}')
+            for l in own: self.pin(l, f'two kinds of channels are combined, {why}')
             return torch.zeros(o.shape[d], dtype=torch.long, device='cpu')
         l, = own
         return (l if l.numel()==l.shape[d] else self.squash(l, [d], why)).flatten()
 
     def squash(self, l, keep, why):
-        "Labels `l` after tying all that differs along other dimensions than `keep`"
+        "Labels `l` after tying all channels that differ along dimensions other than `keep`"
         for d in set(_varying(l))-set(keep):
             self.tie(l, l.narrow(d, 0, 1), why)
             l = l.narrow(d, 0, 1)
         return l
 
     def issue(self, o, d, groups=1):
-        "Channel numbers for what weight `o` makes of its dimension `d`: the same ones each time it is used"
+        "Channel numbers that weight `o` makes along its dimension `d`: the same ones at each use"
         d %= len(o.shape)
         if o.name: keys = [(o.name,d)] if o.shape[d]>1 else []
         else: keys = [k for k,j in o.par.items() if _varying(j)==[d]]
@@ -328,7 +328,7 @@ class _Shared(_Facts):
         return known[:,rows]
 
     def as_input(self, o, d, why):
-        "Parameters `o` where an activation is expected, as in learned queries: what is along `d` are channels made by them"
+        "Parameters `o` used as an activation, for example learned queries: entries along `d` are channels that they make"
         made = all(isinstance(self.params[n], nn.Parameter) for n,_ in o.par)
         ids = self.issue(o, d) if made else torch.zeros(o.shape[d], dtype=torch.long, device='cpu')
         self.weigh(o, {d: (ids,'out','weight')}, why)
@@ -349,7 +349,7 @@ class _Shared(_Facts):
                 self.hold({(name,dim):j}, why)
                 for d in set(v)&set(table): self.pin(table[d][0], why)
         for d in set(table)-found:
-            if o.shape[d]>1: self.pin(table[d][0], f'a weight that is no parameter, {why}')
+            if o.shape[d]>1: self.pin(table[d][0], f'a weight that is not a parameter, {why}')
 
     def lines_up(self, l, d, o):
         "Is `o` a parameter with one value for each channel of labels `l`, which vary along `d` alone? Its name, if so"
@@ -359,7 +359,7 @@ class _Shared(_Facts):
         return name if dim==0 and self.in_order(rows, self.params[name].shape[0]) else None
 
     def meet(self, parts, why, same=False, kind='add'):
-        "Labels of what is made element by element of shadows `parts` of one rank; `same` if a lone channel that is zero stays so"
+        "Labels of the elementwise result of shadows `parts` of one rank; `same` if a single zero channel stays zero"
         todo,out,bound = [(k,l) for k,p in enumerate(parts) for l in p.ids],[],set()  # labels, with the number of their part
         while todo:
             group,dims = [todo.pop(0)],set()
@@ -426,7 +426,7 @@ class _Shared(_Facts):
         return self.linears
 
     def heads(self, l, c):
-        """Channels that a linear layer made are split over several dimensions. The sizes may come from its input, if that is as wide
+        """The channels of a linear layer are split over several dimensions. The sizes may come from its input, if that has the same width
         (`C // num_heads`), or from an attribute that queries, keys and values share: tie them, so that all change alike"""
         if len(set(_varying(l))-set(self.stacked(l)))<2: return
         u = l[l>0].unique()
@@ -441,7 +441,7 @@ class _Shared(_Facts):
         self.splits.append((l,c.why))
 
 # %% ../../nbs/core/08_graph.ipynb #99b83c4a
-class _Asked(BaseException): "The model asks for a value, and there are none; no `except Exception` of its code may catch this"
+class _Asked(BaseException): "The model reads a value that does not exist; no `except Exception` in its code may catch this"
 _NEEDS_VALUES = (*SLIPS,_Asked)
 
 def _for_each_dim(o, n): return [*o]*(n if len(o)==1 else 1)
@@ -461,10 +461,10 @@ def _shape_of_product(c):
     if c.a['transposed']: return (len(x),w.shape[1]*c.a['groups'],*((o-1)*s-2*p+k+e for o,s,p,k,e in zip(x.shape[2:], stride, pad, span, extra)))
     return (len(x),len(w),*((o+2*p-k)//s+1 for o,s,p,k in zip(x.shape[2:], stride, pad, span)))
 
-_POOLS = dict(avg_pool1d=1, avg_pool2d=2, avg_pool3d=3, max_pool2d_with_indices=2, max_pool3d_with_indices=3)  # over how many dimensions
+_POOLS = dict(avg_pool1d=1, avg_pool2d=2, avg_pool3d=3, max_pool2d_with_indices=2, max_pool3d_with_indices=3)  # number of dimensions
 
 def _shape_of_pool(c):
-    "Shape of what an operation of `_POOLS` gives; `None` if that is rounded up, or not allowed"
+    "Shape of the result of an operation of `_POOLS`; `None` if it is rounded up, or not allowed"
     n,shape,kernel = _POOLS[c.name],c.a['self'].shape,c.a['kernel_size']
     kernel,stride,pad,dilation = (_for_each_dim(o, n) for o in (kernel,c.a['stride'] or kernel,c.a['padding'],c.a.get('dilation', [1])))
     if c.a['ceil_mode'] or not n<len(shape)<n+3 or any(2*p>k for p,k in zip(pad, kernel)): return
@@ -509,7 +509,7 @@ _SAME_TYPE = frozenset('''relu relu6 hardtanh hardsigmoid hardswish leaky_relu e
     clamp clamp_min clamp_max add sub mul div neg'''.split())
 
 class _Blanks:
-    "Tensors of zeros that share their memory: nothing has to be written"
+    "Tensors of zeros that share their memory, without any write"
     def __init__(self): self.memory,self.n = None,-1
     def like(self, x, shape):
         if type(x) not in (torch.Tensor,nn.Parameter) or x.device.type!='cpu': return x.new_zeros(shape)
@@ -519,7 +519,7 @@ class _Blanks:
         return x.new_empty(0).set_(self.memory, 0, shape)
 
 def _empty_result(c, blank): # A call, and a function that gives zeros of the type of a tensor
-    "What has the shape and the type of the result of operation `c`, without its values; `None` if that is more than a question of shapes"
+    "A tensor with the shape and type of the result of operation `c`, without its values; `None` if it needs values"
     shape = _shape_of_product(c)
     if shape is not None: return blank(c.a[c.first], shape)
     if c.name in _OTHER_SHAPES: return _other_empty_result(c, blank)
@@ -532,7 +532,7 @@ def _empty_result(c, blank): # A call, and a function that gives zeros of the ty
     if c.spec.inplace and shape==x.shape: return x
 
 class _Trace(Watch, _Shared):
-    "Runs along with a model and has each operation say what it does to the channels"
+    "Run along with a model and apply the rule of each operation to the channels"
     doors = frozenset('numpy __array__ tolist data_ptr __dlpack__ storage untyped_storage __reduce_ex__'.split())  # to code that is not PyTorch's
     def __init__(self, model, hollow=False):
         Watch.__init__(self)
@@ -555,12 +555,12 @@ class _Trace(Watch, _Shared):
     def asks_size(self, call): "Does a recurrent layer ask how many sequences there are, which is no question for a value?"; return call.meaning=='ask' and gates_of(self.modules[call.where])>0
 
     def compute(self, call, func, args, kwargs):
-        "What `func` gives, for those who want to know more than channel numbers"
+        "The result of `func`, for subclasses that need more than channel numbers"
         out = _empty_result(call, self.blanks.like) if self.hollow else None
         return func(*args, **kwargs) if out is None else out
 
     def follow(self, call):
-        "Apply the rule for `call`; without one, or where it does not fit, pin all that `call` touches"
+        "Apply the rule for `call`; without one, or if it does not fit, pin all channels of `call`"
         rule,self.writing = channels.of(call.spec),call.spec.mutable
         try:
             if count := macs.of(call.spec): self.count(call, *count(call))
@@ -572,7 +572,7 @@ class _Trace(Watch, _Shared):
             self.give_up(call)
 
     def give_up(self, call):
-        "All that `call` touches is pinned"
+        "Pin all channels of `call`"
         self.unknown.setdefault(call.op, []).append(call.why)
         for o in call.shadows:
             for l in o.ids: self.pin(l, call.why)
@@ -581,7 +581,7 @@ class _Trace(Watch, _Shared):
             if isinstance(o, torch.Tensor): self.shadows.pop(o, None)
 
     def shadow(self, t):
-        "What is known of tensor `t`"
+        "The shadow of tensor `t`"
         name = self.names.get(id(t))
         if name is None:
             o = self.shadows.get(t) or _Shadow(tuple(t.shape))
@@ -596,10 +596,10 @@ class _Trace(Watch, _Shared):
         return self.cache[name]
 
     def hand_out(self, name, args):
-        "A tensor leaves by door `name`: nobody sees what becomes of it"
+        "A tensor leaves PyTorch through `name` and cannot be followed further"
         where = f' in {place}' if (place := self.where()) else ''
         for o in args[:1]:
-            for l in self.shadow(o).ids if isinstance(o, torch.Tensor) else (): self.pin(l, f'{name}{where} takes it out of sight')
+            for l in self.shadow(o).ids if isinstance(o, torch.Tensor) else (): self.pin(l, f'{name}{where} takes it out of PyTorch')
 
     def know(self, t):
         "Follow buffer `t` although it has whole numbers, as it has one a channel"
@@ -607,7 +607,7 @@ class _Trace(Watch, _Shared):
         if name is not None: self.names[id(t)],self.params[name] = name,t
 
     def put(self, t, shadow):
-        "`shadow` is what is known of tensor `t`"
+        "Set the `shadow` of tensor `t`"
         if id(t) in self.names: raise _Unknown # a parameter or buffer that is written to
         shape = t.shape
         for l in (*shadow.ids, *shadow.par.values()):
@@ -643,7 +643,7 @@ class _Trace(Watch, _Shared):
             n = min(abs(at), l.shape[d])
             self.stay(l.narrow(d, 0, n) if at>=0 else l.narrow(d, l.shape[d]-n, n), d, c.why)
     def stay(self, l, d, why):
-        "Nothing of labels `l` may go along `d`; but what goes along other dimensions leaves these"
+        "Keep labels `l` along `d`; channels removed along other dimensions are removed from these as well"
         if any(e!=d for e in _varying(l)): self.fix(l, [d], why)
         else: self.pin(l, why)
     def spread(self, t, ids):
@@ -693,7 +693,7 @@ def _repeated(tr, c):
 
 @channels('slice')
 def _sliced(tr, c):
-    "Positions along that dimension: what varies there has to stay, unless all is taken, or as far as numbers in the code count"
+    "Positions along that dimension: channels that vary there stay, unless all are taken, or as far as numbers in the code count"
     d, = c.dims()
     flat = 'select' in c.name
     if tuple(c.y.shape)!=c.x.shape:
@@ -705,7 +705,7 @@ def _sliced(tr, c):
 
 @channels('split')
 def _pieces(tr, c):
-    "Equal pieces stay equal if what is at one place in each goes together; unequal ones need sizes that are fixed, or whose source is known"
+    "Equal pieces stay equal if channels at the same position in each are removed together; unequal ones need sizes that are fixed or have a known source"
     d, = c.dims()
     if 'unbind' in c.name: sizes = [1]*len(c.out)
     else: sizes = [o.shape[d] for o in c.out]
@@ -725,7 +725,7 @@ def _strided(tr, c):
     tr.put(c.y, c.x.each(lambda l: l, c.y.shape))
 
 @channels('blank')
-def _of_given_size(tr, c): "Nothing of its argument is in the result"
+def _of_given_size(tr, c): "The result contains nothing of the argument"
 
 @channels('triangle')
 def _triangle(tr, c):
@@ -742,7 +742,7 @@ def _diagonal(tr, c):
 
 @channels('count', 'ask')
 def _counted(tr, c):
-    "How many there are depends on values, and so would the result if some went"
+    "Their number depends on values, and so would the result after a removal"
     for o in c.shadows:
         tr.hold(o.par, c.why)
         for l in o.ids: tr.pin(l, c.why)
@@ -809,14 +809,14 @@ def _scattered(tr, c):
     tr.put_ids(c.y, tr.meet(flat, c.why, kind='cat'))
 
 def mask_of(c):
-    "Where a `put_at` writes one number to the places of one mask: a function that gives a tensor like the mask the dimensions of what is written to"
+    "If a `put_at` writes one number to the positions of one mask: a function that gives a tensor like the mask the dimensions of the target"
     given = [(d,o) for d,o in enumerate(c.a['indices']) if o is not None]
     if len(given)!=1 or given[0][1].dtype not in (torch.bool,torch.uint8) or c.a['values'].numel()!=1 or c.a['accumulate']: return None
     (d,mask),n = given[0],c.a[c.first].dim()
     return lambda o: o.reshape((1,)*d + tuple(o.shape) + (1,)*(n-d-mask.dim()))
 
 def places_of(c):
-    "Dimensions that the indices of a `put_at` are for; in what is written, where those of the indices are, and how many"
+    "Dimensions that the indices of a `put_at` cover; position and number of the index dimensions in the written tensor"
     acts,d,k = [],0,0
     for o in c.a['indices']:
         is_mask = o is not None and o.dtype in (torch.bool,torch.uint8)
@@ -826,7 +826,7 @@ def places_of(c):
 
 @channels('put_at')
 def _put_at(tr, c):
-    "Numbers are written to places that indices tell: what varies along the indexed dimensions stays, other channels meet"
+    "Numbers are written to places that indices tell: channels along the indexed dimensions stay, other channels are tied"
     if (lift := mask_of(c)) and not c.x.par:
         mask, = c.lists['indices']
         return tr.put_ids(c.y, tr.meet([c.x,mask.each(lift, lift(torch.empty(mask.shape, device='meta')).shape)], c.why))
@@ -865,7 +865,7 @@ def _as_row(ids, n): "Channels `ids` along the last of `n` dimensions"; return i
 
 @channels('unroll')
 def _unrolled(tr, c):
-    "A hidden unit has a row for each gate, and what it gives is read at the next step. The state that comes in has as many"
+    "A hidden unit has a row for each gate, and the next step reads its output. The initial state has the same number of units"
     x,(ih,hh,hr,biases) = c.get('input'),weights_of(c.lists['weights'], c.a['has_biases'])
     if any(o.ids or not o.par for o in c.lists['weights']): raise _Unknown
     if x.par: x = tr.as_input(x, -1, c.why)
@@ -1067,7 +1067,7 @@ def _accumulated(tr, c):
     tr.put(c.y, y)
 
 def _beside(tr, c):
-    "Labels of the input that do not vary along the dimensions of `c`; what does, has to stay"
+    "Labels of the input that do not vary along the dimensions of `c`; the others stay"
     dims = c.dims()
     tr.hold(c.x.par, c.why)
     for l in c.x.ids: tr.fix(l, dims, c.why)
@@ -1128,7 +1128,7 @@ def _reduced(tr, c):
     for l in c.x.ids:
         summed,rest = ([d for d in _varying(l) if (d in dims)==o] for o in (True,False))
         if not summed: ids.append(l)
-        elif adds_slices(l, c):  # what is at one place in each meets
+        elif adds_slices(l, c):  # channels at the same position in each are tied
             l,whole = tr.squash(l, set(range(l.dim()))-set(dims), c.why),l
             if not summed_by(c): tr.mix(whole, dims, c.why)
             ids.append(tr.fresh(l, c.why))
@@ -1153,7 +1153,7 @@ def spatial_dims(name, n): # Of an operation; dimensions of its input
     return int(said[1]) if said else n-2
 
 def _slid(tr, c, l, k):
-    "Labels of what a window gives that slides over the channels of labels `l`, one step at a time and along one of the last `k` dimensions: each with its neighbours"
+    "Labels of the result of a window that slides over the channels of labels `l`, one step at a time along one of the last `k` dimensions: each with its neighbours"
     n,v = len(c.x.shape),_varying(l)
     if c.meaning not in ('average_pool','max_pool') or 'kernel_size' not in c.a or len(v)>1 or v[0]<n-k: return
     d, = v
@@ -1229,7 +1229,7 @@ def _convolved(tr, c): _convolve(tr, c, c.a['transposed'], c.get('bias'))
 
 @channels('deformed')
 def _deformed(tr, c):
-    "A convolution that reads at places of its own: where, other channels tell, and these stay"
+    "A convolution that reads at positions given by other channels, which stay"
     for k in ('offset','mask'):
         tr.hold(c.get(k).par, c.why)
         for l in c.get(k).ids: tr.pin(l, c.why)
@@ -1301,7 +1301,7 @@ def _biased(tr, c, y, b, d):
 # %% ../../nbs/core/08_graph.ipynb #0487de38
 @channels('product')
 def _multiplied(tr, c):
-    "With a weight: consume and produce. Two activations: what is summed over is tied"
+    "With a weight: consume and produce. Two activations: tie the channels that are summed over"
     a,b,bias = (c.get(k) for k in PRODUCTS[c.name])
     if c.name=='linear': b = b.each(lambda l: l.T, b.shape[::-1])
     n = max(len(a.shape), len(b.shape))
@@ -1335,7 +1335,7 @@ def _contracted(tr, c, a, b):
     return _in_each_head(tr, rows, cols, c.why),heads
 
 def _summed(tr, a, b, why):
-    "Labels of what is summed over, of shadows `a` and `b`: the same channels, or one of them serves all heads of the other"
+    "Labels of the summed dimension of shadows `a` and `b`: the same channels, or one of them serves all heads of the other"
     if len(a.ids)==len(b.ids)==1:
         (l,one),other = (a.ids+b.ids,b) if len(_varying(a.ids[0]))>len(_varying(b.ids[0])) else (b.ids+a.ids,a)
         more = set(_varying(l))-set(_varying(one))
@@ -1391,7 +1391,7 @@ def _masked_heads(tr, c, heads, shape):
 
 @channels('attention')
 def _attended(tr, c):
-    "Queries and keys are tied; a value's channel passes. The scale depends on how many there are"
+    "Queries and keys are tied; a value's channel passes. The scale depends on the number of channels"
     q,*others = (c.get(o) for o in ('query','key','value'))
     k,v = (tr.unexpanded(o, c.a[name]) for o,name in zip(others, ('key','value')))
     if k.shape[-2:]!=others[0].shape[-2:] or v.shape[-2:]!=others[1].shape[-2:]: raise _Unknown
@@ -1529,16 +1529,16 @@ def _check_own(model, tr):
 class ChannelGraph:
     "Which channels of `model` are the same channel, and which entries of its parameters belong to each"
     def __init__(self,
-        model:nn.Module, # Any model that runs; left as it is
+        model:nn.Module, # Any model that runs, not changed
         example_inputs=None, # A tensor, a tuple of arguments or a dict of keyword arguments; found by `example_inputs_for` if not given
-        heads:bool=False, # Do whole heads of attention go? By default they do where the size of a head is fixed, and else the same places of all heads
+        heads:bool=False, # Remove whole heads of attention? By default only if the size of a head is fixed, otherwise the same positions of all heads
     ):
         check_shapes(model)
         self.by_heads = heads
         self.example_inputs = example_inputs_for(model) if example_inputs is None else example_inputs
         try: tr = self._traced(model, True)
-        except _NEEDS_VALUES: tr = self._with_values(model)  # the code asks for values, or minds what they are
-        self.n_eval,self.idle = tr.n,tr.idle  # how many numbers; what did not run
+        except _NEEDS_VALUES: tr = self._with_values(model)  # the code reads values or depends on them
+        self.n_eval,self.idle = tr.n,tr.idle  # number of numbers; parameters that did not run
         self.calls = {k:[*v] for k,v in tr.telling.calls.items()}
         tr.telling.only_again()
         self.counts,self.settled = tr.counts,tr.settled  # where values decided on sizes for the first time, and the layers before
@@ -1565,7 +1565,7 @@ class ChannelGraph:
         self.equations = [e for e in self.equations if not e.said or all(met[self._root[l]].any() for o in e.axes for l in o.labels)]
 
     def _with_values(self, model):
-        "A `_Trace` of one forward that computes all"
+        "A `_Trace` of one forward that computes all values"
         try: return self._traced(model, False)
         except (ValueError,torch.OutOfMemoryError): raise
         except SLIPS as e:
@@ -1573,14 +1573,14 @@ class ChannelGraph:
             raise ValueError(f'this {type(model).__name__} does not run where its channels are followed ({type(e).__name__}: {said})') from e
 
     def _traced(self, model, hollow):
-        "A `_Trace` of one forward; `hollow` computes nothing large that is only a question of shapes"
+        "A `_Trace` of one forward; `hollow` computes no large result if its shape is enough"
         tr = _Trace(model, hollow)
         tr.telling = Telling(tr)
         with untouched(model, plain=False): self.shapes = self._run(model, tr, self.example_inputs)
         return tr
 
     def _for_others(self, tr):
-        "Channels that layers share with others, where one like them did not run, as an expert that no sample was sent to: it may read and make the same"
+        "Channels shared with layers that did not run, for example an expert without samples, which may read and make the same channels"
         idle = {_number(n)[0]:n for n in self.unused if _number(n)}
         for s in self.slices if idle else ():
             found = _number(s.name)
@@ -1588,7 +1588,7 @@ class ChannelGraph:
             if other is None or s.role not in ('in','out') or tr.params[other].shape!=tr.params[s.name].shape: continue
             outside = [o.ids for o in self.slices if not o.name.startswith(found[1])]
             shared = s.ids[torch.isin(s.ids, torch.cat(outside))] if outside else s.ids[:0]
-            yield shared[shared>0],f'{layer_of(other)} did not run, and may read or make what {s.layer} does'
+            yield shared[shared>0],f'{layer_of(other)} did not run, and may read or make the channels of {s.layer}'
 
     def _follow(self):
         by = {}
@@ -1596,7 +1596,7 @@ class ChannelGraph:
         self._followers = [(s.name,s.dim,self._alone(s, by[s.name,s.dim])) for s in self.slices if s.role=='affine' and s.kind in ('bias','scale','shift')]
 
     def _run(self, model, tr, inputs):
-        "Trace a forward, and pin what leaves the model; the shapes of that"
+        "Trace a forward pass, and pin the outputs of the model; return their shapes"
         with tr, tr.telling:
             begin_anew(model)
             out = call_with(model, inputs)
@@ -1605,7 +1605,7 @@ class ChannelGraph:
             tr.hold(o.par, OUTPUT)
         if any(alive() is not None for *_,alive in tr.unread.values()): gc.collect()
         for ids,where,alive in tr.unread.values():
-            if alive() is None: continue  # nothing has read it, and nothing will
+            if alive() is None: continue  # nothing has read it or can read it
             if remembering(model) and all(tr.sets(l).all() for l in ids): continue  # a state, for the next call
             for l in ids: tr.pin(l, f'kept by {where or "the model"}')
         tr.unread.clear()
@@ -1614,7 +1614,7 @@ class ChannelGraph:
     def _train(self, model, tr):
         "Layers that have not run may run in training, as auxiliary heads do: trace that as well if it needs nothing else than the inputs"
         macs = tr.macs.copy()
-        for k in (1,2,4):  # what is small enough to be quick may be too small for an auxiliary head
+        for k in (1,2,4):  # small inputs are quick, but may be too small for an auxiliary head
             larger = lambda o: o.repeat(1, 1, *[k]*(o.dim()-2)) if isinstance(o, torch.Tensor) and o.is_floating_point() and o.dim()>2 and k>1 else o
             try:
                 self._run_in_training(model, tr, tree_map(larger, self.example_inputs))
@@ -1630,7 +1630,7 @@ class ChannelGraph:
             except _Asked: tr.unread.clear()
 
     def _solve(self, tr):
-        "Classes from ties; then what is pinned"
+        "Compute classes from ties, then pins"
         pairs,pins = tr.settle()
         self._root = connected(tr.n, *pairs)
         pins = self._settle_heads(tr, pins)
@@ -1735,7 +1735,7 @@ class ChannelGraph:
             if (s.name,s.dim)==param: tr.end(s.ids, why)
 
     def _computes_with_length(self, model, p):
-        "Does `model` run, and give something else, if `len(p)` is another number?"
+        "Does `model` run with a different `len(p)`, with different outputs?"
         def outs(mode):
             with untouched(model, plain=False), mode: return tensors_of(call_with(model, self.example_inputs))
         was = outs(_Plain(model))
@@ -1747,10 +1747,10 @@ class ChannelGraph:
         r = self._root[l]
         return any((r!=r.narrow(d, 0, 1)).any() for d in dims)
 
-    def _is_one(self, l): "Do all of labels `l` go together, so that nothing would be left?"; return len(self._root[l[l>0]].unique())==1
+    def _is_one(self, l): "Are all of labels `l` tied, so that a removal would leave nothing?"; return len(self._root[l[l>0]].unique())==1
 
     def _along(self, tr):
-        "Where sizes along some dimensions are fixed, what stands at one place of the other dimensions of labels goes together, as in whole heads: pairs to tie"
+        "If sizes along some dimensions are fixed, channels at one position of the other dimensions are tied, as in whole heads: the pairs to tie"
         return [(l,l.amax(dims, keepdim=True)) for l,dims,_ in tr.fixes if len(dims)<len(_varying(l)) and self._varies(l, dims)]
 
     def _mixed(self, l, dims):
@@ -1762,7 +1762,7 @@ class ChannelGraph:
         return l[differ&(l>0)].unique()
 
     def _grid(self, l, why, known):
-        "Channels `l`, split over several dimensions, can only go along one of them: the last that still varies, but for channels that are pinned, if these are `known`; what is pinned by that"
+        "Channels `l`, split over several dimensions, can only go along one of them: the last that still varies, except for pinned channels, if these are `known`; return the new pins"
         r,pins = self._root[l],[]
         if known is not None:
             fixed = torch.zeros(len(self._root), dtype=torch.bool, device='cpu')
@@ -1782,7 +1782,7 @@ class ChannelGraph:
     def classes(self,
         ids:torch.Tensor, # Channel numbers, as in the `ids` of a slice
     ):
-        "Class of each channel: those of one class can only be removed together; 0 where nothing can be"
+        "Class of each channel: channels of one class can only be removed together; 0 if they cannot be removed"
         r = self._root[ids]
         return torch.where(self._pin[r]<0, r, 0)
 
@@ -1799,19 +1799,19 @@ class ChannelGraph:
         if found: return found
         names = list(dict.fromkeys(s.name for s in self.slices if s.role=='out'))
         close = difflib.get_close_matches(str(name), names, 3, .3) or names[:3]
-        raise ValueError(f'{name or "a tensor that is none of its parameters"} is not a weight that makes channels here; close: {", ".join(close)}')
+        raise ValueError(f'{name or "a tensor that is none of its parameters"} is not a weight that makes channels; did you mean one of {", ".join(close)}')
 
     def tied(self,
         params, # Weights, or their names
     ):
-        "For each weight's name the classes of the channels it makes, 0 for what is pinned"
+        "The classes of the channels that each weight makes, by name, 0 for pinned channels"
         return {s.name:self.classes(s.ids) for s in map(self.out, params)}
 
     def following(self,
         param, # The weight of a convolution or a linear layer, or its name
-        dims:bool=False, # Say for each along which of its dimensions the entries are, too?
+        dims:bool=False, # Also return the dimension of the entries?
     ):
-        """Parameters with an entry for each channel that `param` makes and nothing else does: the layer's bias, then scale and shift of the
+        """Parameters with an entry for each channel that only `param` makes: the layer's bias, then scale and shift of the
         normalizations it reaches; `(name, rows)`, where `rows[i]` is the entry of filter `i`, -1 for none, or `(name, rows, dim)`"""
         s,res = self.out(param),[]
         for ids in (s.ids[None] if s.grid is None else s.grid):
@@ -1826,7 +1826,7 @@ class ChannelGraph:
         return res
 
     def _alone(self, s, twins): # A slice, and all of the same dimension of the same parameter
-        "Channels of slice `s`, 0 for the entries that serve others as well"
+        "Channels of slice `s`, 0 for entries that also serve others"
         twins = [o.ids for o in twins if o is not s]
         return s.ids.where((torch.stack(twins)==s.ids).all(0), 0) if twins else s.ids
 
@@ -1835,7 +1835,7 @@ class ChannelGraph:
         return dict(self._macs)
 
     def describe(self):
-        "A row for each group of channels: how many, which layers make, read and scale them, and why they have to stay if so"
+        "A row for each group of channels: their number, the layers that make, read and scale them, and the reason if they must stay"
         gen,n = torch.Generator(device='cpu').manual_seed(0),len(self._root)
         sign = torch.zeros(n, dtype=torch.long, device='cpu') # classes that the same slices mention get the same sum
         for s in self.slices:
@@ -1858,10 +1858,10 @@ class ChannelGraph:
 
 # %% ../../nbs/core/08_graph.ipynb #0g500004
 def unknown_ops(
-    model:nn.Module, # Any model that runs; left as it is
+    model:nn.Module, # Any model that runs, not changed
     example_inputs=None, # A tensor, a tuple of arguments or a dict of keyword arguments; found by `example_inputs_for` if not given
 ) -> dict[str,list[str]]:
-    "Operations that touch channels of `model` and that the library neither knows nor can take apart, with the places where they are called: what they touch cannot be removed"
+    "Operations on channels of `model` that the library neither knows nor can decompose, with the places of their calls: these channels cannot be removed"
     model = plain_model(model)
     unknown = ChannelGraph(model, inputs_that_run(model, example_inputs)).unknown
     return {name:list(dict.fromkeys(places)) for name,places in unknown.items()}

@@ -25,7 +25,7 @@ from .sizes import Telling
 def _exact(t): return t.is_floating_point() or t.is_complex()
 def _tensors_in(o): return [t for t in tree_leaves(o) if isinstance(t, Tensor)]
 
-def _nan(x): "What stands for a number of the type of `x` that is unknown"; return complex(torch.nan, torch.nan) if x.is_complex() else torch.nan
+def _nan(x): "The unknown value for the type of `x`"; return complex(torch.nan, torch.nan) if x.is_complex() else torch.nan
 
 def _level(lo, hi):
     "Are the ends of a range the same, up to rounding?"
@@ -45,13 +45,13 @@ def _only(x, value):
 def _plain(c): return c.func(*c.args, **c.kwargs)
 
 def _on_numbers(c):
-    "Operation `c` with zeros for what is unknown: it may not expect nan, and what it gives does not count"
+    "Operation `c` with zeros for unknown values, if it does not support nan; its result is ignored"
     known = lambda o: o.nan_to_num(0.) if isinstance(o, Tensor) and _exact(o) else o
     if c.spec.mutable: return _plain(c)
     return c.func(*tree_map(known, c.args), **tree_map(known, c.kwargs))
 
 def _written_back(rule, plain, c):
-    "Operation in place `c` by `rule` for operation `plain`, which gives the same and is not"
+    "In-place operation `c` by `rule`, with the equivalent operation `plain`"
     target,func = c.a[c.first],c.func
     c.func = plain
     try: out = rule(c)
@@ -71,7 +71,7 @@ def _inplace(f): _INPLACE.add(f); return f
 def _has_nan(x): "A sum is the fastest way to see; infinite numbers of both signs pass for nan"; return bool(x.sum().isnan())
 
 def _product(f, a, b, plain):
-    "`plain` is the product `f(a, b)` with zeros for what is unknown; this puts back what depends on it"
+    "`plain` is the product `f(a, b)` with zeros for unknown values; this marks the results that depend on them"
     one = lambda m: m.to(plain.dtype.to_real() if plain.is_complex() else plain.dtype)
     bad = f(one(a.isnan()), one(b!=0)) > .5
     if _has_nan(b): bad |= f(one(a!=0), one(b.isnan())) > .5
@@ -84,7 +84,7 @@ def _unknown_along(x, d):
     return some if torch.equal(some, unknown.all(1)) else None
 
 def _by_channel(c, x, w):
-    "The convolution `c` of `x`, whose channels are known as a whole or not at all: what reads one that is not is unknown, also where it only reads the padding"
+    "The convolution `c` of `x`, whose channels are each completely known or unknown: a result that reads an unknown channel is unknown, also in the padding"
     shape = _shape_of_product(c)
     if shape is None or not x.numel() or _has_nan(w) or (unknown:=_unknown_along(x, 1)) is None: return
     G,back = c.a['groups'],c.a['transposed']
@@ -112,7 +112,7 @@ def _convolve(c):
 def _multiply(c):
     k,l,_ = PRODUCTS[c.name]
     a,b = c.a[k],c.a[l]
-    if not (c.get(k).par or c.get(l).par): a,b = _only(a, 0),_only(b, 0)  # how much is summed may depend on the size of the input
+    if not (c.get(k).par or c.get(l).par): a,b = _only(a, 0),_only(b, 0)  # the number of summands may depend on the size of the input
     plain = _redo(c, **{k:a.nan_to_num(0.), l:b.nan_to_num(0.)})
     if c.name=='linear': b = b.T
     unknown = _unknown_along(a, -1) if b.dim()==2 and a.numel() and not _has_nan(b) else None
@@ -150,7 +150,7 @@ def _norm(c):
 @values('region')
 @_sure
 def _align(c):
-    "What is zero everywhere is zero in each region, wherever that lies"
+    "A channel that is zero everywhere is zero in each region"
     zero = (c.a['input']==0).all(-1).all(-1).all(0)
     out = _on_numbers(c)
     y = out[0] if isinstance(out, tuple) else out
@@ -169,7 +169,7 @@ def _sample(c):
 @values('embedding')
 @_sure
 def _embed(c):
-    w,bag = c.a['weight'],'bag' in c.name  # how many are added up depends on the input
+    w,bag = c.a['weight'],'bag' in c.name  # the number of summands depends on the input
     row = _steady(w, [0])[0] if c.unknown else None
     out = _plain(c)
     if row is not None: (out[0] if isinstance(out, tuple) else out).copy_(_only(row, 0) if bag else row)
@@ -190,7 +190,7 @@ def _attend(c):
 @values('unroll')
 @_sure
 def _unroll(c):
-    "What is always the same, for sequences of any length"
+    "The values that are constant for sequences of any length"
     x,state,ws = c.a['input'],c.a['state'],c.a['weights']
     always = lambda t: _steady(t.reshape(-1, t.shape[-1]), [0])[0]
     before,after,projected = settled(c.a['kind'], always(x), [always(o) for o in state], ws, c.a['has_biases'])
@@ -200,13 +200,13 @@ def _unroll(c):
 @values('pack')
 @_sure
 def _pack(c):
-    "Each number stays what it is, or is at another place if that is not known"
+    "Each number keeps its value, possibly at an unknown position"
     sizes = c.a['lengths' if c.name=='_pack_padded_sequence' else 'batch_sizes']
     x,bad = c.a[c.first],c.unknown_of(sizes).any()
     if c.name!='_pack_padded_sequence': x = _only(x, c.a['padding_value'])
     elif bad: x = _steady(x, [0,1])
     out = _redo(c, **{c.first:x})
-    c.unknown = bool(bad)  # of how many there are
+    c.unknown = bool(bad)  # their number is unknown
     return out
 
 @values('reduce')
@@ -249,7 +249,7 @@ def _pointwise(c):
 @values('rrelu_with_noise')
 @_inplace
 def _leak(c):
-    "The noise is there in training only"
+    "The noise exists only in training"
     bad = c.unknown_of(c.a['self'])|bool(c.a['training'])
     out = _plain(c)
     c.hide(out, bad)
@@ -258,7 +258,7 @@ def _leak(c):
 @values('native_dropout', 'dropout', 'feature_dropout')
 @_sure
 def _drop(c):
-    "A zero stays one, whatever falls out"
+    "A zero stays zero, whatever is dropped"
     bad,out = c.unknown_of(c.a['input']),_plain(c)
     y,*masks = out if isinstance(out, tuple) else (out,)
     c.hide(y, bad|(c.a['input']!=0) if c.random else bad)
@@ -268,12 +268,12 @@ def _drop(c):
 @values('where', 'masked_fill')
 @_sure
 def _choose(c):
-    "What is chosen is known if it is the same either way, or if it is known which way"
+    "The choice is known if both options are equal, or if the condition is known"
     a,b,which = (c.a[k] for k in (('self','other','condition') if c.name=='where' else ('self','value','mask')))
     return _either(c, a, b, c.unknown_of(which))
 
 def _either(c, a, b, unknown):
-    "The result of `c`, which is `a` or `b`: where that is `unknown`, only what is the same"
+    "The result of `c`, which is `a` or `b`: where the choice is `unknown`, only equal values are known"
     bad = unknown&(a!=b)
     out = _plain(c)
     c.hide(out, bad.broadcast_to(out.shape))
@@ -282,7 +282,7 @@ def _either(c, a, b, unknown):
 @values('index')
 @_sure
 def _rows(c):
-    "Where it is not known which rows, only what is the same in all"
+    "If the rows are unknown, only values that are equal in all rows are known"
     indices = c.a['indices'] if 'indices' in c.a else [c.a['index']]
     if not any(c.unknown_of(o).any() for o in indices if o is not None): return _plain(c)
     return _redo(c, self=_steady(c.a['self'], indexed(c)))
@@ -290,7 +290,7 @@ def _rows(c):
 @values('put_at')
 @_sure
 def _put(c):
-    "Where it is not known which places, what is zero all along and gets zeros stays zero"
+    "If the positions are unknown, entries that are all zero and receive zeros stay zero"
     x,v,indices = c.a['self'],c.a['values'],[o for o in c.a['indices'] if o is not None]
     if lift := mask_of(c): return _either(c, x, v, lift(c.unknown_of(indices[0])))
     out = _on_numbers(c) if (hidden := any(c.unknown_of(o).any() for o in indices)) else _plain(c)
@@ -305,7 +305,7 @@ def _put(c):
 # %% ../../nbs/core/09_liveness.ipynb #e1bd5ae0
 @values('scan')
 def _scan(c):
-    "Zero as far as all is zero along the dimension; how many are added up may depend on the size of the input"
+    "Zero where all entries along the dimension are zero; the number of summands may depend on the size of the input"
     bad = (c.a['self']!=0).any(c.dims()[0], keepdim=True)
     if c.name=='logcumsumexp': bad = torch.ones_like(bad)
     out = _on_numbers(c)
@@ -330,7 +330,7 @@ _sure(_chosen)
 
 @values('scatter', 'add_at')
 def _written(c):
-    "What is written to places that may be unknown: zero where all is zero along the dimension"
+    "The result of a write to possibly unknown positions: zero where all entries along the dimension are zero"
     d, = c.dims()
     x,src = c.a['self'],c.a.get('src', c.a.get('source', c.a.get('value')))
     zero = (x==0).all(d, keepdim=True)
@@ -365,7 +365,7 @@ def _fake_quantize(c):
 
 @values('_fused_moving_avg_obs_fq_helper')
 def _watch_and_round(c):
-    "What is observed sets the scale: of inputs, only a zero is known, which stays one. The statistics stay what they are"
+    "Observed values set the scale: only a zero input is known, and it stays zero. The statistics do not change"
     copied = lambda o: (o.nan_to_num(0.) if _exact(o) else o.clone()) if isinstance(o, Tensor) else o
     y,mask = c.func(*tree_map(copied, c.args), **tree_map(copied, c.kwargs))
     x = c.a['self']
@@ -373,10 +373,10 @@ def _watch_and_round(c):
 
 @values('same', 'permute', 'view', 'expand', 'repeat', 'slice', 'split', 'strided', 'diagonal', 'roll', 'triangle', 'join', 'window', 'to_columns', 'pixel_shuffle',
     'pixel_unshuffle', 'channel_shuffle', 'states', 'complex_view', 'edge_pad', 'nearest', 'resize', 'blank', 'like', 'copy', 'fill', 'zero')
-def _move(c): "What is unknown moves along"; return _plain(c)
+def _move(c): "Unknown values move with the data"; return _plain(c)
 
 def _move_choice(c):
-    "`_move` for numbers that are no floats"
+    "`_move` for integers and booleans"
     bad = c.unknown_of(c.a[c.first])
     if c.name!='_to_copy': bad = _redo(c, **{c.first:bad})
     out = _plain(c)
@@ -384,20 +384,20 @@ def _move_choice(c):
     return out
 
 @values('empty', 'new_empty', 'empty_like', 'empty_strided', 'new_empty_strided')
-def _garbage(c): "Whatever was there"; return _plain(c)
+def _garbage(c): "Uninitialized memory"; return _plain(c)
 
 # %% ../../nbs/core/09_liveness.ipynb #d7129014
 @dataclass
 class Read:
-    "One use of a weight: what it knows of the channels that it reads"
+    "One use of a weight, with the known facts about the channels that it reads"
     of: frozenset # Names of the parameters that the weight is made of
-    layer: str # Name of the module whose own weight it is and that is running, or ''
+    layer: str # Name of the running module, if the weight is its own, or ''
     ins: Tensor # Channel numbers, [groups, inputs of a group]
     outs: Tensor # Channel numbers, [groups, outputs of a group]
     w: Tensor # The weight as it is used, [groups, outputs of a group, inputs of a group, …]
     nonzero: Tensor # Is there a weight? [groups, outputs of a group, inputs of a group]
-    zero: Tensor # Is the input zero, whatever the model is given? As `ins`
-    const: Tensor # The number that it always is, where it acts the same at every place; else nan. As `ins`
+    zero: Tensor # Is the input zero for all inputs of the model? Shape of `ins`
+    const: Tensor # The constant value of the input, if it acts equally at every position; otherwise nan. Shape of `ins`
 
 def _grouped(c, table, i=0):
     """Ids of inputs and outputs of weight and convolution or product `c`, its weight [groups, outputs, inputs, …], and the input's values
@@ -421,11 +421,11 @@ def _grouped(c, table, i=0):
     ids = lambda v: (v[3] if len(v)>3 and v[3] is not None else v[0]).reshape(G, -1)
     return ids(read),ids(made),w,x.reshape(G, -1, prod(x.shape[1:]))
 
-_TELLS = 'ask','count',None  # a number that any other operation gives is a size
+_TELLS = 'ask','count',None  # a number from any other operation is a size
 
 class _Reading(_Trace):
-    """A `_Trace` that runs on unknown inputs and remembers what each weight reads. With `forced`, a list of what the model is told when it asks for the truth of a value, it runs
-    on known inputs, and a twin of each tensor tells what is unknown of it; with `None`, such a question ends all knowledge (`close`)"""
+    """A `_Trace` that runs on unknown inputs and records what each weight reads. With `forced`, a list of answers for questions about the truth of a value, it runs
+    on known inputs, and a twin of each tensor marks its unknown entries; with `None`, such a question makes everything after it unknown (`close`)"""
     def __init__(self, model, twins=False, forced=()):
         super().__init__(model)
         self.model,self.tables,self.reads,self.sums,self.depends,self.refused = model,[],[],[],'',False
@@ -436,7 +436,7 @@ class _Reading(_Trace):
     def is_tainted(self, t): return not _exact(t) and t.layout==torch.strided and t.untyped_storage().data_ptr() in self.tainted
     def taint(self, t): self.tainted[t.untyped_storage().data_ptr()] = t
     def hand_out(self, name, args):
-        "Numbers leave by door `name`: if they are unknown, the model may do something else from here on"
+        "Numbers leave through `name`: if they are unknown, the model may take another branch from here on"
         super().hand_out(name, args)
         for o in args[:1]:
             seen = self.twins.get(o, o) if self.twins is not None and isinstance(o, Tensor) else o
@@ -444,7 +444,7 @@ class _Reading(_Trace):
             self.depends = self.depends or name
             self.close()
     def unknown_of(self, o):
-        "Which of the numbers of `o` are unknown"
+        "Mask of the unknown numbers in `o`"
         if not isinstance(o, Tensor): return torch.zeros((), dtype=torch.bool, device='cpu')
         if _exact(o): return o.isnan()
         mask = self.masks.get(o)
@@ -487,7 +487,7 @@ class _Reading(_Trace):
         return self.asked(c, out)
 
     def asked(self, c, out):
-        "What the model is told of unknown values, if it asks"
+        "The answer for a question of the model about unknown values"
         if self.closed or not c.unknown: return out
         if isinstance(out, bool) and self.forced is not None:
             out = self.forced[len(self.told)] if len(self.told)<len(self.forced) else out
@@ -496,7 +496,7 @@ class _Reading(_Trace):
         return out
 
     def close(self):
-        "From here on the model may do something else: what it still holds may be read otherwise, and all that comes is unknown"
+        "From here on the model may take another branch: tensors that it still holds may be read differently, and all later results are unknown"
         self.closed,self.n_closed = True,self.n
         held = [l.flatten() for o in self.shadows.values() for l in o.ids]
         self.held = torch.cat(held or [torch.zeros(0, dtype=torch.long, device='cpu')]).unique()
@@ -533,7 +533,7 @@ class _Reading(_Trace):
         return (_plain if c.meaning in ('ask','count') else _on_numbers), True
 
     def mark(self, c, out, tainted):
-        "What depends on the input and does not show it by itself"
+        "Mark results that depend on the input without showing it"
         for o in tree_leaves(out):
             if not isinstance(o, Tensor):
                 if o is not None and c.unknown and c.meaning in _TELLS and not self.asks_size(c): self.depends = self.depends or c.why
@@ -594,7 +594,7 @@ def _same_numbers(graph, tr):
     return tr.n==graph.n_eval and list(tr.order)==graph.order[:len(tr.order)]
 
 def _observe(model, graph):
-    "The reads of `model`, by a run on unknown inputs; or, where it asks what their values are, by runs that tell it. And what is less sure for that, in words, or ''"
+    "The reads of `model`, by a run on unknown inputs; or, if it reads their values, by runs with given answers. Also the loss of certainty, in words, or ''"
     hide = lambda o: torch.full_like(o, _nan(o)) if _exact(o) else o.clone()
     tr = _Reading(model)
     why = _run(model, tr, tree_map(lambda o: hide(o) if isinstance(o, Tensor) else o, graph.example_inputs)) or tr.depends
@@ -606,7 +606,7 @@ def _observe(model, graph):
         f'their values, only channels that nothing reads count as dead{later}')
 
 def _run(model, tr, inputs):
-    "Run `model` under `tr`; what went wrong"
+    "Run `model` under `tr`; return the error, if any"
     for o in _tensors_in(inputs):
         if tr.twins is not None and _exact(o): tr.twins[o] = torch.full_like(o, _nan(o))
         elif not _exact(o): tr.taint(o)
@@ -644,7 +644,7 @@ def _both_ways(model, graph):
     return first
 
 def _agree(first, tr):
-    "Did two runs read the same weights in the same order? Then `first` knows no more than both"
+    "Did two runs read the same weights in the same order? Then `first` keeps only the facts known in both"
     if first.closed or tr.closed or [(o.of,o.ins.shape,o.outs.shape) for o in first.reads]!=[(o.of,o.ins.shape,o.outs.shape) for o in tr.reads]: return False
     theirs = torch.zeros(tr.n, dtype=torch.long, device='cpu')  # `first`'s number of each of `tr`'s channels
     for a,b in zip(first.reads, tr.reads):
@@ -663,22 +663,22 @@ def _call(model, inputs):
 class Liveness:
     "Which channels of `model` can still change its output"
     def __init__(self,
-        model:nn.Module, # Left as it is
-        graph:ChannelGraph, # Of `model`
+        model:nn.Module, # Model, not changed
+        graph:ChannelGraph, # Graph of `model`
     ):
         self.graph = graph
-        tr,self.unsure = _observe(model, graph)  # why less may count as dead than could, or ''
+        tr,self.unsure = _observe(model, graph)  # the reason why fewer channels may count as dead, or ''
         self.reads = tr.reads
         self._agree()
         self.live = torch.zeros(len(graph._root), dtype=torch.bool, device='cpu')
-        self.live[0] = True  # what has to stay is class 0
+        self.live[0] = True  # class 0 must stay
         if tr.closed: self._reopen(tr)
         for ids in [*(l for l,_ in graph.mixes),*tr.sums]: self.live[graph.classes(ids.flatten())] = True
         self._spread()
         self._keep_training(model)
 
     def _reopen(self, tr):
-        "What the model held when it asked for a value may not be what it was; and what did not run may read it, or what comes later"
+        "Tensors that the model held when it read a value may change; and layers that did not run may read them, or later ones"
         held = torch.zeros_like(self.live)
         held[self.graph.classes(tr.held)] = True
         for r in self.reads:
@@ -689,7 +689,7 @@ class Liveness:
             self.live[self.graph.classes(torch.cat([tr.held,later]))] = True
 
     def _keep_training(self, model):
-        "What runs in training alone is read there: only those of its channels die that are made of zeros, or read by zeros"
+        "Layers that run only in training: their channels are dead only if zeros make or read them"
         new = torch.ones_like(self.live)
         in_eval = torch.arange(self.graph.n_eval, device='cpu')
         new[self.graph.classes(in_eval)] = False  # what runs in eval mode as well is judged by that
@@ -717,7 +717,7 @@ class Liveness:
             for o in (f,r): o.const = torch.where(differ, torch.nan, o.const)
 
     def _spread(self):
-        "What live channels are made of is alive"
+        "Channels that make live channels are alive"
         ends = [(r,self.graph.classes(r.ins),self.graph.classes(r.outs)) for r in reversed(self.reads)]
         changed = True
         while changed:
@@ -729,7 +729,7 @@ class Liveness:
                 if len(need): self.live[need],changed = True,True
 
     def dead(self):
-        "Classes that can be removed, but for the last of any dimension of a parameter"
+        "Classes that can be removed, except the last class of any dimension of a parameter"
         classes = [self.graph.classes(s.ids).unique() for s in self.graph.slices]
         seen = torch.cat([torch.zeros(0, dtype=torch.long, device='cpu'),*classes]).unique()
         return spare_last(self.graph, seen[~self.live[seen]])
@@ -737,7 +737,7 @@ class Liveness:
     def constants(self,
         removed:Tensor, # Classes
     ):
-        "What the bias of each layer takes over from `removed` channels that are constant, by layer"
+        "The constants that the bias of each layer takes over from `removed` channels, by layer"
         gone,res = torch.zeros_like(self.live),{}
         gone[removed] = True
         for r in self.reads:

@@ -14,43 +14,43 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/core/04_selection.ipynb #4ae5f7eb
-def check_percent(what:str, value): # What it is called, percentage
-    "`ValueError` if `value` is no percentage, but for rounding"
-    if isinstance(value, bool) or not isinstance(value, Real) or not -1e-9<=value<=100+1e-9: raise ValueError(f'{what} is in percent, from 0 to 100, not {value!r}')
+def check_percent(what:str, value): # Name of the value for messages, percentage
+    "`ValueError` if `value` is not a percentage, apart from rounding"
+    if isinstance(value, bool) or not isinstance(value, Real) or not -1e-9<=value<=100+1e-9: raise ValueError(f'{what} must be in percent, from 0 to 100, not {value!r}')
 
 def in_percent(
-    what:str, # What it is called
+    what:str, # Name of the value for messages
     value, # Percentage, or fraction; several of them, in a dict or a list
-    unit:str|None=None, # 'percent' or 'fraction'; by default percent, and a float above 0 and up to 1 is refused, which may be either
+    unit:str|None=None, # 'percent' or 'fraction'; by default percent, where a float above 0 and up to 1 is refused because it may mean either
 ):
-    "`value` in percent. `ValueError` if it may be either, or is outside of its unit"
+    "`value` in percent. `ValueError` if it may mean either unit, or is out of range"
     if isinstance(value, Mapping): return {k:in_percent(what, v, unit) for k,v in value.items()}
     if isinstance(value, (list,tuple)): return [in_percent(what, v, unit) for v in value]
-    if unit not in (None,'percent','fraction'): raise ValueError(f"unit is 'percent' or 'fraction', not {unit!r}")
+    if unit not in (None,'percent','fraction'): raise ValueError(f"unit must be 'percent' or 'fraction', not {unit!r}")
     if unit=='fraction':
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0<=value<=1: raise ValueError(f"{what} is a fraction, from 0 to 1, as unit='fraction' says, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0<=value<=1: raise ValueError(f"{what} must be a fraction from 0 to 1, because of unit='fraction', not {value!r}")
         return round(100*value, 10)
     check_percent(what, value)
     if unit is None and isinstance(value, float) and 0<value<=1:
-        raise ValueError(f"{what} {value} may be {100*value:g} percent, written as a fraction, or {value:g} percent: write {what} {100*value:g}, or add unit='fraction' or unit='percent'")
+        raise ValueError(f"{what} {value} may mean {100*value:g} percent (as a fraction) or {value:g} percent: write {what} {100*value:g}, or add unit='fraction' or unit='percent'")
     return value
 
-_UNIT = 10**10 # parts of a percent to which a percentage is exact
+_UNIT = 10**10 # resolution of a percentage: parts of one percent
 
 def n_of(n:int, pct:float): # Number of blocks, percentage
-    "How many blocks `pct` percent of `n` are, rounded down"
+    "Number of blocks that `pct` percent of `n` make, rounded down"
     return n*round(round(float(pct), 10)*_UNIT)//(100*_UNIT)
 
-def rounded_gone(n:int, gone:int, to:int): # Number of blocks, how many are to go, what is left is a multiple of this
-    "How many of `n` go so that a multiple of `to` is left: rather more are left than too few, but no more than there are; none go where `to` cannot be left"
+def rounded_gone(n:int, gone:int, to:int): # Number of blocks, number to zero, the number left is a multiple of this
+    "Number of blocks of `n` to zero so that a multiple of `to` is left: rounded towards more blocks left, up to all; 0 if `to` blocks cannot be left"
     return 0 if not gone or n<to else n-min(-(-(n-gone)//to), n//to)*to
 
 # %% ../../nbs/core/04_selection.ipynb #bf0a8639
 def _kth(s, k): # Scores without nan, from 1 to their number
-    "The `k`-th lowest of `s`, as a tensor with no axes"
+    "The `k`-th lowest of `s`, as a 0-d tensor"
     return torch.from_numpy(np.partition(s.numpy(), k-1)[k-1:k])[0] if s.device.type=='cpu' and type(s) is Tensor else s.sort().values[k-1]
 
-def lowest(scores:Tensor, k:int): # Scores [n], how many
+def lowest(scores:Tensor, k:int): # Scores [n], number to select
     "Mask [n] of the `k` lowest `scores`; ties go by position, nan counts as highest"
     n = len(scores)
     if k<=0 or k>=n: return torch.full_like(scores, k>=n, dtype=torch.bool)
@@ -61,13 +61,13 @@ def lowest(scores:Tensor, k:int): # Scores [n], how many
 
 # %% ../../nbs/core/04_selection.ipynb #58c5c2ff
 def counted_kth(
-    count, # Function of a shift and the leading bits that are known (`None` at first): how often the `step` bits above the shift have each value [2**step]
-    k:int, # Which, from 1
+    count, # Function of a shift and the known leading bits (`None` at first): counts of each value of the `step` bits above the shift [2**step]
+    k:int, # Rank of the number, from 1
     bits:int, # Size of a number
-    step:int, # Bits that are counted in one pass
-    low:int=0, # What the first table begins with: below 0 for numbers with a sign
+    step:int, # Bits counted in one pass
+    low:int=0, # First value of the first table: below 0 for signed numbers
 ):
-    "The `k`-th lowest of whole numbers, how many like it are among the `k` lowest, and how many there are"
+    "The `k`-th lowest integer, the number of its ties among the `k` lowest, and the number of all its ties"
     found = None
     for shift in range((bits-1)//step*step, -1, -step):
         counts = count(shift, found)
@@ -79,28 +79,28 @@ def counted_kth(
 
 # %% ../../nbs/core/04_selection.ipynb #367ea591
 class Source:
-    "`n` blocks, which of them are kept, and their scores when asked for"
+    "`n` blocks: which of them are kept, and their scores on request"
     safe = None  # position of a block that must stay
-    left = None  # how many are kept, where that is known
-    wide = False  # are scores of 64 bits?
-    shard = None  # which part of the blocks is here, if other processes hold others: `keep` is of these
-    absolute = 0  # if scores are the absolute values of something that is there, bytes of an element of that
+    left = None  # number of kept blocks, if known
+    wide = False  # do scores have 64 bits?
+    shard = None  # the local part of the blocks, if other processes hold the rest: `keep` covers the local part
+    absolute = 0  # bytes per element of a stored tensor whose absolute values are the scores; 0 if there is none
     def __init__(self, keep): self.keep,self.n = keep,len(keep)
-    def scores(self, i, j, step=1): # First block, end, every how many
+    def scores(self, i, j, step=1): # First block, end, step
         "Scores of blocks [i:j:step]: a tensor that may be written to"
         raise NotImplementedError(f'{type(self).__name__} has no scores')
     def joined(self, slices): # Source, first block and end of each
-        "Scores of slices of several sources, of which this is one, one after the other, to be read only"
+        "Concatenated scores of slices of several sources (this is one of them), read-only"
         found = [o.scores(i, j) for o,i,j in slices]
         return torch.cat(found) if len(found)>1 else found[0]
     def signed(self, slices): # The same
-        "What the scores of `absolute` sources are the absolute values of"
-        raise NotImplementedError(f'{type(self).__name__} has scores alone')
+        "The signed values whose absolute values are the scores of `absolute` sources"
+        raise NotImplementedError(f'{type(self).__name__} has only scores')
     @property
-    def gone(self): "How many are gone"; return self.n-int(self.keep.count_nonzero())
+    def gone(self): "Number of zeroed blocks"; return self.n-int(self.keep.count_nonzero())
 
 class Scores(Source):
-    "Scores that are there already"
+    "Scores that are already computed"
     def __init__(self, values, keep=None):
         super().__init__(torch.full(values.shape, -1, dtype=torch.int8, device=values.device) if keep is None else keep)
         self.values,self.wide = values,values.dtype==torch.float64
@@ -112,14 +112,14 @@ class Scores(Source):
 
 # %% ../../nbs/core/04_selection.ipynb #cf4a2875
 def _key(s):
-    "Integers in the order of `s`: the bits of a float, those of negative ones turned around"
-    s = s.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)+0.  # of two zeros, none is lower
+    "Integers in the order of `s`: the bits of a float, inverted for negative floats"
+    s = s.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)+0.  # makes -0 and 0 equal
     whole = torch.int64 if s.dtype==torch.float64 else torch.int32
     bits = s.view(whole)
     return bits ^ ((bits>>torch.iinfo(whole).bits-1) & torch.iinfo(whole).max)
 
 def _ordered(s, keep, first, protect):
-    "Scores as integers where one number orders all: what is gone before or after the rest, the best that is left last"
+    "Scores as integers in one order: zeroed blocks before or after the rest, the best kept block last"
     key,gone = _key(s),keep==0
     ends = torch.iinfo(key.dtype)
     if not first: return key.masked_fill_(~gone, ends.max)
@@ -128,11 +128,11 @@ def _ordered(s, keep, first, protect):
 
 def rank(
     sources:list, # `Source`s that compete
-    k:int, # How many blocks of theirs are to be gone
-    first:bool, # Do blocks go? Otherwise blocks return
-    protect:bool=False, # Does each source keep its best block, as there is room for?
+    k:int, # Number of their blocks that are zero afterwards
+    first:bool, # Are blocks zeroed? Otherwise blocks return
+    protect:bool=False, # Does each source keep its best block, if `k` allows it?
 ):
-    "Exactly the `k` lowest of all are gone; nothing here waits for the device"
+    "Zero exactly the `k` lowest of all blocks, without waiting for the device"
     device = sources[0].keep.device
     scores = [o.scores(0, o.n) for o in sources]
     wide = torch.float64 if any(s.dtype==torch.float64 for s in scores) else torch.float32

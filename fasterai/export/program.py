@@ -20,7 +20,7 @@ from ..core.running import (SLIPS,_eager,_parts,_without_caches,at_home,call_wit
 
 # %% ../../nbs/export/01_program.ipynb #085db2a7
 class Named(dict):
-    "A dict whose values are attributes as well"
+    "A dict whose values are also attributes"
     def __getattr__(self, name):
         try: return self[name]
         except KeyError: raise AttributeError(name) from None
@@ -30,17 +30,17 @@ _TENSOR = 'tensor'
 def layout_of(
     o, # Output of a model
 ):
-    "How tensors are held in `o`: `'tensor'`, lists and dicts of it, `None` for anything else"
+    "The structure that holds tensors in `o`: `'tensor'`, lists and dicts of it, `None` for anything else"
     if isinstance(o, Tensor): return _TENSOR
     if isinstance(o, (tuple,list)): return [layout_of(v) for v in o]
     parts = _parts(o)
     return {str(k):layout_of(v) for k,v in parts[0].items()} if parts else None
 
 def put_together(
-    layout, # As from `layout_of`
-    tensors, # As many as are in it, in order
+    layout, # Result of `layout_of`
+    tensors, # Its tensors, in order
 ):
-    "What `layout` says, made of `tensors`: tuples, and dicts whose values are attributes as well"
+    "Build the structure `layout` from `tensors`: tuples, and dicts whose values are also attributes"
     todo = iter(tensors)
     def made(o):
         if o==_TENSOR: return next(todo)
@@ -62,62 +62,62 @@ def _numbered(name, o):
     return [name] if n==1 else [f'{name}_{i}' for i in range(n)]
 
 def _drawn_like(x, n, axis, gen):
-    "`n` samples along `axis` with the mean and the spread of `x`"
+    "`n` samples along `axis` with the mean and the standard deviation of `x`"
     std,mean = x.double().std(unbiased=False).nan_to_num().item(),x.double().mean().nan_to_num().item()
     new = torch.randn((*x.shape[:axis],n,*x.shape[axis+1:]), generator=gen, dtype=torch.float64, device='cpu')
     return (new*(std or 1.)+mean).to(x)
 
-_SEED = 0 # of samples that are drawn
-SAMPLES = 1,5 # how many are tried beside as many as are there
+_SEED = 0 # seed for drawn samples
+SAMPLES = 1,5 # numbers of samples to try, in addition to that of the inputs
 
 class Arguments:
-    "What `model` runs with, as a list of `tensors` with `names`; `n` samples along `axis` of those that are `batched`, none if the batch is fixed"
+    "The inputs of `model` as a list of `tensors` with `names`; `batched` ones have `n` samples along `axis`, and none is batched if the batch is fixed"
     def __init__(self,
-        model:nn.Module, # Left as it is
-        inputs, # As from `inputs_for`
-        dynamic:bool=True, # Is the number of samples to be open?
-        axis:int=0, # Along which samples are
+        model:nn.Module, # Model, not changed
+        inputs, # Result of `inputs_for`
+        dynamic:bool=True, # Leave the number of samples open?
+        axis:int=0, # Axis of the samples
     ):
         self.model,self.inputs,self.tensors,self.axis = model,inputs,tensors_of(inputs),axis
-        if not self.tensors: raise ValueError(f'example_inputs hold no tensor: a graph of this {type(model).__name__} would be a constant')
+        if not self.tensors: raise ValueError(f'example_inputs contain no tensor: a graph of this {type(model).__name__} would be a constant')
         bound = _bound(model, inputs)
         self.names = [o for k,v in bound.items() for o in _numbered(k, v)]
-        self.keys = list(self.names)  # in batches, whatever the names in a file are
+        self.keys = list(self.names)  # names for batches, independent of the names in a file
         self.fixed = {k:repr(v) for k,v in bound.items() if v is not None and not tensors_of(v)}
         self.n = next((o.shape[axis] for o in self.tensors if o.dim()>axis), None)
         self.batched = self._found() if dynamic else [False]*len(self.tensors)
 
     def _found(self):
-        "Which tensors have a batch; `ValueError` if the model takes no other number of samples"
+        "Which tensors have a batch axis; `ValueError` if the model accepts no other number of samples"
         fixes = '`dynamic_batch=False` fixes that number'
-        if self.n is None: raise ValueError(f'no input has an axis {self.axis}, along which samples could be: {fixes}')
+        if self.n is None: raise ValueError(f'no input has an axis {self.axis} for the samples: {fixes}')
         as_long = [o.dim()>self.axis and o.shape[self.axis]==self.n for o in self.tensors]
         first = [any(as_long[:i+1]) and not any(as_long[:i]) for i in range(len(as_long))]
         for self.batched in (as_long,first):
             try: return self._runs_with(self.n+1)
             except SLIPS as e: error = e
         said = str(error).partition('\n')[0]
-        raise ValueError(f'this {type(self.model).__name__} takes {self.n} sample{"s" if self.n!=1 else ""} and no other number, as it does not run with '
-                         f'{self.n+1} ({type(error).__name__}: {said}). If samples are along another axis than {self.axis}, `batch_axis` says so; {fixes}')
+        raise ValueError(f'this {type(self.model).__name__} accepts only {self.n} sample{"s" if self.n!=1 else ""}: it does not run with '
+                         f'{self.n+1} ({type(error).__name__}: {said}). If samples are along another axis than {self.axis}, set `batch_axis`; {fixes}')
 
     def _runs_with(self, n):
         with untouched(self.model): call_with(self.model, self.with_samples(n, drawn=False))
         return self.batched
 
     def tries(self):
-        "Numbers of samples to compare with: `None` stands for those that are there"
+        "Numbers of samples to compare with: `None` means the given samples"
         return (None,*SAMPLES) if any(self.batched) else (None,)
 
     def filled(self, tensors):
-        "The inputs with `tensors` in the place of those that are there"
+        "The inputs with their tensors replaced by `tensors`"
         todo = iter(tensors)
         return map_parts(lambda o: next(todo) if isinstance(o, Tensor) else o, self.inputs)
 
     def with_samples(self,
-        n:int, # How many
-        drawn:bool=True, # Is the last of several one that is drawn, like the others if these are numbers? Zeros would show little
+        n:int, # Number of samples
+        drawn:bool=True, # Draw the last of several samples, similar to the others if these are floats? Zeros would be a weak test
     ):
-        "The inputs with `n` samples: in turn those that are there, at least one that is new"
+        "The inputs with `n` samples: the given ones in turn, and at least one new sample"
         gen = torch.Generator(device='cpu').manual_seed(_SEED)
         def taken(x):
             kept = min(self.n, n-1) if drawn and n>1 and x.is_floating_point() else n
@@ -131,31 +131,31 @@ _CHATTER = ('torch.fx.experimental.symbolic_shapes','torch.export._trace','torch
 
 @contextmanager
 def _quiet():
-    "Without what exporters say of their own steps: what matters raises, or is compared"
+    "Hide the messages of exporters about their own steps: errors are raised, and outputs are compared"
     loggers,nothing = [logging.getLogger(o) for o in _CHATTER],lambda record: False
     for o in loggers: o.addFilter(nothing)
     try:
         with warnings.catch_warnings():
             for o in (FutureWarning,DeprecationWarning): warnings.filterwarnings('ignore', category=o)
-            warnings.filterwarnings('ignore', category=RuntimeWarning, module='onnx')  # of constants such as the logarithm of 0, which a mask may leave out
-            warnings.filterwarnings('ignore', '.*(were|was) assigned during export')  # they are put back
+            warnings.filterwarnings('ignore', category=RuntimeWarning, module='onnx')  # for constants such as the logarithm of 0, which a mask may leave out
+            warnings.filterwarnings('ignore', '.*(were|was) assigned during export')  # they are restored
             yield
     finally:
         for o in loggers: o.removeFilter(nothing)
 
 @contextmanager
 def exporting(
-    model:nn.Module, # Left as it was, also after an error
+    model:nn.Module, # Model, restored at the end, also after an error
 ):
-    "Run an exporter on `model`: in eval mode, without what is set around, or kept for a next call"
+    "Run an exporter on `model`: in eval mode, without modes set by the caller, and without cached state"
     with ExitStack() as stack:
         for o in (at_home(), restored(model, draws=False), _eager(model), _without_caches(model), _quiet()): stack.enter_context(o)
         yield
 
-_TOOLS = 'torch','fasterai','onnxscript','onnx_ir','onnx','sympy' # code of these says nothing to a user
+_TOOLS = 'torch','fasterai','onnxscript','onnx_ir','onnx','sympy' # frames in these packages do not help a user
 
 def _chain(e):
-    "`e` and what caused it"
+    "`e` and its causes"
     while e is not None:
         yield e
         e = e.__cause__ or e.__context__
@@ -176,27 +176,27 @@ def line_of(
 def reason_of(
     e:BaseException, # From an exporter
 )->str:
-    "Why a network has no graph, in a sentence"
+    "The reason why a network has no graph, in a sentence"
     first = [*_chain(e)][-1]
     lines = [o.strip() for o in str(first).splitlines() if o.strip()] or ['']
-    said = next((o for o in lines if o.startswith('- ')), lines[0])  # a list says what is wrong
+    said = next((o for o in lines if o.startswith('- ')), lines[0])  # the problem is in a list
     said = re.split(r'\. +(?:If you|See |For more|Please)', said.removeprefix('- '))[0].rstrip('.')[:300]
     where = line_of(e)
     return f'{type(first).__name__}: {said}' + (f' (at {where})' if where else '')
 
 def _constraints():
-    "What exporters raise if an axis cannot be open"
-    from torch._dynamo.exc import UserError  # importing these takes seconds, and an exporter has done it
+    "The errors of exporters if an axis cannot be open"
+    from torch._dynamo.exc import UserError  # a slow import, which the exporter has already done
     from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
     return UserError,ConstraintViolationError
 
 def fails():
-    "What exporters raise"
+    "The errors of exporters"
     from torch._export.verifier import SpecViolationError
     return *SLIPS,SpecViolationError
 
 class _WithoutMine(TextIOBase):
-    "A `stream` without what this thread writes: others go on writing to it"
+    "A `stream` that drops the output of this thread; other threads still write to it"
     def __init__(self, stream): self.stream,self.mine = stream,get_ident()
     def write(self, s): return len(s) if get_ident()==self.mine else self.stream.write(s)
     def flush(self): self.stream.flush()
@@ -209,16 +209,16 @@ def _exported(model, args, kwargs, shapes):
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except slips as e:
         kind = type(model.model if isinstance(model, _Flat) else model).__name__
-        advice = '. The batch cannot be open: `dynamic_batch=False` fixes the number of samples; if these are along another axis, `batch_axis` says so'
-        raise ValueError(f'torch.export makes no graph of this {kind}: {reason_of(e)}' + (advice if isinstance(e, _constraints()) else '')) from e
+        advice = '. The batch cannot be open: `dynamic_batch=False` fixes the number of samples; if these are along another axis, set `batch_axis`'
+        raise ValueError(f'torch.export cannot make a graph of this {kind}: {reason_of(e)}' + (advice if isinstance(e, _constraints()) else '')) from e
 
 def _open(arguments):
-    "For each tensor, which of its axes may have any length"
+    "For each tensor, the axes of open length"
     batch = torch.export.Dim('batch')
     return [{arguments.axis:batch} if b else {} for b in arguments.batched]
 
 class _Flat(nn.Module):
-    "`model` as a function of a list of tensors to a tuple of tensors"
+    "`model` as a function from a list of tensors to a tuple of tensors"
     def __init__(self, model, arguments):
         super().__init__()
         self.model,self.filled = model,arguments.filled
@@ -228,30 +228,30 @@ class _Flat(nn.Module):
         return tuple(tensors_of(self.model(*inputs) if isinstance(inputs, (tuple,list)) else self.model(inputs)))
 
 def flat_program(
-    arguments:Arguments, # Of the model
+    arguments:Arguments, # Arguments of the model
 ):
     "The `ExportedProgram` of the model, from a list of tensors to a tuple of tensors"
-    many = arguments.with_samples(max(arguments.n, 2)) if any(arguments.batched) else arguments.inputs  # the size 1 would be taken for fixed
+    many = arguments.with_samples(max(arguments.n, 2)) if any(arguments.batched) else arguments.inputs  # the exporter treats the size 1 as fixed
     with exporting(arguments.model):
         return _exported(_Flat(arguments.model, arguments).eval(), tuple(tensors_of(many)), {}, (tuple(_open(arguments)),))
 
 # %% ../../nbs/export/01_program.ipynb #4bb427b6
 def outputs_of(
-    arguments:Arguments, # Of the model
-    n:int|None=None, # So many samples; as many as are there if not given
+    arguments:Arguments, # Arguments of the model
+    n:int|None=None, # Number of samples; by default the given samples
 ):
-    "Inputs, and what the model gives for them"
+    "Inputs, and the outputs of the model for them"
     tries = [arguments.inputs] if n is None else [arguments.with_samples(n, drawn) for drawn in (True,False)]
     for inputs in tries:
         try:
             with untouched(arguments.model): return inputs,call_with(arguments.model, inputs)
-        except SLIPS:  # what is drawn need not be valid
+        except SLIPS:  # a drawn sample may be invalid
             if inputs is tries[-1]: raise
 
 def gap(
-    a:Tensor, # What it should be
-    b:Tensor, # What it is
-)->float: # inf for other shapes, or where one has a number and the other has none
+    a:Tensor, # Expected tensor
+    b:Tensor, # Actual tensor
+)->float: # inf for different shapes, or if nan is in only one of them
     "Largest difference of `a` and `b`, relative to the largest value of `a`"
     if a.shape!=b.shape: return float('inf')
     a,b = (o.detach().cpu().to(torch.complex128 if o.is_complex() else torch.float64) for o in (a,b))
@@ -262,25 +262,25 @@ def gap(
     return (a-b).abs().max().item()/(a.abs().max().item() or 1.)
 
 def allowed(
-    a:Tensor, # What it should be
-    rtol:float|None=None, # Of its largest value; by default what rounding makes in its type
-    atol:float=0., # Beside that
+    a:Tensor, # Expected tensor
+    rtol:float|None=None, # Tolerance relative to its largest value; by default that of rounding in its type
+    atol:float=0., # Absolute tolerance, added to `rtol`
 )->float:
-    "The largest `gap` that is no difference; whole numbers have to be equal"
+    "The largest allowed `gap`; integers must be equal"
     if not (a.is_floating_point() or a.is_complex()): return 0.
     values = a[a.isfinite()]
     size = (values.abs().max().item() if values.numel() else 0.) or 1.
     return (TOLERANCE.get(a.dtype, 1e-3) if rtol is None else rtol) + atol/size
 
 def checked_model(model, dynamic_batch=True, batch_axis=0):
-    "What is inside of the wrappers of `model`, if it can be exported"
-    if not isinstance(dynamic_batch, bool): raise ValueError(f'dynamic_batch is True or False, not {dynamic_batch!r}')
-    if not isinstance(batch_axis, int) or isinstance(batch_axis, bool) or batch_axis<0: raise ValueError(f'batch_axis is 0, 1, …, not {batch_axis!r}')
+    "The inner model of `model` without wrappers, if it can be exported"
+    if not isinstance(dynamic_batch, bool): raise ValueError(f'dynamic_batch must be True or False, not {dynamic_batch!r}')
+    if not isinstance(batch_axis, int) or isinstance(batch_axis, bool) or batch_axis<0: raise ValueError(f'batch_axis must be 0, 1, …, not {batch_axis!r}')
     model = plain_model(model)
     check_scripts(model)
     check_shapes(model)
     away = next((n for n,p in model.named_parameters() if p.is_meta), None)
-    if away is not None: raise ValueError(f'{away} is on the meta device and has no values: there is nothing to export')
+    if away is not None: raise ValueError(f'{away} is on the meta device and has no values to export: load the values first')
     return model
 
 def _as_called(inputs, shapes):
@@ -295,15 +295,15 @@ def _as_called(inputs, shapes):
     return args,kwargs,(form(args),form(kwargs))
 
 def to_exported(
-    model:nn.Module, # Left as it is
-    sample=None, # Example inputs: a tensor, a tuple of arguments or a dict of keyword arguments; looked for if not given
+    model:nn.Module, # Model, not changed
+    sample=None, # Example inputs: a tensor, a tuple of arguments or a dict of keyword arguments; found if not given
     *,
     dynamic_batch:bool=True, # May the program be called with another number of samples?
-    batch_axis:int=0, # Along which axis of inputs these are
+    batch_axis:int=0, # Axis of the samples in the inputs
     rtol:float|None=None, # Largest difference of outputs, relative to the largest value; by default 1e-3 for float32
 ):
-    """The `torch.export.ExportedProgram` of `model` in eval mode, called as the model is: `program.module()(x)`. `ValueError` with the reason if there is none,
-    or if it gives something else than the model"""
+    """The `torch.export.ExportedProgram` of `model` in eval mode, called like the model: `program.module()(x)`. `ValueError` with the reason if the model has no graph,
+    or if the program returns different outputs"""
     model = checked_model(model, dynamic_batch, batch_axis)
     arguments = Arguments(model, inputs_that_run(model, sample), dynamic_batch, batch_axis)
     many = arguments.with_samples(max(arguments.n, 2)) if dynamic_batch else arguments.inputs
@@ -319,8 +319,8 @@ def to_exported(
 def _compare(model, out, new, n, rtol):
     "`ValueError` unless two outputs are the same"
     out,new = tensors_of(out),tensors_of(new)
-    if len(out)!=len(new): raise ValueError(f'the program of this {type(model).__name__} returns {len(new)} tensors in place of {len(out)}')
+    if len(out)!=len(new): raise ValueError(f'the program of this {type(model).__name__} returns {len(new)} tensors instead of {len(out)}')
     for i,(a,b) in enumerate(zip(out, new)):
         if gap(a, b)<=allowed(a, rtol): continue
         what = f'tensor {i} differs by {gap(a, b):.1e} of its largest value'
-        raise ValueError(f'the program of this {type(model).__name__} gives something else with {n} samples: {what}')
+        raise ValueError(f'the program of this {type(model).__name__} returns different outputs with {n} samples: {what}')

@@ -34,7 +34,7 @@ from ..repair.repair import Teacher
 from ..legacy import OldLevelPruner, gone, old_prune, old_round_to, old_sparsifier
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #0ee83cb5
-CACHED = 2**17  # entries whose masks, of four bytes each, fit a processor's cache
+CACHED = 2**17  # number of entries whose masks, four bytes each, fit into a processor's cache
 _ints = {1:torch.int8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
 
 def zero_(w:Tensor, keep:Tensor): # Weight, int8 mask that broadcasts over it: -1 keeps, 0 zeroes
@@ -42,7 +42,7 @@ def zero_(w:Tensor, keep:Tensor): # Weight, int8 mask that broadcasts over it: -
     w = w.detach()
     if shard := ranks.shard_of(w): w,keep = ranks.here(w),shard.of(keep) if keep.shape!=shard.shape else keep
     if w.device.type!='cpu':
-        byte = w.is_floating_point() and w.element_size()==1  # which nothing else can fill there
+        byte = w.is_floating_point() and w.element_size()==1  # no other operation can fill these types
         return (w.view(torch.uint8) if byte else w).masked_fill_(keep==0, 0)
     bits = w.view(_ints[w.element_size()])
     if keep.shape!=w.shape or not (w.is_contiguous() and keep.is_contiguous()):
@@ -56,12 +56,12 @@ def zero_(w:Tensor, keep:Tensor): # Weight, int8 mask that broadcasts over it: -
 # %% ../../nbs/sparse/01_sparsifier.ipynb #1ed60df7
 @dataclass(eq=False)
 class Part(Weight):
-    "A weight, and the blocks that it splits into"
-    blocks:Answers # How it splits
+    "A weight and its blocks"
+    blocks:Answers # Blocks of the weight
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #6a3d3fce
 class Streamed(Source):
-    "Scores that are computed piece by piece, from what the criteria asks for, one weight after the other"
+    "Scores computed piece by piece from the inputs of the criterion, one weight after the other"
     def __init__(self, keep, f, flat):
         super().__init__(keep)
         self.f,self.flat,self.wide = f,flat,any(x.dtype==torch.float64 for x in flat.values())
@@ -78,7 +78,7 @@ class Streamed(Source):
         return self.f(**{k: _wide(torch.cat([o.flat[k] if j-i==o.n else o.flat[k][i:j] for o,i,j in slices])) for k in self.flat})
 
 class Later(Source):
-    "Scores that are computed when they are asked for first"
+    "Scores computed on the first request"
     def __init__(self, keep, make):
         super().__init__(keep)
         self.make = make
@@ -88,45 +88,45 @@ class Later(Source):
 
 class Layer:
     "A layer's parts, and which of its blocks are kept"
-    left = None # How many blocks are kept, where that is known
-    beside = None # Of heads that were found by the flow of data: biases, as (name, head of each entry, dimension)
+    left = None # Number of kept blocks, if known
+    beside = None # Biases of heads that were found by the flow of data, as (name, head of each entry, dimension)
     def __init__(self, name, parts, criteria):
         w,b = parts[0].w,parts[0].blocks
         self.n,self.name,self.parts,self.criteria,self.shapes = b.n,name,parts,criteria,[p.w.shape for p in parts]
         self.about,self.masked,self._masks,self._whole = Known(criteria.needs),False,None,None
         self._dense,self._run_of,self.version = {},{},0
         self.needs = criteria.needs
-        self.alone = criteria.pointwise and all(needed[o].of!='x' for o in self.needs)  # whose shape is that of the weight
+        self.alone = criteria.pointwise and all(needed[o].of!='x' for o in self.needs)  # all inputs have the shape of the weight
         self.streams = len(parts)==1 and b.in_order and self.alone and criteria.keeps_one
         self.ours = criteria.f in criterias.values()
         self.trusted = self.ours and self.needs==('w',)
-        self.searches = getattr(criteria.f, 'searches', False)  # do others make up for zeros, so that both are looked for together?
+        self.searches = getattr(criteria.f, 'searches', False)  # do other weights compensate for zeros, so that both are computed together?
         self.spread_out = [ranks.is_sharded(p.w) for p in parts]
-        self.shard = ranks.shard_of(w) if self.streams else None  # of others, each rank scores whole weights, one layer at a time
+        self.shard = ranks.shard_of(w) if self.streams else None  # otherwise each rank scores whole weights, one layer at a time
         self.keep = torch.full((self.shard.n if self.shard else b.n,), -1, dtype=torch.int8, device=w.device)
         self.agrees = criteria.pointwise or self.ours and criteria.f is not criterias['random']  # is a score the same on each rank?
 
     @property
-    def gone(self): "How many blocks are gone"; return self.n-int(ranks.total(self.keep.count_nonzero(), self.shard))
+    def gone(self): "Number of zeroed blocks"; return self.n-int(ranks.total(self.keep.count_nonzero(), self.shard))
 
-    def known(self, i): # Which part
-        "What the criteria asks for, by name"
+    def known(self, i): # Number of the part
+        "The inputs of the criterion, by name"
         p = self.parts[i]
         found = {o: self.about.find(o, p.name, p.w) for o in self.needs}
         for o,x in found.items():
-            if x is None: raise ValueError(f'criteria {self.criteria.__name__!r} needs {o!r}, and {p.name} has none: {self._remedy(o)}')
+            if x is None: raise ValueError(f'criteria {self.criteria.__name__!r} needs {o!r}, but {p.name} has none: {self._remedy(o)}')
         return {o: (ranks.here if self.shard else ranks.whole)(x.detach()) for o,x in found.items()}
 
     def _remedy(self, need):
-        "What to do about what is missing"
-        if needed[need].of=='w': return 'nothing was remembered'
+        "Advice for a missing input"
+        if needed[need].of=='w': return 'no value was stored'
         return 'pass `data` to the Sparsifier, or use it in a training step of weights that are not frozen'
 
     @property
-    def partial(self): "Does only a part of a block go, as of a group n:m?"; return self.parts[0].blocks.partial
+    def partial(self): "Is only a part of a block zeroed, as in a group n:m?"; return self.parts[0].blocks.partial
 
     def source(self, checked=False):
-        "The scores of its blocks; a criteria that fails does so here, and with `checked` one that gives nan or inf, for which a device is waited"
+        "The scores of its blocks; errors of the criterion are raised here. With `checked`, nan and inf are errors too, and this waits for the device"
         if self.streams and (self.trusted or not checked): res = Streamed(self.keep, self.criteria.f, {o: x.reshape(-1) for o,x in self.known(0).items()})
         elif self.searches or self.partial and self.trusted: res = Later(self.keep, self.scored)
         else: res = Scores(self.scored(checked), self.keep)
@@ -134,10 +134,10 @@ class Layer:
         if self.shard: res.shard,res.n = self.shard,self.n
         return res
 
-    def _score(self, i, checked=False): # Which part
+    def _score(self, i, checked=False): # Number of the part
         "Scores of its weights"
         known = {o:_wide(x) for o,x in self.known(i).items()}
-        if not self.criteria.pointwise: known = {o:x.clone() for o,x in known.items()}  # a user's function may write to what it gets
+        if not self.criteria.pointwise: known = {o:x.clone() for o,x in known.items()}  # a user's function may write to its arguments
         s = self.criteria.f(**known)
         s = s if s.is_floating_point() else s.float()
         if not self.agrees: s = ranks.agreed(s)
@@ -148,7 +148,7 @@ class Layer:
         "Scores of all blocks"
         return self.of_blocks([self._score(i, checked) for i in range(len(self.parts))])
 
-    def of_blocks(self, scores): # Of the weights of each part
+    def of_blocks(self, scores): # Scores of the weights of each part
         "Scores of all blocks"
         if self.by_score: self._whole = scores[0]
         scored = [(p.blocks,s) for p,s in zip(self.parts, scores)]
@@ -160,13 +160,13 @@ class Layer:
 
     @cached_property
     def kinds(self):
-        "A number for each block, the same for blocks that are made of the same weights: [n]; `None` if all are"
+        "A number for each block, the same for blocks of the same weights: [n]; `None` if all blocks are"
         if any(p.blocks.members is None for p in self.parts): return
         found,which = torch.stack([p.blocks.members>0 for p in self.parts], 1).unique(dim=0, return_inverse=True)
         return which if len(found)>1 else None
 
     def alike(self, values):
-        "The place of each block among those of its kind, as a score, so that each kind gives its share: what is made of other weights is not comparable"
+        "The rank of each block within its kind as a score, so that each kind loses its share: blocks of different weights are not comparable"
         order = values.argsort(stable=True)
         kind,then = self.kinds.to(order.device)[order].sort(stable=True)
         size = kind.bincount()
@@ -174,7 +174,7 @@ class Layer:
         return torch.empty_like(values, dtype=torch.double).scatter_(0, order[then], (place+.5).double()/size[kind])
 
     def _by_size(self, scored):
-        "Scores of blocks of different sizes, without a row for all weights of each: those of one size at a time"
+        "Scores of blocks of different sizes, computed one size at a time to save memory"
         sizes,which = torch.stack([b.members for b,_ in scored], 1).unique(dim=0, return_inverse=True)
         ready = scored[0][1].new_empty(len(which))
         for k,some in enumerate(sizes):
@@ -189,71 +189,71 @@ class Layer:
         return plain and all(p.w.numel() and p.blocks.channels(0) is not None for p in self.parts)
 
     @cached_property
-    def by_score(self): "Do scores say what goes of a block?"; return self.partial or getattr(self.parts[0].blocks, 'takes_scores', False)
+    def by_score(self): "Do scores decide which part of a block is zeroed?"; return self.partial or getattr(self.parts[0].blocks, 'takes_scores', False)
 
     @property
     def masks(self):
-        "Masks of the parts, which broadcast over their weights; none before something was masked"
+        "Masks of the parts, which broadcast over their weights; empty before the first mask"
         if self._masks is None and self.masked: self._masks = [self.keep.view(self.shard.shape)] if self.shard else [p.blocks.mask(self.keep) for p in self.parts]
         return self._masks or []
 
     def renew_masks(self):
-        "From now on, masks are what `keep` says"
+        "Compute the masks from `keep` from now on"
         s,self._whole = self._whole,None
         if not self.masked: self.masked,self.version = True,self.version+1
         self._masks = self.masks_by(self._score(0) if s is None else s, self.keep) if self.by_score else None
         for (i,_),dense in self._dense.items(): dense.copy_(self.masks[i])
 
-    def masks_by(self, scores, keep): # Of its weights, which blocks are kept
+    def masks_by(self, scores, keep): # Scores of its weights, which blocks are kept
         "Masks of the parts"
         if not self.by_score: return [p.blocks.mask(keep) for p in self.parts]
-        if self.partial and self._masks: scores = scores.masked_fill(self._masks[0]==0, -math.inf)  # what is gone stays the lowest
+        if self.partial and self._masks: scores = scores.masked_fill(self._masks[0]==0, -math.inf)  # zeroed weights stay the lowest
         return [p.blocks.mask(keep, scores) for p in self.parts]
 
     def let_go(self):
-        "Nothing is masked any more"
+        "Remove all masks"
         self.keep.fill_(-1)
         self.set_masks(None)
 
     def set_masks(self, masks): # Masks of a pattern, or `None`
-        "Have these masks, or none"
+        "Set these masks, or none"
         self._masks,self.masked,self.left = masks,masks is not None,None
         self._dense,self.version = {},self.version+1
 
     def apply(self):
-        "Zero what is masked"
+        "Zero the masked weights"
         for p,m in zip(self.parts, self.masks): zero_(p.w, m)
 
-    def runs(self, i): # Which part
-        "How many consecutive entries of its weight go together, and the block of each such run (`None`: one each), where blocks are made of such runs; else `None`"
+    def runs(self, i): # Number of the part
+        "Length of the runs of consecutive entries that blocks consist of, and the block of each run (`None`: one each); `None` if blocks are not made of runs"
         p,w = self.parts[i],self.parts[i].w
         key = i,w.device,w.stride()
         if key not in self._run_of: self._run_of[key] = None if self.by_score else _runs(p.blocks, w)
         return self._run_of[key]
 
     def held(self):
-        "What is zeroed"
+        "The parameters that are zeroed"
         return [p.w for p in self.parts] if self.masked else []
 
     def items(self):
-        "What `kernels.Zeros` takes"
+        "The arguments of `kernels.Zeros`"
         if not self.masked: return
         for i,p in enumerate(self.parts):
             if runs := self.runs(i): yield p.w, *runs, self.keep
             else:
                 key = i,p.w.stride()
                 if key not in self._dense:
-                    self._dense = {k:dense for k,dense in self._dense.items() if k[0]!=i}  # of the layout that it had
+                    self._dense = {k:dense for k,dense in self._dense.items() if k[0]!=i}  # masks in the old layout
                     self._dense[key] = torch.empty_like(p.w, dtype=torch.int8).copy_(self.masks[i])
                 yield p.w, 1, None, self._dense[key]
 
     def follow(self):
-        "Move with the weight, if it was moved; `ValueError` if it was cut"
+        "Follow the weight to its device; `ValueError` if its shape changed"
         for p,shape,spread_out in zip(self.parts, self.shapes, self.spread_out):
             if ranks.is_sharded(p.w)!=spread_out:
-                raise ValueError(f'{p.name} was {"" if spread_out else "not "}shared out over ranks when its masks were made, and is {"not " if spread_out else ""}now: call `model.reshard()`, or make a new Sparsifier')
+                raise ValueError(f'{p.name} was {"" if spread_out else "not "}sharded over ranks when its masks were made, but is {"not " if spread_out else ""}now: call `model.reshard()`, or make a new Sparsifier')
             if p.w.shape!=shape:
-                raise ValueError(f'{p.name} has the shape {tuple(p.w.shape)}, and had {tuple(shape)} when its masks were made: sparsify what is left with a new Sparsifier')
+                raise ValueError(f'{p.name} has the shape {tuple(p.w.shape)}, but had {tuple(shape)} when its masks were made: make a new Sparsifier for the changed model')
         dev = self.parts[0].w.device
         if self.keep.device==dev: return
         self.keep = self.keep.to(dev)
@@ -262,12 +262,12 @@ class Layer:
         if self._masks is not None: self._masks = [m.to(dev) for m in self._masks]
 
 def in_rows(w): # Weight
-    "Are slices along its first axis one after the other in memory?"
+    "Are slices along its first axis consecutive in memory?"
     formats = {4:torch.channels_last, 5:torch.channels_last_3d}
     return w.is_contiguous() or w.dim() in formats and w.is_contiguous(memory_format=formats[w.dim()])
 
 def _runs(blocks, w):
-    "Runs of consecutive entries of `w` that go together: their size, the block of each or `None`; `None` where `blocks` are not made of such"
+    "Runs of consecutive entries of `w` that `blocks` consist of: their length, and the block of each or `None`; `None` if `blocks` are not made of runs"
     if blocks.in_order: return (1,None) if w.is_contiguous() else None
     number = blocks.channels(0)
     if number is None or not in_rows(w): return None
@@ -293,20 +293,20 @@ def _types(layer_type):
     return ts
 
 def _wanted(model, granularity, types):
-    "Name and module of each layer that is to be sparsified: of `types`, or for `head` with attention"
+    "Name and module of each layer to sparsify: layers of `types`, or attention layers for `head`"
     if granularity!='head': return [(n,m) for n,m in model.named_modules() if isinstance(m, types)]
-    any_type = types==(nn.Conv2d,)  # nobody has chosen one
+    any_type = types==(nn.Conv2d,)  # the default: the user has not chosen a type
     return [(n,m) for n,m in model.named_modules() if has_known_heads(m) and (any_type or isinstance(m, types))]
 
 def _layer_parts(names, name, m, granularity):
-    "The parts of each `Layer` that is in `m`: one for the heads of an attention layer, else one for each weight"
+    "The parts of each `Layer` in `m`: one layer for the heads of an attention layer, else one for each weight"
     if granularity=='head': return [[_part(names, mod, attr, lambda w: b) for mod,attr,b in head_parts(m)[0]]]
     axes = axes_of(m)
     split = lambda w: blocks(granularity, w.shape, axes, name or type(m).__name__) if w.numel() else None
     return [[_part(names, mod, attr, split, axes)] for mod,attr in _weights(m)]
 
 def _heads_in(model, graph):
-    "For each set of heads that go together: what to call it, and for each of its weights and biases (name, dimension, head of each entry, role)"
+    "For each set of tied heads: its name, and for each of its weights and biases (name, dimension, head of each entry, role)"
     numbers = torch.cat([torch.zeros(0, dtype=torch.long, device='cpu'),*graph.heads])
     heads,own,found = graph.classes(numbers).unique(),{n for n,_ in model.named_parameters()},{}
     heads = heads[heads>0]
@@ -324,17 +324,17 @@ def _heads_in(model, graph):
             number = torch.where(ks[at]==c, at, -1)
             if (number>=0).any(): here.append((s.name,s.dim,number,s.role if s.kind!='bias' else 'bias'))
         most = {n:int((number>=0).sum()) for n,_,number,role in here if role=='out'}
-        places = {n for n,k in most.items() if k>len(ks) or max(most.values())==len(ks)}  # not what has one number for each head
+        places = {n for n,k in most.items() if k>len(ks) or max(most.values())==len(ks)}  # excludes parameters with one number per head
         yield _common([layer_of(n) for n in names if n in places]),len(ks),[o for o in here if o[3]!='out' or o[0] in places]
 
 def _common(layers):
-    "Name of the module that `layers` are in; of a single one its own"
+    "Name of the module that contains `layers`; for a single layer its own name"
     first,*rest = [o.split('.') for o in dict.fromkeys(layers)]
     n = next((i for i,k in enumerate(first) if any(o[i:i+1]!=[k] for o in rest)), len(first))
     return '.'.join(first[:n])
 
 def _followed_heads(model, criteria, example_inputs):
-    "A `Layer` for each attention in which `model` has whole heads by the flow of data"
+    "A `Layer` for each attention whose whole heads are found by the flow of data"
     layers = []
     for name,n,parts in _heads_in(model, ChannelGraph(model, inputs_that_run(model, example_inputs), heads=True)):
         weights = [_entries(model, *o[:3]) for o in parts if o[3] in ('out','in')]
@@ -348,13 +348,13 @@ def _entries(model, name, dim, number):
     return Part(mod, attr, name, '', Entries(getattr(mod, attr).shape, dim, number))
 
 def find_layers(model, granularity, layer_type, criteria, example_inputs=None):
-    """Each layer of `layer_type` (each attention layer, for `head`) as a `Layer`, where a shared weight comes once; and by name how the weights of others are
-    computed, which are left out"""
+    """Each layer of `layer_type` (each attention layer, for `head`) as a `Layer`, where a shared weight comes once; and the left-out layers by name, with how their weights are
+    computed"""
     if granularity=='head' and not any(map(has_known_heads, model.modules())) and (found := _followed_heads(model, criteria, example_inputs)): return found,{}
     names,seen,res,out,empty = {id(p):n for n,p in model.named_parameters()},set(),[],{},[]
     head,types = granularity=='head',_types(layer_type)
     for n,m in _wanted(model, granularity, types):
-        if not head: axes_of(m)  # says what to do where these are not known
+        if not head: axes_of(m)  # its error says how to add unknown types
         holders = [o[:2] for o in head_parts(m)[0]] if head else _weights(m)
         if made := next((o for mod,attr in holders if (o := computed(mod, attr))), None):
             out[n or type(m).__name__] = made
@@ -368,11 +368,11 @@ def find_layers(model, granularity, layer_type, criteria, example_inputs=None):
     return res,out
 
 def _nothing(model, head, types, out, empty):
-    "Why there is no layer to sparsify"
-    if out: return f'nothing is left to sparsify: {told(out)}'
+    "Error message for a model without layers to sparsify"
+    if out: return f'no layer is left to sparsify: {told(out)}'
     if head and (there := sorted({type(m).__name__ for m in model.modules() if n_heads(m) is not None})):
-        return f'the model has no attention layer of layer_type {", ".join(t.__name__ for t in types)}: those that it has are of {", ".join(there)}'
-    if head: return 'the model has no attention, by the flow of its data, whose heads could go as a whole'
+        return f'the model has no attention layer of layer_type {", ".join(t.__name__ for t in types)}: its attention layers have the types {", ".join(there)}'
+    if head: return 'the flow of data through the model shows no attention whose heads can be zeroed as a whole'
     what = f'the model has no layer of type {", ".join(t.__name__ for t in types)}'
     be = lambda names: f'{", ".join(names[:5])} {"is" if len(names)==1 else "are"}'
     if empty: return f'{what} with weights: {be(empty)} empty'
@@ -380,27 +380,27 @@ def _nothing(model, head, types, out, empty):
     if quantized := [n or 'the model' for n,m in model.named_modules() if in_bits(m)]:
         return f'{what} with floating-point weights: {be(quantized)} quantized; sparsify the model before it is converted'
     there = sorted({type(m).__name__ for m in model.modules() if has_axes(m)})
-    return f'{what}; it has {", ".join(there) or "none that can be sparsified"}'
+    return f'{what}; it has layers of type {", ".join(there) or "none that can be sparsified"}'
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #778d11c7
 def parts_of(layers): return [p for o in layers for p in o.parts]
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #bc05f734
 class Side:
-    "A parameter with an entry a channel, whose entries go with the blocks of some layers"
+    "A parameter with one entry per channel, whose entries are zeroed with the blocks of some layers"
     def __init__(self, mod, attr):
         self.mod,self.attr,self.follows,self.masked,self._mask,self._numbers,self.version = mod,attr,[],False,None,{},0
-        self.free = None # Booleans of the parameter's shape: entries that nothing masks
+        self.free = None # Booleans of the parameter's shape: entries that are never masked
     @property
     def p(self): return self.mod._parameters[self.attr]
-    def add(self, layer, blocks, rows, dim=0): # Layer, some of its blocks; entries along `dim` that go with these
+    def add(self, layer, blocks, rows, dim=0): # Layer, some of its blocks; the entries along `dim` that belong to these
         self.follows.append((layer, blocks, rows, dim))
     def renew(self):
         if not self.masked or not self._in_place: self.version += 1
         self.masked,self._mask = True,None
     @property
     def mask(self):
-        "int8 of the parameter's shape, or `None` before something was masked"
+        "int8 of the parameter's shape, or `None` before the first mask"
         if self.masked and (self._mask is None or self._mask.device!=self.p.device): self._mask = self._masked()
         return self._mask
     def _masked(self):
@@ -414,21 +414,21 @@ class Side:
     def apply(self):
         if self.masked: zero_(self.p, self.mask)
     def held(self):
-        "What is zeroed, as often as there is a reason"
+        "The zeroed parameters, once per reason"
         return [self.p]*(len(self.follows) if self._in_place else 1) if self.masked else []
     @cached_property
     def _in_place(self):
-        "Is each entry zeroed by what is kept of the layers, without a mask?"
+        "Do the kept blocks of the layers decide each entry, without a mask?"
         return self.free is None and in_rows(self.p) and not any(dim for *_,dim in self.follows)
     def items(self):
-        "What `kernels.Zeros` takes"
+        "The arguments of `kernels.Zeros`"
         if not self.masked: return
         p = self.p
         if self._in_place:
             for i,(layer,*_) in enumerate(self.follows): yield p, p.numel()//len(p), self._number(i, p), layer.keep
         else: yield p, 1, None, torch.empty_like(p, dtype=torch.int8).copy_(self.mask)
     def _number(self, i, p):
-        "The block of each entry that goes with a layer's, -1 for none"
+        "The block that each entry belongs to, -1 for none"
         if (i,p.device) not in self._numbers:
             _,blocks,rows,_ = self.follows[i]
             number = torch.full((len(p),), -1, device='cpu').index_put_((rows.cpu(),), blocks.cpu())
@@ -452,7 +452,7 @@ def _by_filter(o):
     return number is not None and torch.equal(number, torch.arange(o.n, device='cpu'))
 
 def find_sides(model, layers, example_inputs=None):
-    "By name, the parameters whose entries go with the filters (or heads) of `layers`"
+    "By name, the parameters whose entries are zeroed with the filters (or heads) of `layers`"
     filters = {o:number for o in layers if (number := _filters(o)) is not None}
     if not filters and all(o.parts[0].axes for o in layers): return {}
     sides,params = {},dict(model.named_parameters())
@@ -461,11 +461,11 @@ def find_sides(model, layers, example_inputs=None):
         graph = ChannelGraph(model, inputs_that_run(model, example_inputs))
         makes = {s.name for s in graph.slices if s.role=='out'}
         for o,number in filters.items():
-            if o.parts[0].name not in makes:  # it never ran, or has one filter, or is read by an operation that is not known
+            if o.parts[0].name not in makes:  # it never ran, or has one filter, or an unknown operation reads it
                 if o.n>1 and o.parts[0].name not in graph.unused: _own_bias(sides, o, number, params)
                 continue
             for name,rows,dim in graph.following(o.parts[0].name, dims=True):
-                if len(rows)!=len(number) or name not in params: continue  # a transposed convolution with a filter a group
+                if len(rows)!=len(number) or name not in params: continue  # a transposed convolution with one filter per group
                 some = ((rows>=0)&(number>=0)).nonzero()[:,0]
                 _side(sides, model, name).add(o, number[some], rows[some], dim)
         _tell_hidden(model, graph, filters, sides)
@@ -483,7 +483,7 @@ def find_sides(model, layers, example_inputs=None):
     return sides
 
 def _own_bias(sides, layer, number, params):
-    "Let the bias of a layer go with its filters"
+    "Zero the bias of a layer with its filters"
     m,bias = layer.parts[0].mod,layer.parts[0].mod._parameters.get('bias')
     name = next((n for n,p in params.items() if p is bias), None)
     some = (number>=0).nonzero()[:,0]
@@ -492,7 +492,7 @@ def _own_bias(sides, layer, number, params):
 def _reasons(graph, ids): "Why some of channels `ids` have to stay"; return graph.why(ids[graph.classes(ids)==0])
 
 def _unknown(graph, name):
-    "The operation that the graph does not know and that hides what becomes of the channels of weight `name`, or ''"
+    "The unknown operation that hides the further path of the channels of weight `name`, or ''"
     if name in graph.unused: return ''
     made = next((s for s in graph.slices if s.name==name and s.role=='out'), None)
     if made is None: return ', '.join(graph.unknown)
@@ -501,11 +501,11 @@ def _unknown(graph, name):
 def _is_norm(m): return isinstance(m, (nn.modules.batchnorm._NormBase,nn.GroupNorm,nn.LayerNorm)) and m.weight is not None
 
 def _tell_hidden(model, graph, filters, sides):
-    "Warn of layers whose normalization may stand behind an operation that the graph does not know, or has a scale that stays"
+    "Warn of layers whose normalization may follow an unknown operation, or has a scale that cannot be zeroed"
     norms = {n for n,m in model.named_modules() if _is_norm(m)}
     met = norms & {layer_of(o) for o in sides}
     if made := [n for n in sorted(met) if computed(model.get_submodule(n))]:
-        warn(f'the scale of {", ".join(made)} is no parameter but computed, and stays: in eval mode, what comes out for a zeroed filter may not be zero')
+        warn(f'the scale of {", ".join(made)} is computed and not a parameter, so it is not zeroed: in eval mode the output of a zeroed filter may not be zero')
     found = {id(f[0]) for n,s in sides.items() if layer_of(n) in norms for f in s.follows}
     hidden = {}
     for o in filters:
@@ -514,8 +514,8 @@ def _tell_hidden(model, graph, filters, sides):
         if unknown: hidden[o.name] = unknown
     if not (norms-met and hidden): return
     each = ', '.join(f'{n} ({why})' for n,why in list(hidden.items())[:5])
-    warn(f'the channel graph does not know what some layers are followed by, so no normalization goes along with the filters of {each}: '
-        f'where one does follow, as {", ".join(sorted(norms-met)[:3])} may, what it makes of a zeroed filter is not zero')
+    warn(f'the channel graph cannot follow the output of some layers, so no normalization is zeroed with the filters of {each}: '
+        f'if one follows, perhaps {", ".join(sorted(norms-met)[:3])}, its output for a zeroed filter is not zero')
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #39fba17a
 class _Tied(Answers):
@@ -525,14 +525,14 @@ class _Tied(Answers):
         some = (number>=0).nonzero()[:,0]
         some = some[number[some].argsort(stable=True)]
         first = torch.searchsorted(number[some], torch.arange(n, device='cpu'))
-        at = torch.arange(len(some), device='cpu')-first[number[some]]  # place of a filter in its block
+        at = torch.arange(len(some), device='cpu')-first[number[some]]  # position of a filter in its block
         self.table = torch.full((n, int(at.max())+1 if len(at) else 1), -1, device='cpu')
         self.table[number[some],at] = some
         self.members = (self.table>=0).sum(1)
         self.padded = bool((self.table<0).any())
     def channels(self, axis=0): return self.number if axis==self.o else None
     def fold(self, x, ids=None): # Tensor of the weight's shape; which blocks, all by default
-        "`x` with one block a row, nan where it has fewer filters than the largest"
+        "`x` with one block per row, padded with nan if it has fewer filters than the largest"
         table = self.table if ids is None else self.table[ids]
         table = table[:,:int((table>=0).sum(1).max())]
         res = x.movedim(self.o, 0).flatten(1)[table.to(x.device)]
@@ -558,7 +558,7 @@ def _tied_part(model, p, name, dim, number, n):
     return Part(w.mod, w.attr, name, w.axes, _Tied(p.shape, dim, number, n))
 
 def _barred(model, graph, makes):
-    "Channels that a computed weight makes, and why these stay: of zeros in what it is computed from, something else may come out"
+    "Channels that a computed weight makes, with the reason to keep them: zeros in its inputs may not give zeros in the weight"
     res = {}
     for n,(layer,attr) in made_of(model).items():
         if n not in makes: continue
@@ -569,21 +569,21 @@ def _barred(model, graph, makes):
 
 @dataclass
 class Stay:
-    "Filters of a layer that are asked for and cannot go"
+    "Filters of a layer that were requested and cannot be zeroed"
     layer:str # Name of the layer
-    channels:int # How many filters it has
-    stuck:int # How many of them have to stay
-    why:str # What they stay for
-    n:int # Blocks of the layer, of which a percentage is asked for
-    said:bool=False # Is it known already, or expected, as of the output?
+    channels:int # Number of its filters
+    stuck:int # Number of filters that cannot be zeroed
+    why:str # Reason
+    n:int # Number of blocks of the layer, the base of the percentage
+    said:bool=False # Was this reported already, or is it expected, as for the output?
 
 def _stays(graph, wanted, makes, barred):
-    "What of the filters of the weights `wanted` has to stay, and why"
+    "The filters of the weights `wanted` that cannot be zeroed, with the reason"
     for name,n in wanted.items():
         layer = name.removesuffix('.weight')
         if name not in makes:
             idle,unknown = name in graph.unused,_unknown(graph, name)
-            why = 'it does not run with the example inputs' if idle else 'the channel graph does not see what it makes'
+            why = 'it does not run with the example inputs' if idle else 'the channel graph cannot follow its output'
             if n>1: yield Stay(layer, n, n, why+(f': {unknown} is not known' if unknown else ''), n)
             continue
         ids = makes[name].ids
@@ -594,7 +594,7 @@ def _stays(graph, wanted, makes, barred):
         if stuck.any(): yield Stay(layer, n, int(stuck.sum()), '; '.join(whys), n, whys==[OUTPUT])
 
 def couple(model, layers, criteria, example_inputs=None):
-    """`layers` regrouped so that filters that are tied are one block, with all else that makes these channels; their side parameters; and what has to
+    """`layers` regrouped so that tied filters are one block, with all other weights of these channels; their side parameters; and the filters that must
     `Stay`"""
     graph,wanted = ChannelGraph(model, inputs_that_run(model, example_inputs)),{p.name:len(_filters(o)) for o in layers for p in o.parts}
     makes = {s.name:s for s in reversed(graph.slices) if s.role=='out'}
@@ -627,16 +627,16 @@ def couple(model, layers, criteria, example_inputs=None):
     return res,sides,stays
 
 def _none_goes(wanted, stays):
-    "Why no filter of the weights `wanted` can be removed"
+    "Error message if no filter of the weights `wanted` can be removed"
     each = '; '.join(f'{o.layer}: {o.why}' for o in stays[:5])
-    return (f'no filter of {", ".join(sorted(wanted))} can be removed: all are tied to the output or to something of fixed size, or too few'
+    return (f'no filter of {", ".join(sorted(wanted))} can be removed: all are tied to the output or to a tensor of fixed size, or too few'
         + (f' ({each})' if each else ''))
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #000a6486
-AT_ONCE = 2**25 # Weights that are scored in one go
+AT_ONCE = 2**25 # Number of weights scored in one operation
 
 def _one_by_one(known):
-    "The tensors that are known of a weight, each as one row, in the same order"
+    "The known tensors of a weight, each as one row, in the same order"
     xs = list(known.values())
     if all(in_rows(x) and x.stride()==xs[0].stride() for x in xs): return {k: x.as_strided((x.numel(),), (1,)) for k,x in known.items()}
     return {k: x.reshape(-1) for k,x in known.items()}
@@ -660,14 +660,14 @@ class Rows:
         size = torch.zeros(int(first[-1]), dtype=torch.long, device='cpu').index_add_(0, block[order], length[order])
         device = parts[0][1].w.device
         self.length,self.order,self.n_rows,self.size = (x.to(device) for x in (length, order, n_rows, size))
-        self.plain = torch.equal(order, torch.arange(len(block), device='cpu')) and bool((n_rows==1).all()) # a row for each block, in order
+        self.plain = torch.equal(order, torch.arange(len(block), device='cpu')) and bool((n_rows==1).all()) # one row for each block, in order
         self.batches = _batches([p.w.numel() for _,p in parts], [len(p.w) for _,p in parts])
         known = [o.known(i) for o in layers for i in range(len(o.parts))]
         self.known = [_one_by_one(o) for o in known]
-        self.views = all(_same_place(a, b) for a,b in zip(self.known, known)) # or copies, of one moment
+        self.views = all(_same_place(a, b) for a,b in zip(self.known, known)) # otherwise they are copies, valid only now
 
     def scores(self):
-        "Scores of the blocks of each layer, as they are now"
+        "Current scores of the blocks of each layer"
         known = self.known
         how,rows = 'max' if self.criteria.reducer is reducers['max'] else 'sum',[]
         for some,which in self.batches:
@@ -681,7 +681,7 @@ class Rows:
         return res.split([o.n for o in self.layers])
 
 def _batches(sizes, rows):
-    "Slices of parts with so many weights that they are scored in one go, and of their rows"
+    "Slices of parts that are scored in one operation, and of their rows"
     res,i,r = [],0,0
     while i<len(sizes):
         j = i+1
@@ -693,7 +693,7 @@ def _batches(sizes, rows):
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #08bdb7d2
 class Sources:
-    "The sources of layers, by name, for an update, and for later ones as long as all that they look at is where it was"
+    "The sources of layers, by name, for an update, and for later updates while all their tensors stay at the same addresses"
     def __init__(self, layers, checked=False):
         self.layers,self.checked = layers,checked
         ws = [p.w for p in parts_of(layers)]
@@ -708,7 +708,7 @@ class Sources:
         self.places = [(p.mod._parameters, p.attr) for p in parts_of(layers)]
 
     def serves(self, layers, checked):
-        "Does it give the scores of `layers` as they are now?"
+        "Do the sources still fit the tensors of `layers`?"
         if self.seen is None or checked or self.checked or layers is not self.layers and layers!=self.layers: return False
         now = [d.get(a) for d,a in self.places]+layers[0].about.tensors()
         return len(now)==len(self.seen) and all([x is y and x.data_ptr()==ptr for x,(y,ptr) in zip(now, self.seen)])
@@ -726,38 +726,38 @@ class Sources:
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #a4c48ca9
 class _Fitting:
-    "A weight that makes up for its zeros, with its bias"
+    "A weight whose remaining entries compensate for its zeros, with its bias"
     def __init__(self,
         p, # `Part`
-        hess, # Sums of products of what its weight is multiplied with: [groups, features, features], and of a 1 beside a bias
+        hess, # Sums of products of the inputs of the weight: [groups, features, features], with an input of 1 for a bias
     ):
         w = _wide(p.w.detach())
         self.p,self.w = p,w.unflatten(0, (len(hess),-1)).flatten(2)
         n = self.w.shape[-1]
         self.bias = p.mod._parameters.get('bias') if p.attr=='weight' and hess.shape[-1]>n else None
-        if self.bias is not None:  # it makes up for means
+        if self.bias is not None:  # the bias compensates for means
             self.mean = hess[:,:n,n]/hess[:,n:,n]
             hess = hess-hess[:,:,n:]@hess[:,n:,:]/hess[:,n:,n:]
         self.found = Alternating(self.w, hess[:,:n,:n])
 
-    def like(self, mask): # Of the weight
+    def like(self, mask): # Mask of the weight
         "As [groups, outputs, features]"
         return (mask!=0).expand(self.p.w.shape).reshape(self.w.shape)
 
-    def write(self, fit): # Are the numbers to be the best? Otherwise they are close
-        "The weight gets what was found"
+    def write(self, fit): # Compute the optimal numbers? Otherwise they are close
+        "Write the computed numbers into the weight"
         new = self.found.fitted() if fit else self.found.unscaled
         if self.bias is not None: self.bias.detach().add_(((self.w-new)@self.mean[...,None].to(new.dtype)).flatten())
         self.p.w.detach().copy_(new.view(self.p.w.shape))
 
 def _search(
     layers, # `Layer`s that compete
-    gone:int, # How many of their blocks are gone
-    k:int, # How many are to be
+    gone:int, # Number of their blocks that are zero now
+    k:int, # Number of blocks to be zero
     protect:bool, # Does each keep its best block?
-    alike:bool, # Does each kind of a layer's blocks give its share?
+    alike:bool, # Does each kind of a layer's blocks lose its share?
 ):
-    "Scores of the blocks of each layer by which the best go, and the weights that make up for them"
+    "Scores that select the best blocks of each layer to zero, and the compensating weights"
     fits = [[_Fitting(p, o.known(i)['hess']) for i,p in enumerate(o.parts)] for o in layers]
     every,values = [f for fs in fits for f in fs],[]
     def choose(scores):
@@ -774,7 +774,7 @@ def _search(
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #9c2f4e17
 class _Repeats:
-    "The update that `sparsifier` has just made by kernels, to be made again with other numbers"
+    "The update that `sparsifier` just made with kernels, for replay with other numbers"
     zeros = recorded = None
     def __init__(self, sparsifier, ks, sources): # Numbers by the layers that compete; scores by layer
         layers = sparsifier.layers
@@ -784,8 +784,8 @@ class _Repeats:
         known = all([o.ours and o.kinds is None and not o.by_score and not o._dense for o in layers])
         if known and not any([o.wide for o in sources.values()]) and sum(self.sizes)<=MOST: self.zeros = sparsifier._ready_zeros()
 
-    def serves(self, ks, zeros): # Numbers; what zeroes all that is masked now
-        "Is an update with these numbers like it? Of groups that have masks already blocks go, and not all; none returns"
+    def serves(self, ks, zeros): # Numbers; the object that zeroes all masked weights now
+        "Is an update with these numbers similar? Groups with masks lose some but not all of their blocks, and none returns"
         if self.zeros is None or zeros is not self.zeros or list(ks)!=self.names: return False
         alike = all([0<before<k<n or before==k for n,(before,k) in zip(self.sizes, ks.values())])
         return alike and can_record(self.device)
@@ -797,11 +797,11 @@ class _Repeats:
         self.zeros.launch()
 
     def __call__(self, ks):
-        "Make it. Could it be recorded?"
+        "Run the update; return whether it could be recorded"
         from fasterai.core import kernels
         numbers = kernels.numbers([k for _,k in ks.values()])
         if self.recorded is None:
-            self.kernels,self.run = kernels,kernels.Run(self._groups(self.sources), True, self.protect)  # which has the plan
+            self.kernels,self.run = kernels,kernels.Run(self._groups(self.sources), True, self.protect)  # it holds the plan
             self.state = torch.empty_like(numbers, device=self.device)
             self.recorded = record(self.device, self._launches)
         if self.recorded is None: return False
@@ -817,7 +817,7 @@ def _put_back(o, was, keep):
 
 @contextmanager
 def _whole(sparsifier):
-    "A sparsifier and the parameters of its model are as they were, if an error comes out"
+    "Restore a sparsifier and the parameters of its model after an error"
     about,sides = sparsifier.about,(sparsifier._sides or {}).values()
     own = {k:copy.copy(v) if isinstance(v, (list,dict)) else v for k,v in vars(sparsifier).items()} | dict(_last=None, _zeros=None, _repeats=None)
     with undone() as undo:
@@ -831,21 +831,21 @@ def _whole(sparsifier):
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #b0451259
 def check_level(sparsity): # Percentage
-    "`ValueError` if `sparsity` is no percentage"
+    "`ValueError` if `sparsity` is not a percentage"
     check_percent('sparsity', sparsity)
 
 def check_round_to(
     round_to, # Number of blocks, or `None`
-    most=None, # How many blocks the largest layer has
+    most=None, # Number of blocks of the largest layer
 ):
     "`ValueError` if no layer can keep a multiple of `round_to` blocks"
     if round_to is None: return
     if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to<1: raise ValueError(f'round_to is a whole number of blocks, at least 1, not {round_to!r}')
-    if most is not None and most<round_to: raise ValueError(f'round_to={round_to}: no layer has so many blocks to keep, the largest has {most}')
+    if most is not None and most<round_to: raise ValueError(f'round_to={round_to}: no layer has that many blocks, the largest has {most}')
 
 def _check_criteria(o):
-    """Call the criteria of a layer once on copies, so that one that fails, or that gives something else than a score for each weight, does so before
-    anything is changed"""
+    """Call the criterion of a layer once on copies, so that an error in it, or a result without one score per weight, is found before
+    any change"""
     p,f = o.parts[0],o.criteria
     w = _wide(ranks.whole(p.w.detach()))
     known = {k: needed[k](w).clone() if needed[k].of=='w' else torch.ones_like(w) for k in o.needs}
@@ -853,26 +853,26 @@ def _check_criteria(o):
     s = f.f(**known)
     if not isinstance(s, Tensor) or s.shape!=p.w.shape:
         got = tuple(s.shape) if isinstance(s, Tensor) else repr(s)
-        raise ValueError(f'criteria {f.__name__!r} must give a score for each weight: for {p.name} a tensor of shape {tuple(p.w.shape)}, not {got}')
+        raise ValueError(f'criteria {f.__name__!r} must return a score for each weight: for {p.name} a tensor of shape {tuple(p.w.shape)}, not {got}')
     if f.pointwise and any(x._version!=versions[k] for k,x in known.items()):
-        raise ValueError(f'criteria {f.__name__!r} is marked pointwise and writes to its arguments')
+        raise ValueError(f'criteria {f.__name__!r} is marked pointwise but writes to its arguments: let it work on a copy')
 
 class Sparsifier:
-    "Zero the blocks of `model` that `criteria` finds least important"
+    "Zero the least important blocks of `model`, by the scores of `criteria`"
     @old_sparsifier
     @at_home()
     def __init__(self,
-        model:nn.Module, # Model, zeroed in place
+        model:nn.Module, # Model, changed in place
         granularity='weight', # How: a name of `granularities`, axes (`'o h'`), `block(r,c)`, a pattern such as `'2:4'`, or `'head'`
         context='local', # Where: a name of `contexts` or a function
-        criteria='large_final', # What: a function of what its parameters name, or a name of `criterias`
+        criteria='large_final', # What: a function whose parameters name its inputs, or a name of `criterias`
         layer_type=nn.Conv2d, # Type of layer, or a tuple of types
-        coupled:bool=False, # Score and zero together the filters that are tied (added, concatenated, depthwise), so that they can be removed
+        coupled:bool=False, # Score and zero tied filters (added, concatenated, depthwise) together, so that they can be removed
         round_to:int|None=None, # Keep a multiple of so many blocks in each layer
-        example_inputs=None, # Inputs that run the model (a tensor, a tuple or a dict), to follow filters with; by default a size that runs is found
-        data=None, # Batches for a criteria that needs `grad`, `act` or `hess`, or to repair with: one (x, y), a list or a DataLoader
+        example_inputs=None, # Inputs that run the model (a tensor, a tuple or a dict), to follow filters; by default a working size is found
+        data=None, # Batches for `repair`, or for a criterion that needs `grad`, `act` or `hess`: one (x, y), a list or a DataLoader
         loss_func=None, # Loss for gradients from `data`; by default cross-entropy, or mean squared error for a float target
-        repair:bool=False, # Whenever a call has zeroed blocks, fit what is left to what the model gave at first, for the inputs in `data` (see `repair`)
+        repair:bool=False, # After each call that zeroes blocks, fit the remaining weights to the first outputs of the model for the inputs in `data` (see `repair`)
     ):
         check_round_to(round_to)
         self.model = plain_model(model)
@@ -892,7 +892,7 @@ class Sparsifier:
         if coupled:
             check_scripts(self.model)
             if not all(map(_by_filter, self.layers)):
-                raise ValueError(f'coupled filters go with the granularity filter, not {granularity_name(granularity)!r}')
+                raise ValueError(f'coupled=True needs the granularity filter, not {granularity_name(granularity)!r}')
             self.layers,self._sides,stays = couple(self.model, self.layers, self.criteria, example_inputs)
             self._stays += stays
         self._by_name,self._sizes = {o.name:o for o in self.layers},{o.name:o.n for o in self.layers}
@@ -903,24 +903,24 @@ class Sparsifier:
         for o in self.layers: o.about = self.about
         self.about.averages = not any(p for o in self.layers for p in o.spread_out) and not ranks.averages(model)
         self.remember()
-        self.repaired,self._teacher = None,Teacher(self.model, self.data) if repair else None  # the first is the table of `repair`
+        self.repaired,self._teacher = None,Teacher(self.model, self.data) if repair else None  # `repaired` is the table of `repair`
         if out: self._tell_computed(out)
 
     def __repr__(self): return f'Sparsifier({granularity_name(self.granularity)}, {self.context.__name__}, {self.criteria.__name__}: {len(self.layers)} layer{"s"*(len(self.layers)!=1)})'
 
     def _check_ranks(self):
-        "`ValueError` for what needs more of a weight than a rank has"
+        "`ValueError` for options that need whole weights when these are sharded"
         sharded = next((p.name for o in self.layers for p,there in zip(o.parts, o.spread_out) if there), None)
         if sharded is None: return
-        why = f'{sharded} is a DTensor, of which other processes hold parts'
-        if self._coupled or self.granularity=='head': raise ValueError(f'{why}, and filters or heads that go together are followed through whole weights: sparsify before the model is sharded')
+        why = f'{sharded} is a DTensor whose parts are in several processes'
+        if self._coupled or self.granularity=='head': raise ValueError(f'{why}, but following tied filters or heads needs whole weights: sparsify before the model is sharded')
         beside = {n for n,_ in self.model.named_parameters()}-{p.name for p in parts_of(self.layers)}
         if beside and any(_filters(o) is not None for o in self.layers):
-            raise ValueError(f'{why}, and biases and norms that go with filters are followed through whole weights: sparsify before the model is sharded')
+            raise ValueError(f'{why}, but following filters to their biases and norms needs whole weights: sparsify before the model is sharded')
         if self.data is not None: raise ValueError(f'{why}, so gradients come from a training step, not from `data`: update after the backward pass')
         if not any(o.shard for o in self.layers): return
-        if 'scores' in context_needs(self.context): raise ValueError(f'{why}, and the context {self.context.__name__} looks at all scores at once: take local, global, erk or uniform_plus')
-        if self.round_to: raise ValueError(f'{why}, and round_to looks at all scores at once: leave it out, or sparsify before the model is sharded')
+        if 'scores' in context_needs(self.context): raise ValueError(f'{why}, but the context {self.context.__name__} needs all scores at once: use local, global, erk or uniform_plus')
+        if self.round_to: raise ValueError(f'{why}, but round_to needs all scores at once: leave it out, or sparsify before the model is sharded')
 
     def _check_finite(self):
         ranks.check_finite([(p.name,p.w) for p in parts_of(self.layers) if ranks.is_sharded(p.w)], 'weights like these cannot be ranked')
@@ -929,9 +929,9 @@ class Sparsifier:
     def _tell_computed(self, out): warn(told(out))
 
     def _computed(self, name, how):
-        "What is not asked for of the layer `name`, whose weight is computed"
+        "The row of `left` for the layer `name`, whose weight is computed"
         m = self.model.get_submodule(name) if name in dict(self.model.named_modules()) else self.model
-        why = f'its weight is no parameter but computed by {how}'
+        why = f'its weight is computed by {how} and not a parameter'
         if self.granularity=='head': return Stay(name, n_heads(m), n_heads(m), why, n_heads(m), True)
         w,axes = getattr(*_weights(m)[0]),axes_of(m)
         n = w.shape[axes.index('o')]
@@ -939,14 +939,14 @@ class Sparsifier:
 
     @property
     def left(self):
-        """A row for each `layer` with something that can never be zeroed, or of which much less goes than was asked for: how many `channels` it has (of a pattern,
-        weights), how many of them, or blocks, were `asked` for last and are `zeroed`, and `why` not all. The model's output is among them, whose filters nobody expects to go"""
+        """A row for each `layer` with blocks that can never be zeroed, or that loses much less than was requested: its number of `channels` (for a pattern,
+        of weights), how many of them (or blocks) were last `asked` for and are `zeroed`, and the reason in `why`. It includes the model's output, whose filters always stay"""
         percent = lambda o: self._asked.get(o.layer, 0) if isinstance(self._asked, dict) else self._asked
         asked = lambda o: n_of(o.n, 100*percent(o)/self.own)
         return [dict(layer=o.layer, channels=o.channels, asked=asked(o), zeroed=self._zeroed(o.layer), why=o.why) for o in self._stays]+self._coarse()
 
     def _coarse(self):
-        "Rows of `left` for layers of which much less can be zeroed than was asked for: sets of filters are large, a pattern does not fit, or `round_to` keeps more"
+        "Rows of `left` for layers that lose much less than requested: sets of filters are large, a pattern does not fit, or `round_to` keeps more"
         rows,known = [],{o.layer for o in self._stays}
         for o in self.layers:
             percent = self._asked.get(o.name, 0) if isinstance(self._asked, dict) else self._asked
@@ -959,19 +959,19 @@ class Sparsifier:
         return rows
 
     def _by_sets(self, o, p, percent, gone):
-        "What is missing of part `p` of layer `o`, of whose blocks `gone` go, because of sets of filters"
+        "The shortfall of part `p` of layer `o` because of sets of filters, if `gone` of its blocks are zeroed"
         if not self._coupled or self.context is not local: return
         n = p.blocks.spread(o.keep).numel()
         asked,zeroed = n_of(n, percent),gone*n//o.n
         if why := falls_short(zeroed, asked, o.n, n/o.n): return dict(channels=n, asked=asked, zeroed=zeroed, why=why)
 
     def _by_pattern(self, o, p, percent, gone):
-        "The same, because of groups of a pattern that are not whole: what they lack counts as zeros"
+        "The same, because of incomplete groups of a pattern: missing weights count as zeros"
         if not (p.blocks.partial and p.blocks.padded) or self.context is not local and percent<self.own: return
-        w = torch.zeros(p.w.shape, device=o.keep.device) if ranks.is_sharded(p.w) else p.w.detach()  # how many go is the same for all weights
+        w = torch.zeros(p.w.shape, device=o.keep.device) if ranks.is_sharded(p.w) else p.w.detach()  # the number of zeros does not depend on the values
         n,most = p.w.numel(),int((p.blocks.mask(torch.zeros_like(o.keep), w)==0).sum())
         asked,zeroed = n_of(n, percent),most*gone//o.n if self.context is local else most
-        why = f'{granularity_name(self.granularity)} does not fit into its shape {tuple(p.w.shape)}: what the last group of a row lacks counts as zero'
+        why = f'{granularity_name(self.granularity)} does not fit into its shape {tuple(p.w.shape)}: missing weights in the last group of a row count as zeros'
         if much_less(zeroed, asked): return dict(channels=n, asked=asked, zeroed=zeroed, why=why)
 
     def _by_rounding(self, o, share, gone):
@@ -979,28 +979,28 @@ class Sparsifier:
         if self.round_to and much_less(gone, share): return dict(channels=o.n, asked=share, zeroed=gone, why=rounds_up(self.round_to))
 
     def _zeroed(self, name):
-        "How many filters of the layer `name` are masked"
+        "Number of masked filters of the layer `name`"
         found = [(o,p) for o in self.layers if o.masked for p in o.parts if p.name.removesuffix('.weight')==name]
         return sum(int((p.blocks.spread(o.keep)==0).sum()) for o,p in found)
 
-    def tell_left(self, sparsity): # Percentage that is asked for, or a dict by layer
-        "Warn, once, of filters that are asked for and can never go, but for those of the model's output"
+    def tell_left(self, sparsity): # Requested percentage, or a dict by layer
+        "Warn once of requested filters that can never be zeroed, except those of the model's output"
         self._asked = sparsity
         rows = self.left
-        short = [f'{o.stuck} of {o.channels} filters of {o.layer or "the model itself"} have to stay ({o.why})' for o,row in zip(self._stays, rows) if not o.said and row['asked']>row['zeroed']]
+        short = [f'{o.stuck} of {o.channels} filters of {o.layer or "the model itself"} cannot be zeroed ({o.why})' for o,row in zip(self._stays, rows) if not o.said and row['asked']>row['zeroed']]
         unit = 'filters' if self._coupled else 'weights' if self.layers[0].partial else 'blocks'
-        short += [f"{o['zeroed']} of {o['asked']} {unit} of {o['layer'] or 'the model itself'} can go ({o['why']})" for o in rows[len(self._stays):]]
+        short += [f"{o['zeroed']} of {o['asked']} {unit} of {o['layer'] or 'the model itself'} can be zeroed ({o['why']})" for o in rows[len(self._stays):]]
         if self._told or not short: return
         self._told = True
         each = '; '.join(short[:3])
-        more = f'; and some of {len(short)-3} other layers' if len(short)>3 else ''
-        warn(f'less can be zeroed than was asked for: {each}{more}. See `left`')
+        more = f'; and less in {len(short)-3} other layers' if len(short)>3 else ''
+        warn(f'less is zeroed than requested: {each}{more}. The table `left` of the Sparsifier lists all layers')
 
     prune = old_prune
 
     @at_home()
     def remember(self):
-        "Take the weights as they are now for `w0`, what the criteria calls the start of training"
+        "Store the present weights as `w0`, the start of training for the criterion"
         self.about.begin(self._params())
 
     def _params(self): return ((p.name,p.w) for p in parts_of(self.layers))
@@ -1009,7 +1009,7 @@ class Sparsifier:
     @at_home()
     def sparsify_model(self,
         sparsity, # Percentage of blocks; a list in the order of the layers; or a dict by layer
-        *, unit:str|None=None, # 'percent' or 'fraction'; by default percent, and a float up to 1, which may be either, is refused
+        *, unit:str|None=None, # 'percent' or 'fraction'; by default percent, where a float up to 1 is refused because it may mean either
     ):
         "Zero `sparsity` percent of the blocks, the least important first, and return the model"
         sparsity = self.targets(in_percent('sparsity', sparsity, unit))
@@ -1025,7 +1025,7 @@ class Sparsifier:
 
     @contextmanager
     def rounding(self, to): # Number of blocks
-        "Inside, each layer keeps a multiple of `to` blocks"
+        "Within this context, each layer keeps a multiple of `to` blocks"
         check_round_to(to, max(o.n for o in self.layers))
         was = self.round_to
         try:
@@ -1035,7 +1035,7 @@ class Sparsifier:
 
     @contextmanager
     def _whole(self):
-        "Zero inside, then repair; or neither"
+        "Zero within this context, then repair; an error undoes both"
         if self._teacher is None: yield
         else:
             with _whole(self):
@@ -1047,7 +1047,7 @@ class Sparsifier:
     def sparsify_layer(self,
         m, # Layer or its name
         sparsity, # Percentage of its blocks
-        *, unit:str|None=None, # As for `sparsify_model`
+        *, unit:str|None=None, # Unit, as for `sparsify_model`
     ):
         "Zero `sparsity` percent of the blocks of one layer, and return it"
         called = {m, plain_name(m)} if isinstance(m, str) else {m}
@@ -1063,10 +1063,10 @@ class Sparsifier:
     prune_layer = sparsify_layer
 
     @at_home()
-    def sparsify_below(self, threshold): # Number that scores of blocks are compared with
-        "Zero the blocks that score below `threshold`, as a penalty has left them, but not the best of a layer, and return the model"
-        if not isinstance(threshold, Real) or math.isnan(threshold): raise ValueError(f'a threshold is a number, not {threshold!r}')
-        if any(o.shard for o in self.layers): raise ValueError('sparsify_below looks at all scores at once, and other processes hold parts of the weights: sparsify by a percentage, or before the model is sharded')
+    def sparsify_below(self, threshold): # Limit for the scores of blocks
+        "Zero the blocks with scores below `threshold`, for example after training with a penalty, except the best block of each layer; return the model"
+        if not isinstance(threshold, Real) or math.isnan(threshold): raise ValueError(f'threshold must be a number, not {threshold!r}')
+        if any(o.shard for o in self.layers): raise ValueError('sparsify_below needs all scores at once, but other processes hold parts of the weights: sparsify by a percentage, or before the model is sharded')
         self._check_finite()
         def below(name, scores): return int(((scores<threshold) | (self._by_name[name].keep==0)).sum())
         with self._whole():
@@ -1074,7 +1074,7 @@ class Sparsifier:
             self._renew(lambda: self._rounded({(n,): below(n, s) for n,s in self._scores(self.layers).items()}), self.layers, alike=False, checked=True)
         return self.model
 
-    def _learn(self, layers, idle=()): # Layers; others that are scored, and of which nothing goes
+    def _learn(self, layers, idle=()): # Layers; other layers that are scored and lose nothing
         asked,parts = self.about.from_data,parts_of(layers)
         if self.data is None or not asked: return
         if self.about.of('grad'): check_trained(self.criteria, parts)
@@ -1087,23 +1087,23 @@ class Sparsifier:
 
     @property
     def own(self):
-        "Percent of zeros that the granularity can reach: 100, or a pattern's own"
+        "Maximum percentage of zeros for the granularity: 100, or that of a pattern"
         return max(p.blocks.full for p in parts_of(self.layers))
 
     def _check_reach(self, sparsity):
         if sparsity<=self.own+1e-9: return
         name = granularity_name(self.granularity)
-        raise ValueError(f'{name} has {self.own:g} % of zeros when every group obeys it: sparsity {sparsity:g} cannot be reached')
+        raise ValueError(f'{name} reaches {self.own:g} % of zeros when every group follows it: sparsity {sparsity:g} cannot be reached')
 
     def _no_layer(self, name):
-        "Why there is no layer of that name"
+        "Error message for an unknown layer"
         stay = next((o for o in self._stays if o.layer in (name, plain_name(str(name)))), None)
         if stay: return f'no block of {name!r} can be zeroed: {stay.why}'
-        if isinstance(name, nn.Module): return f'no layer like this {type(name).__name__} is among those that are sparsified: {", ".join(self._by_name)}'
+        if isinstance(name, nn.Module): return f'this {type(name).__name__} is not one of the layers to sparsify: {", ".join(self._by_name)}'
         return f'no layer {name!r}: {did_you_mean(plain_name(str(name)), self._by_name)}'
 
     def targets(self, sparsity): # Percentage; a list of them in the order of the layers; or a dict by layer
-        "`sparsity`, checked: one number, or a dict with a number for each layer"
+        "`sparsity` after checks: one number, or a dict with a number for each layer"
         if isinstance(sparsity, dict):
             names = {k:o.name for o in self.layers for k in (o.name, *(p.name for p in o.parts), *(p.mod for p in o.parts))}
             plain = {k:plain_name(k) for k in sparsity if isinstance(k, str)}
@@ -1123,48 +1123,48 @@ class Sparsifier:
             self._check_reach(sparsity)
             return sparsity
         if self.context is not local:
-            raise ValueError('a sparsity for each layer leaves nothing to share: it goes with the context local')
+            raise ValueError('a sparsity for each layer needs the context local, since there is no budget to share')
         self._check_reach(max(sparsity.values()))
         return sparsity
 
     @at_home()
-    def update(self, sparsity): # Percentage, or a dict by layer, as from a schedule: any number from 0 to 100
-        "Renew the masks for `sparsity`, and apply them"
+    def update(self, sparsity): # Percentage from 0 to 100, or a dict by layer, for example from a schedule
+        "Update the masks for `sparsity`, and apply them"
         for s in sparsity.values() if isinstance(sparsity, dict) else [sparsity]: check_level(s)
         with self._whole(): self._renew(lambda: self._rounded(self._counts(sparsity)), self.layers)
 
-    def step(self, sparsity=None): # Level to be reached, as from a `Pace`, or `None`
-        "After an optimizer's step: renew the masks for `sparsity`, or hold those that there are"
+    def step(self, sparsity=None): # Level to reach, for example from a `Pace`, or `None`
+        "After an optimizer's step: update the masks for `sparsity`, or apply the existing masks"
         self.apply_masks() if sparsity is None else self.update(sparsity)
 
     def _renew(self, counts, layers, alike=True, checked=False):
-        """Have `counts()` blocks of `layers` gone: how many, by the layers that compete for them; `alike`, if a layer's kinds of blocks are to share its own;
-        `checked`, if scores are looked at, as not in a training step"""
+        """Zero exactly `counts()` blocks of `layers`: numbers by the layers that compete. `alike`: each kind of a layer's blocks loses its share.
+        `checked`: scores are checked for nan, which is not done in a training step"""
         if self._sides is None: self._sides = find_sides(self.model, self.layers, self.example_inputs)
-        for o in layers: o._whole = None  # scores of another moment
+        for o in layers: o._whole = None  # old scores
         same = self._last is not None and self._last.serves(layers, checked)
         if not same:
             for o in self.layers: o.follow()
             self._last = Sources(layers, checked)
-        self._hold(self._last.others)  # what is gone scores as a zero, not as what the optimizer made of it
+        self._hold(self._last.others)  # zeroed weights score as zeros, whatever the optimizer wrote to them
         ks = self._numbers(counts())
         if not checked and all([before==k for before,k in ks.values()]): self.apply_masks()
         elif not (same and self._again(ks)): self._anew(ks, alike, same, checked)
         self.about.update((p.name,p.w) for p in parts_of(layers))
 
-    def _anew(self, ks, alike, same, checked): # Numbers; as for `_renew`; is all where it was in the update before?
-        "Select what goes, or returns, by scores of now"
+    def _anew(self, ks, alike, same, checked): # Numbers; as for `_renew`; are all tensors where they were in the last update?
+        "Select the blocks to zero, or to return, by current scores"
         if returns := [names for names,(before,k) in ks.items() if k<before]: self._hold([self._by_name[o] for names in returns for o in names])
         sources = self._last()
         fits = self._searched(ks, sources, alike) if checked and self.layers[0].searches else ()
         self._select(ks, sources, alike)
-        if self._last.seen is None: self._last = None  # scores that serve no other update
+        if self._last.seen is None: self._last = None  # these scores cannot be used again
         for o in fits: o.write(self._teacher is None)
         self.apply_masks()
         self._repeats = _Repeats(self, ks, sources) if same and self._last is not None else None
 
     def _searched(self, ks, sources, alike):
-        "Look for zeros that other weights make up for: `sources` get the scores that tell them. The weights that were found"
+        "Find zeros that other weights compensate: `sources` get the scores for them. Returns the new weights"
         found,wide = [],[]
         for names,(before,k) in ks.items():
             layers = [self._by_name[o] for o in names]
@@ -1175,33 +1175,33 @@ class Sparsifier:
                 values,fits = _search(layers, before, k, self.pool.protect, alike)
                 for o,s in zip(layers, values): sources[o.name] = Scores(s, o.keep)
                 found += fits
-        if wide: warn(f'no other weights make up for the zeros of {", ".join(wide)}, which are too wide to tell how features go together')
+        if wide: warn(f'no other weights compensate for the zeros of {", ".join(wide)}: these layers are too wide for a matrix of their features')
         return found
 
     def _again(self, ks):
-        "Renew masks as in the update before, with other numbers, in one launch. Was that possible?"
+        "Update masks as in the last update, with other numbers, in one launch; return whether that was possible"
         if self._repeats is None or not self._repeats.serves(ks, self._ready_zeros()): return False
         if not self._repeats(ks): return False
-        for o in self.layers: o._masks = o.left = None  # masks are what `keep` says now
+        for o in self.layers: o._masks = o.left = None  # masks follow `keep` now
         for o in self._sides.values(): o.renew()
         self._gone.update(zip(ks, [k for _,k in ks.values()]))
         return True
 
     def rest(self):
-        "Training is over: keep nothing that only updates need"
+        "After training, free the memory that only updates need"
         self.about.forget()
         self._last = self._repeats = None
 
     @property
-    def counts(self): "Are there kernels for where the weights lie?"; return in_kernels(*[p.w for p in parts_of(self.layers)])
+    def counts(self): "Are there kernels for the device of the weights?"; return in_kernels(*[p.w for p in parts_of(self.layers)])
 
     def _numbers(self, ks):
-        "How many blocks are gone now, and how many are to be, by the layers that compete for them"
+        "Number of blocks that are zero now, and to be zero, by the layers that compete"
         room = self._room
         return {names: (self._n_gone(names), min(k, room[names[0]] if len(names)==1 else sum([room[o] for o in names]))) for names,k in ks.items()}
 
     def _counts(self, sparsity):
-        "How many blocks are gone at `sparsity`, by the layers that compete for it"
+        "Number of zeroed blocks at `sparsity`, by the layers that compete"
         sizes = self._sizes
         own = {o: 100*s/self.own for o,s in sparsity.items()} if isinstance(sparsity, dict) else 100*sparsity/self.own
         return self.pool.counts(sizes, own,
@@ -1210,12 +1210,12 @@ class Sparsifier:
             scores=lambda: self._scores(self.layers))
 
     def _scores(self, layers):
-        "Scores of all blocks by layer; what is gone scores as a zero, not as what the optimizer made of it"
+        "Scores of all blocks by layer; zeroed weights score as zeros, whatever the optimizer wrote to them"
         self._hold(layers)
         return {o.name: o.source().scores(0, o.n) for o in layers}
 
     def _rounded(self, ks):
-        "Numbers by layer that leave a multiple of `round_to`, and never fewer than that"
+        "Numbers by layer that leave a multiple of `round_to`, and at least `round_to`"
         def sources(names):
             layers = [self._by_name[o] for o in names]
             return [Scores(s, o.keep.clone()) for s,o in zip(self._scores(layers).values(), layers)]
@@ -1228,12 +1228,12 @@ class Sparsifier:
         return self._gone[names]
 
     def _select(self, ks, sources, alike):
-        "Have so many blocks gone of the layers that compete for them, exactly"
+        "Zero exactly this number of blocks of the layers that compete"
         for name in (names[0] for names in ks if alike and len(names)==1 and self._by_name[names[0]].kinds is not None):
             layer = self._by_name[name]
             sources[name] = Scores(layer.alike(sources[name].values), layer.keep)
         select_each([([sources[o] for o in names],*numbers) for names,numbers in ks.items()], self.pool.protect)
-        if others := self._gone.keys()-ks.keys():  # who compete in another way than now
+        if others := self._gone.keys()-ks.keys():  # layers that competed differently before
             taken = {o for names in ks for o in names}
             for names in others:
                 if not taken.isdisjoint(names): del self._gone[names]
@@ -1245,24 +1245,24 @@ class Sparsifier:
                 self._by_name[o].renew_masks()
         for o in self._sides.values(): o.renew()
 
-    def __getstate__(self): return self.__dict__ | dict(_last=None, _zeros=None, _repeats=None)  # addresses mean nothing elsewhere
+    def __getstate__(self): return self.__dict__ | dict(_last=None, _zeros=None, _repeats=None)  # addresses are invalid in another process
 
     def _hold(self, layers):
-        "Zero what is masked of `layers`, and of what stands beside them"
+        "Zero the masked weights of `layers` and of their side parameters"
         for o in layers: o.apply()
 
     @property
-    def _masked(self): "What may have masks"; return [*self.layers, *(self._sides or {}).values()]
+    def _masked(self): "The objects that may have masks"; return [*self.layers, *(self._sides or {}).values()]
 
     def _ready_zeros(self):
-        "What zeroes all that is masked, if it is there and nothing has moved"
+        "The object that zeroes all masked weights, if it exists and no tensor has moved"
         if self._zeros is None: return
         version,zeros = self._zeros
         all_ = self._masked
         if version==sum([o.version for o in all_]) and zeros.holds([t for o in all_ for t in o.held()]): return zeros
 
     def apply_masks(self):
-        "Zero what is masked: after each optimizer step, this keeps it zero"
+        "Zero the masked weights; call it after each optimizer step to keep them zero"
         if (zeros := self._ready_zeros()) is not None: return zeros()
         for o in self.layers: o.follow()
         all_ = self._masked
@@ -1288,30 +1288,30 @@ class Sparsifier:
             return res | {n: o.mask!=0 for n,o in (self._sides or {}).items() if o.mask is not None}
 
     def reached(self):
-        "Percent of the blocks that are gone now; of a pattern, percent of zeros"
+        "Percent of the blocks that are zero now; for a pattern, percent of zeros"
         if any(o.partial for o in self.layers):
             return 100*sum(int((m==0).sum()) for o in self.layers for m in o.masks)/self.n_weights
         return 100*sum(o.gone for o in self.layers)/sum(o.n for o in self.layers)
 
     def _remembered(self):
-        "What is kept, and what is remembered of the weights, by name: of what is cut, what is here as a DTensor"
+        "The masks and the stored weights, by name; of sharded tensors the local part, as a DTensor"
         kept = {f'keep.{o.name}':ranks.like(o.keep.view(o.shard.shape), o.parts[0].w) if o.shard else o.keep for o in self.layers}
         return kept | self.about.state_dict()
 
     def state_dict(self):
-        "What is kept, and what is remembered of the weights: whole tensors by name, the same on each rank; all ranks have to ask"
+        "The masks and the stored weights: whole tensors by name, the same on each rank; all ranks must call it"
         masks = {f'mask.{p.name}':m for o in self.layers if o.partial for p,m in zip(o.parts, o.masks)}
         found = {k:ranks.whole(x) for k,x in self._remembered().items()}
         return {k:x.flatten() if k.startswith('keep.') else x for k,x in found.items()} | masks
 
     @at_home()
-    def load_state_dict(self, state): # What `state_dict` of a Sparsifier with the same arguments gave
-        "Go on with the masks of `state`; the weights are zeroed by the next `apply_masks` or update"
+    def load_state_dict(self, state): # Result of `state_dict` of a Sparsifier with the same arguments
+        "Continue with the masks of `state`; the next `apply_masks` or update zeroes the weights"
         want = self._remembered()
         for k,x in want.items():
             if k not in state: raise ValueError(f'the state has no {k!r}: {did_you_mean(k, state)}')
             there,here = tuple(state[k].shape),(x.numel(),) if k.startswith('keep.') else tuple(x.shape)
-            if there!=here: raise ValueError(f'{k} has shape {there} in the state, and {here} here: was it made with another granularity?')
+            if there!=here: raise ValueError(f'{k} has shape {there} in the state, but {here} here: was the state saved with another granularity?')
         if self._sides is None: self._sides = find_sides(self.model, self.layers, self.example_inputs)
         for k,x in want.items(): ranks.here(x).copy_(ranks.here(ranks.cut_as(ranks.whole(state[k]).view(x.shape), x)))
         for o in self.layers:
@@ -1337,14 +1337,14 @@ class Sparsifier:
         print(f'Sparsity of all: {100*df.zeros.sum()/df.weights.sum():.2f}%')
 
 def _shape(p):
-    "Shape of a part's weight, outputs first and inputs second"
+    "Shape of the weight of a part, outputs first and inputs second"
     order = [p.axes.index(o) for o in sorted(p.axes, key='oidhw'.index)] if p.axes else range(p.w.dim())
     return tuple(p.w.shape[i] for i in order)
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #051d58d5
 class _Holder(Sparsifier):
     def _tell_computed(self, out):
-        "Warn of layers with zeros that nobody holds: `torch.nn.utils.prune` holds its own"
+        "Warn of layers whose zeros are not held; `torch.nn.utils.prune` holds its own"
         def has_zeros(name): return any(bool((getattr(*w)==0).any()) for w in _weights(self.model.get_submodule(name)))
         with still(self.model): zeros = {n:o for n,o in out.items() if o[0]!='torch.nn.utils.prune' and has_zeros(n)}
         if zeros: warn(told(zeros, 'not held at zero'))
@@ -1354,7 +1354,7 @@ def hold_zeros(model:nn.Module, example_inputs=None): # Model, inputs that run i
     "A `Sparsifier` whose masks are the zeros of `model`: its `apply_masks` holds them"
     model = plain_model(model)
     types = tuple({type(m) for m in model.modules() if has_axes(m)})
-    if not types: raise ValueError('the model has no layer whose zeros could be held')
+    if not types: raise ValueError('the model has no layer of a known type, so no zeros can be held')
     sp = _Holder(model, 'weight', layer_type=types, example_inputs=example_inputs)
     filters,cut = [],{}
     for o in sp.layers:
@@ -1362,17 +1362,17 @@ def hold_zeros(model:nn.Module, example_inputs=None): # Model, inputs that run i
         w = p.w.detach()
         o.keep.copy_(((ranks.here if o.shard else ranks.whole)(w)!=0).flatten()).neg_()
         o.renew_masks()
-        if o.shard:  # what goes with whole filters is followed in whole models
+        if o.shard:  # following filters to their side parameters needs whole weights
             if 'o' in p.axes: cut[o.name] = ranks.total((ranks.here(w)==0).movedim(p.axes.index('o'), 0).flatten(1).all(1).sum(), o.shard)
             continue
         f = Layer(o.name, [Part(p.mod, p.attr, p.name, p.axes, blocks('filter', p.w.shape, p.axes))], sp.criteria)
         f.keep = f.parts[0].blocks.fold(p.w.detach()!=0).any(1).to(torch.int8).neg_()
         if (f.keep==0).any(): filters.append(f)
-    if whole := [n for n,k in cut.items() if k]: warn(f'zeros in the weights of {", ".join(whole)} are held, and not those of the biases and norms that go with filters, as other processes hold parts of the weights: keep zeros before the model is sharded')
+    if whole := [n for n,k in cut.items() if k]: warn(f'zeros in the weights of {", ".join(whole)} are held, but not those of the biases and norms of filters, because other processes hold parts of the weights: hold zeros before the model is sharded')
     sp._sides = find_sides(model, filters, example_inputs) if filters else {}
     for o in sp._sides.values():
         o.renew()
-        o.free = o.p.detach()!=0  # what is not zero was not masked
+        o.free = o.p.detach()!=0  # nonzero entries were not masked
     return sp
 
 # %% ../../nbs/sparse/01_sparsifier.ipynb #07acd211
