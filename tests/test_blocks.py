@@ -238,7 +238,7 @@ def test_the_next_block_makes_up():
 
 REFUSED = {'did you mean .1.':(['1.'],{}), 'no block .nothing':(['nothing'],{}), '5 cannot be dropped: it changes shape':(['5'],{}), '1.down cannot be dropped: it changes':(['1.down'],{}),
     'number from 1 to 4':(9,dict(data=X)), 'number from 1 to 4, of those that could go: 1, 2, 3, 4; not 0':(0,dict(data=X)), 'pass some as .data':(2,{}), 'whole number of them, or their names, not 1.5':(1.5,dict(data=X)),
-    'whole number of them, or their names, not True':(True,dict(data=X)), 'no block to drop':([],{}), 'data has no batch':(1,dict(data=[])), 'to repair a model takes inputs':(['1'],dict(repair=True)),
+    'whole number of them, or their names, not True':(True,dict(data=X)), 'no block to drop':([],{}), 'data has no batch':(1,dict(data=[])), 'repair needs inputs':(['1'],dict(repair=True)),
     'does not run with':(1,dict(data=torch.randn(2, 7)))}
 
 @pytest.mark.parametrize('message', REFUSED)
