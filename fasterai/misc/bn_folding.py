@@ -24,6 +24,62 @@ from ..core.proof import check_choices,check_same
 from ..core.surgery import copy_of
 from ..legacy import old_function
 
+# %% ../../nbs/misc/01_bn_folding.ipynb #52fc84ce
+_STAGES = 5 # of a fold that succeeds at once
+
+class BN_Folder:
+    """`BN_Folder().fold(model)` gives a copy with the same outputs in eval mode, without the BatchNorms that a neighbouring layer can replace.
+    Afterwards `into` gives, by the norm's name in `model`, the names of the layers that replace it, and `left` gives the reason why a norm stayed"""
+    def __init__(self,
+        example_inputs=None, # Inputs that run the model: a tensor, a tuple of arguments or a dict of keyword arguments; found if not given
+        verify:bool=True, # Compare the outputs before and after
+        progress:bool=True, # Show a bar if it takes longer than two seconds
+    ):
+        self.example_inputs,self.verify,self.progress,self.into,self.left = example_inputs,verify,progress,{},{}
+
+    def fold(self,
+        model:nn.Module, # Model, not changed; for a wrapper, such as a compiled model, the model inside is folded
+        example_inputs=None, # Inputs that run the model, in place of those given before
+    ):
+        "A copy of `model` with its norms folded, and one warning if some stay; a `ValueError` if the outputs change"
+        model = plain_model(model)
+        check_scripts(model)
+        check_held(_tensors(model))
+        inputs = self.example_inputs if example_inputs is None else example_inputs
+        with _plainly(model): new,plan,names = staged(self._fold(model, inputs), _STAGES, self.progress)
+        left = {k:plan.left[k] for k in names if k in plan.left}
+        self.into,self.left = plan.into,{k:why for k,(why,_) in left.items()}
+        if left: warnings.warn(_told(left, len(names)), stacklevel=2)
+        if not names: warnings.warn(_told_none(model), stacklevel=2)
+        return new
+
+    def _fold(self, model, inputs):
+        "In stages: a folded copy, its plan, and the names of all norms"
+        inputs = inputs_that_run(model, inputs)
+        copies = [_prepared(model)]
+        yield
+        flow = Flow(copies[0][0], inputs)
+        yield
+        with torch.device('cpu'): found = _Found(copies[0][0], flow)
+        yield
+        def attempt(left, dissolve):
+            "A folded copy and its plan; an error if it does not run, or computes something else"
+            new,was,added = copies.pop() if copies else _prepared(model)
+            with torch.device('cpu'): plan = _planned(new, found, left, added)
+            _remove(plan, new, flow, dissolve)
+            yield
+            self._check(model, new, flow.example_inputs)
+            if plan.into: remember_parts(new, was, 'folding')
+            yield
+            return new,plan
+        return *(yield from _first(attempt, found)),found.names
+
+    def _check(self, before, after, inputs):
+        if not self.verify:
+            with untouched(after): return call_with(after, inputs)
+        try: check_same(before, after, inputs)
+        except ValueError: check_choices(before, after, inputs)  # rounding may have decided between boxes with equal scores
+
 # %% ../../nbs/misc/01_bn_folding.ipynb #13578513
 class _No(Exception):
     "Why a scale and a shift cannot pass: `why`, with `{}` for `at`, a `Step`, a `_Norm`, a `Value` or a text"
@@ -876,62 +932,6 @@ def _plainly(model):
         kinds = {'cpu', *(p.device.type for p in model.parameters())}
         for kind in kinds-{'meta'}: stack.enter_context(torch.autocast(kind, enabled=False))
         yield
-
-# %% ../../nbs/misc/01_bn_folding.ipynb #52fc84ce
-_STAGES = 5 # of a fold that succeeds at once
-
-class BN_Folder:
-    """`BN_Folder().fold(model)` gives a copy with the same outputs in eval mode, without the BatchNorms that a neighbouring layer can replace.
-    Afterwards `into` gives, by the norm's name in `model`, the names of the layers that replace it, and `left` gives the reason why a norm stayed"""
-    def __init__(self,
-        example_inputs=None, # Inputs that run the model: a tensor, a tuple of arguments or a dict of keyword arguments; found if not given
-        verify:bool=True, # Compare the outputs before and after
-        progress:bool=True, # Show a bar if it takes longer than two seconds
-    ):
-        self.example_inputs,self.verify,self.progress,self.into,self.left = example_inputs,verify,progress,{},{}
-
-    def fold(self,
-        model:nn.Module, # Model, not changed; for a wrapper, such as a compiled model, the model inside is folded
-        example_inputs=None, # Inputs that run the model, in place of those given before
-    ):
-        "A copy of `model` with its norms folded, and one warning if some stay; a `ValueError` if the outputs change"
-        model = plain_model(model)
-        check_scripts(model)
-        check_held(_tensors(model))
-        inputs = self.example_inputs if example_inputs is None else example_inputs
-        with _plainly(model): new,plan,names = staged(self._fold(model, inputs), _STAGES, self.progress)
-        left = {k:plan.left[k] for k in names if k in plan.left}
-        self.into,self.left = plan.into,{k:why for k,(why,_) in left.items()}
-        if left: warnings.warn(_told(left, len(names)), stacklevel=2)
-        if not names: warnings.warn(_told_none(model), stacklevel=2)
-        return new
-
-    def _fold(self, model, inputs):
-        "In stages: a folded copy, its plan, and the names of all norms"
-        inputs = inputs_that_run(model, inputs)
-        copies = [_prepared(model)]
-        yield
-        flow = Flow(copies[0][0], inputs)
-        yield
-        with torch.device('cpu'): found = _Found(copies[0][0], flow)
-        yield
-        def attempt(left, dissolve):
-            "A folded copy and its plan; an error if it does not run, or computes something else"
-            new,was,added = copies.pop() if copies else _prepared(model)
-            with torch.device('cpu'): plan = _planned(new, found, left, added)
-            _remove(plan, new, flow, dissolve)
-            yield
-            self._check(model, new, flow.example_inputs)
-            if plan.into: remember_parts(new, was, 'folding')
-            yield
-            return new,plan
-        return *(yield from _first(attempt, found)),found.names
-
-    def _check(self, before, after, inputs):
-        if not self.verify:
-            with untouched(after): return call_with(after, inputs)
-        try: check_same(before, after, inputs)
-        except ValueError: check_choices(before, after, inputs)  # rounding may have decided between boxes with equal scores
 
 # %% ../../nbs/misc/01_bn_folding.ipynb #12d6f92e
 @old_function('bn_folding_model(model)', 'BN_Folder().fold(model)')

@@ -23,6 +23,57 @@ from ..core.surgery import copy_of
 from ..core.running import Bystanders, at_home, check_runs, explained, followable, inputs_for, inputs_of, map_parts, staged, tensors_of, undone
 from .least_squares import Moments, held_out, refit
 
+# %% ../../nbs/repair/02_repair.ipynb #b6ac2541
+@at_home()
+def repair(
+    model:nn.Module, # Pruned, sparsified, decomposed or shared model; its weights are fitted in place
+    teacher:nn.Module, # The network before the change; not changed
+    data, # Inputs: a tensor, a list of tensors or of dicts of arguments by name, or a loader; the last part of a tuple is a target, and is not used
+    ridge:float|None=None, # How strongly a fit keeps the old weights, as a share of the mean second moment of a feature; by default chosen for each layer
+    progress:bool=True, # Show a bar if it takes longer than two seconds
+    widen:bool|None=None, # Let convolutions with windows also see images upside down, and mixed in pairs, for inputs that are not in the data; by default if `ridge` is chosen
+):
+    """Let `model` give the outputs of `teacher`: each weight, in the order of data flow, becomes the least-squares fit to the teacher's layer, for the inputs that it gets in `model`.
+    Zeros stay zero, and shared values stay shared. A `DataFrame` with, for each weight, the error before and after, as a share of the variance of the teacher's outputs.
+    `ValueError` if the model was not made from the teacher; after an error, `model` is unchanged"""
+    import pandas as pd
+    model,teacher = followable(model),followable(teacher)
+    if model is teacher: raise ValueError('model and teacher are the same: keep a copy of the network before it is changed')
+    if ridge is not None and (isinstance(ridge, bool) or not isinstance(ridge, Real) or not 0<=ridge<=_LARGEST): raise ValueError(f'ridge must be a number, at least 0, or None, not {ridge!r}')
+    for o in (model,teacher): check_values(o)
+    for a,b,what in (model,teacher,'model'),(teacher,model,'teacher'):
+        if was_folded(a) and not was_folded(b): raise ValueError(f'normalizations of the {what} were folded into its layers, but those of the other were not: repair before folding, or fold both')
+    data = _batches(data)
+    first = next(iter(data))
+    mine,theirs = _given(first, model),_given(first, teacher)
+    with Bystanders(model, mine).aside(), Bystanders(teacher, theirs).aside():
+        for o,xs in ((model,mine),(teacher,theirs)): check_runs(o, xs)
+        reads,others = reads_of(model, mine)
+        partners,inner = _partners(reads, reads_of(teacher, theirs)[0])
+        levels,stays = _layers(model, teacher, reads, others, partners, inner)
+        _check_apart(teacher, levels)
+        if not levels: raise ValueError(f'no weight of this {type(model).__name__} can be fitted to the teacher: {_in_words(stays)}')
+        with undone() as undo: rows = staged(_all_levels(levels, model, teacher, data, ridge, ridge is None if widen is None else widen, undo), len(levels), progress)
+    read = {o.name for o in reads}
+    if same := [f"{o['layer']}.{o['weight']}".lstrip('.') for o in rows if o['why']==_SAME and o['weight']!='running_mean']: warn(f'nothing to learn: {_in_words(dict.fromkeys(same, _SAME))}: give more and different inputs')
+    lost = {n:why for n,why in stays.items() if n not in inner and (n in read or others.get(n, ('',))[0] in _PRODUCTS)}
+    if lost: warn(f'not repaired: {_in_words(lost)}')
+    return pd.DataFrame(rows+[_row(n, why=why) for n,why in stays.items()])
+
+class Teacher:
+    "A copy of `model` as it is now, as the teacher of its later form; `ValueError` if it does not run with `data`"
+    def __init__(self,
+        model:nn.Module, # Model that will be changed
+        data, # Inputs, as `repair` takes them
+        progress:bool=True, # As in `repair`
+    ):
+        self.data,self.progress = _batches(data),progress
+        check_runs(model, _given(next(iter(self.data)), model))
+        self.model = copy_of(model)
+    def repair(self, model): # The changed model
+        "The table of `repair`"
+        return repair(model, self.model, self.data, progress=self.progress)
+
 # %% ../../nbs/repair/02_repair.ipynb #f94c2a3b
 def _partners(reads, teachers):
     "For each of `reads` the teacher's read, by key; and names of weights without one, because they are inside of a module that has one"
@@ -392,56 +443,6 @@ def _check_apart(teacher, levels):
         weight = _tensor(o.model, o.name)
         if weight.numel() and (n := theirs.get(weight.untyped_storage().data_ptr())):
             raise ValueError(f'{o.name} of the model and {n} of the teacher are the same tensor: the teacher must be a copy (`copy.deepcopy`) from before the change')
-
-@at_home()
-def repair(
-    model:nn.Module, # Pruned, sparsified, decomposed or shared model; its weights are fitted in place
-    teacher:nn.Module, # The network before the change; not changed
-    data, # Inputs: a tensor, a list of tensors or of dicts of arguments by name, or a loader; the last part of a tuple is a target, and is not used
-    ridge:float|None=None, # How strongly a fit keeps the old weights, as a share of the mean second moment of a feature; by default chosen for each layer
-    progress:bool=True, # Show a bar if it takes longer than two seconds
-    widen:bool|None=None, # Let convolutions with windows also see images upside down, and mixed in pairs, for inputs that are not in the data; by default if `ridge` is chosen
-):
-    """Let `model` give the outputs of `teacher`: each weight, in the order of data flow, becomes the least-squares fit to the teacher's layer, for the inputs that it gets in `model`.
-    Zeros stay zero, and shared values stay shared. A `DataFrame` with, for each weight, the error before and after, as a share of the variance of the teacher's outputs.
-    `ValueError` if the model was not made from the teacher; after an error, `model` is unchanged"""
-    import pandas as pd
-    model,teacher = followable(model),followable(teacher)
-    if model is teacher: raise ValueError('model and teacher are the same: keep a copy of the network before it is changed')
-    if ridge is not None and (isinstance(ridge, bool) or not isinstance(ridge, Real) or not 0<=ridge<=_LARGEST): raise ValueError(f'ridge must be a number, at least 0, or None, not {ridge!r}')
-    for o in (model,teacher): check_values(o)
-    for a,b,what in (model,teacher,'model'),(teacher,model,'teacher'):
-        if was_folded(a) and not was_folded(b): raise ValueError(f'normalizations of the {what} were folded into its layers, but those of the other were not: repair before folding, or fold both')
-    data = _batches(data)
-    first = next(iter(data))
-    mine,theirs = _given(first, model),_given(first, teacher)
-    with Bystanders(model, mine).aside(), Bystanders(teacher, theirs).aside():
-        for o,xs in ((model,mine),(teacher,theirs)): check_runs(o, xs)
-        reads,others = reads_of(model, mine)
-        partners,inner = _partners(reads, reads_of(teacher, theirs)[0])
-        levels,stays = _layers(model, teacher, reads, others, partners, inner)
-        _check_apart(teacher, levels)
-        if not levels: raise ValueError(f'no weight of this {type(model).__name__} can be fitted to the teacher: {_in_words(stays)}')
-        with undone() as undo: rows = staged(_all_levels(levels, model, teacher, data, ridge, ridge is None if widen is None else widen, undo), len(levels), progress)
-    read = {o.name for o in reads}
-    if same := [f"{o['layer']}.{o['weight']}".lstrip('.') for o in rows if o['why']==_SAME and o['weight']!='running_mean']: warn(f'nothing to learn: {_in_words(dict.fromkeys(same, _SAME))}: give more and different inputs')
-    lost = {n:why for n,why in stays.items() if n not in inner and (n in read or others.get(n, ('',))[0] in _PRODUCTS)}
-    if lost: warn(f'not repaired: {_in_words(lost)}')
-    return pd.DataFrame(rows+[_row(n, why=why) for n,why in stays.items()])
-
-class Teacher:
-    "A copy of `model` as it is now, as the teacher of its later form; `ValueError` if it does not run with `data`"
-    def __init__(self,
-        model:nn.Module, # Model that will be changed
-        data, # Inputs, as `repair` takes them
-        progress:bool=True, # As in `repair`
-    ):
-        self.data,self.progress = _batches(data),progress
-        check_runs(model, _given(next(iter(self.data)), model))
-        self.model = copy_of(model)
-    def repair(self, model): # The changed model
-        "The table of `repair`"
-        return repair(model, self.model, self.data, progress=self.progress)
 
 def _in_words(stays):
     "The weights that stay, and why"
