@@ -256,7 +256,7 @@ def test_held_elsewhere():
     "A block that runs from a plain list as well"
     model = Net(lambda m, x: m.plain[0](m.a(x)), a=nn.Linear(5, 8), b=residual())
     model.plain = [model.b]
-    with pytest.raises(ValueError, match='holds it in another place'): drop_blocks(model, ['b'], X)
+    with pytest.raises(ValueError, match='holds it outside'): drop_blocks(model, ['b'], X)
     assert isinstance(model.b, Body)
 
 def test_modules_are_named():
@@ -317,7 +317,7 @@ def test_config_that_cannot_tell_is_told():
     tr = pytest.importorskip('transformers')
     model = tr.AlbertModel(tr.AlbertConfig(hidden_size=8, embedding_size=4, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, vocab_size=20)).eval()
     n, = block_influence(model, ids:=torch.tensor([[3,4,5]])).block
-    with pytest.warns(UserWarning, match='config tells nothing'): drop_blocks(model, [n], ids)
+    with pytest.warns(UserWarning, match='config does not record'): drop_blocks(model, [n], ids)
 
 def test_numbers_of_the_influence():
     "Of batches that do not fit, or are not finite, no block is told"

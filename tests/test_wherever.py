@@ -720,7 +720,7 @@ def test_why_zeros_are_alive():
     assert 'tied to channels of deep that are not zero' in text and p.left==[dict(layer='stem', channels=6, dead=1, removed=0, why=p.left[0]['why'])]
     m = nn.Sequential(conv(3,6), conv(6,6))
     with torch.no_grad(): m[0].weight[2] = 0
-    assert '0.bias makes constants of them' in said(lambda: Pruner().prune_model(m, Images.x))[0]
+    assert '0.bias turns them into constants' in said(lambda: Pruner().prune_model(m, Images.x))[0]
     m = nn.Sequential(nn.Linear(8,6), nn.LayerNorm(6), nn.Linear(6,3))
     with torch.no_grad(): m[0].weight[2] = m[0].bias[2] = 0
     assert 'takes all channels together' in said(lambda: Pruner().prune_model(m, V))[0]
