@@ -33,12 +33,12 @@ except ImportError:
 def network_of(
     module, # A LightningModule
 )->nn.Module:
-    "What is compressed of `module`: itself, if it has a `forward`, or the only network that it holds"
+    "The network of `module` that is compressed: the module itself, if it has a `forward`, or the only network that it holds"
     if type(module).forward is not pl.LightningModule.forward: return module
     found = [o for o in module.children() if any(p.requires_grad for p in o.parameters())]
     if len(found)==1: return found[0]
     names = ', '.join(n for n,o in module.named_children() if o in found) or 'none'
-    raise ValueError(f'{an(type(module).__name__)} without a `forward` holds {len(found)} networks ({names}): give it a `forward` that runs what is to be compressed')
+    raise ValueError(f'{an(type(module).__name__)} without a `forward` holds {len(found)} networks ({names}): give it a `forward` that runs the network to compress')
 
 def _n_epoch(trainer):
     "How many epochs there will be; the most that there can be, where an epoch has no known length"
@@ -85,7 +85,7 @@ class TechniqueCallback(Driver, pl.Callback):
 
     def _training(self, trainer, pl_module):
         optimizers = trainer.optimizers
-        if len(optimizers)!=1: raise ValueError(f'{self.technique.called} follows the steps of one optimizer, and there are {len(optimizers)}')
+        if len(optimizers)!=1: raise ValueError(f'{self.technique.called} follows the steps of one optimizer, but there are {len(optimizers)}')
         folder = trainer.default_root_dir if trainer.is_global_zero else None
         return Training(network_of(pl_module), optimizers[0], _n_epoch(trainer), lambda: first_two(trainer.train_dataloader), folder, world=trainer.world_size)
 
@@ -93,15 +93,15 @@ class TechniqueCallback(Driver, pl.Callback):
         if trainer.max_epochs==-1 and trainer.max_steps==-1: raise ValueError(f'{self.technique.called} needs to know how long training is: give the Trainer max_epochs or max_steps')
         in_loss = self.technique.is_loss or type(self.technique).loss is not Technique.loss
         if in_loss and not pl_module.automatic_optimization:
-            raise ValueError(f'{self.technique.called} adds to the loss that training_step returns, and with manual optimization nobody reads that: add a Penalty, or the loss of a Distiller, in training_step')
+            raise ValueError(f'{self.technique.called} adds to the loss that training_step returns, which manual optimization does not use: add a Penalty, or the loss of a Distiller, in training_step')
         averages = [type(o).__name__ for o in trainer.callbacks if {'WeightAveraging','StochasticWeightAveraging'} & {c.__name__ for c in type(o).__mro__}]
-        if averages and self.technique.holds: warn(f'{averages[0]} averages weights of earlier steps, in which less was zero or shared: what it puts into the model does not obey {self.technique.called}')
+        if averages and self.technique.holds: warn(f'{averages[0]} averages weights of earlier steps, in which less was zero or shared: the weights that it puts into the model do not obey {self.technique.called}')
 
     def on_train_start(self, trainer, pl_module):
         if trainer.global_step and self.technique.remembers and not self.technique.state:
-            warn(f'training goes on after step {trainer.global_step}, and nothing is known of what {self.technique.called} did before: the checkpoint was written without it, or with other arguments')
+            warn(f'training continues after step {trainer.global_step}, but the earlier state of {self.technique.called} is not known: the checkpoint was written without it, or with other arguments')
         steps = trainer.estimated_stepping_batches
-        if not 0<steps<float('inf'): raise ValueError(f'{self.technique.called} needs to know how long training is, and the data have no length: give the Trainer max_steps')
+        if not 0<steps<float('inf'): raise ValueError(f'{self.technique.called} needs to know how long training is, but the data have no length: give the Trainer max_steps')
         self.driver = attach(self.technique, self._training(trainer, pl_module), int(steps), trainer.global_step, adds=False, epochs=False)
         self.module = pl_module
         if type(self).more is not TechniqueCallback.more or type(self.technique).loss is not Technique.loss: pl_module.training_step = _Watched(self, pl_module)
@@ -117,7 +117,7 @@ class TechniqueCallback(Driver, pl.Callback):
         self.technique.epoch(trainer.current_epoch)
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx): self._check_begun()
     def _check_begun(self):
-        if self.driver is None: raise RuntimeError(f'{self.technique.called} was added in the middle of a fit, and has to be there when it begins: give it to the Trainer')
+        if self.driver is None: raise RuntimeError(f'{self.technique.called} was added in the middle of a fit, but must be there when it begins: give it to the Trainer')
     def on_train_epoch_end(self, trainer, pl_module):
         if self.technique.column: self.log(self.technique.column, float(self.technique.reached()))
 
@@ -142,7 +142,7 @@ class TechniqueCallback(Driver, pl.Callback):
 def cut_like(
     module, # A fresh LightningModule, whose network is cut in place
     checkpoint, # Path of a checkpoint of one that was pruned
-    weights_only:bool=True, # As for `torch.load`: `False` runs what a file brings along, and is for files that you trust
+    weights_only:bool=True, # As for `torch.load`: `False` runs code of the file, and is for files that you trust
 ):
     "Cut `module` as the one in the checkpoint was, and load its weights; return it"
     state = torch.load(checkpoint, map_location='cpu', weights_only=weights_only)['state_dict']
@@ -169,7 +169,7 @@ class RegularizationCallback(TechniqueCallback, technique=GroupRegularize): pass
 class RepairCallback(TechniqueCallback, technique=Repair): pass
 
 class KnowledgeDistillationCallback(TechniqueCallback, technique=Distill):
-    "Add to the loss of `training_step` how far the network is from a `teacher`"
+    "Add the distance between the network and a `teacher` to the loss of `training_step`"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.asked = f'{self.asked}, teacher {_digest(self.technique.distiller.teacher)}'  # two teachers of one class have a state each

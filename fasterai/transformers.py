@@ -56,18 +56,18 @@ class TechniqueCallback(Driver, TrainerCallback):
             path = state.read_from/self._called if hasattr(state, 'read_from') else self._file(args, state)
             if path.exists(): self.technique.load_state_dict(read_file(path, 'state', plain=True)[0])
             elif self.technique.remembers:
-                warn(f'training goes on after step {state.global_step}, and nothing is known of what {self.technique.called} did before: there is no {path}')
+                warn(f'training continues after step {state.global_step}, but the earlier state of {self.technique.called} is not known: there is no {path}')
         def sample():
             found = first_two(train_dataloader)
             return without_labels(found) if isinstance(found, dict) else found
         training = Training(model, getattr(optimizer, 'optimizer', optimizer), max(min(state.num_train_epochs, state.max_steps), 1), sample, args.output_dir if args.should_save else None, world=args.world_size)
         if args.load_best_model_at_end and (self.technique.holds or self.technique.resizes):
-            warn(f'load_best_model_at_end may bring back an earlier model, which is not yet what {self.technique.called} makes of it: leave it out, or save where the schedule has ended')
+            warn(f'load_best_model_at_end may load an earlier model, which {self.technique.called} has not finished: leave it out, or save after the schedule has ended')
         self.driver = attach(self.technique, training, state.max_steps, state.global_step, adds=not self.technique.is_loss, epochs=False)
         self.driver.active = False
 
     def _check_begun(self):
-        if self.driver is None: raise RuntimeError(f'{self.technique.called} was added in the middle of a training, and has to be there when it begins: give it to the Trainer')
+        if self.driver is None: raise RuntimeError(f'{self.technique.called} was added in the middle of a training, but must be there when it begins: give it to the Trainer')
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self._check_begun()
@@ -96,7 +96,7 @@ class TechniqueCallback(Driver, TrainerCallback):
         self.driver = None
 
 def _ending(train):
-    "`train`, which tells callbacks of ours if it is broken off: nobody else does"
+    "`train`, which also tells the callbacks of this library about an interruption"
     @wraps(train)
     def _train(self, *args, **kwargs):
         def leave(error, *rest):
@@ -128,12 +128,12 @@ class _Teach(TechniqueCallback):
         for o in (logs, state.log_history[-1]): o |= {f'distill_{k}':self.technique.mean(k) for k in self.technique.sums}
 
 class DistillationTrainer(Trainer):
-    "A `Trainer` whose loss has a share of how far the model is from a teacher"
+    "A `Trainer` whose loss contains the distance between the model and a teacher"
     def __init__(self, *args,
         distill:Distill, # The teacher, and how it is compared
         **kwargs, # Of a `Trainer`
     ):
-        if not isinstance(distill, Distill): raise TypeError(f'distill is a technique, Distill(teacher), not {type(distill).__name__}')
+        if not isinstance(distill, Distill): raise TypeError(f'distill must be a technique, Distill(teacher), not {type(distill).__name__}')
         super().__init__(*args, **kwargs)
         self.distill = _Teach(distill)
         self.add_callback(self.distill)
@@ -163,7 +163,7 @@ class DistillationTrainer(Trainer):
 
 # %% ../nbs/97_transformers.ipynb #eb621111
 def cut_like(
-    model, # Fresh, of the original architecture; cut in place
+    model, # Fresh model of the original architecture; cut in place
     folder, # A checkpoint that a `PruneCallback` has written to
 ):
     "Cut `model` as the network in the checkpoint was, for `resume_from_checkpoint` to load its weights, and return it"
@@ -171,6 +171,6 @@ def cut_like(
     found = sorted(Path(folder).glob(f'fasterai-{Prune.name}-*.safetensors'))
     if not found: raise ValueError(f'no PruneCallback has written to {folder}')
     state,_ = read_file(found[0], 'state', plain=True)
-    if 'pruner.plan' not in state: raise ValueError(f'{found[0]} tells nothing of what was cut')
+    if 'pruner.plan' not in state: raise ValueError(f'{found[0]} does not say what was cut')
     cut_to(model, read_plan(as_text(state['pruner.plan'])))
     return model

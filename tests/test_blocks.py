@@ -238,7 +238,7 @@ def test_the_next_block_makes_up():
 
 REFUSED = {'did you mean .1.':(['1.'],{}), 'no block .nothing':(['nothing'],{}), '5 cannot be dropped: it changes shape':(['5'],{}), '1.down cannot be dropped: it changes':(['1.down'],{}),
     'number from 1 to 4':(9,dict(data=X)), 'number from 1 to 4, of those that could go: 1, 2, 3, 4; not 0':(0,dict(data=X)), 'pass some as .data':(2,{}), 'whole number of them, or their names, not 1.5':(1.5,dict(data=X)),
-    'whole number of them, or their names, not True':(True,dict(data=X)), 'no block to drop':([],{}), 'data has no batch':(1,dict(data=[])), 'to repair a model takes inputs':(['1'],dict(repair=True)),
+    'whole number of them, or their names, not True':(True,dict(data=X)), 'no block to drop':([],{}), 'data has no batch':(1,dict(data=[])), 'repair needs inputs':(['1'],dict(repair=True)),
     'does not run with':(1,dict(data=torch.randn(2, 7)))}
 
 @pytest.mark.parametrize('message', REFUSED)
@@ -256,7 +256,7 @@ def test_held_elsewhere():
     "A block that runs from a plain list as well"
     model = Net(lambda m, x: m.plain[0](m.a(x)), a=nn.Linear(5, 8), b=residual())
     model.plain = [model.b]
-    with pytest.raises(ValueError, match='holds it in another place'): drop_blocks(model, ['b'], X)
+    with pytest.raises(ValueError, match='holds it outside'): drop_blocks(model, ['b'], X)
     assert isinstance(model.b, Body)
 
 def test_modules_are_named():
@@ -317,7 +317,7 @@ def test_config_that_cannot_tell_is_told():
     tr = pytest.importorskip('transformers')
     model = tr.AlbertModel(tr.AlbertConfig(hidden_size=8, embedding_size=4, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, vocab_size=20)).eval()
     n, = block_influence(model, ids:=torch.tensor([[3,4,5]])).block
-    with pytest.warns(UserWarning, match='config tells nothing'): drop_blocks(model, [n], ids)
+    with pytest.warns(UserWarning, match='config does not record'): drop_blocks(model, [n], ids)
 
 def test_numbers_of_the_influence():
     "Of batches that do not fit, or are not finite, no block is told"

@@ -695,7 +695,7 @@ class Adds(Callback):
 @pytest.mark.parametrize('make', [lambda: SparsifyCallback(50), KeepSparsity, lambda: PruneCallback(50), lambda: KMeansCallback(2), lambda: KnowledgeDistillationCallback(net(1)), lambda: RegularizationCallback('filter')])
 def test_added_in_the_middle_of_a_fit(make, event):
     cb = make()
-    with pytest.raises(RuntimeError, match=f'{type(cb).__name__} was added in the middle of a fit, and has to be there when it begins'): fit(learner(), 3, Adds(cb, event))
+    with pytest.raises(RuntimeError, match=f'{type(cb).__name__} was added in the middle of a fit, but must be there when it begins'): fit(learner(), 3, Adds(cb, event))
 
 def test_two_learners():
     "A callback works where it was added last, and a fit elsewhere says so"

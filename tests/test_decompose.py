@@ -127,7 +127,7 @@ def test_other_dimensions(method, dim):
     net,x = nn.Sequential(C(8, 12, 3, stride=2, padding=1), nn.ReLU(), C(12, 6, 3)).double(),torch.randn(2, 8, *[9]*dim, generator=gen(), dtype=torch.float64)
     d = Conv_Decomposer()
     if dim==1 and method=='spatial':
-        with pytest.warns(UserWarning, match='single axis of space'): assert not d.decompose(net, .6, method, example_inputs=x) is net
+        with pytest.warns(UserWarning, match='single spatial axis'): assert not d.decompose(net, .6, method, example_inputs=x) is net
         return
     new = d.decompose(net, .6, method, example_inputs=x)
     assert d.ranks and all('times its multiply-accumulates' in o for o in d.left.values()) and new(x).shape==net(x).shape and count(new)<count(net) and error(new(x), net(x))<1

@@ -366,16 +366,16 @@ def test_wrong_arguments():
     t = wide()
     refused("did you mean 'SoftTarget'", lambda: Distiller(t, 'SoftTargt'))
     refused('teacher_pred', lambda: Distiller(t, lambda pred, teacher: pred))
-    refused('looks at nothing of the teacher', lambda: Distiller(t, lambda pred, target: pred))
+    refused('uses nothing of the teacher', lambda: Distiller(t, lambda pred, target: pred))
     refused('1 of the student', lambda: Distiller(t, Attention, ['2'], ['2','5']))
     refused('give activations_student', lambda: Distiller(t, Attention))
-    refused('does not look at them', lambda: Distiller(t, SoftTarget, ['2'], ['2']))
-    refused('weight is a share', lambda: Distiller(t, weight=2))
-    refused('weight is a share', lambda: Distiller(t, weight='a'))
-    refused('alpha is a share', lambda: Distiller(t, **BOTH, alpha=-1))
+    refused('does not use them', lambda: Distiller(t, SoftTarget, ['2'], ['2']))
+    refused('weight must be a share', lambda: Distiller(t, weight=2))
+    refused('weight must be a share', lambda: Distiller(t, weight='a'))
+    refused('alpha must be a share', lambda: Distiller(t, **BOTH, alpha=-1))
     refused('cache', lambda: Distiller(t, cache=-1))
     refused('schedule', lambda: Distiller(t, schedule='coss'))
-    refused('a loss is needed', lambda: Distiller(t, []))
+    refused('give a loss', lambda: Distiller(t, []))
     refused('compares tensors', lambda: SoftTarget((X,), (X,)), TypeError)
 
 def test_refused_before_anything_changes():
@@ -464,5 +464,5 @@ def test_standardized(loss):
     assert all(p.isfinite().all() for p in student.parameters())
 
 def test_standardized_refuses():
-    with pytest.raises(ValueError, match='asks for no pred'): standardized('FitNet')
+    with pytest.raises(ValueError, match='has no pred'): standardized('FitNet')
     with pytest.raises(ValueError, match='at least 2 classes'): standardized('Logits')(torch.randn(4, 1), torch.randn(4, 1))

@@ -506,7 +506,7 @@ def test_a_norm_that_code_calls_runs_on_without_effect(m):
     m = lively(m)
     folder = BN_Folder()
     with pytest.warns(UserWarning, match='1 of 1 norms stay') as said: new = folder.fold(m, X)
-    assert len(said)==1 and folder.into.keys()==folder.left.keys() and all('runs on, without effect' in o for o in folder.left.values())
+    assert len(said)==1 and folder.into.keys()==folder.left.keys() and all('still runs, without effect' in o for o in folder.left.values())
     assert difference(m, new, random_like(X))[0]<1e-12 and new.state_dict().keys()>=m.state_dict().keys()
     shift = [b for n,b in new.named_buffers() if n.endswith(('mean','avg'))][0]
     assert not shift.any()

@@ -125,7 +125,7 @@ def test_what_is_slower_stays_in_float(monkeypatch):
     report = quantizer.report()
     assert list(report.int8)==[True,False,True,True] and report.why[1]=='not faster: ×0.50 (0.50 to 0.50)' and report.why[2]=='×3.00 (3.00 to 3.00)'
 
-@pytest.mark.parametrize('ratios,said', [((.9,), 'no layer'), ((2.,2.,2.,.9), 'returned as it is, in int8 it is not faster: ×0.90')])
+@pytest.mark.parametrize('ratios,said', [((.9,), 'no layer'), ((2.,2.,2.,.9), 'returned unchanged: in int8 it is not faster: ×0.90')])
 def test_a_network_that_is_slower_is_returned_as_it_is(monkeypatch, ratios, said):
     faster(monkeypatch, *ratios)
     quantizer,model = Quantizer(),cnn()
@@ -351,7 +351,7 @@ def test_layers_that_stay_in_float_say_why():
     why = dict(zip(report.layer, report.why))
     assert why['own']=='Own computes the weights that it multiplies with' and why['tied']==why['other']=='another module has the same weights' and why['hooked']=='it has hooks'
     assert why['idle']=='it does not run with these data' and why['silent']=='Silent does not multiply as a layer of PyTorch' and why['patched']=='its forward was replaced'
-    assert why['twice']=='its weights are read elsewhere, too' and why['shift']=='it is a parameter of Net, and no weight of a layer'
+    assert why['twice']=='its weights are read elsewhere, too' and why['shift']=='it is a parameter of Net, not a weight of a layer'
     assert [why[o] for o in ('rnn','words','cross','up')]==[f'no int8 kernel for {o}' for o in ('RNN','Embedding','MultiheadAttention','ConvTranspose1d')]
     assert list(report.layer[report.int8])==['good','cross.out_proj',''] and report.bytes[report.layer=='rnn'].item()==4*(3*6+3*2)
 
@@ -539,7 +539,7 @@ def test_nothing_but_zeros():
     "Would be a range in which all that comes then is zero"
     model,x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval(),torch.zeros(5, 4)
     new,report = all_int8(model, x)
-    assert list(report.why[:2])==['nothing but zeros has arrived',''] and isinstance(new[0], nn.Linear) and isinstance(new[2], Int8Linear)
+    assert list(report.why[:2])==['all its inputs are zero',''] and isinstance(new[0], nn.Linear) and isinstance(new[2], Int8Linear)
     assert all_int8(model, x, 'dynamic')[1].int8[:2].all() and all_int8(model, x, 'weight_only')[1].int8[:2].all()
 
 def test_data_of_fastai():
@@ -552,15 +552,15 @@ def test_data_of_fastai():
     with pytest.raises(ValueError, match='the validation set of this DataLoaders is empty'): all_int8(model, DataLoaders(dls.train, DataLoader([], bs=4)))
 
 def test_wrong_types():
-    for args,kwargs,said in (((None,),{},'method is one of'),((torch.qint8,),{},'method is one of'),((nn.Linear(2, 2),),{},'method is one of'),((),dict(layers=nn.Linear),'layers are names'),
-                             ((),dict(layers=3),'layers are names'),((),dict(ranges=[(0,1)]),'ranges are a dict'),((),dict(ranges='x'),'ranges are a dict')):
+    for args,kwargs,said in (((None,),{},'method must be one of'),((torch.qint8,),{},'method must be one of'),((nn.Linear(2, 2),),{},'method must be one of'),((),dict(layers=nn.Linear),'layers must be names'),
+                             ((),dict(layers=3),'layers must be names'),((),dict(ranges=[(0,1)]),'ranges must be a dict'),((),dict(ranges='x'),'ranges must be a dict')):
         with warnings.catch_warnings(), pytest.raises(ValueError, match=said):
             warnings.simplefilter('error')
             Quantizer(*args, **kwargs)
 
 def test_wrong_arguments():
     model = cnn()
-    for make,said in [(lambda: Quantizer('statik'), "'statik' is not known"), (lambda: Quantizer(measure=1), 'measure is True, False or None'), (lambda: Quantizer().quantize(model), 'takes calibration_data'),
+    for make,said in [(lambda: Quantizer('statik'), "'statik' is not known"), (lambda: Quantizer(measure=1), 'measure must be True, False or None'), (lambda: Quantizer().quantize(model), 'needs calibration_data'),
                       (lambda: Quantizer().quantize(model, []), 'no batch'), (lambda: Quantizer().quantize(model, X, 0), 'at least 1'), (lambda: Quantizer().quantize(model, 3), 'data are batches'),
                       (lambda: Quantizer().quantize(model, torch.randn(2, 5)), 'does not run with'), (lambda: Quantizer().quantize(model.to('meta'), X), 'on meta')]:
         with pytest.raises(ValueError, match=said): make()

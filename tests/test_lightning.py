@@ -232,7 +232,7 @@ def test_manual_optimization(tmp_path):
     trainer(tmp_path, callbacks=SparsifyCallback(50)).fit(m, data())
     assert int((m.net.a.weight==0).sum())==m.net.a.weight.numel()//2
     for cb in (RegularizationCallback('filter', 1.), KnowledgeDistillationCallback(teacher())):
-        with pytest.raises(ValueError, match='with manual optimization nobody reads that'): trainer(tmp_path, callbacks=cb).fit(Manual(), data())
+        with pytest.raises(ValueError, match='which manual optimization does not use'): trainer(tmp_path, callbacks=cb).fit(Manual(), data())
 
 def test_errors_of_others_are_theirs(tmp_path):
     class Fails(Inside):
@@ -255,7 +255,7 @@ def test_told_at_the_start(tmp_path):
     with pytest.warns(UserWarning, match='EMA averages weights of earlier steps'): trainer(tmp_path, callbacks=[SparsifyCallback(50), EMA()]).fit(Inside(), data())
     save = pl.callbacks.ModelCheckpoint(tmp_path/'c', save_top_k=-1, every_n_epochs=1, filename='{epoch}', save_on_train_epoch_end=True)
     trainer(tmp_path, 2, callbacks=save, enable_checkpointing=True).fit(Inside(), data())
-    with pytest.warns(UserWarning, match='after step 5, and nothing is known of what SparsifyCallback did before'):
+    with pytest.warns(UserWarning, match='after step 5, but the earlier state of SparsifyCallback is not known'):
         trainer(tmp_path, callbacks=SparsifyCallback(50)).fit(Inside(), data(), ckpt_path=tmp_path/'c'/'epoch=0.ckpt', weights_only=False)
 
 def test_the_next_model_is_regularized(tmp_path):
@@ -298,7 +298,7 @@ def test_epochs_to_rewind_to(tmp_path, how):
         def __iter__(self): return iter(zip(X, Y))
     stream = DataLoader(Stream(), batch_size=8)
     if how['max_epochs']==4:
-        with pytest.raises(ValueError, match='SparsifyCallback needs to know how long training is, and the data have no length: give the Trainer max_steps'): run(0, stream)
+        with pytest.raises(ValueError, match='SparsifyCallback needs to know how long training is, but the data have no length: give the Trainer max_steps'): run(0, stream)
     elif how['max_epochs']==-1:  # nobody knows how long an epoch will be
         with pytest.warns(UserWarning, match='SparsifyCallback did not rewind: training ended before rewind_epoch 8 began'): run(8, stream)
 

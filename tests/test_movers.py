@@ -61,7 +61,7 @@ def test_steps_of_a_pruner():
     assert all(torch.equal(a, b) for a,b in zip(by_hand.model.state_dict().values(), pruner.model.state_dict().values()))
     for wrong,says in ((dict(iterative_steps=0), 'at least 1'), (dict(iterative_steps=2, schedule='dsd'), 'do not come back'), (dict(iterative_steps=2, schedule='agpp'), "did you mean 'agp'")):
         with pytest.raises(ValueError, match=says): Pruner(net(), 50, example_inputs=x, **wrong)
-    with pytest.raises(ValueError, match='those of a pruning_ratio'): Pruner(net(), macs='50%', iterative_steps=2)
+    with pytest.raises(ValueError, match='iterative_steps need a pruning_ratio'): Pruner(net(), macs='50%', iterative_steps=2)
 
 def test_losses_take_what_there_is():
     "By name, in lists or dicts, a loss gives the same"

@@ -555,7 +555,7 @@ def test_wrong_files(tmp_path):
     with pytest.raises(FileNotFoundError): load_pruned(tmp_path/'none.safetensors', make())
 
 def test_weights_of_the_model_itself_are_counted():
-    "Two of them in one module: what did not go is no more than was asked for"
+    "Two of them in one module: no more channels are reported than were asked for"
     class Experts(nn.Module):
         def __init__(self):
             super().__init__()
@@ -564,6 +564,6 @@ def test_weights_of_the_model_itself_are_counted():
             x = self.i(x).relu()
             return self.o(x + torch.einsum('beh,ehd->bed', torch.einsum('bd,edh->beh', x, self.w1).relu(), self.w2).sum(1))
     p = Pruner(Experts(), 40, example_inputs=torch.randn(5,6))
-    with pytest.warns(UserWarning, match='of the 26 channels that pruning_ratio 40 asks for, 14 did not go: w1 kept all channels'): p.prune_model()
+    with pytest.warns(UserWarning, match='of the 26 channels that pruning_ratio 40 asks for, 14 were not removed: w1 kept all channels'): p.prune_model()
     row, = p.left
     assert (row['layer'],row['channels'],row['dead'],row['removed'])==('w1',36,14,0)

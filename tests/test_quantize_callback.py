@@ -168,7 +168,7 @@ def test_left_in_float_is_told():
             warnings.simplefilter('always')
             Quantizer(ranges=ranges | {'9':(0,0)}, layers=layers, measure=False).quantize(model, x)
         told = [str(o.message) for o in said if 'with a range stay in float' in str(o.message)]
-        assert len(told)==left and all('9: nothing but zeros has arrived' in o for o in told)
+        assert len(told)==left and all('9: all its inputs are zero' in o for o in told)
 
 # --- nothing is left
 
@@ -438,13 +438,13 @@ REFUSED = [
     (lambda: Rounding(net().half()), "its weights are float16"),
     (lambda: Rounding(nn.LazyLinear(3)), 'no shape yet'),
     (lambda: Rounding(net(), ranges={'1':(0,1)}), "a range for '1', which is not rounded"),
-    (lambda: Quantizer(ranges={'0':3}), 'a range is the lowest and the highest number'),
-    (lambda: Quantizer(ranges={'0':(1,0)}), 'a range is the lowest'),
-    (lambda: Quantizer(ranges={'0':(float('nan'),0)}), 'a range is the lowest'),
+    (lambda: Quantizer(ranges={'0':3}), 'a range must be a lowest and a highest input'),
+    (lambda: Quantizer(ranges={'0':(1,0)}), 'a range must be a lowest'),
+    (lambda: Quantizer(ranges={'0':(float('nan'),0)}), 'a range must be a lowest'),
     (lambda: Quantizer('dynamic', ranges={}), "ranges are for method='static'"),
     (lambda: Quantizer(ranges={'00':(0,1)}).quantize(net()), "a range for '00'.*did you mean '0'"),
-    (lambda: Quantize().quantizer.quantize(net()), 'takes calibration_data'),
-    (lambda: Quantize(measure=3), 'measure is True'),
+    (lambda: Quantize().quantizer.quantize(net()), 'needs calibration_data'),
+    (lambda: Quantize(measure=3), 'measure must be True'),
     (lambda: fit(learner(), 1, [QuantizeCallback(), QuantizeCallback()]), 'two of QuantizeCallback')]
 
 @pytest.mark.parametrize('f,why', REFUSED)

@@ -149,8 +149,8 @@ def test_wrong_arguments(kw, says):
 
 @pytest.mark.parametrize('weight', [-1, float('nan'), 'x', None])
 def test_wrong_weights(weight):
-    with pytest.raises(ValueError, match='not negative'): RegularizeCallback(weight=weight)
-    with pytest.raises(ValueError, match='not negative'): RegularizationCallback('filter', weight)
+    with pytest.raises(ValueError, match='at least 0'): RegularizeCallback(weight=weight)
+    with pytest.raises(ValueError, match='at least 0'): RegularizationCallback('filter', weight)
 
 def test_paper_listing_11():
     "`reg_cb = RegularizationCallback(granularity, α)`"

@@ -98,7 +98,7 @@ def test_a_teacher_that_was_cut():
     before = differs(model, teacher)
     table = repair(model, teacher, X)
     assert differs(model, teacher)<.5*before and (table.after.dropna()<=table.before.dropna()).all()
-    with pytest.raises(ValueError, match='a teacher is a copy from before'): repair(teacher, model, X)
+    with pytest.raises(ValueError, match='the teacher must be a copy from before'): repair(teacher, model, X)
 
 def test_told():
     with pytest.warns(UserWarning, match='RepairCallback had nothing to repair'): fit(learner(), 1, RepairCallback())

@@ -268,9 +268,9 @@ def test_accuracy_within_chance_or_not():
         def forward(self, x): return torch.stack([x[:,0]<self.right,x[:,0]>=self.right], 1)*self.w
     x,y = torch.arange(1000.)[:,None],torch.zeros(1000, dtype=torch.long)
     notes = report(Says(900), Says(898), data=(x,y), repeats=6).notes
-    assert any('accuracy 89.80 %, 90.00 % with before' in o and 'within the noise' in o and 'before is right where the other is wrong on 2 of 1,000' in o for o in notes)
+    assert any('accuracy 89.80 %, 90.00 % with before' in o and 'within the noise' in o and 'before is correct where the other is wrong on 2 of 1,000' in o for o in notes)
     notes = report(Says(900), Says(850), data=(x,y), repeats=6).notes
-    assert any('accuracy 85.00 %' in o and 'more than chance' in o for o in notes)
+    assert any('accuracy 85.00 %' in o and 'larger than chance' in o for o in notes)
     assert '90.00 % (88.0 – 91.7)' in repr(report(Says(900), data=(x,y), repeats=6))
 
 # --- data without labels, and labels that are no classes
@@ -378,12 +378,12 @@ def test_pixels_are_not_samples():
     x = torch.linspace(0, 1, 30)[:,None,None,None].expand(30,1,8,8)  # an image is right as a whole
     rep = quick(Says(.5), Says(.2), (x, torch.zeros(30,8,8, dtype=torch.long)))
     assert rep.of.tolist()==[1920]*2 and rep.right.tolist()==[15*64,24*64] and rep.accuracy_low['before']==pytest.approx(100*wilson(15,30)[0]) and 'on 1,920 labels of 30 samples' in rep.attrs['about']
-    assert any('before has more right answers than the other on 0 of 30 samples, after on 9' in o for o in rep.notes)
+    assert any('before has more correct answers than the other on 0 of 30 samples, after on 9' in o for o in rep.notes)
 
 def test_labels_that_no_class_has():
     y = torch.randint(0, 4, (40,))
     y[:3] = 255
-    assert '3 of 40 labels are no class of the model, so no answer to them is right' in quick(net(), (IMAGES[:40],y)).notes
+    assert '3 of 40 labels are no class of the model, so no answer to them is correct' in quick(net(), (IMAGES[:40],y)).notes
 
 def test_correct_has_to_say_which():
     for correct in (lambda out, y: (out.argmax(1)==y).float().mean(), lambda out, y: 1, lambda out, y: out.argmax(1)):

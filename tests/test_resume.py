@@ -189,7 +189,7 @@ def test_others_read_the_file(tmp_path):
 
 def test_nothing_known_is_told(tmp_path):
     learn = learner(tmp_path)
-    with pytest.warns(UserWarning, match='at epoch 1, and nothing is known of what SparsifyCallback did before'): fit(learn, 2, SparsifyCallback(50), start_epoch=1)
+    with pytest.warns(UserWarning, match='at epoch 1, but the earlier state of SparsifyCallback is not known'): fit(learn, 2, SparsifyCallback(50), start_epoch=1)
     fit(learn, 2, RegularizationCallback('filter'), start_epoch=1)  # which has nothing to know
 
 def test_a_state_of_something_else_is_refused(tmp_path):
@@ -389,6 +389,6 @@ def test_a_student_that_drops(tmp_path, n):
     b.load('h')
     torch.set_rng_state(kept['rng'])
     with warnings.catch_warnings():
-        warnings.filterwarnings('error', message='.*nothing is known of what')
+        warnings.filterwarnings('error', message='.*is not known')
         fit(b, 4, [cb()], start_epoch=2)
     assert same(a.model, b.model)

@@ -90,7 +90,7 @@ def test_ignored():
     Sparsifier(sparse, 'weight', 'global', 'large_final', layer_type=nn.Linear).sparsify_model(90)
     KMeansQuantizer(3).quantize(shared)
     rep = report(dict(sparse=sparse, shared=shared), example_inputs=torch.randn(2,64), runtimes=['onnx'], repeats=6)
-    assert [o.partition(':')[0] for o in told(rep, 'take as much time and room as other numbers, whatever the runtime')]==['sparse']
+    assert [o.partition(':')[0] for o in told(rep, 'take as much time and memory as other numbers, whatever the runtime')]==['sparse']
     assert [o.partition(':')[0] for o in told(rep, 'have few values')]==['shared']
 
 @pytest.mark.parametrize('asked, said', [('onxx', "'onnx'"), (True, 'True'), ([None], 'None'), (5, 'eager, compile'), ([], 'different names'), (['onnx','onnx'], 'different names'), (['eager','tensorrt'], 'tensorrt')])

@@ -93,7 +93,7 @@ def test_data_that_come_once(net, tmp_path):
     res = ship(net, (X[i:i+16] for i in range(0, 160, 16)), tmp_path/'a.onnx', samples=64, for_='bytes', **quick)
     assert res.file.quantized
 
-@pytest.mark.parametrize('how, said', [(dict(for_='speed'), 'for_ is one of'), (dict(finetune=print), 'prune='), (dict(may_lose=-1), 'percentage points'), (dict(may_lose=True), 'percentage points'),
+@pytest.mark.parametrize('how, said', [(dict(for_='speed'), 'for_ must be one of'), (dict(finetune=print), 'prune='), (dict(may_lose=-1), 'percentage points'), (dict(may_lose=True), 'percentage points'),
     (dict(prune='half'), 'prun'), (dict(prune=dict(pruning_ratios=50)), 'pruning_ratios'), (dict(data=[]), 'no batches'), (dict(samples=0), 'samples'), (dict(path='/nowhere/a.onnx'), 'no folder'),
     (dict(prune=150), '150'), (dict(prune=dict(latency='half')), 'latency'), (dict(prune={'first':50}), 'no layer'), (dict(path=[(X,Y)]), 'valid='), (dict(path='/'), 'directory'), (dict(prune=50, finetune=3), 'function'),
     (dict(correct='yes'), 'function'), (dict(valid=[]), 'valid has no batches'), (dict(model=make().to('meta')), 'meta device'), (dict(threads=0), 'threads'), (dict(data='/images'), 'batches'),
@@ -207,7 +207,7 @@ def test_finetune_may_return_another(net):
     assert new is tuned[0].module and not new.training
 
 def test_outputs_that_are_no_numbers(tmp_path):
-    with pytest.raises(ValueError, match='nothing can be judged'): ship(nn.Linear(8, 1), torch.full((4,8), torch.nan), tmp_path/'a.onnx', **quick)
+    with pytest.raises(ValueError, match='cannot be used to judge'): ship(nn.Linear(8, 1), torch.full((4,8), torch.nan), tmp_path/'a.onnx', **quick)
     assert not list(tmp_path.iterdir())
 
 class Both(nn.Module):
@@ -226,7 +226,7 @@ def test_several_inputs(tmp_path):
 
 def test_what_is_not_finite(net, tmp_path):
     "Nan is no answer: data that give nothing else are refused, and weights that hold some are told"
-    with pytest.raises(ValueError, match='no finite numbers'): _Road(net, X[:1], [(X[:8],)], X[:8]*float('nan'), 'bytes', 1, most_likely, 1, tmp_path)
+    with pytest.raises(ValueError, match='are not finite'): _Road(net, X[:1], [(X[:8],)], X[:8]*float('nan'), 'bytes', 1, most_likely, 1, tmp_path)
     bad = copy.deepcopy(net)
     bad[0].weight.data[0,0] = float('nan')
     found = answers(net, bad, data=(X[:20],Y[:20]), progress=False)

@@ -88,7 +88,7 @@ def test_told(tmp_path):
     with pytest.raises(ValueError, match='SparsifyCallback holds masks of weights, whose shapes PruneCallback changes'): trainer(bert(), tmp_path, [SparsifyCallback(50, **LINEAR), PruneCallback(50)]).train()
     with pytest.raises(ValueError, match='no PruneCallback has written'): cut_like(bert(), tmp_path)
     trainer(bert(), tmp_path, [], save_strategy='epoch').train()
-    with pytest.warns(UserWarning, match='goes on after step 10, and nothing is known of what SparsifyCallback did before'):
+    with pytest.warns(UserWarning, match='continues after step 10, but the earlier state of SparsifyCallback is not known'):
         trainer(bert(), tmp_path, [SparsifyCallback(50, **LINEAR)]).train(resume_from_checkpoint=str(tmp_path/'checkpoint-10'))
     class Early(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs): control.should_training_stop = state.global_step==7
@@ -144,7 +144,7 @@ def test_interrupted(tmp_path):
 
 def test_told_at_the_start(tmp_path):
     t = trainer(bert(), tmp_path, [SparsifyCallback(50, **LINEAR)], eval_strategy='epoch', save_strategy='epoch', load_best_model_at_end=True, eval_dataset=DATA)
-    with pytest.warns(UserWarning, match='load_best_model_at_end may bring back an earlier model'): t.train()
+    with pytest.warns(UserWarning, match='load_best_model_at_end may load an earlier model'): t.train()
     with pytest.raises(TypeError, match=r'distill is a technique, Distill\(teacher\), not BertForSequenceClassification'): DistillationTrainer(bert(), distill=teacher())
     with pytest.raises(TypeError, match='takes the model first, not'): cut_like(str(tmp_path), bert())
 
@@ -213,7 +213,7 @@ def test_added_in_the_middle_of_a_training(tmp_path, make, event):
         if cb not in t.callback_handler.callbacks: t.add_callback(cb)
     setattr(Adds, event, add)
     t = trainer(bert(), tmp_path, [Adds()])
-    with pytest.raises(RuntimeError, match=f'{type(cb).__name__} was added in the middle of a training, and has to be there when it begins'): t.train()
+    with pytest.raises(RuntimeError, match=f'{type(cb).__name__} was added in the middle of a training, but must be there when it begins'): t.train()
 
 @pytest.mark.parametrize('how', KD)
 def test_a_student_that_is_compiled(how, tmp_path):

@@ -371,7 +371,7 @@ def test_the_right_spelling():
     with pytest.raises(ValueError, match='did you mean .stem'): Pruner(fresh(Images), {'steem':30})
     for t,said in (('Linear','nn.Linear'), ((nn.Linear,'Conv2d'),'nn.Conv2d'), ('Lin','as nn.Conv2d'), (nn.Linear(2,2),'its type, Linear'), (3,'as nn.Conv2d')):
         for use in (lambda **kw: Pruner(m, 30, **kw), lambda **kw: PruneCallback(30, **kw)):
-            with pytest.raises(ValueError, match=f'(?s)layer_type is a type.*{said}'): use(layer_type=t)
+            with pytest.raises(ValueError, match=f'(?s)layer_type must be a type.*{said}'): use(layer_type=t)
     Pruner(m, 50, ignored_layers=None, example_inputs=torch.randn(2,3)).prune_model()
     assert m[0].out_features==4
 
@@ -550,7 +550,7 @@ def test_hooks_that_cannot_be_told_are_named():
     seen = []
     def keeps_sums(m, args, out): seen.append(out.cumsum(1))
     m.m.stem.register_forward_hook(keeps_sums)
-    with pytest.warns(UserWarning, match=r'(?s)did not go.*could not be told.*keeps_sums on m.stem'): Pruner().prune_model(m, torch.ones(2,3,9,9))
+    with pytest.warns(UserWarning, match=r'(?s)were not removed.*not known whether.*keeps_sums on m.stem'): Pruner().prune_model(m, torch.ones(2,3,9,9))
 
 def test_hooks_are_run_only_if_there_are_some():
     m,runs = fresh(Images),[]
@@ -705,10 +705,10 @@ def test_zeros_that_stay():
     with torch.no_grad(): m[0].weight[:3] = m[0].bias[:3] = 0
     text,small = said(lambda: (p := Pruner()).prune_model(m, V) and p)
     assert small.left==[dict(layer='0', channels=8, dead=3, removed=0, why=small.left[0]['why'])] and 'pass_on' in small.left[0]['why']
-    assert '3 did not go: 3 in 0: ' in text and 'pass_on' in text and ' 1' in text
+    assert '3 were not removed: 3 in 0: ' in text and 'pass_on' in text and ' 1' in text
     with torch.no_grad(): m[4].weight[:2] = m[4].bias[:2] = 0
     text,p = said(lambda: (p := Pruner()).prune_model(m, V) and p)
-    assert [o['layer'] for o in p.left]==['0'] and '3 did not go' in text
+    assert [o['layer'] for o in p.left]==['0'] and '3 were not removed' in text
     m[1] = nn.ReLU()
     text,p = said(lambda: (p := Pruner()).prune_model(m, V) and p)
     assert not text and not p.left
@@ -720,7 +720,7 @@ def test_why_zeros_are_alive():
     assert 'tied to channels of deep that are not zero' in text and p.left==[dict(layer='stem', channels=6, dead=1, removed=0, why=p.left[0]['why'])]
     m = nn.Sequential(conv(3,6), conv(6,6))
     with torch.no_grad(): m[0].weight[2] = 0
-    assert '0.bias makes constants of them' in said(lambda: Pruner().prune_model(m, Images.x))[0]
+    assert '0.bias turns them into constants' in said(lambda: Pruner().prune_model(m, Images.x))[0]
     m = nn.Sequential(nn.Linear(8,6), nn.LayerNorm(6), nn.Linear(6,3))
     with torch.no_grad(): m[0].weight[2] = m[0].bias[2] = 0
     assert 'takes all channels together' in said(lambda: Pruner().prune_model(m, V))[0]
@@ -745,7 +745,7 @@ def test_pruned_recurrent_layers(rows):
 def test_less_than_asked():
     text,p = said(lambda: (p := Pruner(chain(0, 2), 50, example_inputs=V)).prune_model() and p)
     assert [(o['layer'],o['channels'],o['dead'],o['removed']) for o in p.left]==[('0',8,4,0),('4',8,4,0)]
-    assert 'of the 16 channels that pruning_ratio 50 asks for, 8 did not go' in text and text.count('pass_on')==2
+    assert 'of the 16 channels that pruning_ratio 50 asks for, 8 were not removed' in text and text.count('pass_on')==2
     assert '0 kept all channels: ' in text and '4 kept all channels: ' in text
     assert 'output' not in text and 'layer_type' not in text
     assert [o.out_features for o in p.model if isinstance(o, nn.Linear)]==[8,4,8,4,2]

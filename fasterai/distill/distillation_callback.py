@@ -21,18 +21,6 @@ from .losses import loss_needs, meaning_of, takes_classes
 from .training import Distill
 from ..legacy import warn_once
 
-# %% ../../nbs/distill/04_distillation_callback.ipynb #034c1d4a
-def _plain(o): return o.as_subclass(Tensor) if isinstance(o, Tensor) else o
-
-def _columns(losses, taken): # By name; columns that are there
-    "The column of each loss, and of the task's unless it is there already: another teacher's losses get a number"
-    res = {} if 'task' in taken else dict(task='task')
-    for o in losses:
-        name,n = o,1
-        while name in (*taken,*res.values()): n,name = n+1,f'{o}_{n+1}'
-        res[o] = name
-    return res
-
 # %% ../../nbs/distill/04_distillation_callback.ipynb #9ddba258
 class KnowledgeDistillationCallback(TechniqueCallback, technique=Distill):
     searches,columns,answers = True,(),()
@@ -45,7 +33,7 @@ class KnowledgeDistillationCallback(TechniqueCallback, technique=Distill):
         add_columns(self.learn, *self.columns.values())
 
     def _mix_handler(self):
-        "A callback that mixes samples in the loss function, whose place it takes, if there is one"
+        "The callback that mixes samples in the loss function, and replaces that function, if there is one"
         return next((o for o in self.learn.cbs if isinstance(o, MixHandler) and getattr(o, 'stack_y', False)), None)
 
     def _task_loss(self):
@@ -61,15 +49,15 @@ class KnowledgeDistillationCallback(TechniqueCallback, technique=Distill):
         self._reset()
 
     def _reset(self):
-        "The teacher forgets earlier batches whenever the model does"
+        "Reset the teacher's memory of earlier batches whenever the model's is reset"
         if any(isinstance(o, ModelResetter) for o in self.learn.cbs): self.distiller.reset()
 
     def _watching(self):
-        "The callbacks of teachers, of which a fit may have several, that take part in this one"
+        "The teachers' callbacks that take part in this fit, which may have several"
         return [o for o in self.learn.cbs if isinstance(o, KnowledgeDistillationCallback) and o.busy]
 
     def _watched_batch(self):
-        "A batch, in which all teachers see what the model makes of it"
+        "A batch, in which all teachers see the same answer of the model"
         ours = self._watching() if self.training else []
         for o in ours: o._get_ready()
         with ExitStack() as stack:
@@ -78,11 +66,11 @@ class KnowledgeDistillationCallback(TechniqueCallback, technique=Distill):
 
     @contextmanager
     def _watch(self):
-        "Watch the layers that are compared, and in the first batch what the model answers, until it has"
+        "Observe the layers that are compared, and in the first batch the model's answer, until it has answered"
         with ExitStack() as self.stack:
             if self.distiller.given: self.stack.enter_context(self.distiller.watch(self.model))
             self.answers = []
-            if not self.located and getattr(self.model, '_compiled_call_impl', None) is None:  # code that is compiled would keep the hook
+            if not self.located and getattr(self.model, '_compiled_call_impl', None) is None:  # compiled code would keep the hook
                 handle = self.model.register_forward_hook(lambda m, args, out: self.answers.append(out))
                 self.stack.callback(handle.remove)
             yield
@@ -94,17 +82,17 @@ class KnowledgeDistillationCallback(TechniqueCallback, technique=Distill):
         self.technique.get_ready(*(_plain(o)[:2] if isinstance(o, Tensor) else o for o in self.xb))
 
     def _check_meaning(self):
-        "Before the first batch: if the loss function does not say what outputs are, have the model answer, and look at the labels"
+        "Before the first batch: if the loss function does not say what outputs are, run the model, and look at the labels"
         losses,kind = self.distiller.losses,meaning_of(self._task_loss())
         if kind or not any(takes_classes(f) for f in losses.values()): return
         with untouched(self.model): answer = call_with(innermost(self.model), tuple(self.xb))
         try: shape = meant(answer, output=self.distiller.output).shape
-        except TypeError: return  # several tensors, of which the learner's loss function or a callback picks one
+        except TypeError: return  # several tensors; the learner's loss function or a callback picks one
         yb = [_plain(o) for o in self.yb]
         self.distiller.check_meaning(None, yb[0] if len(yb)==1 else None, shape, self._axis())
 
     def _target(self):
-        "Labels as the losses see them: probabilities of the classes where two samples are mixed in the loss function"
+        "Labels as the losses see them: probabilities of the classes if the loss function mixes two samples"
         if not any('target' in loss_needs(f) for f in self.distiller.losses.values()): return None
         yb = apply(_plain, tuple(self.yb))
         mix = self._mix_handler()
@@ -123,7 +111,7 @@ class KnowledgeDistillationCallback(TechniqueCallback, technique=Distill):
     def _pct(self): return self.progress[0]/self.progress[1]
 
     def _axis(self):
-        "The axis of the classes that fastai's losses know: 1 for masks, the last one for words"
+        "The axis of the classes that fastai's losses use: 1 for masks, the last one for words"
         axis = getattr(self.learn.loss_func, 'axis', None)
         return axis if isinstance(axis, int) else None
 
@@ -138,7 +126,7 @@ class KnowledgeDistillationCallback(TechniqueCallback, technique=Distill):
         if self.busy and hasattr(self.learn, 'recorder'): self.recorder.log += L([self.technique.mean(o) for o in self.columns])
 
     def _leave(self, ended=False):
-        "Nothing stays with the learner"
+        "Leave nothing in the learner"
         finding = hasattr(self.learn, 'lr_finder')
         super()._leave(ended)
         if finding: self.distiller.adapters = self.before
@@ -150,10 +138,22 @@ class KnowledgeDistillationCallback(TechniqueCallback, technique=Distill):
 
     def __getstate__(self): return {k:v for k,v in super().__getstate__().items() if k not in ('stack','answers','before')}
 
+# %% ../../nbs/distill/04_distillation_callback.ipynb #034c1d4a
+def _plain(o): return o.as_subclass(Tensor) if isinstance(o, Tensor) else o
+
+def _columns(losses, taken): # Losses by name; columns that exist
+    "The column of each loss, and of the task's loss unless it exists already: the losses of another teacher get a number"
+    res = {} if 'task' in taken else dict(task='task')
+    for o in losses:
+        name,n = o,1
+        while name in (*taken,*res.values()): n,name = n+1,f'{o}_{n+1}'
+        res[o] = name
+    return res
+
 # %% ../../nbs/distill/04_distillation_callback.ipynb #db18413a
 def KnowledgeDistillation(
-    student, # The learner that is to learn; the callback meets it in the fit
-    teacher, # The learner, or module, that it learns from
+    student, # Learner that is trained; its fit uses the callback
+    teacher, # Learner, or module, that it learns from
 ):
     "Earlier name of `KnowledgeDistillationCallback(teacher)`"
     warn_once('KnowledgeDistillation(student, teacher)', 'KnowledgeDistillationCallback(teacher)')

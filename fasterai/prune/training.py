@@ -20,25 +20,25 @@ from ..legacy import old_arguments
 
 # %% ../../nbs/prune/02_training.ipynb #6888225b
 class Prune(Technique):
-    """Remove channels while training: `schedule` says how many, a `Pruner` says which. What cannot go is told once, and is in
-    `left`: a row for each `layer`, with its number of `channels`, how many are asked for (`dead`), how many were `removed`, and `why`
-    not all"""
+    """Remove channels while training: `schedule` says how many, a `Pruner` says which. A warning tells once which channels could not be removed, and `left`
+    lists them: a row for each `layer`, with its number of `channels`, how many are asked for (`dead`), how many were `removed`, and `why`
+    the others were not"""
     name,column,resizes,remembers,takes = 'prune','pruned',True,True,True
     parts = 'pruner.','pace.'
-    shown = dict(pruner='What removes channels, in training and after it', left='What could not go: a row for each layer')
+    shown = dict(pruner='The `Pruner`, in training and after it', left='The channels that could not be removed: a row for each layer')
     pruner = next = pace = None
     @old_arguments
     def __init__(self,
-        pruning_ratio, # Percentage of the original channels at the end, or a dict of them: see `Pruner`
-        schedule='agp', # When: a `Schedule`, a function f(start, end, pos), or a name of `schedules`; it may not fall
-        context='local', # Where: see `Pruner`
-        criteria='large_final', # What: see `Pruner`
-        round_to:int|None=None, # Keep a multiple of so many channels
-        ignored_layers=(), # Layers, or their names, whose outputs stay
-        layer_type=None, # Type of layer, or a tuple of types, that all makers of a channel have to be of; by default any
-        n_updates:int=10, # Most cuts
-        example_inputs=None, # Inputs to follow channels with, by default two of the validation set
-        unit:str|None=None, # Of `pruning_ratio`: 'percent' or 'fraction'; by default percent, and a float up to 1, which may be either, is refused
+        pruning_ratio, # Percentage of the original channels to remove by the end, or a dict of percentages: see `Pruner`
+        schedule='agp', # How the ratio rises: a `Schedule`, a function f(start, end, pos), or a name of `schedules`; it may not fall
+        context='local', # How layers share the ratio: see `Pruner`
+        criteria='large_final', # Importance of a weight: see `Pruner`
+        round_to:int|None=None, # Keep a multiple of this number of channels
+        ignored_layers=(), # Layers, or their names, whose outputs keep all channels
+        layer_type=None, # Type of layer, or a tuple of types, that all layers that make a channel must have; by default any
+        n_updates:int=10, # Largest number of cuts
+        example_inputs=None, # Inputs that show how channels are connected, by default two of the validation set
+        unit:str|None=None, # Unit of `pruning_ratio`: 'percent' or 'fraction'; by default percent, and a float up to 1 is refused because it may be either
     ):
         self.schedule,self.n_updates,self.inputs = schedule_of(schedule),check_updates(n_updates),example_inputs
         self.ratio,self.left = in_percent('pruning_ratio', pruning_ratio, unit),[]
@@ -59,7 +59,7 @@ class Prune(Technique):
             if both := sorted(pruner.asked & o.pruner.asked):
                 raise ValueError(f'two of {self.title} remove channels of {", ".join(both[:5])}: give one of them all layers, as a dict of ratios')
             if remembers := next((p for p in (pruner, o.pruner) if p.about.kept), None):
-                raise ValueError(f'criteria {remembers.criteria.__name__!r} remembers weights, which another {self.title} would change the shapes of: give one of them all layers, as a dict of ratios')
+                raise ValueError(f'criteria {remembers.criteria.__name__!r} keeps earlier weights, whose shapes another {self.title} would change: give one of them all layers, as a dict of ratios')
 
     def begin(self, training):
         if self.next is None: self.check(training)
