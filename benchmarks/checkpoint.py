@@ -3,7 +3,7 @@
 16 shards of matrices as a Llama has them, in bfloat16 and in float32; 50 % of all weights together, and 2:4. Before each run, what the system keeps of the files is dropped where that is allowed (Linux, root), and some seconds
 pass, so that a virtual machine has given its free memory back: whoever begins sooner would be faster. Twice the size has to be free on the disk.
 
-    python benchmarks/checkpoint.py [gigabytes] [folder] [turns] [threads]      default: 8, a temporary folder, 2, 2. Linux
+    python benchmarks/checkpoint.py [gigabytes] [folder] [turns] [threads] [dtype]      default: 8, a temporary folder, 2, 2, both. Linux
 """
 import json, os, re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -76,10 +76,10 @@ def compare(folder, dtype, turns, threads):
 if __name__=='__main__':
     if sys.argv[1:2]==['--one']: one(*sys.argv[2:])
     else:
-        gigabytes,folder,turns,threads = [*sys.argv[1:], *[8,None,2,2][len(sys.argv)-1:]]
+        gigabytes,folder,turns,threads,*dtypes = [*sys.argv[1:], *[8,None,2,2][len(sys.argv)-1:]]
         folder = Path(tempfile.mkdtemp(dir=folder))
         try:
-            for dtype in (torch.bfloat16,torch.float32):
+            for dtype in [getattr(torch, o) for o in dtypes or ('bfloat16','float32')]:
                 make(folder/'source', float(gigabytes)*1e9, dtype)
                 compare(folder, dtype, int(turns), int(threads))
                 shutil.rmtree(folder/'source')
