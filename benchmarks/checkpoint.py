@@ -1,9 +1,9 @@
 """A checkpoint that is made on the spot, sparsified without a model, beside `cp -r` of the same folder, in turn: speed, and memory beside the largest tensor.
 
-16 shards of matrices as a Llama has them, in bfloat16 and in float32; 50 % of all weights together, and 2:4. Before each run, what the system keeps of the files is dropped where that is allowed (Linux, root), and some seconds
+16 shards of matrices as a Llama has them, in bfloat16 and in float32; 50 % of all weights together, and 2:4. The last sparse one is compressed, and comes back. Before each run, what the system keeps of the files is dropped where that is allowed (Linux, root), and some seconds
 pass, so that a virtual machine has given its free memory back: whoever begins sooner would be faster. Twice the size has to be free on the disk.
 
-    python benchmarks/checkpoint.py [gigabytes] [folder] [turns] [threads]      default: 8, a temporary folder, 2, 2. Linux
+    python benchmarks/checkpoint.py [gigabytes] [folder] [turns] [threads] [dtype]      default: 8, a temporary folder, 2, 2, both. Linux
 """
 import json, os, re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -45,41 +45,55 @@ def settle():
 
 def one(source, target, granularity, context, threads):
     "In a process of its own: seconds, peak of memory and what of that was there before, zeros"
+    from fasterai.quantize.checkpoint import compress_checkpoint, decompress_checkpoint
     from fasterai.sparse.checkpoint import sparsify_checkpoint
     import pandas
     def peak(): return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])*1024  # ru_maxrss begins with that of the process that called
     before,start = peak(),time.perf_counter()
-    table = sparsify_checkpoint(source, target, 50, granularity, context, threads=int(threads), progress=False)
-    print(json.dumps([time.perf_counter()-start, peak(), before, float(100*table.zeros.sum()/table.weights.sum()), int(table.weights.max())]))
+    if granularity=='compress': compress_checkpoint(source, target, progress=False)
+    elif granularity=='decompress': decompress_checkpoint(source, target, progress=False)
+    else: table = sparsify_checkpoint(source, target, 50, granularity, context, threads=int(threads), progress=False)
+    told = [float(100*table.zeros.sum()/table.weights.sum())] if context else []
+    print(json.dumps([time.perf_counter()-start, peak(), before, *told]))
 
 def timed(command):
     start = time.perf_counter()
     subprocess.run(command, check=True)
     return time.perf_counter()-start
 
+def measured(source, target, *how):
+    "Seconds, a text of memory, and what else is told"
+    done = subprocess.run([sys.executable,__file__,'--one',source,target,*map(str, how)], check=True, capture_output=True, text=True)
+    s,peak,before,*told = json.loads(done.stdout)
+    return s,f'memory {(peak-before)/2**20:.0f} MiB above the {before/2**20:.0f} before it began; load {os.getloadavg()[0]:.1f}',*told
+
 def compare(folder, dtype, turns, threads):
     source,target = folder/'source',folder/'target'
-    size,width = sum(o.stat().st_size for o in source.iterdir()),dtype.itemsize
+    size,largest = sum(o.stat().st_size for o in source.iterdir()),INNER*HIDDEN*dtype.itemsize
     for _ in range(turns):
         settle()
         copied = timed(['cp','-r',source,target])
         shutil.rmtree(target)
-        print(f'{dtype}, {size/1e9:.1f} GB: cp {copied:.1f} s, {size/copied/1e6:.0f} MB/s; load {os.getloadavg()[0]:.1f}', flush=True)
+        print(f'{dtype}, {size/1e9:.1f} GB: cp {copied:.1f} s, {size/copied/1e6:.0f} MB/s; largest tensor {largest/2**20:.0f} MiB; load {os.getloadavg()[0]:.1f}', flush=True)
         for name,how in HOW.items():
+            shutil.rmtree(target, ignore_errors=True)
             settle()
-            done = subprocess.run([sys.executable,__file__,'--one',source,target,*how,str(threads)], check=True, capture_output=True, text=True)
-            s,peak,before,zeros,most = json.loads(done.stdout)
-            shutil.rmtree(target)
-            print(f'  {name}: {s:.1f} s, {size/s/1e6:.0f} MB/s, ×{copied/s:.2f} of the speed of cp; {zeros:.2f} % zeros; memory {peak/2**20:.0f} MiB, of which {before/2**20:.0f} before it began; '
-                f'largest tensor {most*width/2**20:.0f} MiB; load {os.getloadavg()[0]:.1f}', flush=True)
+            s,told,zeros = measured(source, target, *how, threads)
+            print(f'  {name}: {s:.1f} s, {size/s/1e6:.0f} MB/s, ×{copied/s:.2f} of the speed of cp; {zeros:.2f} % zeros; {told}', flush=True)
+        for name,a,b in (('compress',target,folder/'small'),('decompress',folder/'small',folder/'back')):
+            settle()
+            s,told = measured(a, b, name, '', threads)
+            packed = sum(o.stat().st_size for o in (folder/'small').iterdir())
+            print(f'  {name}: {s:.1f} s, {size/s/1e6:.0f} MB/s; {size/packed:.2f} times smaller; {told}', flush=True)
+        for o in ('target','small','back'): shutil.rmtree(folder/o)
 
 if __name__=='__main__':
     if sys.argv[1:2]==['--one']: one(*sys.argv[2:])
     else:
-        gigabytes,folder,turns,threads = [*sys.argv[1:], *[8,None,2,2][len(sys.argv)-1:]]
+        gigabytes,folder,turns,threads,*dtypes = [*sys.argv[1:], *[8,None,2,2][len(sys.argv)-1:]]
         folder = Path(tempfile.mkdtemp(dir=folder))
         try:
-            for dtype in (torch.bfloat16,torch.float32):
+            for dtype in [getattr(torch, o) for o in dtypes or ('bfloat16','float32')]:
                 make(folder/'source', float(gigabytes)*1e9, dtype)
                 compare(folder, dtype, int(turns), int(threads))
                 shutil.rmtree(folder/'source')

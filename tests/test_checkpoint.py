@@ -108,7 +108,7 @@ def test_equals(rows, sparsity, context, dtype, threads, tmp_path_factory):
     model = nn.Sequential(*[nn.Linear(len(r), 1, bias=False) for r in rows]).to(dtype)
     with torch.no_grad():
         for layer,r in zip(model, rows): layer.weight.copy_(torch.tensor([r]))
-    if 0<sparsity<1: sparsity = 0
+    if 0<sparsity<=1: sparsity = 0
     put(model.state_dict(), tmp_path/'source', min(2, len(rows)))
     table = sparsify_checkpoint(tmp_path/'source', tmp_path/'target', sparsity, 'weight', context, threads=threads)
     Sparsifier(model, 'weight', context, layer_type=nn.Linear).sparsify_model(sparsity)

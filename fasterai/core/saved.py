@@ -72,7 +72,7 @@ def _told(file):
     if file.kind=='pruned' and file.version<3: table = _of_first_versions(file, table['fasterai.pruned'])
     elif file.kind in ('plain','foreign'): raise FileError(f'{file.path} was not written by save_pruned or save_compressed: it tells nothing of how a network was made')
     elif file.kind not in MODELS: raise FileError(f'{file.path} was not written by save_pruned or save_compressed: it is of kind {file.kind!r}')
-    if more := table.keys()-{'plan','tied','last'}: raise file.damaged(f'it tells {min(more)[:80]!r}, which is not known')
+    if more := table.keys()-{'plan','tied','last','header'}: raise file.damaged(f'it tells {min(more)[:80]!r}, which is not known')
     return checked_plan(table['plan']) if 'plan' in table else {},table.get('tied', {}),table.get('last')
 
 def _of_first_versions(file, text):

@@ -6,18 +6,19 @@
 __all__ = []
 
 # %% ../../nbs/core/27_shards.ipynb #8a1e1754
-import errno, json, math, os, shutil, threading, zlib
+import ctypes, errno, json, math, os, shutil, threading, zlib
 from collections import deque
 from contextlib import ExitStack, closing
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 import numpy as np
 
 # %% ../../nbs/core/27_shards.ipynb #44568ad4
 SIZES = dict(F64=8, I64=8, U64=8, C64=8, F32=4, I32=4, U32=4, F16=2, BF16=2, I16=2, U16=2, F8_E4M3=1, F8_E5M2=1, F8_E4M3FNUZ=1, F8_E5M2FNUZ=1, F8_E8M0=1, I8=1, U8=1, BOOL=1) # bytes of an element
-_LONGEST = 100_000_000 # bytes of a header that the format allows
+LONGEST = 100_000_000 # bytes of a header that the format allows
 
 @dataclass(frozen=True)
 class Stored:
@@ -29,23 +30,31 @@ class Stored:
     start:int # Place of its first byte in the file
     size:int # In bytes
 
-def _header(path, size):
-    "The header of a safetensors file and the place where it ends"
+def header_of(path): # Safetensors file
+    "Its header, as bytes"
+    size = os.path.getsize(path)
     with open(path, 'rb') as f:
         n = int.from_bytes(f.read(8), 'little')
-        if size<8 or n>min(_LONGEST, size-8): raise ValueError(f'{path} is no safetensors file, or a part of one')
-        try: found = json.loads(f.read(n))
-        except ValueError: raise ValueError(f'{path} is no safetensors file: its header is no JSON') from None
-    if not isinstance(found, dict): raise ValueError(f'{path} is no safetensors file: its header is no dict')
-    return found,8+n
+        if size<8 or n>min(LONGEST, size-8): raise ValueError(f'{path} is no safetensors file, or a part of one')
+        return f.read(n)
 
 def tensors_in(path, file=''): # Safetensors file, what to call it
     "The `Stored` tensors of a file, in the order of their places, and what its `__metadata__` says; `ValueError` if places do not fit"
+    found,about,end = tensors_of(header_of(path), path, file)
     size = os.path.getsize(path)
-    header,at = _header(path, size)
-    about = header.pop('__metadata__', {})
+    if end!=size: raise ValueError(f'{path} is damaged: it has {size:,} bytes, and its header tells of {end:,}')
+    return found,about
+
+def tensors_of(text, path, file=''): # Header, file that it belongs to, what to call that
+    "What `tensors_in` gives, and the size of the file, as a header tells them"
+    try: header = json.loads(text)
+    except ValueError: raise ValueError(f'{path} is no safetensors file: its header is no JSON') from None
+    if not isinstance(header, dict): raise ValueError(f'{path} is no safetensors file: its header is no dict')
+    about,at = header.pop('__metadata__', {}),8+len(text)
+    if not isinstance(about, dict) or any(not isinstance(o, str) for o in about.values()): raise ValueError(f'{path} is no safetensors file: its __metadata__ is no dict of texts')
     def stored(name, dtype, shape, data_offsets):
         begin,end = data_offsets
+        if not isinstance(dtype, str) or any(type(o) is not int or o<0 for o in (*shape,begin,end)): raise ValueError
         return Stored(name, file, dtype, tuple(shape), at+begin, end-begin)
     try: res = sorted([stored(n, **o) for n,o in header.items()], key=lambda o: (o.start, o.size))
     except (TypeError,ValueError): raise ValueError(f'{path} is no safetensors file: its header does not say where tensors lie') from None
@@ -54,23 +63,29 @@ def tensors_in(path, file=''): # Safetensors file, what to call it
         fits = o.size>=0 and (o.dtype not in SIZES or o.size==SIZES[o.dtype]*math.prod(o.shape))
         if o.start!=end or not fits: raise ValueError(f'{path} is damaged: {o.name} is not where it should be')
         end += o.size
-    if end!=size: raise ValueError(f'{path} is damaged: it has {size:,} bytes, and its header tells of {end:,}')
-    return res,about
+    return res,about,end
 
 # %% ../../nbs/core/27_shards.ipynb #8f8fb4e9
 _INDEX,_ENDING = '.safetensors.index.json','.safetensors'
+COMPRESSED = '.compressed' # what follows the name of a shard that was compressed
 
-def _index(path): # Index file
+def _index(path, ending): # Index file, what follows the names of shards that it tells
     "Shard by tensor"
     try: found = json.loads(path.read_text(encoding='utf-8'))['weight_map']
     except (ValueError,KeyError,TypeError): raise ValueError(f'{path} is no index of a checkpoint: it has no weight_map') from None
     for file in found.values():
         if Path(file).name!=file: raise ValueError(f'{path} names the shard {file!r}, which is not beside it')
-        if not (path.parent/file).exists(): raise FileNotFoundError(f'{path} names the shard {file}, which is not there')
+        if not (path.parent/(file+ending)).exists(): raise FileNotFoundError(f'{path} names the shard {file}{ending}, which is not there'+_but_compressed(path.parent/file))
     return found
+
+def _but_compressed(path):
+    "What to do if `path` was compressed"
+    there = path.with_name(path.name+COMPRESSED)
+    return f', but {there.name} is: use decompress_checkpoint first' if there.exists() else ''
 
 class Checkpoint:
     "The tensors of a safetensors file, or of a folder of them"
+    ending = '' # what follows the names of shards that an index tells
     def __init__(self, source): # File; folder; or the index file in it, if it has several
         path = Path(source)
         if not path.exists(): raise FileNotFoundError(f'{path} is not there')
@@ -83,25 +98,31 @@ class Checkpoint:
         if not self.is_file: self.beside = sorted(self._others(), key=lambda o: (o.endswith('.json'), o))  # without a config and an index, half a folder is not taken for a model
 
     def _shards(self, index):
-        files = sorted(o.name for o in self.root.iterdir() if o.name.endswith(_ENDING))
+        files = sorted(o.name for o in self.root.iterdir() if o.name.endswith(_ENDING+self.ending))
         found = sorted(self.root.glob('*'+_INDEX)) if index is None else [index]
         if len(found)>1: raise ValueError(f'{self.root} has {len(found)} checkpoints: pass one of {", ".join(str(o) for o in found)}')
-        if found: files = list(dict.fromkeys(sorted(_index(found[0]).values())))
-        if not files: raise ValueError(self._none())
+        if found: files = [o+self.ending for o in sorted(set(_index(found[0], self.ending).values()))]
+        if not files: raise ValueError(self.none())
         return files
 
-    def _none(self):
+    def none(self):
+        "What to say where no shards are"
         below = sorted({str(o.parent.relative_to(self.root)) for o in self.root.rglob('*'+_ENDING)})
         if below: return f'{self.root} has no safetensors files itself: pass one of its folders {", ".join(below[:5])}'
+        if packed := sorted(self.root.glob('*'+_ENDING+COMPRESSED)): return f'{self.root} has no safetensors files'+_but_compressed(packed[0].with_suffix(''))
         pickled = sorted(o.name for o in self.root.iterdir() if o.suffix in ('.bin','.pt','.pth','.ckpt'))
         return f'{self.root} has no safetensors files' + (f', and {pickled[0]} is no such file: save it with safetensors first' if pickled else '')
 
     def _add(self, file):
-        found,about = tensors_in(self.root/file, file)
+        found,about = self.read(file)
         for o in found:
             if o.name in self.tensors: raise ValueError(f'{o.name} is in {self.tensors[o.name].file} and in {file}: pass one of these files, or an index')
             self.tensors[o.name] = o
         self.aliases |= {k:v for k,v in about.items() if v in {o.name for o in found}}
+
+    def read(self, file): "The tensors of a shard, where they lie in what is written of it, and what its metadata says"; return tensors_in(self.root/file, file)
+    def size(self, file): "Bytes of what is written of `file`, about"; return os.path.getsize(self.root/file)
+    def head(self, file): "Bytes that a new shard begins with, if they are not copied"; return b''
 
     def _others(self):
         for at,_,names in os.walk(self.root, followlinks=True):
@@ -137,6 +158,16 @@ def forget(f, at, size): # File, place, bytes
     "Have the system give away memory in which it keeps a part of a file: what is written next takes that, and needs no new memory"
     if hasattr(os, 'posix_fadvise'): os.posix_fadvise(f.fileno(), at, size, os.POSIX_FADV_DONTNEED)
 
+@cache
+def _trim():
+    "What gives free memory of the C library back, or `None`"
+    try: return ctypes.CDLL(None).malloc_trim
+    except (AttributeError,OSError,TypeError): return None  # only glibc has it
+
+def give_back():
+    "Give memory that is free back to the system: glibc keeps what threads have freed in pieces of up to 32 MB"
+    if _trim(): _trim()(0)
+
 def write_at(f, at, data): # Unbuffered file, place, uint8 array
     "Write all of `data`"
     f.seek(at)
@@ -161,6 +192,13 @@ def copy_part(source, target, at, size, buffers): # Unbuffered files, place, byt
 
 _NO_RANGES = errno.EXDEV,errno.EINVAL,errno.ENOSYS,errno.EOPNOTSUPP,errno.EBADF,errno.EPERM # of file systems that copy no ranges
 
+_THREADS = 4 # at most, if nobody says how many
+
+def checked_threads(given): # `None` for one for each core
+    "How many threads; `ValueError` for what is no number of them"
+    if given is not None and (not isinstance(given, int) or given<1): raise ValueError(f'threads is a whole number, at least 1, not {given!r}')
+    return given or min(_THREADS, os.cpu_count() or 1)
+
 def at_work(f, items, threads): # Function of an item, iterable, how many at a time
     "Results of `f` as they are done, each with its item; items are asked for when they are begun. After an error, what is at work ends, and nothing else begins"
     with ThreadPoolExecutor(threads) as pool:
@@ -172,6 +210,18 @@ def at_work(f, items, threads): # Function of an item, iterable, how many at a t
                     if len(running)>=threads+1: break
                 if not running: return
                 for done in wait(running, return_when=FIRST_COMPLETED).done: yield running.pop(done),done.result()
+        finally:
+            for o in running: o.cancel()
+
+def in_order(f, items, threads): # Function of an item, iterable, how many at a time
+    "Results of `f` in the order of `items`, which are asked for when they are begun"
+    with ThreadPoolExecutor(threads) as pool:
+        running = deque()
+        try:
+            for o in items:
+                running.append(pool.submit(f, o))
+                if len(running)>threads: yield running.popleft().result()
+            while running: yield running.popleft().result()
         finally:
             for o in running: o.cancel()
 
@@ -234,14 +284,15 @@ def _own(f):
 _PART = 2**26 # bytes that are copied in one job
 
 class _Shard:
-    "A file that is being written"
-    def __init__(self, source, path, part, size): # Paths of what is read, of what is written, and of that until it is whole; bytes
-        self.source,self.path,self.part,self.results,self.left = source,path,part,{},None
-        with open(part, 'wb') as f: f.truncate(size)
+    "A file that is being written in parts"
+    def __init__(self, part, size, head): # Where it is until it is whole, bytes, what it begins with
+        self.part,self.results,self.left = part,{},None
+        with open(part, 'wb') as f:
+            f.write(head)
+            f.truncate(size)
 
-def _jobs(tensors, size, wanted):
-    "Tensors that are `wanted`, and between them places and sizes of what is copied"
-    at = 0
+def _jobs(tensors, at, size, wanted):
+    "Tensors that are `wanted`, and between them places and sizes of what is copied, from `at` on"
     for start,end,name in [*((o.start,o.start+o.size,o.name) for o in tensors if o.name in wanted), (size,size,None)]:
         yield from ((i, min(_PART, start-i)) for i in range(at, start, _PART))
         if name is not None: yield name
@@ -253,10 +304,11 @@ class Rewriting:
         checkpoint:Checkpoint, # What is read
         target, # File for a file, folder for a folder: not there, empty, or left by a call that was stopped
         settings:str, # Whatever else decides what is written
+        names:dict={}, # Names of new shards of a folder, where they are others
     ):
         self.of,path = checkpoint,Path(target)
         self.root = path.parent if checkpoint.is_file else path
-        self.names = {checkpoint.files[0]:path.name} if checkpoint.is_file else {}  # by name in the source, if it is another
+        self.names = {checkpoint.files[0]:path.name} if checkpoint.is_file else names
         self.journal_path = self.root/(f'.{path.name}.journal' if checkpoint.is_file else '.rewriting.journal')
         self.settings,self.buffers,self.open,self.made = settings,Buffers(),[],None
         self._check(path)
@@ -271,6 +323,7 @@ class Rewriting:
             return
         if there==source: raise ValueError(f'source and target are the same: {path}')
         if there in source.parents or source in there.parents: raise ValueError(f'target {path} and source {self.of.root} lie inside of each other')
+        if both := sorted({*self.names.values()}&{*self.of.beside}): raise ValueError(f'{self.of.root} has {both[0]} beside, and a shard would be called so: move it away')
         if path.exists() and not path.is_dir(): raise FileExistsError(f'{path} is a file: source is a folder, so name a folder')
         if path.is_dir() and any(path.iterdir()) and not self.journal_path.exists():
             raise FileExistsError(f'{path} has files already: name a folder that is empty, or not there')
@@ -293,7 +346,7 @@ class Rewriting:
 
     def _check_space(self):
         left = [o for o in (*self.of.files,*self.of.beside) if not self.done(o)]
-        need,free = sum(os.path.getsize(self.of.root/o) for o in left),shutil.disk_usage(self.root).free
+        need,free = sum(self.of.size(o) for o in left),shutil.disk_usage(self.root).free
         if need<=free: return
         self._leave(OSError)
         if len(left)==len(self.of.files)+len(self.of.beside): self.journal_path.unlink()
@@ -316,8 +369,8 @@ class Rewriting:
     def _part(self, file): "Where it is until it is whole"; return self.path(file).with_name(f'.{self.path(file).name}.part')
     def done(self, file):
         "Is `file` there already?"
-        return file in self.journal and self.path(file).exists() and self.path(file).stat().st_size==os.path.getsize(self.of.root/file)
-    def results(self, file): "What was said of the tensors of `file`"; return self.journal.facts(file)
+        return file in self.journal and self.path(file).exists() and self.path(file).stat().st_size==self.journal.facts(file)['size']
+    def results(self, file): "What was said of the tensors of `file`"; return self.journal.facts(file)['results']
 
     def n_jobs(self, wanted): # Names of tensors that are filled
         "About how many parts there are to write"
@@ -329,14 +382,15 @@ class Rewriting:
         threads:int, # How many parts at a time
         tick=lambda: None, # Called for each part
     ):
-        "Write all files"
+        "Write all files, shards part by part"
         shards = {}
         def jobs(file):
-            size = os.path.getsize(self.of.root/file)
-            shard = shards[file] = _Shard(self.of.root/file, self.path(file), self._part(file), size)
-            self.open.append(shard.part)
-            found = list(_jobs([o for o in self.of.tensors.values() if o.file==file], size, wanted))
+            size,head = self.of.size(file),self.of.head(file)
+            self.open.append(self._part(file))
+            shard = shards[file] = _Shard(self._part(file), size, head)
+            found = list(_jobs([o for o in self.of.tensors.values() if o.file==file], len(head), size, wanted))
             shard.left = len(found)
+            if not found: self._put(file, {})
             for o in found: yield file,o
         def all_jobs():
             yield from in_turn((jobs(o) for o in self.of.files if not self.done(o)), threads)  # only one at a time can write to a file
@@ -354,24 +408,39 @@ class Rewriting:
                 tick()
                 if part is None: last.append(file)
                 else: self._finish(file, shards[file], part, res)
-        for file in last: self._put(file)
+        for file in last: self._put(file, {})
+
+    def wholes(self,
+        write, # Function of the name of a shard and a path, where it writes the new one; returns what is to be remembered of the tensors
+        tick=lambda: None, # Called for each file that is copied
+    ):
+        "Write all files, shards one after the other, from beginning to end"
+        for file in self.of.files:
+            if self.done(file): continue
+            self.open.append(self._part(file))
+            self._put(file, write(file, self._part(file)))
+        last = [o for o in self.of.beside if not self.done(o)]
+        for file in last:
+            self._copy(file)
+            tick()
+        for file in last: self._put(file, {})
 
     def _finish(self, file, shard, part, res):
         "A part of a shard is there"
         if isinstance(part, str): shard.results[part] = res
         shard.left -= 1
-        if shard.left: return
-        shutil.copymode(shard.source, shard.part)
-        os.replace(shard.part, shard.path)
-        self.open.remove(shard.part)
-        self.journal.put(file, shard.results)
+        if not shard.left: self._put(file, shard.results)
 
     def _copy(self, file):
         part = self._part(file)
         part.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.of.root/file, part)
-        shutil.copymode(self.of.root/file, part)
 
-    def _put(self, file):
-        os.replace(self._part(file), self.path(file))
-        self.journal.put(file, {})
+    def _put(self, file, results):
+        "All of `file` is there, and gets its name"
+        part = self._part(file)
+        shutil.copymode(self.of.root/file, part)
+        size = part.stat().st_size
+        os.replace(part, self.path(file))
+        if part in self.open: self.open.remove(part)
+        self.journal.put(file, dict(size=size, results=results))

@@ -6,7 +6,7 @@
 __all__ = ['sparsify_checkpoint']
 
 # %% ../../nbs/sparse/05_checkpoint.ipynb #23fd01c7
-import fnmatch, hashlib, json, math, mmap, os, re, threading, zlib
+import fnmatch, hashlib, json, math, mmap, re, threading, zlib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
@@ -21,7 +21,7 @@ from ..core.granularity import block, blocks, granularity_name, granularity_of, 
 from ..core.pool import Pool, select_each
 from ..core.running import at_home, with_bar
 from ..core.selection import Scores, _key, counted_kth, in_percent
-from ..core.shards import PIECE, Buffers, Checkpoint, Rewriting, at_work, read_at, write_at
+from ..core.shards import PIECE, Buffers, Checkpoint, Rewriting, at_work, checked_threads, read_at, write_at
 from .sparsifier import check_level, zero_
 
 # %% ../../nbs/sparse/05_checkpoint.ipynb #dfe3c485
@@ -530,8 +530,7 @@ def sparsify_checkpoint(
     checkpoint = Checkpoint(source)
     _check_granularity(granularity)
     context,criteria = context_of(context),_checked_criteria(criteria)
-    if threads is not None and (not isinstance(threads, int) or threads<1): raise ValueError(f'threads is a whole number, at least 1, not {threads!r}')
-    threads = threads or min(4, os.cpu_count() or 1)
+    threads = checked_threads(threads)
     why,of = _left_out(checkpoint, layers),_axes(checkpoint.tensors, axes)
     names = _ordered(checkpoint, [n for n,o in why.items() if not o], order)
     levels = _levels(names, in_percent('sparsity', sparsity, unit), context)
