@@ -366,3 +366,15 @@ def test_parts_of_features_make_up_for_errors(monkeypatch, tmp_path):
         assert res.n_bytes>1600
         with torch.no_grad(): return (small(x)-net(x)).square().mean().item()
     assert error(16)<.8*error(1)
+
+def test_no_zero_has_a_sign(known, tmp_path):
+    "-0.0 is not zero in a file: of a sparse network, inputs that make up for errors leave none"
+    from fasterai.sparse.all import Sparsifier
+    dense,x,_ = known
+    small = deepcopy(dense)
+    Sparsifier(small, 'weight', 'global', layer_type=nn.Linear).sparsify_model(70)
+    zeros = {n:p==0 for n,p in small.named_parameters() if p.dim()>1}
+    compress(small, x, bytes=1500)
+    for n,p in small.named_parameters():
+        assert not p[p==0].signbit().any()
+        if n in zeros: assert not p[zeros[n]].any()
