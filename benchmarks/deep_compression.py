@@ -3,11 +3,13 @@
 For each seed a dense network is trained. It is the start, and the mean of the logits of the seeds' dense networks, on the training images, is what pruned networks
 learn from beside the labels. A second dense network is trained for as many epochs as all stages take together. Accuracy is on the 10,000 test images, of the network
 that is loaded from the file; nothing is chosen by it. The reference is the float32 state dict as safetensors, the file what `save_compressed` writes.
-More than one sparsity or number of bits tells how far it goes: each pair is a row of the table at the end.
+More than one sparsity or number of bits tells how far it goes: each pair is a row of the table at the end. With `--ratio`, `compress` chooses zeros and values for a file so many times smaller, in place
+of k-means, and then the values are trained as those of k-means are.
 
     python benchmarks/deep_compression.py 300 --sparsity 91 94 --bits 4 3
+    python benchmarks/deep_compression.py 300 --sparsity 93 --ratio 65
 """
-import argparse, copy, os, sys, tempfile, time
+import argparse, copy, math, os, sys, tempfile, time
 from functools import partial
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]/'tools'))
@@ -21,9 +23,10 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
-from safetensors.torch import save_file
+from safetensors.torch import save
 from data import best_there_is
 from fasterai.quantize.all import KMeansCallback, compression_report, load_compressed, save_compressed
+from fasterai.quantize.compress import compress
 from fasterai.sparse.all import KeepSparsity, Schedule, SparsifyCallback, agp, large_final, sched_agp
 
 def lenet_300_100(): return nn.Sequential(nn.Flatten(), nn.Linear(784,300), nn.ReLU(), nn.Linear(300,100), nn.ReLU(), nn.Linear(100,10))
@@ -34,6 +37,14 @@ nets = {  # epochs of each stage; sparsity in percent of all weights; bits of th
     '5':   dict(make=lenet_5, dense=8, prune=12, share=4, sparsity=92.5, bits=3)}
 
 def bits_of(linear): return lambda n,p: 5 if p.dim()>2 else linear if p.dim()>1 else 5 if p.numel()>50 else None
+
+def bits_there(n, p):
+    "As many as the values that there are take, so that each is a cluster"
+    return math.ceil(math.log2(max(len(p[p!=0].unique()), 2)))
+
+def plain_bytes(model):
+    "Of the state dict as safetensors"
+    return len(save(model.state_dict()))
 
 class Batches(DataLoader):
     "Batches of rows of tensors"
@@ -57,7 +68,7 @@ def fit(model, data, n, lr, wd, cbs=None):
 def logits(model, x): model.eval(); return torch.cat([model(o) for o in x.split(1000)])
 def accuracy(model, x, y): return 100*(logits(model, x).argmax(1)==y).float().mean().item()
 
-def run(name, seeds, sparsities, bits):
+def run(name, seeds, sparsities, bits, ratios):
     o,(what,(x,y),(vx,vy),_) = nets[name],best_there_is()
     x,y,vx,vy = (torch.from_numpy(t.copy()) for t in (x,y,vx,vy))
     mean,std = x.mean(),x.std()
@@ -66,6 +77,12 @@ def run(name, seeds, sparsities, bits):
     def tell(stage, seed, model, **kwargs):
         rows.append(dict(stage=stage, seed=seed, accuracy=accuracy(model, vx, vy), **kwargs))
         print(f'{what}, {o["make"].__name__},', ', '.join(f'{k} {v:,.2f}' if isinstance(v, float) else f'{k} {v}' for k,v in rows[-1].items()), f'({time.time()-start:.0f} s)', flush=True)
+    def filed(stage, seed, model):
+        with tempfile.TemporaryDirectory() as d:
+            save_compressed(model, f'{d}/small')
+            after = os.path.getsize(f'{d}/small')
+            tell(stage, seed, load_compressed(f'{d}/small', o['make']()), bytes=after, ratio=plain_bytes(model)/after)
+            if seed==seeds[0]: print(compression_report(f'{d}/small').to_string(), flush=True)
     dense = {}
     for s in seeds:
         set_seed(s)
@@ -79,16 +96,17 @@ def run(name, seeds, sparsities, bits):
             pruned = copy.deepcopy(dense[s])
             fit(pruned, (x,y,teacher), o['prune'], 3e-3, .1, SparsifyCallback(sparsity, 'weight', 'global', large_final, Schedule(sched_agp, .05, .8), layer_type=types))
             tell(f'{sparsity:g} % zero', s, pruned)
-            for b in bits or [o['bits']]:
+            def shared(stage, model, bits):
                 set_seed(s)
-                model = copy.deepcopy(pruned)
-                fit(model, (x,y,teacher), o['share'], 5e-4, .1, [cb := KMeansCallback(bits_of(b)), KeepSparsity()])
-                with tempfile.TemporaryDirectory() as d:
-                    save_file(dense[s].state_dict(), f'{d}/dense')
-                    save_compressed(model, f'{d}/small')
-                    before,after = os.path.getsize(f'{d}/dense'),os.path.getsize(f'{d}/small')
-                    tell(f'{sparsity:g} % zero, {b} bits', s, load_compressed(f'{d}/small', o['make']()), bytes=after, ratio=before/after)
-                    if s==seeds[0]: print(cb.quantizer.report().to_string(), compression_report(f'{d}/small').to_string(), sep='\n', flush=True)
+                fit(model, (x,y,teacher), o['share'], 5e-4, .1, [cb := KMeansCallback(bits), KeepSparsity()])
+                filed(stage, s, model)
+                if s==seeds[0]: print(cb.quantizer.report().to_string(), flush=True)
+            for b in bits or ([] if ratios else [o['bits']]): shared(f'{sparsity:g} % zero, {b} bits', copy.deepcopy(pruned), bits_of(b))
+            for ratio in ratios:
+                stage,model = f'{sparsity:g} % zero, ×{ratio:g}',copy.deepcopy(pruned)
+                compress(model, [*x[:4000].split(1000)], bytes=int(plain_bytes(model)/ratio), progress=False)
+                filed(stage, s, model)
+                shared(stage+', trained', model, bits_there)
     for s in seeds:
         set_seed(s)
         long = o['make']()
@@ -102,5 +120,6 @@ if __name__=='__main__':
     p.add_argument('--seeds', type=int, nargs='+', default=[0,1,2])
     p.add_argument('--sparsity', type=float, nargs='+', help='percent of all weights')
     p.add_argument('--bits', type=int, nargs='+', help='of the weights of linear layers')
+    p.add_argument('--ratio', type=float, nargs='+', default=[], help='how many times smaller `compress` makes the file, before values are trained')
     o = p.parse_args()
-    run(o.net, o.seeds, o.sparsity, o.bits)
+    run(o.net, o.seeds, o.sparsity, o.bits, o.ratio)

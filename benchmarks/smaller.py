@@ -1,12 +1,13 @@
 """Smaller at equal answers: bytes of a file whose network answers as the dense one does for 99 % of inputs, by `compress` and `save_compressed`, and by NNCodec (ISO/IEC 15938-17)
 
-    python benchmarks/smaller.py [reader classifier minilm lenet300 lenet5] [--peer PYTHON] [--agreement .99]
+    python benchmarks/smaller.py [reader classifier pitch_tiny pitch minilm lenet300 lenet5] [--peer PYTHON] [--agreement .99]
 
-But for LeNets, nothing is trained, and no label is used. Answers are words that are read, classes, or which of other sentences is nearest; they are compared on inputs that the statistics of `compress` do not come from, and both
-sides choose their price or their step by these. LeNets are pruned ones (see `deep_compression.py`), and keep the dense network's accuracy on 10,000 test images instead. PYTHON is an interpreter of an environment that has
-nncodec 2.1.3; each of its steps (`qp`) is tried, from coarse to fine, with dependent quantization, and parameters that are no weights as fine as its default has them."""
-import argparse, json, os, subprocess, sys, tempfile, time, warnings
+But for LeNets, nothing is trained, and no label is used. Answers are words that are read, classes, pitches, or which of other sentences is nearest; they are compared on inputs that the statistics of `compress` do not come from, and
+both sides choose their price or their step by these. LeNets are pruned ones (see `deep_compression.py`), and keep the dense network's accuracy on 10,000 test images instead. PYTHON is an interpreter of an environment that has
+nncodec 2.1.3; its coarsest step (`qp`) is searched for, with dependent quantization, and parameters that are no weights are as fine as its default has them. Seconds are those of the whole search, on both sides."""
+import argparse, subprocess, sys, tempfile, time, warnings
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
 import pandas as pd
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from fasterai.quantize.compress import compress, top1
-from trained import CHARS, classifier, crops, fetched, reader, words
+from trained import CHARS, classifier, crops, fetched, pitch, reader, tones, words
 
 class Case:
     "A network, inputs that statistics come from, others that answers are compared for, and what an answer is"
@@ -24,9 +25,11 @@ class Case:
     def found(self, model):
         if self.evaluate: return self.evaluate(model)
         return [a for x in self.held for a in (self.answers(model(**x) if isinstance(x, dict) else model(x)))]
+    @cached_property
+    def dense(self): return self.found(self.model)
     def agreement(self, model):
-        if self.evaluate: return self.found(model)/self.found(self.model)
-        pairs = list(zip(self.found(model), self.found(self.model)))
+        if self.evaluate: return self.found(model)/self.dense
+        pairs = list(zip(self.found(model), self.dense))
         return sum(bool(a==b) for a,b in pairs)/len(pairs)
 
 def texts(scores):
@@ -39,6 +42,8 @@ def of_reader():
 
 def of_classifier():
     return Case(classifier(), [*crops(24, 1, slice(0, None, 2))[0].split(30)], [*crops(25, 2, slice(1, None, 2))[0].split(50)])
+
+def of_pitch(size, n_seen, n_held): return Case(pitch(size), [*tones(n_seen, 1).split(50)], [*tones(n_held, 2).split(50)])
 
 class Sentences(nn.Module):
     "Sentences → unit vectors, the mean over tokens of what BERT gives"
@@ -84,7 +89,7 @@ def of_lenet(name, sparsity):
     print(f'lenet {name}: dense {dense:.2f} %, {sparsity} % zero {pruned:.2f} %', flush=True)
     return Case(model.eval(), [*x[:4000].split(1000)], None, evaluate=lambda m: accuracy(m, vx, vy), least=min(1., dense/pruned))
 
-CASES = dict(reader=of_reader, classifier=of_classifier, minilm=of_minilm, lenet300=lambda: of_lenet('300', 91.), lenet5=lambda: of_lenet('5', 92.5))
+CASES = dict(reader=of_reader, classifier=of_classifier, pitch_tiny=lambda: of_pitch('tiny', 400, 1000), pitch=lambda: of_pitch('full', 100, 300), minilm=of_minilm, lenet300=lambda: of_lenet('300', 91.), lenet5=lambda: of_lenet('5', 92.5))
 
 def plain_bytes(model): return sum(v.numel()*v.element_size() for v in model.state_dict().values())
 
@@ -108,26 +113,34 @@ for line in sys.stdin:
     print(len(data), flush=True)
 """
 
+_FINE,_COARSE = -44,-16  # steps that are searched: each is 2**(1/4) times the one before
+
 def peer(case, python, least):
     "Bytes and agreement of NNCodec's coarsest step that agrees so often"
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:  # it writes files of its own into the current folder
         before,after = Path(folder)/'before',Path(folder)/'after'
         state = case.model.state_dict()
         save_file({k:v.contiguous() for k,v in state.items()}, before)
-        with subprocess.Popen([python, '-c', PEER, before, after], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as job:
-            for qp in range(-18, -40, -1):
+        with subprocess.Popen([python, '-c', PEER, before, after], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder) as job:
+            def at(qp):
                 print(qp, file=job.stdin, flush=True)
                 n,model = int(job.stdout.readline()),deepcopy(case.model)
                 model.load_state_dict({**state, **load_file(after)})
                 found = case.agreement(model)
                 print(f'  NNCodec, qp {qp}: {n:,} bytes, {100*found:.1f} %', flush=True)
-                if found>=least: break
+                return n,found
+            fine,coarse,best = _FINE,_COARSE,None
+            while coarse-fine>1:
+                qp = (fine+coarse)//2
+                now = at(qp)
+                if now[1]>=least: fine,best = qp,now
+                else: coarse = qp
             job.stdin.close()
-    return n,found
+    return best
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('networks', nargs='*', default=['reader','classifier','minilm'])
+    p.add_argument('networks', nargs='*', choices=CASES, default=['reader','classifier','minilm'])
     p.add_argument('--peer', help='interpreter of an environment with nncodec')
     p.add_argument('--agreement', type=float, default=.99)
     o = p.parse_args()
@@ -141,8 +154,9 @@ def main():
         rows.append(dict(network=name, dense=plain_bytes(case.model), bytes=res.n_bytes, ratio=round(plain_bytes(case.model)/res.n_bytes, 1), agreement=round(100*case.agreement(small), 2), seconds=round(time.perf_counter()-start)))
         print(rows[-1], flush=True)
         if o.peer:
+            start = time.perf_counter()
             n,found = peer(case, o.peer, least)
-            rows[-1] |= {'NNCodec':n, 'its agreement':round(100*found, 2)}
+            rows[-1] |= {'NNCodec':n, 'its agreement':round(100*found, 2), 'its seconds':round(time.perf_counter()-start)}
     print(pd.DataFrame(rows).to_string(index=False))
 
 if __name__=='__main__': main()

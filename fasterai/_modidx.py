@@ -4055,6 +4055,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fasterai/quantize/compress.py'),
                                             'fasterai.quantize.compress._seen': ( 'quantize/compress.html#_seen',
                                                                                   'fasterai/quantize/compress.py'),
+                                            'fasterai.quantize.compress._spans': ( 'quantize/compress.html#_spans',
+                                                                                   'fasterai/quantize/compress.py'),
                                             'fasterai.quantize.compress._spread': ( 'quantize/compress.html#_spread',
                                                                                     'fasterai/quantize/compress.py'),
                                             'fasterai.quantize.compress._to_agreement': ( 'quantize/compress.html#_to_agreement',

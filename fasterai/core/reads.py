@@ -363,9 +363,10 @@ def some_columns(
     call, # A `Call` that reads a weight
     y:Tensor, # Its output
     n_batches:int, # Number of batches
+    features:int|None=None, # Number of features that are looked at together, by default all
 )->Tensor:
     "Indices of the columns that are looked at, on the device of `y`"
-    features = 1 if call.meaning=='batch_norm' else Weights(call).matrix().shape[-1]
+    if features is None: features = 1 if call.meaning=='batch_norm' else Weights(call).matrix().shape[-1]
     n,most = n_columns(call, y),-(-(_COLUMNS+_A_FEATURE*features)//n_batches)
     if n<=most: return torch.arange(n, device=y.device)
     return torch.linspace(0, n-1, most, device=y.device, dtype=torch.float64).round().long()

@@ -64,15 +64,22 @@ class _Seen:
     "What is known of the inputs of a weight"
     weights:Weights|None=None # How an operation reads it; `None` for a weight that is read as it stands, as [outputs, features]
     read:object=None # The first `Read`
+    spans:int=1 # Into which features are cut: H is kept within each. They count as groups
     xx:object=0. # [groups, features, features], summed over columns
     x:object=0. # [groups, features]
     n:float=0 # Columns
     def add(self, x, times): # [groups, features, columns], how many each stands for
-        x = x.float()
+        x = x.float().reshape(len(x)*self.spans, -1, x.shape[-1])
         self.xx = self.xx+(x@x.mT).double().cpu()*times
         self.x,self.n = self.x+x.double().sum(-1).cpu()*times,self.n+x.shape[-1]*times
 
-_MOST_FEATURES = 4608 # of which H is kept: more take long, and gigabytes
+_MOST_FEATURES,_SPAN = 4608,1024 # of which H is kept whole: more take long, and gigabytes; and of a part of more
+_AT_ONCE = 2**27 # numbers that arrive
+
+def _spans(features):
+    "Equal parts into which so many features are cut"
+    if features<=_MOST_FEATURES: return 1
+    return next(o for o in range(-(-features//_SPAN), features+1) if features%o==0)
 
 def _seen(model, batches, reads):
     "By name of a weight that is always read whole and in one way, and where it lies in its parameter: what arrives there"
@@ -89,10 +96,11 @@ def _seen(model, batches, reads):
             name = by_memory.get(w.data_ptr())
             if name and w.dim()==2 and w.shape[1]==y.shape[-1]: res.setdefault(name, _Seen()).add(y.reshape(-1, y.shape[-1]).mT[None], 1)
     def take(key, call, y, beside=None):
-        seen = res.setdefault(key[0], _Seen(Weights(call), first[key[0]]))
-        if seen.weights.matrix().shape[-1]>_MOST_FEATURES: return
-        at = some_columns(call, y, len(batches))
-        seen.add(columns_in(call, at), n_columns(call, y)/max(len(at), 1))
+        weights = Weights(call)
+        groups,_,features = weights.matrix().shape
+        seen = res.setdefault(key[0], _Seen(weights, first[key[0]], _spans(features)))
+        at = some_columns(call, y, len(batches), features//seen.spans)
+        for some in at.split(max(_AT_ONCE//(groups*features), 1)): seen.add(columns_in(call, some), n_columns(call, y)/len(at))
         if call.meaning=='recurrent': state(call, y)
     for b in batches:
         if keys: follow(model, b, keys, take)
@@ -175,11 +183,11 @@ class _Weight(_Part):
         super().__init__(name, tensor)
         self.seen,self.takes = seen,takes
         w = self.groups(tensor)
-        cost = self.groups(cost).sum(-1).double()
-        self.size = w.shape
-        energy = seen.xx.diagonal(dim1=-2, dim2=-1).sum(-1)[:,None].clamp(min=1e-30)/n_samples
+        self.size,spans = w.shape,seen.spans
+        cost = self.groups(cost).sum(-1).double().unflatten(0, (-1,spans)).sum(1)
+        energy = seen.xx.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, spans).sum(1)[:,None].clamp(min=1e-30)/n_samples
         each = cost/energy
-        each = (1-_EVEN)*each+_EVEN*each.mean()
+        each = ((1-_EVEN)*each+_EVEN*each.mean()).repeat_interleave(spans, 0)
         self.mean = seen.x/seen.n
         factor = self.factor(seen.xx/n_samples, seen.n/n_samples)
         self.coded = Coded(self.flat(w), each.view(1,-1), factor.permute(1, 2, 0))
@@ -193,12 +201,14 @@ class _Weight(_Part):
         return torch.linalg.cholesky(torch.linalg.inv(hess), upper=True)
     def groups(self, t):
         "`t` as [groups, outputs, features]"
-        o = self.seen.weights
-        return _matrix(o, _like(self.tensor, t.detach(), o.weight)) if o else t.detach().float().cpu()[None]
+        o,spans = self.seen.weights,self.seen.spans
+        w = _matrix(o, _like(self.tensor, t.detach(), o.weight)) if o else t.detach().float().cpu()[None]
+        return w.unflatten(2, (spans,-1)).transpose(1, 2).flatten(0, 1)
     def flat(self, w): return w.permute(2, 0, 1).reshape(w.shape[2], -1)
     def shaped(self, v):
         g,o,f = self.size
         w,weights = v.view(f, g, o).permute(1, 2, 0),self.seen.weights
+        w = w.unflatten(0, (-1,self.seen.spans)).transpose(1, 2).flatten(2)
         if not weights: return w[0]
         return weights.shaped(w)
     def write(self):
@@ -209,7 +219,7 @@ class _Weight(_Part):
         "What the mean of each output lacks: [groups*outputs]"
         g,o,f = self.size
         lost = torch.from_numpy(self.coded.w)-self.coded.values
-        return torch.einsum('fgo,gf->go', lost.view(f, g, o).double(), self.mean).flatten()
+        return torch.einsum('fgo,gf->go', lost.view(f, g, o).double(), self.mean).unflatten(0, (-1,self.seen.spans)).sum(1).flatten()
 
 _KEPT_DIGITS = 8 # binary ones, of a variance
 def _rounded(t):

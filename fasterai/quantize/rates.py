@@ -106,7 +106,7 @@ class Coded:
         return self
 
     @property
-    def values(self): "The numbers that were chosen: [features, outputs]"; return torch.from_numpy(self.levels*np.float32(self.step))
+    def values(self): "The numbers that were chosen: [features, outputs]"; return torch.from_numpy(self.levels*np.float32(self.step)+0)  # no -0.0, which is not zero in a file
 
     def _best_step(self, w, price):
         stride = -(-w.size//_SAMPLE)
