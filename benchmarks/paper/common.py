@@ -54,7 +54,8 @@ def recipe_of(data='fashion-mnist', path='', device=None): # 'cpu' or 'cuda'; by
         return Recipe(data, path, device, epochs=30)
     if data not in SMALL: raise ValueError(f'--data is one of {", ".join([*SMALL, "caltech-101"])}, not {data!r}')
     if data=='fashion-mnist' and not FASHION.exists(): raise ValueError(f"there is no {FASHION}: install Debian's package dataset-fashion-mnist, or take --data digits")
-    recipe = Recipe(data, device=device) if data!='digits' else Recipe(data, device=device, images=600, pretraining=700)
+    recipe = Recipe(data, device=device)
+    if data=='digits': recipe = replace(recipe, images=600, pretraining=700)
     return recipe if device=='cpu' else replace(recipe, bs=256, lr=2e-3)
 
 # --- Network

@@ -73,23 +73,32 @@ def findings_text(tables, results):
 
 def recipe_text(recipe):
     where = 'one thread of a processor for each run' if recipe.device=='cpu' else 'a GPU'
-    training = f'{recipe.epochs} epochs, Adam at a constant rate of {recipe.lr:g}, batches of {recipe.bs}, no augmentation, on {where} (torch {torch.__version__.split("+")[0]})'
+    training = (f'A training has {recipe.epochs} epochs of Adam at a constant rate of {recipe.lr:g}, batches of {recipe.bs} and no augmentation, '
+        f'on {where} (torch {torch.__version__.split("+")[0]}).')
     if recipe.data=='caltech-101':
-        return f'ResNet-18 on Caltech-101, {recipe.pixels} pixels, four fifths of the images to learn from and the rest for validation; pretrained weights are those of ImageNet, the teacher is a ResNet-34; {training}.'
-    return (f'A ResNet with three stages of one block (8, 16 and 32 channels) learns {recipe.images:,} images of {recipe.data}; accuracy is that of all validation images. '
-        f'Pretrained weights come from two epochs of {recipe.pretraining:,} other images of the same data, with a new last layer; the teacher has two blocks a stage. {training[0].upper()+training[1:]}.')
+        return (f'ResNet-18 learns four fifths of Caltech-101, of {recipe.pixels} pixels; accuracy is that of the other images. '
+            f'Pretrained weights are those of ImageNet, and the teacher is a ResNet-34. {training}')
+    return (f'A ResNet with three stages of one block (8, 16 and 32 channels) learns {recipe.images:,} images of {recipe.data}; '
+        f'accuracy is that of all validation images. Pretrained weights come from two epochs of {recipe.pretraining:,} other images of the same data, '
+        f'with a new last layer; the teacher has two blocks a stage. {training}')
 
 def page(tables, recipe, results):
     "The text of the page"
+    paper = '*FasterAI: A Lightweight Library for Neural Networks Compression*, Electronics 2022, 11(22), 3789'
+    other = '' if recipe.data=='caltech-101' else ', with another network and other images: compare differences, not accuracies'
     intro = f"""# The tables of the FasterAI paper, run again
 
-Hubens et al., *FasterAI: A Lightweight Library for Neural Networks Compression*, Electronics 2022, 11(22), 3789, trains a ResNet-18 on Caltech-101 for 30 epochs, with three seeds for each number. The same comparisons here, with another network and other images: compare differences, not accuracies.
+Hubens et al., {paper}, train a ResNet-18 on Caltech-101 for 30 epochs, three times for each number. Here are the same comparisons{other}.
 
 {recipe_text(recipe)}
 
 This page is written by `python -m benchmarks.paper`, which goes on where it was stopped; `python -m benchmarks.paper.table3` runs one table. With `--data caltech-101 --path FOLDER` the data and the settings are the paper's.
 
-Numbers are percent of images, mean ± standard deviation over seeds; a seed is the same initial weights and the same order of images in all rows. A finding is a difference, in points, that is positive where it holds, taken for each seed. It *holds* or *does not hold* if the whole interval of its mean ({CONFIDENCE:.0%}, Student's t) lies on one side of zero, else it is *not told apart*; where numbers should be the same, the interval has to lie within the difference that counts as none. Of a hundred findings about nothing, five would be told wrongly. In the column of the paper is the same difference of its means, whose spread is not known."""
+Numbers are percent of images, mean ± standard deviation over seeds. A seed is the same initial weights and the same order of images in all rows.
+
+A finding is a difference, in points, that is positive where it holds; it is taken for each seed. It *holds* or *does not hold* if the whole interval of its mean
+({CONFIDENCE:.0%}, Student's t) lies on one side of zero, else it is *not told apart*. Where numbers should be the same, the interval has to lie within the difference that
+counts as none. Of a hundred differences that are none, five would be told apart by chance. The column of the paper has the same difference of the paper's means, without a spread."""
     return '\n\n'.join([intro, findings_text(tables, results), *(table_text(o, results) for o in tables.values())])+'\n'
 
 ORDER = 6,8,9,3,4,7,1,2,5  # of the tables: short ones first, and the longest runs last

@@ -27,7 +27,8 @@ filter: 79.36±1.22 78.52±0.65 72.83±1.44 68.09±4.39 90.39±0.89 84.43±0.11 
 TABLE = Table(2, 'Granularities, context global, criteria large_final, schedule one_cycle', BOTH, rows(context='global'), {'baseline': paper_baseline()}|paper,
     [f for start in STARTS for f in about_structure(start)]+[LOSES_MORE]
     +[Finding(f'{start}: global is better than local at 90 %, mean of all granularities', lambda at, start=start: gain(at, start)) for start in STARTS]
-    +[Finding(f'{start}: global is better than local at 90 % of single weights', lambda at, c=f'{start}, 90 %': at('weight', c)-at('weight', c, table=1)) for start in STARTS]
+    +[Finding(f'{start}: global is better than local at 90 % of single weights',
+        lambda at, c=f'{start}, 90 %': at('weight', c)-at('weight', c, table=1)) for start in STARTS]
     +[Finding('global gains more over local from scratch than from pretrained weights, at 90 %', lambda at: gain(at, 'scratch')-gain(at, 'finetune'))], note=NOTE)
 
 if __name__=='__main__':

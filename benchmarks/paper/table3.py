@@ -36,7 +36,8 @@ mov_large_final: 80.16±1.16 82.24±0.67 81.47±0.38 79.12±0.14 90.90±0.14 90.
 mov_mag: 80.05±0.37 80.99±0.97 80.32±0.61 79.69±0.57 90.12±1.52 90.55±0.83 90.06±0.34 88.22±0.25
 """)
 
-TABLE = Table(3, 'Criteria, granularity weight, context local, schedule one_cycle', BOTH, {'baseline': baseline()}|{o: grid(sparsified, criteria=o) for o in NAMES},
+TABLE = Table(3, 'Criteria, granularity weight, context local, schedule one_cycle', BOTH,
+    {'baseline': baseline()}|{o: grid(sparsified, criteria=o) for o in NAMES},
     {'baseline': paper_baseline()}|paper, [f for start in STARTS for f in about(start)]+[SAME], names=NAMES)
 
 if __name__=='__main__':

@@ -47,7 +47,8 @@ l: 80.32±0.36 81.25±0.33 80.80±0.43 79.46±0.62 91.58±0.23 90.83±0.19 91.87
 """)
 NAMES = dict(zip(SCHEDULES, (f'({o})' for o in letters)))
 
-TABLE = Table(4, 'Schedules, granularity weight, context local, criteria large_final', BOTH, {'baseline': baseline()}|{k: grid(sparsified, schedule=o) for k,o in SCHEDULES.items()},
+TABLE = Table(4, 'Schedules, granularity weight, context local, criteria large_final', BOTH,
+    {'baseline': baseline()}|{k: grid(sparsified, schedule=o) for k,o in SCHEDULES.items()},
     {'baseline': paper_baseline()}|dict(zip(SCHEDULES, letters.values())),
     [f for start in STARTS for f in about(start)]
     +[Finding('late removal costs a pretrained network more than one from scratch, at 90 %', lambda at: late_costs(at, 'finetune')-late_costs(at, 'scratch'))],

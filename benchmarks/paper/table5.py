@@ -24,11 +24,14 @@ LTH with rewinding: 80.65±1.02 82.97±1.15 83.92±0.49 84.77±0.46
 """)
 
 TABLE = Table(5, 'Lottery tickets, granularity weight, context global, criteria large_final, schedule iterative', columns,
-    {'baseline': [Cell(run(dense))]*4, 'dense, as many epochs': [Cell(run(dense, rounds=ROUNDS))]*4, 'LTH': tickets(0), 'LTH with rewinding': tickets(1)},
+    {'baseline': [Cell(run(dense))]*4, 'dense, as many epochs': [Cell(run(dense, rounds=ROUNDS))]*4,
+     'LTH': tickets(0), 'LTH with rewinding': tickets(1)},
     {'baseline': [BASELINE[0]]*4}|paper, [
-        Finding('rewinding to the second epoch gives what rewinding to the start gives, up to a point: mean of the sparsities', lambda at: mean(at, 'LTH with rewinding')-mean(at, 'LTH'), within=1.),
+        Finding('rewinding to the second epoch gives what rewinding to the start gives, up to a point: mean of the sparsities',
+            lambda at: mean(at, 'LTH with rewinding')-mean(at, 'LTH'), within=1.),
         Finding('tickets with 90 % of zeros are better than the dense network', lambda at: both(at, '90 %')-at('baseline', '90 %')),
-        Finding('tickets with 90 % of zeros are better than the dense network that is trained for as long', lambda at: both(at, '90 %')-at('dense, as many epochs', '90 %')),
+        Finding('tickets with 90 % of zeros are better than the dense network that is trained for as long',
+            lambda at: both(at, '90 %')-at('dense, as many epochs', '90 %')),
         Finding('tickets get better with sparsity: 90 % beside 30 %', lambda at: both(at, '90 %')-both(at, '30 %'))],
     note=f'A ticket is trained for {ROUNDS} rounds, a fifth of its zeros after each but the last; each round has the epochs of the baseline.')
 

@@ -30,7 +30,8 @@ Attention: 81.56±0.25 81.55±0.41 81.64±0.27 81.73±0.67
 """)
 
 TABLE = Table(6, 'Knowledge distillation, by the weight of the teacher', columns,
-    {'teacher': [Cell(o.run, 'teacher') for o in soft], 'baseline': [Cell(run(dense))]*4, 'SoftTarget': soft, 'Attention': row('Attention')}, {'baseline': [BASELINE[0]]*4}|paper, [
+    {'teacher': [Cell(o.run, 'teacher') for o in soft], 'baseline': [Cell(run(dense))]*4, 'SoftTarget': soft, 'Attention': row('Attention')},
+    {'baseline': [BASELINE[0]]*4}|paper, [
         Finding('SoftTarget is better than Attention, mean of the weights', lambda at: mean(at, 'SoftTarget')-mean(at, 'Attention')),
         Finding('SoftTarget is better than no teacher, mean of the weights', lambda at: mean(at, 'SoftTarget')-mean(at, 'baseline')),
         Finding('Attention is better than no teacher, mean of the weights', lambda at: mean(at, 'Attention')-mean(at, 'baseline'))],

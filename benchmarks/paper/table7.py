@@ -35,9 +35,11 @@ filter: 81.13±0.43 81.15±1.31 80.56±0.47 76.48±1.01
 """)
 
 TABLE = Table(7, 'Penalties, by granularity and factor', columns,
-    {'baseline': [Cell(run(dense))]*4}|{o: [Cell(run(regularized, granularity=o, alpha=a)) for a in ALPHAS] for o in GRANULARITIES}, {'baseline': [BASELINE[0]]*4}|paper, [
+    {'baseline': [Cell(run(dense))]*4}|{o: [Cell(run(regularized, granularity=o, alpha=a)) for a in ALPHAS] for o in GRANULARITIES},
+    {'baseline': [BASELINE[0]]*4}|paper, [
         Finding('a stronger penalty is worse: 0.1 beside 1e-7, mean of all granularities', lambda at: mean(at, '1e-07')-mean(at, '0.1')),
-        Finding('large blocks are penalized less: at 0.1, blocks along three axes are better than weights, columns and rows', lambda at: mean(at, '0.1', COARSE)-mean(at, '0.1', FINE)),
+        Finding('large blocks are penalized less: at 0.1, blocks along three axes are better than weights, columns and rows',
+            lambda at: mean(at, '0.1', COARSE)-mean(at, '0.1', FINE)),
         Finding('the same at 0.001', lambda at: mean(at, '0.001', COARSE)-mean(at, '0.001', FINE))])
 
 if __name__=='__main__':

@@ -11,11 +11,13 @@ def folded(bench, seed):
     before = bench.classes(model)
     small = BN_Folder(bench.norm(bench.valid[0][:2])).fold(model)
     after = bench.classes(small)
-    return dict(accuracy=bench.right(before), folded=bench.right(after), changed=int((before!=after).sum()), params=count(model), folded_params=count(small))
+    counts = dict(changed=int((before!=after).sum()), params=count(model), folded_params=count(small))
+    return dict(accuracy=bench.right(before), folded=bench.right(after))|counts
 
 this = run(folded)
 TABLE = Table(8, 'Folding of BatchNorm', ['trained','folded'],
-    {'accuracy': [Cell(this), Cell(this, 'folded')], 'parameters': [Cell(this, 'params'), Cell(this, 'folded_params')], 'images with another class': [None, Cell(this, 'changed')]},
+    {'accuracy': [Cell(this), Cell(this, 'folded')], 'parameters': [Cell(this, 'params'), Cell(this, 'folded_params')],
+     'images with another class': [None, Cell(this, 'changed')]},
     {'accuracy': [BASELINE[0]]*2, 'parameters': [(11_228_838,),(11_224_038,)]},
     [Finding('folding costs no accuracy', lambda at: at('accuracy', 'folded')-at('accuracy', 'trained'), within=.01)])
 
