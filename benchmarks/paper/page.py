@@ -15,7 +15,7 @@ def all_tables():
 
 def shown(values): # Of the seeds
     "Mean and spread"
-    if all(float(v).is_integer() for v in values) and len(set(values))==1: return f'{values[0]:,.0f}'  # a count
+    if isinstance(values[0], int) and len(set(values))==1: return f'{values[0]:,}'  # a count
     mean = f'{fmean(values):.2f}'
     return f'{mean} ± {stdev(values):.2f}' if len(values)>1 else mean
 
