@@ -26,7 +26,8 @@ def test_data_without_fashion(monkeypatch, tmp_path):
     assert 0<=x.min() and x.max()<=1 and set(y)|set(yv)==set(range(len(classes)))
 
 def test_readme_links_from_the_root():
-    assert tool('nb').from_root('[a](core/x.ipynb) ![b](images/y.png) [c](https://z.org) [d](#e)')=='[a](nbs/core/x.ipynb) ![b](nbs/images/y.png) [c](https://z.org) [d](#e)'
+    page = '[a](core/x.ipynb) ![b](images/y.png) [c](https://z.org) [d](#e) [f](../g/h.md)'
+    assert tool('nb').from_root(page)=='[a](nbs/core/x.ipynb) ![b](nbs/images/y.png) [c](https://z.org) [d](#e) [f](g/h.md)'
 
 def test_readme_links_exist():
     root = Path(__file__).parent.parent
