@@ -91,7 +91,7 @@ def test_forms(tmp_path):
         torch.testing.assert_close((out.scores,out.parts[0],out['parts'][1].mean), (expected.scores,expected.parts[0],expected.parts[1]['mean']), rtol=1e-4, atol=1e-5)
     by_name = export_onnx(model, dict(ids=ids, shift=shift, scale=3.), tmp_path/'n.onnx', output_names=['a','b','c'], input_names=['i','j'])
     assert (list(by_name.inputs),list(by_name.outputs))==(['i','j'],['a','b','c'])
-    with pytest.raises(ValueError, match='scale=2.0 cannot be given'): ONNXModel(by_name)(i=ids, j=shift, scale=2.)
+    with pytest.raises(ValueError, match='scale=2.0 cannot be passed'): ONNXModel(by_name)(i=ids, j=shift, scale=2.)
     verify_onnx(model, by_name, dict(ids=ids, shift=shift, scale=3.))
     with pytest.raises(ValueError, match='and this Several give different outputs'): verify_onnx(model, by_name, (ids,shift))
 
@@ -173,7 +173,7 @@ class Deciding(nn.Module):
     def forward(self, x): return x+1 if x.sum()>0 else x
 
 REFUSED = dict(
-    decides=(Deciding, torch.ones(2, 3), 'no graph of this Deciding.*GuardOnDataDependentSymNode.*line'),
+    decides=(Deciding, torch.ones(2, 3), 'cannot make a graph of this Deciding.*GuardOnDataDependentSymNode.*line'),
     complex=(lambda: Net(lambda m, x: torch.fft.fft(x)), torch.ones(2, 3), 'complex numbers, which ONNX does not have'),
     unknown=(lambda: Net(lambda m, x: torch.linalg.svd(x)[1]), torch.randn(2, 3, 3), 'ONNX cannot represent this Net: .*linalg_svd'),
     fixed=(lambda: Net(lambda m, x: x.view(2, 3)), torch.randn(2, 3), 'accepts only 2 samples.*dynamic_batch=False'),
@@ -193,7 +193,7 @@ def test_refused(what, tmp_path, capfd):
 
 WRONG = [(dict(quantize_mode='int8'), "'int8' is not one of dynamic, static"), (dict(quantize=True, quantize_mode='static'), 'needs calibration_data'), (dict(calibration_data=X), 'is for quantize=True'),
     (dict(input_names=['a','b']), 'one for each of input'), (dict(output_names=['a','a']), 'one for each of output'), (dict(dynamic_batch=2), 'dynamic_batch must be True or False'), (dict(batch_axis=-1), 'batch_axis must be 0, 1'),
-    (dict(rtol='small'), 'rtol is a number'), (dict(opset_version=9), 'opset_version=9 has no graph')]
+    (dict(rtol='small'), 'rtol must be a number'), (dict(opset_version=9), 'opset_version=9 cannot represent this')]
 
 @pytest.mark.parametrize('given,said', WRONG, ids=lambda o: ','.join(o) if isinstance(o, dict) else '')
 def test_wrong_arguments(given, said, tmp_path):

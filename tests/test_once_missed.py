@@ -119,7 +119,7 @@ def test_a_weight_that_is_expanded():
     model = nn.Sequential(nn.Linear(3,8), nn.Linear(8,16))
     model[1].weight = nn.Parameter(torch.randn(1,8).expand(16,8))
     was = copy.deepcopy(model[0].weight)
-    with pytest.raises(ValueError, match='1.weight has elements that share memory'): Sparsifier(model, layer_type=nn.Linear).sparsify_model(50)
+    with pytest.raises(ValueError, match='1.weight is expanded, so its elements share memory'): Sparsifier(model, layer_type=nn.Linear).sparsify_model(50)
     assert torch.equal(model[0].weight, was)
 
 def test_numbers_that_cannot_be_ranked():

@@ -106,7 +106,7 @@ def test_refused(net, tmp_path, how, said, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 def test_no_graph(tmp_path):
-    with pytest.raises(ValueError, match='no graph of this Stubborn'): ship(Stubborn(), torch.ones(4,4), tmp_path/'a.onnx', **quick)
+    with pytest.raises(ValueError, match='cannot make a graph of this Stubborn'): ship(Stubborn(), torch.ones(4,4), tmp_path/'a.onnx', **quick)
 
 def test_nothing_to_do(tmp_path):
     "What a network has not is said in the table alone, and not exported"

@@ -596,7 +596,7 @@ def test_a_copy_that_computes_with_the_original():
     off(m.a, 1, 4)
     zero([1,4], m.norm.bias)
     for call in (lambda: Pruner().prune_model(m, X),lambda: BN_Folder().fold(m, X)):
-        with pytest.raises(ValueError, match='computes with last.weight of the model itself'): call()
+        with pytest.raises(ValueError, match='computes with last.weight of the original model'): call()
 
 _LAYERS = {}
 def _by_name(m, x): return _LAYERS['last'](m.norm(m.a(x)).mean((2,3)))
