@@ -137,8 +137,16 @@ def test_a_run_goes_on(made):
     made('ours', cases=('x','y'), rounds=2, again=True)
     assert made.runs()==9 and len(made.results.read_text().splitlines())==4
 
+def test_turns_that_are_not_whole(made, run):
+    "Where a library was not tried, nothing is compared, and the page says so"
+    found = made('ours', 'lacks', cases=('x','y'))
+    del found[('made',0,'y','lacks')]
+    assert {r['case'] for r in run.all_rows(found)}=={None,'x'} and run.missing(found)==dict(made=['y'])
+    assert '- `made.py`: y' in run.page([], ORDER, 2, run.missing(found))
+
 def test_the_page_that_is_committed():
     "It is of the form that the driver writes, and linked"
     text = (PEERS/'README.md').read_text(encoding='utf-8')
-    assert text.startswith('# Other libraries beside this one') and all(f'## `{o.stem}.py`' in text for o in PEERS.glob('*.py') if 'main(WAYS' in o.read_text(encoding='utf-8') or o.stem=='networks')
+    assert text.startswith('# Other libraries beside this one')
+    assert all(f'`{o.stem}.py`' in text for o in PEERS.glob('*.py') if '__main__' in o.read_text(encoding='utf-8') and o.stem!='run')
     assert '](peers/README.md)' in (PEERS.parent/'README.md').read_text(encoding='utf-8')

@@ -144,9 +144,10 @@ A value is the median of the rounds, with the lowest and the highest in brackets
 *Alone*: no other library has that. "—": a library does not do that, for the reason under the table.
 '''
 
-def page(rows, order, threads): # Rows, libraries and number of threads
+def page(rows, order, threads, missing={}): # Rows, libraries, number of threads, and cases that have not been measured, by measure
     "The whole page"
     by_measure = {}
     for r in rows: by_measure.setdefault(r['measure'], []).append(r)
     parts = [HEAD.format(versions=versions(rows), threads=threads, noise=100*(NOISE-1)), summary(by_measure)]
+    if missing: parts.append('\n'.join(['Not measured in this run:','',*(f'- `{m}.py`: {"; ".join(cases)}' for m,cases in missing.items())])+'\n')
     return '\n'.join([*parts, *(section(m, o, order) for m,o in by_measure.items())])

@@ -91,9 +91,22 @@ def lacks(found, measure, library):
     "Has a process said that the library has no way at all?"
     return any('why' in r and r['case'] is None for (m,_,_,o),rows in list(found.items()) if (m,o)==(measure,library) for r in rows)
 
+def turns():
+    "The jobs of each turn, in which every library has the same case"
+    found = {}
+    for job in jobs(MEASURES): found.setdefault(job[:3], []).append(job)
+    return found
+
+def whole(found): return {k for k,o in turns().items() if all(job in found for job in o)}
+
 def all_rows(found):
-    "The rows of `found`, in the order of jobs"
-    return [r for job in jobs(MEASURES) for r in found.get(job, [])]
+    "The rows of turns that every library has had: where one was not tried, nothing can be compared"
+    return [r for k,o in turns().items() if k in whole(found) for job in o for r in found[job]]
+
+def missing(found):
+    "Cases that are not measured in any whole turn, by measure"
+    there = {(m,case) for m,_,case in whole(found)}
+    return {m:cases for m,o in MEASURES.items() if (cases := [c for c in o.cases if (m,c) not in there])}
 
 def run_all(measures, folder, pip_args=(), again=False):
     "Run what has no result yet, and give all results by job"
@@ -129,6 +142,6 @@ def main():
     a = a.parse_args()
     if unknown := set(a.measures)-set(MEASURES): raise SystemExit(f'{", ".join(unknown)}: no measure of these; there are {", ".join(MEASURES)}')
     found = run_all(a.measures or list(MEASURES), a.folder, a.pip_args, a.again)
-    PAGE.write_text(page(all_rows(found), list(LIBRARIES), THREADS), encoding='utf-8')
+    PAGE.write_text(page(all_rows(found), list(LIBRARIES), THREADS, missing(found)), encoding='utf-8')
 
 if __name__=='__main__': main()
