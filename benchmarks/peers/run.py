@@ -21,9 +21,10 @@ PATIENCE = 10  # how many times longer than its time of the processor a process 
 class Library:
     needs:tuple|None=() # What pip installs; None: the interpreter of this run
     only:str=''         # The measure that it is there for; by default all
+    ours:bool=False     # Does it see the library of this checkout?
 
-LIBRARIES = {OURS:Library(None), 'fasterai 0.4.1':Library(('fasterai==0.4.1',)), 'torch-pruning':Library(('torch-pruning==1.6.1',)), 'torch-simplify':Library(('torch-simplify==1.1.4',)),
-    'torch.nn.utils.prune':Library(), 'scikit-learn':Library(('scikit-learn',), 'kmeans'), 'xz':Library(None, 'size')}
+LIBRARIES = {OURS:Library(ours=True), 'fasterai 0.4.1':Library(('fasterai==0.4.1',)), 'torch-pruning':Library(('torch-pruning==1.6.1',)), 'torch-simplify':Library(('torch-simplify==1.1.4',)),
+    'torch.nn.utils.prune':Library(), 'scikit-learn':Library(('scikit-learn',), 'kmeans'), 'xz':Library(only='size', ours=True)}
 
 @dataclass(frozen=True)
 class Measure:
@@ -62,7 +63,7 @@ def ending(said): # What a process wrote to its standard error
 def run(python, job, threads): # Interpreter of the library's environment
     "The rows of a job; what ends it is a row as well"
     measure,_,case,library = job
-    path = [HERE,HERE.parent,ROOT/'tools',*([ROOT] if LIBRARIES[library].needs is None else [])]
+    path = [HERE,HERE.parent,ROOT/'tools',*([ROOT] if LIBRARIES[library].ours else [])]
     env = {**os.environ, 'PYTHONPATH':os.pathsep.join(map(str, path)), 'OMP_NUM_THREADS':str(threads)}
     command = [python, '-W', 'ignore', SCRIPTS/f'{measure}.py', library, case]
     seconds,why = MEASURES[measure].seconds,None
