@@ -13,8 +13,6 @@ from torchvision.models import resnet18
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fasterai.quantize.all import KMeansCallback, QuantizeCallback
-from fasterai.sparse.all import SparsifyCallback, large_final, movement, one_cycle
 
 def learner(n_steps, model=resnet18, n_images=32, px=64, device='cpu', layout=torch.contiguous_format):
     "A learner of `model` with 10 classes, and the batch that it sees at each step"
@@ -62,10 +60,14 @@ def compare(name, cb, n_steps):
     print(f'{name:26} {n_steps:4} steps: {1e3*sum(ours)/n:6.1f} ms beside {1e3*sum(base)/n:6.1f} ms without'
           f' = ×{sum(ours)/sum(base):.3f} (of medians ×{ours[n//2]/base[n//2]:.3f})', f'reached {cb.reached():.4f} %' if hasattr(cb, 'reached') else '', flush=True)
 
-if __name__=='__main__':
+def main(*counts):
+    from fasterai.quantize.all import KMeansCallback, QuantizeCallback
+    from fasterai.sparse.all import SparsifyCallback, large_final, movement, one_cycle
     print(f'torch {torch.__version__}, {torch.get_num_threads()} threads')
-    for n in map(int, sys.argv[1:] or (40, 500)):
+    for n in map(int, counts or (40, 500)):
         for context,criteria in (('local',large_final),('global',large_final),('local',movement)):
             compare(f'weight/{context}/{criteria.__name__}', SparsifyCallback(50, 'weight', context, criteria, one_cycle), n)
         compare('KMeansCallback(4)', KMeansCallback(4), n)
         compare('QuantizeCallback()', QuantizeCallback(), n)
+
+if __name__=='__main__': main(*sys.argv[1:])

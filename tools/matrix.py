@@ -54,13 +54,14 @@ def newest(python, requirements, pip_args):
     report = subprocess.run([*pip, *pip_args, *requirements], stdout=subprocess.PIPE, text=True, check=True).stdout
     return [f"{o['metadata']['name']}=={o['metadata']['version']}" for o in json.loads(report)['install']]
 
-def environment(python, requirements, key, folder, pip_args):
+def environment(python, requirements, key, folder, pip_args, sees=None): # Sees: a folder of packages that it finds as well, after its own
     "A virtual environment with `requirements`; an existing one of the same `key` is used again"
-    said = '\n'.join([python, *key])
+    said = '\n'.join([python, *key, *([sees] if sees else [])])
     venv = folder/f'fasterai-matrix-{hashlib.sha1(said.encode()).hexdigest()[:12]}'
     if not (venv/'.made').exists():
         subprocess.run([python, '-m', 'venv', '--clear', venv], check=True)
-        subprocess.run([venv/'bin'/'pip', 'install', '-qq', *pip_args, *requirements], check=True)
+        if sees: (next(venv.glob('lib/python*/site-packages'))/'seen.pth').write_text(f'{sees}\n')
+        if requirements: subprocess.run([venv/'bin'/'pip', 'install', '-qq', *pip_args, *requirements], check=True)
         (venv/'.made').write_text(said)
     return venv
 
