@@ -237,8 +237,8 @@ def test_the_next_block_makes_up():
     assert ((out(model, x)[0]-y).square().sum()/y.square().sum()).item()<1e-9
 
 REFUSED = {'did you mean .1.':(['1.'],{}), 'no block .nothing':(['nothing'],{}), '5 cannot be dropped: it changes shape':(['5'],{}), '1.down cannot be dropped: it changes':(['1.down'],{}),
-    'number from 1 to 4':(9,dict(data=X)), 'number from 1 to 4, of those that could go: 1, 2, 3, 4; not 0':(0,dict(data=X)), 'pass some as .data':(2,{}), 'whole number of them, or their names, not 1.5':(1.5,dict(data=X)),
-    'whole number of them, or their names, not True':(True,dict(data=X)), 'no block to drop':([],{}), 'data has no batch':(1,dict(data=[])), 'repair needs inputs':(['1'],dict(repair=True)),
+    'number from 1 to 4':(9,dict(data=X)), 'number from 1 to 4, of those that can be dropped: 1, 2, 3, 4; not 0':(0,dict(data=X)), 'pass some as .data':(2,{}), 'whole number, or names of blocks, not 1.5':(1.5,dict(data=X)),
+    'whole number, or names of blocks, not True':(True,dict(data=X)), 'no block to drop':([],{}), 'data has no batch':(1,dict(data=[])), 'repair needs inputs':(['1'],dict(repair=True)),
     'does not run with':(1,dict(data=torch.randn(2, 7)))}
 
 @pytest.mark.parametrize('message', REFUSED)

@@ -78,7 +78,7 @@ def test_computed_weights_are_left_out(how, granularity, coupled):
     model = with_one(how)
     model(x)
     before = {k:v for k,v in state(model).items() if k.startswith('0.') and not k.endswith('bias')}
-    with said('1 layer is left out', 'computed: 0 by', COMPUTED[how][1]): sp = Sparsifier(model, granularity, coupled=coupled, example_inputs=x)
+    with said('1 layer is left out', 'computed and not a parameter: 0 by', COMPUTED[how][1]): sp = Sparsifier(model, granularity, coupled=coupled, example_inputs=x)
     with silent(): sp.sparsify_model(25)
     assert [o.name for o in sp.layers]==['3'] and not any(k.startswith('0.') for k in sp.masks)
     after = state(model)
@@ -110,13 +110,13 @@ def test_nothing_but_computed_weights(how):
 def test_computed_weights_of_other_layers(make, layer_type, x, how):
     model = make()
     model[1] = COMPUTED[how][0](model[1])
-    with said('computed: 1 by'): sp = Sparsifier(model, 'filter', layer_type=layer_type, example_inputs=x)
+    with said('computed and not a parameter: 1 by'): sp = Sparsifier(model, 'filter', layer_type=layer_type, example_inputs=x)
     sp.sparsify_model(50)
     assert [int((~m).any()) for k,m in sp.masks.items()] and sp.reached()==50 and set(sp.masks)=={'0.weight','0.bias'}
 
 def test_code_of_ones_own():
     model = nn.Sequential(conv(3,8), nn.ReLU(), Hyper(8,8,3))
-    with said('computed: 2 by code of its own'): sp = Sparsifier(model, 'filter', example_inputs=x)
+    with said('computed and not a parameter: 2 by code of its own'): sp = Sparsifier(model, 'filter', example_inputs=x)
     sp.sparsify_model(50)
     assert int((model[0].weight==0).flatten(1).all(1).sum())==4 and model[2].seed.all()
 
@@ -139,7 +139,7 @@ def test_computed_weights_that_others_are_tied_to(how):
 def test_computed_heads():
     model = nn.ModuleDict({k:nn.MultiheadAttention(12,4) for k in 'ab'})
     parametrizations.weight_norm(model['a'], 'in_proj_weight')
-    with said('computed: a by WeightNorm'): sp = Sparsifier(model, 'head')
+    with said('computed and not a parameter: a by WeightNorm'): sp = Sparsifier(model, 'head')
     sp.sparsify_model(50)
     assert sp.reached()==50 and all(k.startswith('b.') for k in sp.masks) and sp.left[0]['layer']=='a' and sp.left[0]['channels']==4
     parametrizations.weight_norm(model['b'].out_proj)
@@ -155,14 +155,14 @@ def test_biases_and_norms_that_are_computed():
     assert gone.sum()==4 and not model.eval()[:2](x)[:,gone].any()
     model = net()
     parametrize.register_parametrization(model[1], 'weight', nn.Softplus())
-    with said('the scale of 1 is no parameter'): Sparsifier(model, 'filter', example_inputs=x).sparsify_model(50)
+    with said('the scale of 1 is computed and not a parameter'): Sparsifier(model, 'filter', example_inputs=x).sparsify_model(50)
     assert filters(model)==[4,4]
 
 @pytest.mark.parametrize('how', COMPUTED)
 def test_callbacks_leave_them_out(how):
     "The callbacks' fits train what is computed and are exact for the rest"
     learn = learner(with_one(how))
-    with said('computed: 0 by'): fit(learn, 2, SparsifyCallback(50, 'filter'))
+    with said('computed and not a parameter: 0 by'): fit(learn, 2, SparsifyCallback(50, 'filter'))
     assert int((learn.model[3].weight==0).flatten(1).all(1).sum())==4
     expected = [] if how in ('unstructured','structured') else None
     with warnings.catch_warnings(record=True) as ws:
@@ -177,7 +177,7 @@ def test_zeros_of_a_computed_weight_are_not_held():
         model = net()
         with torch.no_grad(): model[0].weight[:2] *= not zero
         parametrizations.spectral_norm(model[0])
-        with said('computed: 0 by SpectralNorm', 'not held at zero') if zero else silent(): hold_zeros(model, x)
+        with said('computed and not a parameter: 0 by SpectralNorm', 'not held at zero') if zero else silent(): hold_zeros(model, x)
 
 @pytest.mark.parametrize('how', COMPUTED)
 def test_penalties_see_what_is_computed(how):
@@ -200,16 +200,16 @@ def test_shared_values_of_what_is_computed(how):
     model = with_one(how)
     before = {k:v for k,v in state(model).items() if k in made_of(model)}
     assert before
-    with said('computed: 0 by', 'left as it was'): KMeansQuantizer(2).quantize(model)
+    with said('computed and not a parameter: 0 by', 'left as it was'): KMeansQuantizer(2).quantize(model)
     assert all(torch.equal(state(model)[k], v) for k,v in before.items())
     assert [len(model[i].weight.unique()) for i in (3,8)]==[4,4]
     for named in ('0', next(iter(before))):
         model = with_one(how)
         was = state(model)
-        with pytest.raises(ValueError, match='computed: 0 by'): KMeansQuantizer({named:2}).quantize(model)
+        with pytest.raises(ValueError, match='computed and not a parameter: 0 by'): KMeansQuantizer({named:2}).quantize(model)
         assert same(was, state(model))
     learn = learner(with_one(how))
-    with said('computed: 0 by'): fit(learn, 1, KMeansCallback(2))
+    with said('computed and not a parameter: 0 by'): fit(learn, 1, KMeansCallback(2))
     assert [len(learn.model[i].weight.unique()) for i in (3,8)]==[4,4]
     with pytest.raises(ValueError, match='no weights to share: 1 layer is'): KMeansQuantizer(2).quantize(COMPUTED[how][0](nn.Conv2d(3,4,3)))
 
@@ -217,7 +217,7 @@ def test_shared_values_of_what_is_computed(how):
 def test_sensitivity_leaves_them_out_and_says_so(how):
     "Of zeros and of shared values, once each, and only where such layers are asked for"
     for kind,levels in (('sparsity',[50]), ('bits',[2])):
-        with said('computed: 0 by'): found = sensitivity(with_one(how), lambda m: 0., levels=levels, kind=kind, progress=False).to_df()
+        with said('computed and not a parameter: 0 by'): found = sensitivity(with_one(how), lambda m: 0., levels=levels, kind=kind, progress=False).to_df()
         assert '0' not in set(found.layer) and '3' in set(found.layer)
     with silent(): sensitivity(with_one(how), lambda m: 0., levels=[2], kind='bits', layer_type=nn.Linear, progress=False)
 
@@ -786,7 +786,7 @@ def test_fake_quantization():
         Sparsifier(model, 'filter', example_inputs=x).sparsify_model(50)
     gone = (model[0].weight==0).flatten(1).all(1)
     assert gone.sum()==4 and not model[0].bias[gone].any()
-    assert not model[1].weight[gone].any() or any('no normalization goes along with the filters of 0' in str(w.message) for w in ws)
+    assert not model[1].weight[gone].any() or any('no normalization is zeroed with the filters of 0' in str(w.message) for w in ws)
 
 def hidden(): return Net(lambda s,x: s.fc(F.relu(s.bn(torch.ops.brought.opaque(s.a(x)))).mean((2,3))), a=conv(3,8), bn=nn.BatchNorm2d(8), fc=nn.Linear(8,4))
 
@@ -794,12 +794,12 @@ def test_norms_behind_what_is_not_known():
     "The filters are zeroed with their biases, and a warning names the layer, the operation and the norm that may follow"
     model = hidden()
     nn.init.ones_(model.bn.bias)
-    with said('no normalization goes along with the filters of a', 'opaque', 'as bn may'): Sparsifier(model, 'filter', example_inputs=x).sparsify_model(50)
+    with said('no normalization is zeroed with the filters of a', 'opaque', 'perhaps bn'): Sparsifier(model, 'filter', example_inputs=x).sparsify_model(50)
     assert int((model.a.bias==0).sum())==4 and model.bn.weight.all()
     with silent(): Sparsifier(opaque_net(), 'filter', example_inputs=x).sparsify_model(50)  # no norm is there
     with silent(): Sparsifier(hidden(), 'kernel', example_inputs=x).sparsify_model(50)  # nor are filters asked for
 
-@pytest.mark.parametrize('layer_type,error,says', [(nn.ReLU, TypeError, 'ReLU has no known weight axes'), (nn.BatchNorm2d, TypeError, 'BatchNorm2d has no known weight axes'), (nn.Conv3d, ValueError, 'no layer of type Conv3d; it has Conv2d, Linear')])
+@pytest.mark.parametrize('layer_type,error,says', [(nn.ReLU, TypeError, 'ReLU has no known weight axes'), (nn.BatchNorm2d, TypeError, 'BatchNorm2d has no known weight axes'), (nn.Conv3d, ValueError, 'no layer of type Conv3d; it has layers of type Conv2d, Linear')])
 def test_layers_without_a_known_weight(layer_type, error, says):
     "A layer that has no weight, or one with unknown axes, is not taken for one whose weight is computed"
     with pytest.raises(error, match=says): Sparsifier(net(), layer_type=layer_type)

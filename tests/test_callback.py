@@ -504,7 +504,7 @@ def test_units():
     fit(learn, 1, SparsifyCallback(.5, unit='fraction'))
     assert zeros(learn.model)==counts[0]
     assert zeros(Sparsifier(net()).sparsify_model(.4, unit='percent'))==int(.004*net()[0].weight.numel())
-    with pytest.raises(ValueError, match="unit is 'percent' or 'fraction', not 'percents'"): Sparsifier(net()).sparsify_model(50, unit='percents')
+    with pytest.raises(ValueError, match="unit must be 'percent' or 'fraction', not 'percents'"): Sparsifier(net()).sparsify_model(50, unit='percents')
     with pytest.raises(ValueError, match='from 0 to 1'): Sparsifier(net()).sparsify_model(50, unit='fraction')
 
 @pytest.mark.parametrize('x', ['0.weight','0','3.weight'])
@@ -725,7 +725,7 @@ def test_names_of_arguments(make, given, words):
 @pytest.mark.parametrize('given', ['Conv2d', 'nn.Conv2d', nn.Conv2d(1, 1, 1)])
 def test_a_class_of_layers(given):
     with pytest.raises(TypeError, match='pass the class nn.Conv2d itself'): fit(learner(), 1, SparsifyCallback(50, layer_type=given))
-    with pytest.raises(TypeError, match='layer_types is a class .*pass the class nn.Conv2d itself'): fit(learner(), 1, RegularizeCallback(layer_types=given))
+    with pytest.raises(TypeError, match='layer_types must be a class .*pass the class nn.Conv2d itself'): fit(learner(), 1, RegularizeCallback(layer_types=given))
 
 def test_prune_callbacks_that_overlap():
     learn = learner()

@@ -351,7 +351,7 @@ def test_layers_that_stay_in_float_say_why():
     why = dict(zip(report.layer, report.why))
     assert why['own']=='Own computes the weights that it multiplies with' and why['tied']==why['other']=='another module has the same weights' and why['hooked']=='it has hooks'
     assert why['idle']=='it does not run with these data' and why['silent']=='Silent does not multiply as a layer of PyTorch' and why['patched']=='its forward was replaced'
-    assert why['twice']=='its weights are read elsewhere, too' and why['shift']=='it is a parameter of Net, not a weight of a layer'
+    assert why['twice']=='its weights are also read elsewhere' and why['shift']=='it is a parameter of Net, not a weight of a layer'
     assert [why[o] for o in ('rnn','words','cross','up')]==[f'no int8 kernel for {o}' for o in ('RNN','Embedding','MultiheadAttention','ConvTranspose1d')]
     assert list(report.layer[report.int8])==['good','cross.out_proj',''] and report.bytes[report.layer=='rnn'].item()==4*(3*6+3*2)
 
