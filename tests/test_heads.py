@@ -1,9 +1,10 @@
 "Heads of attention, neurons and the hidden size of transformers: found by the flow of data, removed as asked, told by the configuration"
 import copy, warnings
-import pytest, torch
+import pytest, torch, torchvision
 import torch.nn.functional as F
 import transformers as tr
 from torch import nn
+from fasterai.analyze.all import n_params
 from fasterai.core.all import *
 from fasterai.core.attention import HeadAttention, own_attention
 from fasterai.core.graph import ChannelGraph
@@ -212,6 +213,21 @@ def test_names_and_types_come_first():
     m = block()
     Pruner(m, {'up':40, 'neurons':20, 'hidden':50}, example_inputs=X).prune_model()
     assert m.up.weight.shape==(6, 6) and m.attention.out.weight.shape==(6, 12)
+
+def test_a_module_that_only_contains_layers_is_no_layer():
+    "The classifier of torchvision's transformer is called `heads`"
+    m = torchvision.models.VisionTransformer(32, 8, 2, 4, 32, 64).eval()
+    Pruner(m, dict(heads=50), example_inputs=torch.randn(2,3,32,32)).prune_model()
+    assert [(o.self_attention.num_heads,o.mlp[0].out_features) for o in m.encoder.layers]==[(2,64)]*2 and m.conv_proj.out_channels==32
+
+def test_heads_as_wide_as_the_hidden_size_by_the_code():
+    "They are not removed alone, and the message says what removes them"
+    m = torchvision.models.SwinTransformer([2,2], 16, [2], [2], [4,4]).eval()
+    x,before = torch.randn(2,3,32,32),n_params(m)
+    with pytest.raises(ValueError, match='no heads .* as wide as the hidden size .* ask for hidden'): Pruner(m, dict(heads=50), example_inputs=x).prune_model()
+    assert n_params(m)==before
+    Pruner(m, dict(hidden=50), example_inputs=x).prune_model()
+    assert n_params(m)<.6*before and m(x).shape==(2,1000)
 
 def test_words():
     m,was = block(),state(block())

@@ -55,7 +55,7 @@ def test_steps_of_a_pruner():
         widths.append((pruner.model[0].out_channels,pruner.model[2].out_channels))
     levels = [50*(1-(1-k/5)**3) for k in range(1, 6)]
     assert widths==[(20-int(20*o/100+1e-9),40-int(40*o/100+1e-9)) for o in levels]
-    with pytest.raises(ValueError, match='all 5 steps are done: 50.0 % of the channels are gone'): pruner.prune_model()
+    with pytest.raises(ValueError, match='all 5 steps are done: 50.0 % of the channels are removed'): pruner.prune_model()
     by_hand = Pruner(net(), 50, example_inputs=x)
     for o in levels: by_hand.update(o)
     assert all(torch.equal(a, b) for a,b in zip(by_hand.model.state_dict().values(), pruner.model.state_dict().values()))

@@ -112,7 +112,7 @@ def test_a_shuffle_that_would_run_and_be_wrong():
     "Three shuffles of eight channels are none, three of four are one"
     m = randomized(Net(lambda m,x: m.head(shuffle(shuffle(shuffle(m.a(x), 2), 2), 2)), a=conv(3,8), head=head(8)))
     zero([1,3,5,7], m.a.weight, m.a.bias)
-    with pytest.warns(UserWarning, match=r'counts on how many there are \(.*test_pruner\.py') as said: assert n_params(pruned(m))==n_params(m)
+    with pytest.warns(UserWarning, match=r'the code of the model depends on their number \(.*test_pruner\.py') as said: assert n_params(pruned(m))==n_params(m)
     assert len(said)==1
 
 def test_squeeze_and_excitation():

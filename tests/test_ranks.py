@@ -131,7 +131,7 @@ def driven(c):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter('always')
         hold_zeros(spread_out(copy.deepcopy(one), c))
-    if not any('0 are held, and not those of the biases' in str(o.message) for o in told): return 'biases that are not held'
+    if not any('0 are held, but not those of the biases' in str(o.message) for o in told): return 'biases that are not held'
     return '' if refused('to their biases and norms', Sparsifier, spread_out(copy.deepcopy(one), c), 'row', **linear) else 'filters are not refused'
 
 def adapters(c):

@@ -79,7 +79,7 @@ def test_no_layers():
     for f in (lambda o: Pruner(net(), 40, ignored_layers=o), lambda o: Distiller(net(), 'Attention', o, '0'), lambda o: Distiller(net(), 'Attention', '0', o)):
         for o in (5, X, .5):
             with pytest.raises(ValueError, match='(ignored_layers|activations_.*) must be layers or their names'): f(o)
-    with pytest.raises(ValueError, match='ignored_layers takes layers'): fit(learner(), cbs=PruneCallback(40, ignored_layers=5))
+    with pytest.raises(ValueError, match='ignored_layers must be layers'): fit(learner(), cbs=PruneCallback(40, ignored_layers=5))
 
 def test_no_optimizer():
     other = torch.optim.SGD(net().parameters(), lr=.1)

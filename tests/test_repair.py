@@ -237,7 +237,7 @@ def test_refused():
     with pytest.raises(ValueError, match='no batch'): repair(mine, teacher, [])
     with pytest.raises(ValueError, match='ridge must be a number'): repair(mine, teacher, x, ridge=-1)
     with pytest.raises(ValueError, match='such layer'): repair(nn.Sequential(nn.Conv2d(3, 4, 3)), teacher, x)
-    with pytest.raises(ValueError, match='outputs, and 16 in the teacher'):
+    with pytest.raises(ValueError, match='outputs, but 16 in the teacher'):
         other = Net().eval()
         other.stem,other.norm,other.wide,other.back,other.left,other.right = nn.Conv2d(3, 12, 3, padding=1),nn.BatchNorm2d(12),nn.Conv2d(12, 24, 1),nn.Conv2d(24, 12, 3, padding=1),nn.Conv2d(12, 8, 3, stride=2),nn.Conv2d(12, 8, 1, stride=2)
         repair(other, teacher, x)
@@ -584,7 +584,7 @@ def test_networks_that_do_not_belong_together():
     from fasterai.misc.all import BN_Folder
     teacher,x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval(),images(12)
     cut,folded = pruned(deepcopy(teacher), x),BN_Folder().fold(deepcopy(teacher), x)
-    for pair,says in (((teacher,cut),'^0.weight has 8 outputs, and [0-9] in the teacher'), ((folded,teacher),'of the model were folded'), ((teacher,folded),'of the teacher were folded'),
+    for pair,says in (((teacher,cut),'^0.weight has 8 outputs, but [0-9] in the teacher'), ((folded,teacher),'of the model were folded'), ((teacher,folded),'of the teacher were folded'),
                       ((cut,nn.Sequential(*cut)),'are the same tensor.*deepcopy'), ((nn.ReLU(),nn.ReLU()),'has no parameters')):
         was = [p.clone() for p in pair[0].parameters()]
         with pytest.raises(ValueError, match=says): repair(*pair, [x])

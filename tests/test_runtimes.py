@@ -64,7 +64,7 @@ def test_without_data():
             self.l = nn.Linear(4, 4)
         def forward(self, x): return self.l(x.reshape(2, 4))
     rep = report(net(), example_inputs=images(1), runtimes=['onnx','onnx_static'], repeats=6)
-    assert len(rep)==1 and told(rep, 'onnx_static: ranges of int8 are found with data')
+    assert len(rep)==1 and told(rep, 'onnx_static: static int8 needs data to find ranges')
     rep = report(Fixed(), example_inputs=torch.ones(2,4), runtimes=['eager','onnx','onnx_dynamic'], repeats=6)
     assert len(rep)==3 and rep.bytes['onnx_dynamic'].item()>0
 

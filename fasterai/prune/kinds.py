@@ -30,7 +30,8 @@ class Kinds:
             else: made[at] = made[at].clamp(min=when)
         self.heads = torch.zeros(n, dtype=torch.bool, device='cpu')
         for h in graph.heads: self.heads[graph.roots(h)] = True
-        self.hidden = (made>read)&~self.heads
+        self.hidden = made>read  # heads that are as wide as the layers beside them belong to these
+        self.heads &= ~self.hidden
         self.heads[0] = self.hidden[0] = False
 
     def of(self,

@@ -150,7 +150,7 @@ class Pruner:
         if isinstance(o, type):
             check_layer_type(o)
             return o
-        if o in KINDS and o not in dict(self.model.named_modules()): return o
+        if self._is_kind(o): return o
         return self._name(o, KINDS)
 
     def _name(self, o, more=()):
@@ -539,7 +539,10 @@ class Pruner:
             known = {*targets}
             yield from ((k,r,known) for k,r in ratio.items() if rank(k)==i)
 
-    def _is_kind(self, k): return k in KINDS and k not in self.modules
+    def _is_kind(self, k):
+        "Is `k` one of `KINDS`? The name of a layer comes first, but not that of a module that only contains layers"
+        module = dict(self.model.named_modules()).get(k) if k in KINDS else None
+        return k in KINDS and (module is None or any(True for _ in module.children()))
 
     def _asked_by(self, k):
         "Groups that a key of a dict of ratios asks for"
@@ -555,6 +558,7 @@ class Pruner:
         "Why no channels of `kind` can be removed"
         whys = [w for o in self.graph.slices if o.role=='out' and kind in self.kinds.of(o.ids) for w in self.graph.why(o.ids) if w!=OUTPUT]
         if kind=='heads': whys += [w for o in self.graph.heads for w in self.graph.why(o)]
+        if kind=='heads' and any(self.kinds.hidden[self.graph.roots(o)].any() for o in self.graph.heads): whys.append('they are as wide as the hidden size by the code of the model: ask for hidden')
         return '; '.join(dict.fromkeys(whys)) or 'there are none, or they are tied to layers that are ignored or of another type'
 
     def _percent(self, ratio):
