@@ -27,7 +27,7 @@ def step(m, opt):
 def same(a, b): return all(torch.equal(p, q) for p,q in zip(a.state_dict().values(), b.state_dict().values()))
 
 @pytest.mark.parametrize('n,k,words', [(0,0,'at least 1, not 0'), (None,0,'at least 1, not None'), ('10',0,"not '10'"), (-3,0,'not -3'), (2.5,0,'not 2.5'), (True,0,'not True'),
-    (4,-1,'at least 0, not -1'), (4,1.5,'not 1.5'), (4,5,'5 of 4 steps cannot have been made')])
+    (4,-1,'at least 0, not -1'), (4,1.5,'not 1.5'), (4,5,'5 of 4 steps cannot be made already')])
 def test_numbers_of_steps(n, k, words):
     m = net()
     opt = sgd(m)
@@ -36,9 +36,9 @@ def test_numbers_of_steps(n, k, words):
 
 @pytest.mark.parametrize('what,training,words', [
     (lambda: Sparsify, None, 'attach takes a technique, such as Sparsify'), (lambda: SparsifyCallback(50), None, 'takes a technique'), (lambda: Sparsifier(net()), None, 'takes a technique'),
-    (lambda: Sparsify(50), lambda m,o: m, r'takes a Training\(model, optimizer\), not Sequential'), (lambda: Sparsify(50), lambda m,o: Training(m), 'of an optimizer of torch, not NoneType'),
+    (lambda: Sparsify(50), lambda m,o: m, r'takes a Training\(model, optimizer\), not Sequential'), (lambda: Sparsify(50), lambda m,o: Training(m), 'an optimizer of torch, not NoneType'),
     (lambda: Sparsify(50), lambda m,o: Training(m, sgd(net())), 'holds no parameter of the Sequential: pass the optimizer that was created'),
-    (lambda: Distill(net(1)), None, 'Distill is a part of the loss, which steps do not show')])
+    (lambda: Distill(net(1)), None, 'Distill is a part of the loss, which an optimizer step does not show')])
 def test_kinds(what, training, words):
     m = net()
     opt = sgd(m)
