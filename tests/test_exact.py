@@ -432,7 +432,7 @@ class Says(Bare):
 def test_what_is_said_counts():
     sp = Sparsifier(make('conv2d'), Says(OwnPattern, 2, 4))
     assert sp.own==25
-    with pytest.raises(ValueError, match='Says has 25 %'): sp.sparsify_model(30)
+    with pytest.raises(ValueError, match='Says reaches 25 %'): sp.sparsify_model(30)
     class Loose(Bare): spares_last = False
     model = make('conv2d')
     Sparsifier(model, Loose(OwnFilters, 1)).sparsify_model(100)

@@ -329,7 +329,7 @@ def test_inputs_are_found(gpu): assert to_semi_structured(mlp(), report=True)[1]
 
 @pytest.mark.parametrize('model,kind,words', [(3,TypeError,'a model is an nn.Module, not 3'), (nn.Linear,TypeError,'make one'), ({},TypeError,'nn.Module'),
     (lambda: torch.jit.script(nn.Linear(4, 4)),ValueError,'TorchScript'), (lambda: nn.Sequential(nn.LazyLinear(4)),ValueError,'0.weight has no shape yet'),
-    (lambda: nn.Sequential(nn.Linear(4, 4, device='meta')),ValueError,'0.weight has no values')])
+    (lambda: nn.Sequential(nn.Linear(4, 4, device='meta')),ValueError,'0.weight is on the meta device and has no values')])
 def test_refused(model, kind, words):
     with warnings.catch_warnings(), pytest.raises(kind, match=words):
         warnings.simplefilter('ignore')

@@ -188,7 +188,7 @@ def test_resume_refuses_another(model, tmp_path):
     with pytest.raises(ValueError, match='not a file of a sensitivity scan'): sensitivity(model, total, [50], resume=path)
     assert path.read_text()=='something else\n'
 
-@pytest.mark.parametrize('bad,says', [(lambda r: r[:-1], 'its checksum differs|fields'), (lambda r: r.replace(',50,', ',60,'), 'its checksum differs'), ('stem,50,nan', 'its metric is .nan., and a finite number'), ('stem,50,inf', 'finite'), ('stem,50,1_0', 'finite'),
+@pytest.mark.parametrize('bad,says', [(lambda r: r[:-1], 'its checksum differs|fields'), (lambda r: r.replace(',50,', ',60,'), 'its checksum differs'), ('stem,50,nan', 'its metric is .nan., but a finite number'), ('stem,50,inf', 'finite'), ('stem,50,1_0', 'finite'),
     ('stem,500,1.0', 'no level 500'), ('stems,50,1.0', "no layer 'stems'"), ('stem,x,1.0', 'its level is'), ('stem,50,' + '9'*5000, 'finite'), ('stem', 'fields')])
 def test_rows_of_files(bad, says, model, tmp_path):
     "A row that cannot be is refused with its line"

@@ -198,7 +198,7 @@ def test_whole_numbers_are_answers(net):
     assert found.same==[32,32] and found.of==32
 
 def test_a_label_that_is_text(net):
-    with pytest.raises(ValueError, match='are tensors, not str$'): answers(net, data=[(X[:8],['a']*8)], progress=False)
+    with pytest.raises(ValueError, match='must be tensors, not str$'): answers(net, data=[(X[:8],['a']*8)], progress=False)
 
 def test_finetune_may_return_another(net):
     tuned = []
