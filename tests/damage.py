@@ -55,11 +55,16 @@ def parts(data):
     if CODED not in head: return kind,version,head,body,json.loads(told)
     return kind,version,head,body[:-int(told)],json.loads(zlib.decompress(body[-int(told):]))
 
+def packing(table, most=32):
+    "`table`, packed as a writer does: not at all if it would be more than `most` times shorter"
+    packed = zlib.compress(table)
+    return packed if len(packed)*most>=len(table) else zlib.compress(table, 0)
+
 def joined(kind, version, head, body, table, packed=None, text=None):
     "A file of these parts, with a checksum that fits; `text` in place of that of the header, if it is given"
     table = table if isinstance(table, str) else json.dumps(table, separators=(',',':'))
     if CODED in head:
-        packed = zlib.compress(table.encode()) if packed is None else packed
+        packed = packing(table.encode()) if packed is None else packed
         if isinstance(head[CODED], dict) and isinstance(head[CODED].get('data_offsets'), list) and head[CODED]['data_offsets']:
             a = head[CODED]['data_offsets'][0]
             if isinstance(a, int): head = {**head, CODED:dict(head[CODED], shape=[len(body)+len(packed)-a], data_offsets=[a,len(body)+len(packed)])}

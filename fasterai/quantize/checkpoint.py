@@ -14,7 +14,7 @@ import torch
 from ..core.files import FileError, _CALLED, _CODED, _TYPES, _check_names, _write, read_json, reading
 from ..core.running import at_home, with_bar
 from ..core.shards import COMPRESSED, LONGEST, PIECE, Checkpoint, Rewriting, Stored, checked_threads, give_back, header_of, in_order, read_at, tensors_of, write_at
-from .codecs import _BLOCK, _CHUNK, _CODECS, _cuts, _fill_block, _is_sparse, _shape, _signed, _sizes, _to_try, _word, _write_block, _write_tensor, check_bools
+from .codecs import _BLOCK, _CODECS, _SMALL, _cuts, _fill_block, _is_sparse, _shape, _signed, _sizes, _to_try, _word, _write_block, _write_tensor, check_bools
 
 # %% ../../nbs/quantize/10_checkpoint.ipynb #f76bc471
 class _Block(NamedTuple):
@@ -81,7 +81,7 @@ def _coded(block):
     dtype,shape = _type_of(o)
     if name is not None:
         layout,data = _write_block(_CODECS[name], _words_at(block.path, o, block.first, block.end), block.shape, block.sparse, _signed(dtype))
-        if block.end-block.first>=_CHUNK: give_back()
+        if block.end-block.first>=_SMALL: give_back()
         return name,[layout],[data],block.last
     words = _words_at(block.path, o, 0, math.prod(_shape(dtype, shape)))
     return *_write_tensor(torch.from_numpy(words.view(f'i{words.itemsize}')).view(dtype).reshape(shape)),True
@@ -203,7 +203,8 @@ def _stored_words(entry, source): # `Entry`, unbuffered file
         _fill_block(entry.codec, dtype, data, part, words, layout)
         at += len(data)
         yield words
-        if end-first>=_CHUNK: give_back()
+        del data,words  # before the next ones are made
+        if end-first>=_SMALL: give_back()
 
 def _header_for(file): # `File`
     "A header of safetensors for the tensors of a file"

@@ -12,6 +12,7 @@ import constriction
 import numpy as np
 import torch
 from ..core.files import FileError,whole_numbers
+from ..core.shards import give_back
 
 # %% ../../nbs/quantize/04_codecs.ipynb #b617a138
 class _Writer:
@@ -67,15 +68,21 @@ class _LaneWriter:
     def __init__(self, lanes): self.lanes,self.log = lanes,[]
     def shares(self, p): return np.clip(p*2**_FINE, 1, 2**_FINE-1).astype(np.uint16)
     def bits(self, b, p, at=None):
-        self.log.append((_FINE, at if at is None else at.astype(np.uint16 if self.lanes<=1<<16 else np.uint32), b, p))
+        self.log.append((_FINE, at is not None, np.packbits(b), p))
         return b
     def symbols(self, s, share):
-        for i in range(0, len(s), self.lanes): self.log.append((_COARSE, None, s[i:i+self.lanes], share))
+        for i in range(0, len(s), self.lanes): self.log.append((_COARSE, False, s[i:i+self.lanes], share))
+    def last_ones(self):
+        "Lanes of the ones among the bits that were noted last"
+        *_,packed,p = self.log[-1]
+        return _unpacked(packed, p).nonzero()[0]
     def done(self, tail=b''):
         first = np.frombuffer(tail[:2*self.lanes].ljust(2*self.lanes, b'\0'), _U2)
         x,words = first.astype(np.uint32)|(1<<16),[]
         while self.log:
-            bits,at,s,p = self.log.pop()
+            bits,of_ones,s,p = self.log.pop()
+            if bits==_FINE: s = _unpacked(s, p)
+            at = self.last_ones() if of_ones else None
             y = x[:len(s)] if at is None else x[at]
             share,start = _of_bits(s, p) if bits==_FINE else _of_symbols(s, p)
             full = ((y>>np.uint32(32-bits))>=share).nonzero()[0]
@@ -87,6 +94,8 @@ class _LaneWriter:
             y += (q<<bits)+start
             if at is not None: x[at] = y
         return b''.join((_pack_states(x), *words[::-1], tail[2*self.lanes:]))
+
+def _unpacked(packed, p): "Bits, as many as there are shares `p`"; return np.unpackbits(packed, count=len(p))
 
 def _of_bits(b, p):
     "Share and start of each bit: ones come first"
@@ -229,11 +238,16 @@ def _code_rows(coder, x, inputs, kernel, width, lag, by_row, signed):
             fresh[:] = 0
             column = (np.clip(_half_octaves(own/(expected/2**_FIXED)), -_COLUMN, _COLUMN)+_COLUMN).astype(np.uint16)<<4
 
+_AT_ONCE = 16 # columns whose spectra are in memory, 40 bytes for each of their elements
+
 def _lag(m):
     "Distance of the rows of `m` that are most alike, as those of an image's pixels one above the other are; 0 if none are"
-    m = m[:,::1+m.size//2**20]
-    x = m-m.mean(1, keepdims=True)*(m.mean(0)/max(m.mean(), 1e-9))
-    alike = np.fft.irfft((np.abs(np.fft.rfft(x, 2*len(x), axis=0))**2).sum(1))[:1+len(x)//2]
+    m = m[:,::1+m.size//2**20]>0
+    by_row,by_column,power = m.mean(1, keepdims=True),m.mean(0)/max(m.mean(), 1e-9),0
+    for i in range(0, m.shape[1], _AT_ONCE):
+        x = m[:,i:i+_AT_ONCE]-by_row*by_column[i:i+_AT_ONCE]
+        power = power+(np.abs(np.fft.rfft(x, 2*len(x), axis=0))**2).sum(1)
+    alike = np.fft.irfft(power)[:1+len(m)//2]
     lag = 2+int(alike[2:].argmax()) if len(alike)>2 else 0
     return lag if lag and alike[lag]>.02*alike[0] else 0
 
@@ -320,7 +334,7 @@ class _Rows:
     def write_along(self, axis, signs, shape, signed, tail):
         cols,inputs,kernel,width = _geometry(shape, axis)
         m = signs.reshape(inputs, cols, kernel).swapaxes(0, 1) if axis else signs.reshape(cols, inputs, kernel)
-        lag = width if kernel>1 else _lag(m[:,:,0].T>0)
+        lag = width if kernel>1 else _lag(m[:,:,0].T)
         segments,run = _segments(cols, inputs, kernel)
         sides = [_side(np.count_nonzero(m, (0,2)), cols*kernel), _side(np.count_nonzero(m, (0,1)), cols*inputs)]
         levels = [np.full(n, _SIDE//2, np.uint8) if o is None else o for n,o in zip((inputs,kernel), sides)]
@@ -413,7 +427,7 @@ class _Columns:
         for axis in (1,0):
             m = _matrix(signs, shape, axis)
             if best and (len(signs)>_SMALL or 1 in m.shape): break
-            w,lag = _Writer(),_lag(m>0)
+            w,lag = _Writer(),_lag(m)
             _code_columns(w, m, lag, signed)
             data = w.done()
             if best is None or len(data)<len(best[1]): best = (axis,lag),data
@@ -479,6 +493,12 @@ def _read_plane(source, size, n, k, small):
     return symbols
 
 # %% ../../nbs/quantize/04_codecs.ipynb #93b78cea
+_PART = 1<<17 # words that stay in the processor's cache with all that is computed of them
+
+def _counts(symbols, k):
+    "How often each of `k` symbols occurs; NumPy makes eight bytes of each symbol that it counts"
+    return sum(np.bincount(symbols[i:i+_PART], minlength=k) for i in range(0, len(symbols), _PART))
+
 def _shares(counts):
     "Shares of 2**_COARSE: none is 0 that occurs"
     share = (counts>0)+counts*((1<<_COARSE)-np.count_nonzero(counts))//counts.sum()
@@ -486,7 +506,7 @@ def _shares(counts):
     return share
 
 def _write_lanes(symbols, k, tail):
-    share = _shares(np.bincount(symbols, minlength=k))
+    share = _shares(_counts(symbols, k))
     w = _LaneWriter(_lanes(len(symbols), 1<<9))
     w.symbols(symbols, share)
     table = zlib.compress(share.astype(_U2).tobytes(), 9)
@@ -605,7 +625,6 @@ def _cuts(codec, shape, sparse):
     step = -(-shape[0]//blocks)
     return [(i*row,min(i+step, shape[0])*row,(min(step, shape[0]-i),*shape[1:])) for i in range(0, shape[0], step)]
 
-_PART = 1<<17 # words that stay in the processor's cache with all that is computed of them
 _SPARSE,_DENSE = 4,16  # most threads: a block of a sparse tensor takes up to 170 MB of memory, of a dense one 40
 
 def _threaded(f, items, sparse):
@@ -620,11 +639,14 @@ def _write_block(codec, words, shape, sparse, signed):
         layout,data = _write_values(words, signed, b'', codec.small())
         return [[],*layout],data
     signs = _signs(words, signed)
-    down,data = _write_values(words[signs==2], signed, b'', codec.small())
-    up,data = _write_values(words[signs==1], signed, data, codec.small())
-    del words  # half of the memory that positions take
+    data,each = b'',[]
+    for sign in (2,1):
+        layout,data = _write_values(words[signs==sign], signed, data, codec.small())
+        each = [*layout,*each]
+        if sign==1: del words  # as much as positions take
+        if len(signs)>_SMALL: give_back()  # else glibc keeps the holes between arrays that live longer, up to 32 MB each
     where,data = codec.write(signs, shape, signed, data)
-    return [where,*up,*down],data
+    return [where,*each],data
 
 def _put(words, signs, found):
     "Fill `words` with what was found for each sign, a cacheful at a time"
@@ -638,8 +660,8 @@ def _put(words, signs, found):
 
 def _signs(words, signed):
     "0, 1 for what is above and 2 for what is below zero"
-    signs = (words!=0).view(np.uint8)
-    if signed: signs <<= (words>>words.dtype.type(8*words.itemsize-1)).astype(np.uint8)
+    signs,top = (words!=0).view(np.uint8),words.dtype.type(8*words.itemsize-1)
+    for i in range(0, len(words) if signed else 0, _PART): signs[i:i+_PART] <<= (words[i:i+_PART]>>top).astype(np.uint8)
     return signs
 
 def _read_block(codec, data, shape, words, signed, positions, *values):

@@ -21,7 +21,7 @@ from ..core.granularity import block, blocks, granularity_name, granularity_of, 
 from ..core.pool import Pool, select_each
 from ..core.running import at_home, with_bar
 from ..core.selection import Scores, _key, counted_kth, in_percent
-from ..core.shards import PIECE, Buffers, Checkpoint, Rewriting, at_work, checked_threads, read_at, write_at
+from ..core.shards import PIECE, Buffers, Checkpoint, Rewriting, at_work, checked_threads, give_back, read_at, write_at
 from .sparsifier import check_level, zero_
 
 # %% ../../nbs/sparse/05_checkpoint.ipynb #dfe3c485
@@ -160,6 +160,7 @@ class _Weight:
 
     def _whole(self, source, target):
         with self.whole_one:
+            give_back()
             buf = np.frombuffer(mmap.mmap(-1, max(self.stored.size, 1)), np.uint8)[:self.stored.size]  # given back at once, as that of an allocator may not be
             read_at(source, self.stored.start, buf, last=bool(target))
             whole,first = torch.from_numpy(buf).view(self.dtype).view(self.shape),0
@@ -169,6 +170,7 @@ class _Weight:
                 yield first,first+n,x
                 first += n
             if target: write_at(target, self.stored.start, buf)
+            del x,whole,buf  # before another thread reads one
 
     def scores(self, x): # Piece
         "Scores of its blocks"
@@ -225,6 +227,7 @@ def _count(weight, source, shift, found):
             if found is not None: keys = keys[keys>>keys.dtype.type(shift+_STEP)==found]
             counts = _digits(keys, shift).bincount().numpy()
             table[:len(counts)] += counts
+        del x  # for a whole one is kept as long as a piece of it
     if found is None and weight.own and table[(_most(weight.dtype)>>shift)+1:].any(): weight.refuse()
     return table
 
@@ -341,6 +344,7 @@ def _fill(weight, source, target):
             some,ties = _lowest_keys(np.concatenate(list(weight.keys(x))), gone[0], ties)
             _zero_blocks(weight, x, torch.from_numpy(some).to(torch.int8).sub_(1))
         zeros += x.numel()-sum(int(np.count_nonzero(keys)) for _,keys in weight.chunks(weight.words(x)))
+        del x
     return zeros
 
 def _zero_blocks(weight, x, keep=None): # Piece; int8, 0 for those of its blocks that go, `None` for all
@@ -370,6 +374,7 @@ def _scored(weight, source):
     for _,_,x in weight.pieces(source):
         weight.check(x)
         found.append(weight.scores(x).flatten())
+        del x
     return weight.criteria.normalize(torch.cat(found))
 
 class _Plan:
