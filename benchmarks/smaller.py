@@ -75,21 +75,15 @@ def of_minilm():
     return Case(model, seen, held, nearest)
 
 def of_lenet(name, sparsity):
-    from deep_compression import accuracy, best_there_is, fit, large_final, logits, nets, sched_agp, set_seed, Schedule, SparsifyCallback
-    o,(_,(x,y),(vx,vy),_) = nets[name],best_there_is()
-    x,y,vx,vy = (torch.from_numpy(t.copy()) for t in (x,y,vx,vy))
-    mean,std = x.mean(),x.std()
-    x,vx = ((t[:,None]-mean)/std for t in (x,vx))
-    set_seed(0)
-    model = o['make']()
-    fit(model, (x,y), o['dense'], 3e-3, .1)
-    dense = accuracy(model, vx, vy)
-    fit(model, (x,y,logits(model, x)), o['prune'], 3e-3, .1, SparsifyCallback(sparsity, 'weight', 'global', large_final, Schedule(sched_agp, .05, .8), layer_type=(nn.Linear,nn.Conv2d)))
-    pruned = accuracy(model, vx, vy)
-    print(f'lenet {name}: dense {dense:.2f} %, {sparsity} % zero {pruned:.2f} %', flush=True)
-    return Case(model.eval(), [*x[:4000].split(1000)], None, evaluate=lambda m: accuracy(m, vx, vy), least=min(1., dense/pruned))
+    from deep_compression import accuracy, dense_net, images, pruned_net, taught
+    _,data,test = images()
+    dense = dense_net(name, 0, data)
+    model = pruned_net(name, 0, sparsity, {0:dense}, taught([dense], data)).eval()
+    first,pruned = accuracy(dense, *test),accuracy(model, *test)
+    print(f'lenet {name}: dense {first:.2f} %, {sparsity} % zero {pruned:.2f} %', flush=True)
+    return Case(model, [*data[0][:4000].split(1000)], None, evaluate=lambda m: accuracy(m, *test), least=min(1., first/pruned))
 
-CASES = dict(reader=of_reader, classifier=of_classifier, pitch_tiny=lambda: of_pitch('tiny', 400, 1000), pitch=lambda: of_pitch('full', 100, 300), minilm=of_minilm, lenet300=lambda: of_lenet('300', 91.), lenet5=lambda: of_lenet('5', 92.5))
+CASES = dict(reader=of_reader, classifier=of_classifier, pitch_tiny=lambda: of_pitch('tiny', 400, 1000), pitch=lambda: of_pitch('full', 100, 300), minilm=of_minilm, lenet300=lambda: of_lenet('300', 93.), lenet5=lambda: of_lenet('5', 92.5))
 
 def plain_bytes(model): return sum(v.numel()*v.element_size() for v in model.state_dict().values())
 

