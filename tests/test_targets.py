@@ -91,8 +91,8 @@ def test_estimates_are_counts():
 
 # --- words
 
-@pytest.mark.parametrize('kw,text', [(dict(macs='half'),"macs is how much.*'2x'.*'half'"), (dict(params=True),'params must be'), (dict(params=0),'params is how much'), (dict(bytes='0%'),'bytes must be'),
-    (dict(latency='2'),"say '2x' or '2 ms' or '2 s'"), (dict(macs='0x'),r"macs is how much.*not '0x'$"), (dict(latency='5 sm'),"did you mean.*ms"), (dict(latency='0.5x'),'more than there is'), (dict(macs='120%'),'more than there is'), (dict(latency=float('nan')),'latency must be'),
+@pytest.mark.parametrize('kw,text', [(dict(macs='half'),"macs must be '2x'.*not 'half'"), (dict(params=True),'params must be'), (dict(params=0),"params must be '2x'"), (dict(bytes='0%'),'bytes must be'),
+    (dict(latency='2'),"say '2x' or '2 ms' or '2 s'"), (dict(macs='0x'),r"macs must be '2x'.*not '0x'$"), (dict(latency='5 sm'),"did you mean.*ms"), (dict(latency='0.5x'),'more than there is'), (dict(macs='120%'),'more than there is'), (dict(latency=float('nan')),'latency must be'),
     (dict(macs='2x', params='2x'),"one of pruning_ratio.*macs='2x' and params='2x'"), (dict(pruning_ratio=30, bytes='2x'),'one of pruning_ratio'), (dict(macs='2x', context='global'),'context local'),
     (dict(macs='1000x'),'out|at least')])
 def test_refused(kw, text):

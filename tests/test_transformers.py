@@ -145,7 +145,7 @@ def test_interrupted(tmp_path):
 def test_told_at_the_start(tmp_path):
     t = trainer(bert(), tmp_path, [SparsifyCallback(50, **LINEAR)], eval_strategy='epoch', save_strategy='epoch', load_best_model_at_end=True, eval_dataset=DATA)
     with pytest.warns(UserWarning, match='load_best_model_at_end may load an earlier model'): t.train()
-    with pytest.raises(TypeError, match=r'distill is a technique, Distill\(teacher\), not BertForSequenceClassification'): DistillationTrainer(bert(), distill=teacher())
+    with pytest.raises(TypeError, match=r'distill must be a technique, Distill\(teacher\), not BertForSequenceClassification'): DistillationTrainer(bert(), distill=teacher())
     with pytest.raises(TypeError, match='takes the model first, not'): cut_like(str(tmp_path), bert())
 
 # --- pruned

@@ -92,7 +92,7 @@ def test_parameters_left_out_on_purpose_stay_out():
     learn = learner()
     learn.opt = SGD(list(learn.model[8].parameters()), lr=.1)
     before = copies(learn)
-    with pytest.warns(UserWarning, match='8 of 10 parameters .*stay as they are'): fit(learn, 1, RegularizeCallback())
+    with pytest.warns(UserWarning, match='8 of 10 parameters .*will not change'): fit(learn, 1, RegularizeCallback())
     assert moved(learn, before)==['8.weight','8.bias']
 
 def test_weights_assigned_by_a_state_dict():

@@ -369,7 +369,7 @@ def test_the_right_spelling():
         with pytest.raises(ValueError, match=r"no layer .*did you mean '0'\? Allowed: 0, 2, 4, heads, neurons, hidden$"): Pruner(m, {name:30})
     with pytest.raises(ValueError, match='no layer like this Linear'): Pruner(m, 30, ignored_layers=nn.Linear(2,2))
     with pytest.raises(ValueError, match='did you mean .stem'): Pruner(fresh(Images), {'steem':30})
-    for t,said in (('Linear','nn.Linear'), ((nn.Linear,'Conv2d'),'nn.Conv2d'), ('Lin','as nn.Conv2d'), (nn.Linear(2,2),'its type, Linear'), (3,'as nn.Conv2d')):
+    for t,said in (('Linear','nn.Linear'), ((nn.Linear,'Conv2d'),'nn.Conv2d'), ('Lin','for example nn.Conv2d'), (nn.Linear(2,2),'its type, Linear'), (3,'for example nn.Conv2d')):
         for use in (lambda **kw: Pruner(m, 30, **kw), lambda **kw: PruneCallback(30, **kw)):
             with pytest.raises(ValueError, match=f'(?s)layer_type must be a type.*{said}'): use(layer_type=t)
     Pruner(m, 50, ignored_layers=None, example_inputs=torch.randn(2,3)).prune_model()
@@ -494,7 +494,7 @@ def test_hooks_that_the_model_needs(kind):
     small = Pruner().prune_model(m, kind.x) if kind is Bridge else m
     assert torch.allclose(small(kind.x), was, atol=1e-5)
     if kind is BridgeOfIds:  # a copy of it reads what the hook of the first one holds
-        with pytest.raises(ValueError, match='a copy of this BridgeOfIds does not run as the model does'): Pruner(m, 50, example_inputs=kind.x).prune_model()
+        with pytest.raises(ValueError, match='a copy of this BridgeOfIds does not run like the model'): Pruner(m, 50, example_inputs=kind.x).prune_model()
         assert torch.equal(m(kind.x), was)
         return
     half = Pruner(m, 50, example_inputs=kind.x).prune_model()
@@ -784,7 +784,7 @@ def test_what_the_code_counts_on():
         return m.b(y)+m.d(m.c(x))
     m = Net(f, a=nn.Linear(8,8), b=nn.Linear(8,3), c=nn.Linear(8,8), d=nn.Linear(8,3))
     text,p = said(lambda: (p := Pruner(m, 50, example_inputs=V)).prune_model() and p)
-    assert m.c.out_features==4 and 'a kept all channels: the code of the model counts on' in text
+    assert m.c.out_features==4 and 'a kept all channels: the code of the model depends on' in text
     assert [(o['layer'],o['channels'],o['dead'],o['removed']) for o in p.left]==[('a',8,4,0)]
 
 def test_in_steps():

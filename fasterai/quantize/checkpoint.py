@@ -132,7 +132,7 @@ def compress_checkpoint(
     checkpoint = Checkpoint(source)
     threads = _threads(threads, checkpoint.tensors.values())
     if _CODED in checkpoint.tensors: raise ValueError(f'{source} is compressed already')
-    _check_names(dict.fromkeys(checkpoint.tensors, torch.empty(0)))
+    _check_names(dict.fromkeys(checkpoint.tensors, torch.empty(0, device='cpu')))
     with Rewriting(checkpoint, target, _settings('compress', checkpoint), {o:o+COMPRESSED for o in checkpoint.files}) as out:
         ticks = iter(with_bar(range(len(checkpoint.tensors)+len(checkpoint.beside)), progress))
         tick = lambda: next(ticks, None)
