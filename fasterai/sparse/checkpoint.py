@@ -160,7 +160,6 @@ class _Weight:
 
     def _whole(self, source, target):
         with self.whole_one:
-            give_back()
             buf = np.frombuffer(mmap.mmap(-1, max(self.stored.size, 1)), np.uint8)[:self.stored.size]  # given back at once, as that of an allocator may not be
             read_at(source, self.stored.start, buf, last=bool(target))
             whole,first = torch.from_numpy(buf).view(self.dtype).view(self.shape),0
@@ -168,6 +167,7 @@ class _Weight:
                 x = whole if b is None else whole.narrow(self.cut[0], a, b-a)
                 n = self.of_shape(tuple(x.shape)).n
                 yield first,first+n,x
+                give_back()  # what is computed of a piece leaves holes, which add up
                 first += n
             if target: write_at(target, self.stored.start, buf)
             del x,whole,buf  # before another thread reads one
