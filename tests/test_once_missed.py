@@ -275,7 +275,7 @@ def test_models_that_draw_numbers(draw):
 def test_numbers_for_each_channel():
     "Fewer channels draw fewer numbers: the error says so"
     model = dead(Net(lambda s,x: s.b(F.dropout(s.a(x).relu(), .3, training=True)), a=conv(3,8), b=conv(8,4,1)), 'a')
-    with pytest.raises(ValueError, match='the network draws random numbers'): Pruner().prune_model(model, x)
+    with pytest.raises(ValueError, match='the network draws random numbers|runs otherwise each time'): Pruner().prune_model(model, x)
 
 class Routed(nn.Module):
     "Sends each sample to one of four experts"
