@@ -155,6 +155,19 @@ def test_imports_are_used(path): assert not unused(FILES[path])
 def test_unused_notice_a_breach():
     assert unused(ast.parse('import math,os.path\nfrom x import y,z\ny(os)'))==['math','z']
 
+def twice(tree):
+    "Functions, classes and methods that are defined twice in one place, as after a merge: the first of them is dead"
+    bodies = [tree.body, *(o.body for o in ast.walk(tree) if isinstance(o, ast.ClassDef))]
+    named = lambda o: isinstance(o, (ast.FunctionDef,ast.ClassDef)) and not any('setter' in ast.unparse(d) for d in o.decorator_list)
+    names = [[o.name for o in body if named(o)] for body in bodies]
+    return [k for found in names for k in sorted({*found}) if found.count(k)>1]
+
+@pytest.mark.parametrize('path', FILES)
+def test_defined_once(path): assert not twice(FILES[path])
+
+def test_twice_notices_a_breach():
+    assert twice(ast.parse('def f(): 1\nclass A:\n    def g(self): 1\n    def g(self): 2\ndef f(): 2'))==['f','g']
+
 @pytest.mark.parametrize('path', FILES)
 def test_articles(path):
     "Names of types have the article that fits to them, whatever they are: `an` finds it"

@@ -43,42 +43,6 @@ from .targets import Counted,Target,Timed,Widths,bundles,losses
 from ..core.surgery import _pick,_sub,apply_plan,check_copyable,copy_of,follow_cut,legal,reshaped,without
 
 # %% ../../nbs/prune/01_pruner.ipynb #85c1ce49
-def _regroup(g, was, keep):
-    vars(g).update(was)
-    g.keep.copy_(keep)
-
-def _note_state(undo, optimizer):
-    "Record the contents of `optimizer`"
-    opt = getattr(optimizer, 'opt', None) or optimizer
-    for o in getattr(optimizer, 'slow_weights', None) or (): undo.callback(o.__setitem__, slice(None), [*o])
-    for g in getattr(optimizer, 'param_groups', None) or (): undo.callback(lambda ps, n: ps.__delitem__(slice(n, None)), g['params'], len(g['params']))
-    state = getattr(opt, 'state', None) or {}
-    for d in (*state.values(),state): undo.callback(refill, d, dict(d))
-
-@contextmanager
-def _whole(pruner, optimizer):
-    "If an error is raised inside, a pruner, its model and an optimizer are restored: the same parameters, with the same values"
-    model,about = pruner.model,pruner.about
-    own = {k:copy.copy(v) if isinstance(v, (list,dict,set)) else v for k,v in vars(pruner).items()} | dict(seen=None)  # channels are followed again
-    with undone() as undo:
-        undo.callback(vars(about).update, found=dict(about.found), kept={o:{n:x.clone() for n,x in d.items()} for o,d in about.kept.items()})
-        undo.callback(refill, vars(pruner), own)
-        for g in own.get('groups', ()): undo.callback(_regroup, g, dict(vars(g)), g.keep.clone())
-        _note_state(undo, optimizer)
-        note_parts(undo, model)
-        yield
-
-@contextmanager
-def _own_heads(model, wanted):
-    "Inside, each `nn.MultiheadAttention` of `model` can lose heads, if that is `wanted`; this remains afterwards unless an error is raised"
-    with undone() as undo:
-        if wanted:
-            note_parts(undo, model)
-            own_attentions(model)
-        yield
-
-_ALIKE = str.maketrans('oOlI', '0011')  # letters that are read as digits
-
 class Pruner:
     """Without arguments, remove the channels that cannot change the output of a model: `Pruner().prune_model(model)` gives a smaller copy.
     With a model and a `pruning_ratio`, or with one of `latency`, `macs`, `params` and `bytes`, remove the least important channels in
